@@ -1,0 +1,59 @@
+# Every target that people type has a `## ` comment; `make` alone lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+MODEL  ?=
+OUT    ?= out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-score nano test test-slow test-gpu lint format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv from requirements.lock (PYTHON=python3.12 TORCH=torch for your own build)
+
+$(STAMP): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)"
+	grep -v '^torch==' requirements.lock > $(VENV)/lock.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r $(VENV)/lock.txt
+	touch $(STAMP)
+
+demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, without a network
+	$(PY) sample.py --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
+		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
+	@echo "the sheet: $(OUT)/demo/sheet.png"
+
+demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
+	$(PY) -m assets.nano.score
+
+nano: $(STAMP)  ## train the embedded model again, from the data set (about two hours on two cores)
+	$(PY) train.py vae --data assets/emoji/emoji.tar --preset nano --output-dir $(OUT)/nano-vae
+	$(PY) train.py diffusion --data assets/emoji/emoji.tar --preset nano --vae $(OUT)/nano-vae/model --output-dir $(OUT)/nano
+
+test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes each
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)  ## ruff: mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it)
+	$(PY) benchmarks/bench.py --peer "$(PEER)"
+
+clean:  ## remove .venv, caches and out/
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

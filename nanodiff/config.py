@@ -1,0 +1,252 @@
+"""From a dataclass to a command line, a preset and a JSON or TOML file; from a Hub config.json to a dataclass.
+
+A script describes its options once, as a dataclass whose fields carry a help string:
+
+    @dataclass
+    class Config:
+        lr: float = arg(1e-4, "peak learning rate; 1e-5 for full fine-tuning")
+
+Strength, from weak to strong: defaults, `--preset NAME`, `--config FILE` (.json or .toml), flags.
+`--a-b` and `--a_b` are the same flag. Nothing here imports torch, so `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+import types
+import typing
+from pathlib import Path
+
+JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
+
+
+class UserError(Exception):
+    """Something the user can mend. Scripts print it as one line `error: …` and exit with code 2."""
+
+
+class Stopped(Exception):
+    """SIGTERM arrived; raised in the main thread so that `finally` blocks and savers run."""
+
+
+def arg(default, help="", *aliases, choices=None, const=None):
+    """A dataclass field with its help string.
+
+    aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
+    (`--resume` alone), which makes the flag's value optional.
+    """
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def nearest(name, known, n=3):
+    """The known names closest to `name`, as a phrase for an error message ("" when none is close)."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=n, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def printable(text):
+    """`text` with control characters escaped, so that a prompt cannot drive the terminal it is shown on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def read_json(path):
+    """A JSON or TOML file as a dict. Raises UserError naming the file."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > JSON_SIZE_LIMIT:
+            raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for a configuration file")
+        if path.suffix == ".toml":
+            import tomllib
+
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not readable as {path.suffix[1:] or 'JSON'}: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Model configurations: config.json of a Hub folder
+
+
+BOOKKEEPING = {"architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"}
+
+
+def from_json(cls, raw, fixed, where="config.json"):
+    """Build the config dataclass `cls` from a Hub config dict, refusing what we do not implement.
+
+    fixed: {field: allowed values} for the fields that `cls` does not read. A field outside both, or with
+    another value than those allowed, raises UserError: ignoring it would hide an unsupported model.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key in hints:
+            values[key] = _checked(value, hints[key], f"{where}: {key}")
+        elif key in fixed:
+            if value not in fixed[key]:
+                allowed = " or ".join(map(repr, fixed[key]))
+                raise UserError(f"{where}: {key} = {value!r} is not supported (only {allowed})")
+        elif not key.startswith("_") and key not in BOOKKEEPING:
+            raise UserError(f"{where}: unknown field {key!r} (value {value!r}){nearest(key, [*hints, *fixed])}")
+    return cls(**values)
+
+
+def _checked(value, hint, where):
+    """`value` as the annotated type; lists become tuples, whole floats become ints where ints are meant."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(_checked(v, typing.get_args(option)[0], where) for v in value)
+        if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            if not 0 <= value < 1 << 24:
+                raise UserError(f"{where} = {value} is out of range")
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    raise UserError(f"{where} = {value!r} has the wrong type (expected {hint})")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(cls, argv, doc="", presets=None, prog=None):
+    """An instance of the dataclass `cls` from a command line (see the module docstring for the order)."""
+    argv = [_dashed(a) for a in argv]
+    presets = presets or {}
+    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="JSON or TOML file with any of the options below")
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="a named set of defaults")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    for field in dataclasses.fields(cls):
+        _add(parser, field, typing.get_type_hints(cls)[field.name])
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [o for a in parser._actions for o in a.option_strings]
+        raise UserError(f"unknown argument {printable(unknown[0])}{nearest(unknown[0].split('=')[0], flags)}")
+    given = vars(given)
+    values = dict(presets.get(given.pop("preset", None) or "", {}))
+    if path := given.pop("config"):
+        values |= from_mapping(cls, read_json(path), path)
+    given.pop("debug")
+    values |= {k: v for k, v in given.items() if v is not None}
+    return cls(**values)
+
+
+def _dashed(token):
+    """--a_b=x_y -> --a-b=x_y"""
+    if not token.startswith("--"):
+        return token
+    flag, eq, value = token.partition("=")
+    return flag.replace("_", "-") + eq + value
+
+
+def _add(parser, field, hint):
+    m = field.metadata
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    options = [t for t in typing.get_args(hint) if t is not type(None)]
+    kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
+    names = ["--" + n.replace("_", "-") for n in (field.name, *m["aliases"])]
+    shown = "" if default in (None, [], "") else f" [{default}]"
+    kwargs = {"dest": field.name, "help": (m["help"] + shown).replace("%", "%%"), "default": None}
+    if kind is bool:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **kwargs)
+        return
+    if typing.get_origin(kind) is list:
+        kwargs |= {"action": "append", "type": typing.get_args(kind)[0]}
+    else:
+        kwargs |= {"type": kind, "choices": m["choices"]}
+    if m["const"] is not None:
+        kwargs |= {"nargs": "?", "const": m["const"]}
+    metavar = "{" + ",".join(m["choices"]) + "}" if m["choices"] else kind.__name__.upper()
+    parser.add_argument(*names, metavar=metavar, **kwargs)
+
+
+def from_mapping(cls, mapping, where):
+    """{field or alias: value} checked against the dataclass `cls`: {field: value}. Raises UserError naming the key."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    by_name = {n.replace("-", "_"): f.name for f in fields.values() for n in (f.name, *f.metadata["aliases"])}
+    values = {}
+    for key, value in mapping.items():
+        name = by_name.get(key.replace("-", "_"))
+        if name is None:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, by_name)}")
+        hint = typing.get_type_hints(cls)[name]
+        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        kinds = tuple(typing.get_origin(t) or t for t in options)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
+        choices = fields[name].metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+        values[name] = value
+    return values
+
+
+def script(stages, doc, presets=None):
+    """Run a script: parse sys.argv, call its main(cfg), turn every expected failure into one line.
+
+    stages: {name: (Config, main)}; the single name "" means a script without a stage word.
+    presets: {stage: {preset: {field: value}}}.
+    Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
+    """
+    argv, prog = sys.argv[1:], Path(sys.argv[0]).name
+    debug = "--debug" in argv
+    try:
+        if "" in stages:
+            stage = ""
+        elif argv and argv[0] in stages:
+            stage, argv = argv[0], argv[1:]
+        elif argv and argv[0] in ("-h", "--help"):
+            print(f"{doc}\n\nstages: {', '.join(stages)} (`{prog} STAGE --help` lists a stage's options)")
+            return 0
+        else:
+            first = printable(argv[0]) if argv else "nothing"
+            raise UserError(f"the first word must be one of {', '.join(stages)}, not {first}{nearest(first, stages)}")
+        cls, main = stages[stage]
+        cfg = parse(cls, argv, doc, (presets or {}).get(stage), f"{prog} {stage}".strip())
+        signal.signal(signal.SIGTERM, _stop)
+        main(cfg)
+        sys.stdout.flush()
+        return 0
+    except UserError as e:
+        if debug:
+            raise
+        print(f"error: {printable(e)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Stopped:
+        print("terminated", file=sys.stderr)
+        return 143
+    except BrokenPipeError:  # `sample.py … | head`: nobody reads our stdout any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _stop(signum, frame):
+    raise Stopped

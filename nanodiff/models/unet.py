@@ -1,0 +1,321 @@
+"""UNet2DConditionModel: the denoiser of SD 1.x, SD 2.x and SDXL.
+
+    prediction [B, C, H, W] = unet(noisy latents [B, C, H, W], timestep [B], text [B, S, D])
+
+A pyramid of residual blocks with skips (Ronneberger et al. 2015), time added in every residual block
+(Ho et al. 2020), text by cross-attention in transformer blocks (Rombach et al. 2022, arXiv 2112.10752 §3.3).
+SDXL (arXiv 2307.01952) is a configuration: no attention at the top level, deeper transformers below, and a
+vector condition (pooled text and image sizes) added to the time embedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.config import UserError, from_json
+from nanodiff.models.layers import Downsample, GroupNorm, ResnetBlock, Stage, Upsample, attend, timestep_embedding
+
+DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+# Fields of config.json that released models leave at one value. Any other value is another network.
+FIXED = {
+    "act_fn": ["silu"],
+    "addition_embed_type_num_heads": [64],
+    "attention_type": ["default"],
+    "center_input_sample": [False],
+    "class_embed_type": [None],
+    "class_embeddings_concat": [False],
+    "conv_in_kernel": [3],
+    "conv_out_kernel": [3],
+    "cross_attention_norm": [None],
+    "downsample_padding": [1],
+    "dropout": [0.0],
+    "dual_cross_attention": [False],
+    "encoder_hid_dim": [None],
+    "encoder_hid_dim_type": [None],
+    "flip_sin_to_cos": [True],
+    "freq_shift": [0],
+    "mid_block_only_cross_attention": [None, False],
+    "mid_block_scale_factor": [1],
+    "mid_block_type": ["UNetMidBlock2DCrossAttn"],
+    "num_class_embeds": [None],
+    "only_cross_attention": [False],
+    "resnet_out_scale_factor": [1.0],
+    "resnet_skip_time_act": [False],
+    "resnet_time_scale_shift": ["default"],
+    "reverse_transformer_layers_per_block": [None],
+    "time_cond_proj_dim": [None],
+    "time_embedding_act_fn": [None],
+    "time_embedding_dim": [None],
+    "time_embedding_type": ["positional"],
+    "timestep_post_act": [None],
+}
+# `attention_head_dim` of these files is the *number of heads*; it becomes `num_heads` here and nowhere else.
+HEADS = ("attention_head_dim", "num_attention_heads")
+
+
+@dataclass
+class Config:
+    """Fields of config.json, with the defaults of the original file format; per-level fields are tuples."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int | tuple[int, ...] | None = None
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    cross_attention_dim: int = 1280
+    num_heads: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    upcast_attention: bool | None = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name in ("num_heads", "transformer_layers_per_block"):
+            value = getattr(self, name)
+            setattr(self, name, (value,) * levels if isinstance(value, int) else tuple(value))
+
+    @classmethod
+    def from_json(cls, raw, where="unet/config.json"):
+        raw = dict(raw)
+        heads = [raw.pop(name, None) for name in HEADS]
+        cfg = from_json(cls, raw | {"num_heads": heads[1] or heads[0] or 8}, FIXED, where)
+        levels = len(cfg.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "num_heads", "transformer_layers_per_block"):
+            if len(getattr(cfg, name)) != levels:
+                raise UserError(f"{where}: {name} has {len(getattr(cfg, name))} entries for {levels} levels")
+        for name, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
+            for kind in getattr(cfg, name):
+                if kind not in known:
+                    raise UserError(f"{where}: {name}: {kind!r} is not supported (only {', '.join(known)})")
+        if cfg.addition_embed_type not in (None, "text_time"):
+            raise UserError(f"{where}: addition_embed_type = {cfg.addition_embed_type!r} is not supported")
+        return cfg
+
+    def to_json(self):
+        """The config.json dict that other tools read."""
+        raw = {k: v for k, v in vars(self).items() if v is not None} | {"act_fn": "silu"}
+        raw["attention_head_dim"] = list(raw.pop("num_heads"))
+        return raw
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q from x, k and v from x (self) or from the text (cross)."""
+
+    def __init__(self, dim, heads, context_dim=None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def kv(self, context):
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x, kv=None):
+        k, v = self.kv(x) if kv is None else kv
+        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
+
+
+class GEGLU(nn.Module):
+    """value · gelu(gate) of one double-width projection (Shazeer 2020, arXiv 2002.05202 eq. 6)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; pre-norm, residual."""
+
+    def __init__(self, dim, heads, context_dim):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn1 = Attention(dim, heads)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x, kv):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), kv)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the H·W positions of an image.
+
+    SD 1.x projects in and out by 1×1 convolutions, SD 2.x and SDXL by linear layers: the same map, other
+    weight shapes.
+    """
+
+    def __init__(self, channels, heads, depth, context_dim, groups, linear):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.linear = linear
+        projection = (lambda: nn.Linear(channels, channels)) if linear else lambda: nn.Conv2d(channels, channels, 1)
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim) for _ in range(depth)])
+        self.proj_out = projection()
+
+    def forward(self, x, kvs):
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h = block(h, next(kvs))
+        h = self.proj_out(h) if self.linear else h
+        h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        h = h if self.linear else self.proj_out(h)
+        return x + h
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, attention, resnet):
+        super().__init__()
+        self.attentions = nn.ModuleList([attention])
+        self.resnets = nn.ModuleList([resnet(channels, channels) for _ in range(2)])
+
+    def forward(self, x, temb, kvs):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), kvs), temb)
+
+
+class UNet2DConditionModel(nn.Module):
+    """See the module docstring."""
+
+    Config = Config
+    class_name = "UNet2DConditionModel"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        widths, L, groups = cfg.block_out_channels, cfg.layers_per_block, cfg.norm_num_groups
+        temb_dim, last = 4 * widths[0], len(widths) - 1
+
+        def resnet(c_in, c_out):
+            return ResnetBlock(c_in, c_out, groups, cfg.norm_eps, temb_dim)
+
+        def attention(level):
+            return Transformer2D(
+                widths[level],
+                cfg.num_heads[level],
+                cfg.transformer_layers_per_block[level],
+                cfg.cross_attention_dim,
+                groups,
+                cfg.use_linear_projection,
+            )
+
+        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], temb_dim)
+        if cfg.addition_embed_type:
+            self.add_embedding = TimeEmbedding(cfg.projection_class_embeddings_input_dim, temb_dim)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of every tensor that the way down hands to the way up
+        for i, c in enumerate(widths):
+            resnets = [resnet(skips[-1] if j == 0 else c, c) for j in range(L)]
+            attentions = [attention(i) for _ in range(L)] if DOWN_TYPES[cfg.down_block_types[i]] else ()
+            self.down_blocks.append(Stage(resnets, attentions, down=Downsample(c) if i < last else None))
+            skips += [c] * (L + (i < last))
+
+        self.mid_block = MidBlock(widths[-1], attention(last), resnet)
+
+        self.up_blocks = nn.ModuleList()
+        c_in = widths[-1]
+        for i, c in enumerate(reversed(widths)):
+            resnets = [resnet((c_in if j == 0 else c) + skips.pop(), c) for j in range(L + 1)]
+            attentions = [attention(last - i) for _ in range(L + 1)] if UP_TYPES[cfg.up_block_types[i]] else ()
+            self.up_blocks.append(Stage(resnets, attentions, up=Upsample(c) if i < last else None))
+            c_in = c
+
+        self.conv_norm_out = GroupNorm(groups, widths[0], cfg.norm_eps, silu=True)
+        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
+
+    def text_kv(self, context):
+        """Keys and values of every cross-attention for a text [B, S, D], in the order of forward().
+
+        They do not depend on the noise or the timestep, so a sampler computes them once per run and passes
+        the list in place of the text.
+        """
+        return [
+            block.attn2.kv(context)
+            for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
+            for transformer in getattr(part, "attentions", ())
+            for block in transformer.transformer_blocks
+        ]
+
+    def embed(self, t, added=None):
+        """Time (and, for SDXL, vector) condition [B, 4·C], after the SiLU with which every resnet begins.
+
+        t: [B]. added: (pooled text [B, D], size ids [B, 6]).
+        """
+        dtype = self.conv_in.weight.dtype
+        temb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
+        if self.cfg.addition_embed_type:
+            pooled, ids = added
+            sizes = timestep_embedding(ids.flatten(), self.cfg.addition_time_embed_dim).to(dtype)
+            temb = temb + self.add_embedding(torch.cat([pooled, sizes.view(len(pooled), -1)], dim=-1))
+        return F.silu(temb)
+
+    def forward(self, x, t, context, added=None):
+        """x [B, C, H, W], t [B] or a scalar, context [B, S, D] or text_kv(context) -> [B, C, H, W]."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        temb = self.embed(t, added)
+        kvs = iter(self.text_kv(context) if isinstance(context, torch.Tensor) else context)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down_blocks:
+            for resnet, attention in stage.layers():
+                x = resnet(x, temb)
+                x = attention(x, kvs) if attention is not None else x
+                skips.append(x)
+            if (down := stage.resample(x)) is not None:
+                x = down
+                skips.append(x)
+
+        x = self.mid_block(x, temb, kvs)
+
+        for stage in self.up_blocks:
+            for resnet, attention in stage.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = attention(x, kvs) if attention is not None else x
+            # An odd size was rounded up on the way down: come back to the size of the waiting skip.
+            size = skips[-1].shape[-2:] if skips else None
+            if (up := stage.resample(x, size)) is not None:
+                x = up
+        return self.conv_out(self.conv_norm_out(x))

@@ -1,0 +1,332 @@
+"""safetensors <-> modules. A model is built on the meta device, its file mapped, every tensor assigned.
+
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names its nearest relatives, because
+a picture also comes out of a half-loaded model — a wrong one. There is no per-model translation: modules carry
+the checkpoint's names, and the few historical spellings stand in RENAMES, as data.
+
+File format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
+
+    python -m nanodiff.weights inspect FILE             tensors of a file, from its header alone
+    python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to safetensors
+"""
+
+import json
+import os
+import re
+import stat
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from nanodiff.config import UserError, arg, nearest, printable, read_json
+
+# (pattern, replacement or None to drop), by the class whose files need it.
+RENAMES = {
+    "AutoencoderKL": [  # diffusers < 0.17
+        (r"(attentions\.0)\.query\.", r"\1.to_q."),
+        (r"(attentions\.0)\.key\.", r"\1.to_k."),
+        (r"(attentions\.0)\.value\.", r"\1.to_v."),
+        (r"(attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    ],
+    "CLIPTextModel": [
+        (r"^(.*\.)?position_ids$", None),  # a constant 0..76 that old transformers stored
+        (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # transformers >= 5.6
+    ],
+}
+RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
+
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def check_file(path):
+    """Raise UserError when `path` is plainly not a safetensors file, saying what it is instead."""
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            head = f.read(512)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a .safetensors file") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: is an HTML or XML page, not the weights; the download went wrong")
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:].lstrip()[:1] != b"{":
+        raise UserError(f"{path}: is a pickle, not safetensors; convert it with `python -m nanodiff.weights convert`")
+    if size < 8:
+        raise UserError(f"{path}: only {size} bytes; the download is not complete")
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > 100_000_000:
+        raise UserError(f"{path}: not a safetensors file (its header would have {length} bytes)")
+    if length + 8 > size:
+        raise UserError(f"{path}: truncated inside its header ({size} bytes); download it again")
+
+
+def open_file(path, device="cpu"):
+    """safe_open with errors that name the file and its fault. The tensors stay mapped, not read."""
+    check_file(path)
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as e:
+        reason = str(e)
+        if "not fully covered" in reason:
+            size = os.path.getsize(path)
+            with open(path, "rb") as f:
+                (length,) = struct.unpack("<Q", f.read(8))
+                header = json.loads(f.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            want = 8 + length + end
+            fault = "truncated" if size < want else "over-long"
+            reason = f"{fault}: {size} bytes, its header promises {want}; download it again"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def header(paths):
+    """{tensor name: shape} of safetensors files, without reading a tensor."""
+    shapes = {}
+    for path in paths:
+        f = open_file(path)
+        shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118  (not a dict)
+    return shapes
+
+
+def find_files(folder, variant=None):
+    """The weight files of a component folder, as a list of paths: one file, or the shards of an index.
+
+    variant: "fp16" prefers `….fp16.safetensors`; a component without it loads the plain file, with a line.
+    Raises UserError when there is none, naming a pickle if that is all there is.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for v in [variant, None] if variant else [None]:
+        dot = f".{v}" if v else ""
+        for stem in STEMS:
+            if (single := folder / f"{stem}{dot}.safetensors").exists():
+                if variant and not v:
+                    print(f"{folder}: no {variant} files, taking the plain ones", file=sys.stderr)
+                return [single]
+            for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
+                if (folder / index).exists():
+                    return _shards(folder / index)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{pickles[0]}: only a pickle here, which can run code when read; "
+            f"convert it with `python -m nanodiff.weights convert {pickles[0].name} OUT --allow-pickle`"
+        )
+    raise UserError(f"{folder}: no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
+
+
+def _shards(index):
+    """Paths of a sharded checkpoint; every name is checked before anything is opened."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    for name in set(weight_map.values()):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
+            raise UserError(f"{index}: {name!r} is not a plain file name")
+        if not (index.parent / name).exists():
+            raise UserError(f"{index}: names the shard {name}, which is missing; download it")
+    found = {}
+    for name in sorted(set(weight_map.values())):
+        for key in header([index.parent / name]):
+            if key in found:
+                raise UserError(f"{index}: tensor {key} is in two shards, {found[key]} and {name}")
+            found[key] = name
+    for key in {*weight_map, *found}:
+        if weight_map.get(key) != found.get(key):
+            raise UserError(f"{index}: tensor {key} is in {found.get(key)}, the index says {weight_map.get(key)}")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def renamed(key, class_name):
+    """The name under which `class_name` knows a tensor of a file; None when it is to be dropped."""
+    for pattern, replacement in RENAMES.get(class_name, ()):
+        if re.search(pattern, key):
+            if replacement is None:
+                return None
+            key = re.sub(pattern, replacement, key)
+    return key
+
+
+def check_names(expected, found, where):
+    """expected, found: {name: shape}. Raises UserError for the first differences, with the nearest names."""
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    if missing or extra:
+        key, others, what = (missing[0], extra or found, "misses") if missing else (extra[0], expected, "has unknown")
+        more = len(missing) + len(extra) - 1
+        raise UserError(
+            f"{where}: {what} tensor {printable(key)}{nearest(key, others)}" + (f" (and {more} more)" if more else "")
+        )
+    for key, shape in expected.items():
+        if _squeezed(found[key], shape) != tuple(shape):
+            raise UserError(f"{where}: {key} has shape {list(found[key])}, the config asks for {list(shape)}")
+
+
+def _squeezed(shape, wanted):
+    """A linear layer that was stored as a 1×1 convolution: its shape without the trailing ones."""
+    shape = tuple(shape)
+    return shape[:2] if len(wanted) == 2 and len(shape) in (3, 4) and set(shape[2:]) == {1} else shape
+
+
+def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
+    """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
+
+    dtype: torch dtype, None keeps the stored one. Each tensor goes from the mapped file straight to its final
+    type and device; stored types that differ inside one file are kept apart only with dtype None.
+    """
+    folder = Path(folder)
+    cfg = cfg or cls.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    paths = find_files(folder, variant)
+    shapes = header(paths)
+    _check_depth(cfg, shapes, folder)
+    with torch.device("meta"):
+        model = cls(cfg)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    names = {k: renamed(k, model.class_name) for k in shapes}
+    check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
+    state = {}
+    for path in paths:
+        f = open_file(path, device)
+        for key in f.keys():  # noqa: SIM118
+            if name := names[key]:
+                tensor = f.get_tensor(key)
+                state[name] = tensor.to(dtype or tensor.dtype).reshape(expected[name])
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _check_depth(cfg, shapes, folder):
+    """A config cannot ask for more layers than its file has tensors (and so cannot make us build for ever)."""
+    for name in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block"):
+        value = getattr(cfg, name, 0)
+        if max(value if isinstance(value, tuple) else (value,)) > len(shapes):
+            raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
+
+
+def load_pickle(path):
+    """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback."""
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
+        raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, Exception) as e:  # a torn zip raises any of these
+        raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_bytes(path, data):
+    """Write a file so that a reader sees the old one or the new one, never half of it; mode by umask.
+
+    Temporary file, fsync, rename. A destination that exists and is no regular file (a device, a folder) is refused.
+    """
+    path = Path(path)
+    if path.exists() and not stat.S_ISREG(path.resolve().stat().st_mode):
+        raise UserError(f"{path}: is not a regular file, not overwritten")
+    path = path.resolve()  # a link to a file stays a link
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def save_tensors(path, tensors, metadata=None):
+    """{name: tensor} -> a safetensors file. The new file replaces the old one, so a mapped file stays intact."""
+    tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+    write_bytes(path, to_bytes(tensors, {"format": "pt"} | (metadata or {})))
+
+
+def load_tensors(path):
+    """{name: tensor} of a safetensors file, in memory (the file may be replaced afterwards)."""
+    f = open_file(path)
+    return {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+
+
+def save(model, folder, dtype=None):
+    """A model as a Hub component folder: config.json and one safetensors file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
+    write_json(folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}})
+    stem = STEMS[1] if model.class_name.startswith("CLIP") else STEMS[0]
+    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
+    save_tensors(folder / f"{stem}.safetensors", state)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tool
+
+
+def _inspect(cfg):
+    path = Path(cfg.files[0])
+    paths = [path] if path.is_file() else find_files(path)
+    for key, shape in header(paths).items():
+        print(printable(key), list(shape))
+
+
+def _convert(cfg):
+    source, target = Path(cfg.files[0]), Path(cfg.files[1])
+    if source.suffix not in PICKLES:
+        raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
+    if not cfg.allow_pickle:
+        raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
+    tensors = load_pickle(source)
+    save_tensors(target, {k: v.clone() for k, v in tensors.items()})
+    print(f"{target}: {len(tensors)} tensors")
+
+
+if __name__ == "__main__":
+    import argparse
+    import dataclasses
+
+    @dataclasses.dataclass
+    class ToolConfig:
+        files: list[str] = arg([], "")
+        allow_pickle: bool = arg(False, "")
+
+    parser = argparse.ArgumentParser(prog="python -m nanodiff.weights", description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=["inspect", "convert"])
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--allow-pickle", action="store_true", help="read a pickle with weights_only")
+    args = parser.parse_args()
+    try:
+        if len(args.files) != {"inspect": 1, "convert": 2}[args.command]:
+            raise UserError(f"{args.command} takes {'a file' if args.command == 'inspect' else 'IN and OUT'}")
+        {"inspect": _inspect, "convert": _convert}[args.command](ToolConfig(args.files, args.allow_pickle))
+    except UserError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        sys.exit(2)
