@@ -9,7 +9,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanodiff.config import UserError, arg, read_json, script
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest
-from nanodiff.schedule import split
+from nanodiff.schedule import leading, split
 
 
 class Step(NamedTuple):
@@ -82,12 +82,12 @@ def sigma_grid(schedule, n):
 def _multistep_times(schedule, n):
     """DPM-Solver++ counts its steps differently: n intervals, the clean end left out."""
     T, spacing = schedule.T, schedule.cfg["timestep_spacing"]
+    if n >= T and spacing != "trailing":
+        raise UserError(f"DPM-Solver++ has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}")
     if spacing == "linspace":
         return np.linspace(0, T - 1, n + 1).round()[::-1][:-1].astype(np.int64)
     if spacing == "leading":
-        if n >= T:
-            raise UserError(f'DPM-Solver++ with "leading" spacing has no {n} distinct steps of {T}; use fewer than {T}')
-        return (np.arange(n + 1) * (T // (n + 1)))[::-1][:-1].astype(np.int64) + schedule.cfg["steps_offset"]
+        return leading((np.arange(n + 1) * (T // (n + 1)))[::-1][:-1], schedule.cfg["steps_offset"], T)
     return schedule.spaced(n)
 
 
@@ -181,11 +181,8 @@ def pndm(model, x, schedule, n, noise, start=0):
     ε' = (55 ε0 - 59 ε1 + 37 ε2 - 9 ε3) / 24, warmed up by lower orders; `skip_prk_steps` false: by three Runge-Kutta
     steps. With the skip, the second timestep is visited twice (n + 1 network calls): the first visit is a guess.
     """
-    T, spacing = schedule.T, schedule.cfg["timestep_spacing"]
     times = schedule.spaced(n).tolist()
-    if spacing == "leading" and n * (T // n) + schedule.cfg["steps_offset"] > T + (T // n):
-        raise UserError(f"PNDM: {n} steps do not fit {T} timesteps")
-    ratio, history = T // n, []
+    ratio, history = schedule.T // n, []
     if schedule.cfg["skip_prk_steps"]:
         times = times[:2] + times[1:]
     elif n < 4 or start:

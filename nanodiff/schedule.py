@@ -222,11 +222,10 @@ class Schedule:
             t = np.linspace(0, T - 1, n, dtype=np.float32 if dtype != np.int64 else np.float64)[::-1]
             return (t if dtype != np.int64 else t.round()).astype(dtype)
         if spacing == "leading":
-            t = np.arange(n)[::-1] * (T // n) + self.cfg["steps_offset"]
+            t = leading(np.arange(n)[::-1] * (T // n), self.cfg["steps_offset"], T)
         else:
             t = np.arange(T, 0, -T / n).round() - 1
-        # "leading" with offset 1 and n = T asks for timestep T, which no model knows; diffusers stops there.
-        return np.clip(t, 0, T - 1).astype(dtype)
+        return t.astype(dtype)
 
     def alpha_bar(self, t):
         """ᾱ at timestep t as a Python float; 1 before the first (t < 0)."""
@@ -237,9 +236,9 @@ class Schedule:
         return 1.0 if self.cfg["set_alpha_to_one"] else float(self.alphas_cumprod[0])
 
     def all_sigmas(self):
-        """σ of every training timestep, ascending, float64 from the fp32 ᾱ."""
+        """σ of every training timestep, ascending, in fp32."""
         abar = self.alphas_cumprod
-        return np.array(((1 - abar) / abar) ** 0.5)
+        return (((1 - abar) / abar) ** 0.5).numpy()
 
     # -- the forward process (training, image-to-image) ------------------------------------------------------
 
@@ -280,6 +279,11 @@ class Schedule:
             return ((1 - sigma) / sigma) ** 2
         abar = self.alphas_cumprod.to(t.device)[t.long()]
         return abar / (1 - abar)
+
+
+def leading(t, offset, T):
+    """A "leading" grid with its offset, lowered where that asks for timestep T: no model knows it, diffusers fails."""
+    return t + min(offset, T - 1 - int(t.max()))
 
 
 def split(kind, prediction, x, a, s):

@@ -1,0 +1,62 @@
+"""CLIP text towers: recorded hidden states and pooled vectors, manifests, refusals."""
+
+import json
+
+import pytest
+import torch
+from util import GOLDEN, TINY, golden, max_error
+
+from nanodiff import weights
+from nanodiff.config import UserError
+from nanodiff.models.clip import CLIPTextModel, Config
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-v", "sd-turbo"])
+def test_golden(name):
+    model = weights.load(CLIPTextModel, TINY / name / "text_encoder", torch.float32)
+    tensors, _ = golden(f"{name}.text_encoder")
+    states, pooled = model(tensors["input_ids"])
+    assert max_error(model.final_norm(states[-1]), tensors["last_hidden_state"]) < 1e-5
+    assert max_error(pooled, tensors["pooler_output"]) < 1e-5
+    for j, state in enumerate(states):
+        if f"hidden_states.{j}" in tensors:
+            assert max_error(state[:1], tensors[f"hidden_states.{j}"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd-turbo"])
+def test_manifest(name):
+    manifest = json.loads((GOLDEN / "manifests" / f"{name}.text_encoder.json").read_text())
+    with torch.device("meta"):
+        model = CLIPTextModel(Config.from_json(manifest["config"]))
+    want = manifest["parameters"] if "parameters" in manifest else manifest["tensors"]
+    names = {weights.renamed(k, "CLIPTextModel"): tuple(v) for k, v in want.items()}
+    names.pop(None, None)
+    weights.check_names({k: tuple(v.shape) for k, v in model.state_dict().items()}, names, name)
+
+
+def test_padding_is_attended_to_and_the_future_is_not():
+    model = weights.load(CLIPTextModel, TINY / "sd15" / "text_encoder", torch.float32)
+    ids = torch.randint(0, 900, (1, 20))
+    changed = ids.clone()
+    changed[0, 12] += 1
+    a, b = (model(i)[0][-1] for i in (ids, changed))
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
+
+
+def test_pooling_finds_the_configured_end_token():
+    cfg = Config(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=7)
+    model = CLIPTextModel(cfg)
+    ids = torch.tensor([[1, 30, 7, 7]])
+    states, pooled = model(ids)
+    assert torch.equal(pooled[0], model.final_norm(states[-1])[0, 2])
+
+
+def test_too_many_tokens():
+    model = CLIPTextModel(Config(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="78 tokens"):
+        model(torch.zeros(1, 78, dtype=torch.long))
+
+
+def test_unsupported_activation_is_named():
+    with pytest.raises(UserError, match="hidden_act"):
+        Config.from_json({"hidden_act": "relu"})

@@ -1,0 +1,101 @@
+"""UNet: recorded outputs, every key and shape of the real models, text computed once, refusals."""
+
+import json
+
+import pytest
+import torch
+from util import GOLDEN, TINY, golden, max_error
+
+from nanodiff import weights
+from nanodiff.config import UserError
+from nanodiff.models.unet import Config, UNet2DConditionModel
+
+PIPELINES = ["sd15", "sd21-v", "sd-turbo"]
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def unet(request):
+    return request.param, weights.load(UNet2DConditionModel, TINY / request.param / "unet", torch.float32)
+
+
+@pytest.mark.parametrize("case", ["unet", "unet_odd", "unet_float_t"])
+def test_golden(unet, case):
+    name, model = unet
+    tensors, facts = golden(f"{name}.{case}")
+    t = tensors.get("timestep", torch.tensor(facts["args"]["timestep"]))
+    got = model(tensors["sample"], t, tensors["encoder_hidden_states"])
+    assert max_error(got, tensors["output"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["unet", "unet_odd"])
+def test_block_outputs(unet, name):
+    """Every recorded sub-module, so that a wrong block is found where it is."""
+    tensors, facts = golden(f"{unet[0]}.{name}")
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda m, i, o, key=key: seen.setdefault(key, o))
+        for key, module in unet[1].named_modules()
+        if key in ("conv_in", "conv_norm_out", "mid_block", "time_embedding")
+    ]
+    t = tensors.get("timestep", torch.tensor(facts["args"]["timestep"]))
+    unet[1](tensors["sample"], t, tensors["encoder_hidden_states"])
+    for hook in hooks:
+        hook.remove()
+    compared = 0
+    for key, got in seen.items():
+        if key != "conv_norm_out" and f"hook.{key}" in tensors:  # ours includes the SiLU that follows the norm
+            assert max_error(got, tensors[f"hook.{key}"]) < 1e-5, key
+            compared += 1
+    assert compared >= 3 or name == "unet"
+
+
+def test_text_kv_is_the_same_as_the_text(unet):
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet[1].cfg.cross_attention_dim)
+    assert torch.equal(unet[1](x, 5, text), unet[1](x, 5, unet[1].text_kv(text)))
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21base", "sd-turbo", "sdxl"])
+def test_manifest(name):
+    """The real model's config builds exactly its parameters, on meta."""
+    manifest = json.loads((GOLDEN / "manifests" / f"{name}.unet.json").read_text())
+    with torch.device("meta"):
+        model = UNet2DConditionModel(Config.from_json(manifest["config"]))
+    want = manifest["parameters"] if "parameters" in manifest else manifest["tensors"]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
+
+
+RAW = json.loads((TINY / "sd15" / "unet" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"dual_cross_attention": True}, "dual_cross_attention"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
+        ({"block_out_channels": [16, 16]}, "entries for 2 levels"),
+        ({"block_out_channelz": [16]}, "block_out_channels"),
+        ({"layers_per_block": "2"}, "layers_per_block"),
+        ({"layers_per_block": -1}, "layers_per_block"),
+        ({"layers_per_block": 10**9}, "layers_per_block"),
+        ({"norm_eps": None}, "norm_eps"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"addition_embed_type": "image"}, "addition_embed_type"),
+    ],
+)
+def test_unsupported_config_is_named(change, says):
+    with pytest.raises(UserError, match=says):
+        Config.from_json(RAW | change)
+
+
+def test_config_round_trip():
+    cfg = Config.from_json(RAW)
+    assert Config.from_json(cfg.to_json()) == cfg
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(Config.from_json(RAW)).double()
+    text = torch.randn(1, 7, 32, dtype=torch.float64)
+    model(torch.randn(1, 4, 16, 16, dtype=torch.float64), 3, text).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

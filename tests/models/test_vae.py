@@ -1,0 +1,73 @@
+"""VAE: recorded outputs, both spellings of old and new files, manifests, tiling, refusals."""
+
+import json
+
+import pytest
+import torch
+from util import GOLDEN, TINY, golden, max_error
+
+from nanodiff import weights
+from nanodiff.config import UserError
+from nanodiff.models.vae import AutoencoderKL, Config
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd21-v", "sd-turbo"])
+def vae(request):
+    return request.param, weights.load(AutoencoderKL, TINY / request.param / "vae", torch.float32)
+
+
+def test_golden(vae):
+    name, model = vae
+    tensors, _ = golden(f"{name}.vae")
+    mean, logvar = model.encode_moments(tensors["image"])
+    assert max_error(mean, tensors["moments.mean"]) < 1e-5
+    assert max_error(logvar, tensors["moments.logvar"]) < 1e-5
+    assert max_error(model.decode_raw(tensors["latents"]), tensors["decoded"]) < 1e-5
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(11))
+    got = model.encode(tensors["image"], noise) / model.cfg.scaling_factor
+    assert max_error(got, tensors["sample_seed11"]) < 1e-5
+
+
+def test_encode_and_decode_are_scaled_and_shifted():
+    cfg = Config.from_json(json.loads((TINY / "sd15" / "vae" / "config.json").read_text()) | {"shift_factor": 0.5, "scaling_factor": 2.0})
+    model = AutoencoderKL(cfg).eval()
+    pixels = torch.rand(1, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode(pixels)
+        assert max_error(latents, (model.encode_moments(pixels)[0] - 0.5) * 2) < 1e-6
+        assert max_error(model.decode(latents), model.decode_raw(latents / 2 + 0.5)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd-turbo", "sdxl", "sd35-medium"])
+def test_manifest(name):
+    manifest = json.loads((GOLDEN / "manifests" / f"{name}.vae.json").read_text())
+    with torch.device("meta"):
+        model = AutoencoderKL(Config.from_json(manifest["config"]))
+    want = manifest["parameters"] if "parameters" in manifest else manifest["tensors"]
+    names = {weights.renamed(k, "AutoencoderKL"): tuple(v) for k, v in want.items()}
+    weights.check_names({k: tuple(v.shape) for k, v in model.state_dict().items()}, names, name)
+
+
+def test_tiles_cover_the_picture_without_seams(vae):
+    model = vae[1]
+    latents = torch.randn(1, 4, 40, 27)
+    whole, tiled = model.decode(latents), model.decode_tiled(latents, tile=24, overlap=12)
+    assert tiled.shape == whole.shape and torch.isfinite(tiled).all()
+    # one tile = the plain decoder; several: different statistics per tile, the same picture
+    assert torch.equal(model.decode_tiled(latents, tile=64), whole)
+    assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"latents_mean": [0.1]}, "latents_mean"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types"),
+        ({"act_fn": "relu"}, "act_fn"),
+        ({"latent_channel": 4}, "latent_channels"),
+    ],
+)
+def test_unsupported_config_is_named(change, says):
+    raw = json.loads((TINY / "sd15" / "vae" / "config.json").read_text())
+    with pytest.raises(UserError, match=says):
+        Config.from_json(raw | change)

@@ -1,0 +1,136 @@
+"""The house: floors, circles, banned packages, README tree, no unsafe calls, files that stay readable."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from util import ROOT
+
+FLOORS = [  # a file may import from lower floors only (and from the same floor where ALLOWED says so)
+    {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images"},
+    {"models"},
+    {"schedule", "samplers", "objective", "lora", "data", "textgen", "textmetrics", "charts"},
+    {"pipeline", "captioner", "engine", "metrics", "report"},
+]
+GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
+    "config": set(),
+    "weights": {"config"},
+    "hub": {"config"},
+    "images": {"config"},
+    "tokenizer": {"config", "weights"},
+    "checkpoint": {"config", "weights"},
+    "singlefile": {"config", "weights"},
+    "dist": {"config"},
+}
+ALLOWED = {("samplers", "schedule"), ("objective", "schedule")}
+BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
+ONLY_IN = {
+    "matplotlib": "charts",
+    "tensorboard": "engine",
+    "wandb": "engine",
+    "pyarrow": "data",
+    "huggingface_hub": "hub",
+}
+LIBRARY = sorted((ROOT / "nanodiff").rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+EVERY = [p for p in sorted(ROOT.rglob("*.py")) if ".venv" not in p.parts and "out" not in p.relative_to(ROOT).parts]
+
+
+def imports(path):
+    """(top-level package, dotted name, is it at module level) of every import of a file."""
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((a.name.split(".")[0], a.name, node in top) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.module.split(".")[0], f"{node.module}.{a.name}", node in top) for a in node.names)
+
+
+def unit(path):
+    """The floor plan's name of a library file: `models` for everything under models/."""
+    return "models" if path.parent.name == "models" else path.stem
+
+
+def floor(name):
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem != "__init__"], ids=lambda p: p.stem)
+def test_floors(path):
+    me = unit(path)
+    for package, name, _ in imports(path):
+        if package != "nanodiff" or name == "nanodiff":
+            continue
+        other = name.split(".")[1]
+        if other == me == "models":
+            assert path.stem == "layers" or name.split(".")[2] == "layers", f"{path.name} imports a sibling model: {name}"
+        elif floor(me) == floor(other) == 0:
+            assert other in GROUND_ORDER[me], f"{path.name} imports {name}"
+        elif floor(me) == floor(other):
+            assert (me, other) in ALLOWED, f"{path.name} imports {name} on its own floor"
+        else:
+            assert floor(other) < floor(me), f"{path.name} imports {name} from a higher floor"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_no_script_imports_another(path):
+    names = {p.stem for p in SCRIPTS}
+    assert not {package for package, _, _ in imports(path)} & names
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_banned_and_optional_packages(path):
+    for package, name, at_top in imports(path):
+        assert package not in BANNED or path.name == "peer.py", f"{path}: imports {name}"
+        if package in ONLY_IN and "tests" not in path.parts:
+            assert path.stem == ONLY_IN[package] and not at_top, f"{path}: imports {name}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_import_no_torch_before_parsing(path):
+    for package, name, at_top in imports(path):
+        if at_top and package in {"torch", "numpy", "nanodiff"}:
+            assert name.startswith("nanodiff.config"), f"{path}: imports {name} at the top"
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda p: p.stem)
+def test_nothing_unsafe(path):
+    text = path.read_text()
+    for pattern in ("weights_only=False", r"pickle\.load", r"\beval\(", r"\bexec\(", "shell=True", "extractall", r"yaml\.load", r"except[^:]*:\s*pass"):
+        hits = [m for m in re.finditer(pattern, text) if not text[: m.start()].endswith("model.")]
+        assert not hits, f"{path}: {pattern}"
+
+
+def test_readme_tree_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in [*LIBRARY, *SCRIPTS]:
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"README does not mention {path.name}"
+
+
+def test_every_library_file_opens_with_a_docstring():
+    for path in [*LIBRARY, *SCRIPTS]:
+        if path.name != "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_no_path_of_a_machine():
+    for path in ROOT.rglob("*"):
+        inside = path.relative_to(ROOT).parts
+        if path.suffix in {".py", ".md", ".toml", ".json", ".lock", ""} and path.is_file() and inside[0] not in {".git", ".venv", "out"}:
+            text = path.read_bytes().decode("utf-8", errors="ignore")
+            assert not re.search(r"(?<![\w.])/(work|root|farm)/", text), path
+
+
+def test_requirements_state_floors_and_lock():
+    assert "torch>=2.10" in (ROOT / "pyproject.toml").read_text()
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "torch==2.13.0" in lock and "triton==3.7.1" in lock
+    assert not {line.split("==")[0].lower() for line in lock.splitlines()} & BANNED
+
+
+def test_golden_files_stay_small():
+    size = sum(p.stat().st_size for p in Path(ROOT / "tests" / "golden").rglob("*") if p.is_file())
+    assert size < 40e6

@@ -1,0 +1,214 @@
+"""Pipelines: final latents and pictures equal to the recordings; batches; guidance; refusals; saving."""
+
+import json
+
+import pytest
+import torch
+from util import GOLDEN, TINY, copy_model, golden, max_error
+
+from nanodiff import pipeline
+from nanodiff.config import UserError
+from nanodiff.images import to_uint8
+from nanodiff.schedule import Schedule
+
+CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.pipe.*.json"))
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: pipeline.load(TINY / name) for name in ("sd15", "sd21-v", "sd-turbo")}
+
+
+def replay(models, case):
+    tensors, facts = golden(case)
+    args = facts["args"]
+    call = dict(args["call"])
+    base = models[args["pipeline"].split("/")[1]]
+    raw = {k: v for k, v in args["scheduler"].items() if k != "class"}
+    schedule = Schedule.from_config(raw, args["scheduler"]["class"])
+    sd = pipeline.Pipeline(base.unet, base.vae, base.text_encoder, base.tokenizer, schedule)
+    prompts = call.pop("prompt")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    prompts = [p for p in prompts for _ in range(call.pop("num_images_per_prompt", 1))]
+    seed = call.pop("seed")
+    make = lambda s: torch.Generator().manual_seed(s)  # noqa: E731
+    call["generators"] = make(seed) if isinstance(seed, int) else [make(s) for s in seed]
+    call["steps"] = call.pop("num_inference_steps")
+    if "input_image" in tensors:
+        call["image"] = tensors["input_image"].permute(2, 0, 1)[None].float() / 127.5 - 1
+    if "input_mask" in tensors:
+        call["mask"] = (tensors["input_mask"].float() >= 127.5).float()[None, None]
+    return sd.generate(prompts, call.pop("negative_prompt", None), keep_steps=True, **call), tensors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(models, case):
+    result, want = replay(models, case)
+    assert max_error(result.latents, want["final_latents"]) < 1e-4
+    off = (to_uint8(result.pixels).int() - want["image"].int()).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
+    assert [s.t for s in result.history] == pytest.approx(want["timesteps"].tolist(), abs=1e-4)
+    for step, latents in zip(result.history, want["step_latents"], strict=True):
+        assert max_error(step.x, latents) < 1e-4
+
+
+def test_first_call_of_the_denoiser(models):
+    """What the UNet gets first: scaled latents, unconditional text before conditional."""
+    tensors, _ = golden("sd15.pipe.default_pndm")
+    seen = []
+    unet = models["sd15"].unet
+    original = unet.text_kv
+    unet.text_kv = lambda context: seen.append(context) or original(context)
+    try:
+        replay(models, "sd15.pipe.default_pndm")
+    finally:
+        del unet.text_kv
+    assert len(seen) == 1, "the text's keys and values are computed once per run"
+    assert max_error(seen[0], tensors["first.encoder_hidden_states"]) < 1e-5
+
+
+def test_a_picture_of_a_batch_is_the_picture_alone(models):
+    sd = models["sd15"]
+    prompts = ["a cat", "a dog", "a house"]
+    together = sd.generate(prompts, steps=3, seeds=[5, 6, 7], eta=0.0).pixels
+    for i, prompt in enumerate(prompts):
+        alone = sd.generate([prompt], steps=3, seeds=[5 + i]).pixels
+        assert max_error(together[i : i + 1], alone) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler_a", "lcm"])
+def test_batches_agree_for_stochastic_samplers(models, name):
+    sd = models["sd15"].with_scheduler(name)
+    together = sd.generate(["a", "b"], steps=4, seeds=[1, 2]).latents
+    alone = sd.generate(["b"], steps=4, seeds=[2]).latents
+    assert max_error(together[1:], alone) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_no_unconditional_pass_without_guidance(models, scale):
+    """S0-02: at 1 (and 0) the network sees one row per picture, and the negative prompt does not matter."""
+    sd, rows = models["sd15"].with_scheduler("ddim"), []
+    hook = sd.unet.conv_in.register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
+    a = sd.generate(["a cat"], "dog", steps=2, guidance_scale=scale, seeds=[1]).latents
+    b = sd.generate(["a cat"], None, steps=2, guidance_scale=scale, seeds=[1]).latents
+    hook.remove()
+    assert rows == [1] * 4 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [3, 5, 7.5, 10, 15])
+def test_guidance_changes_the_picture(models, scale):
+    sd = models["sd15"].with_scheduler("ddim")
+    base = sd.generate(["a cat"], steps=2, guidance_scale=1.0, seeds=[1]).latents
+    assert not torch.allclose(sd.generate(["a cat"], steps=2, guidance_scale=scale, seeds=[1]).latents, base)
+
+
+def test_negative_prompt_matters_and_repeats(models):
+    """S3-18"""
+    sd = models["sd15"].with_scheduler("ddim")
+    a, b, c = (sd.generate(["a cat"], n, steps=2, seeds=[1]).latents for n in (None, "blurry", "blurry"))
+    assert torch.equal(b, c) and not torch.allclose(a, b)
+
+
+def test_fp16_vae_overflow_is_retried_in_fp32(capsys):
+    sd = pipeline.load(TINY / "sd15", torch.bfloat16)
+    decode, calls = sd.vae.decode, []
+
+    def overflow(latents):
+        calls.append(latents.dtype)
+        return decode(latents) * (float("inf") if latents.dtype == torch.bfloat16 else 1)
+
+    sd.vae.decode = overflow
+    assert torch.isfinite(sd.generate(["a"], steps=1, seeds=[0]).pixels).all()
+    assert calls == [torch.bfloat16, torch.float32] and "decoding again in fp32" in capsys.readouterr().err
+
+
+def test_no_black_picture_is_made_of_nan(models):
+    sd = pipeline.load(TINY / "sd15")
+    sd.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        sd.generate(["a"], steps=1, seeds=[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_is_near(models, dtype):
+    sd = pipeline.load(TINY / "sd15", dtype).with_scheduler("ddim")
+    got = sd.generate(["a cat"], steps=3, seeds=[1], guidance_scale=3.0).latents
+    want = models["sd15"].with_scheduler("ddim").generate(["a cat"], steps=3, seeds=[1], guidance_scale=3.0).latents
+    assert torch.isfinite(got).all() and max_error(got, want) < 0.2
+
+
+def test_long_prompts_say_what_is_cut(models, capsys):
+    models["sd15"].generate(["word " * 100 + "finish"], steps=1, seeds=[0])
+    err = capsys.readouterr().err
+    assert "over 75 tokens" in err and "finish" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "--steps"),
+        ({"steps": 5000}, "--steps"),
+        ({"height": 100}, "--height"),
+        ({"width": -8}, "--width"),
+        ({"clip_skip": 9}, "--clip-skip"),
+        ({"mask": torch.ones(1, 1, 8, 8)}, "--init-image"),
+        ({"image": torch.zeros(1, 3, 128, 128), "strength": 0.0}, "--strength"),
+        ({"image": torch.zeros(1, 3, 128, 128), "strength": 0.1, "steps": 3}, "no step"),
+    ],
+)
+def test_refusals(models, options, says):
+    with pytest.raises(UserError, match=says):
+        models["sd15"].generate(["a"], seeds=[0], **({"steps": 2} | options))
+
+
+def test_strength_1_starts_from_noise_alone(models):
+    sd = models["sd15"].with_scheduler("ddim")
+    image = torch.rand(1, 3, 128, 128) * 2 - 1
+    result = sd.generate(["a"], steps=2, seeds=[0], image=image, strength=1.0, keep_steps=True)
+    assert len(result.history) == 2
+
+
+def test_save_and_load_give_the_same_picture(models, tmp_path):
+    sd = models["sd21-v"]
+    sd.save(tmp_path / "copy")
+    again = pipeline.load(tmp_path / "copy")
+    a, b = (p.generate(["a cat"], steps=2, seeds=[3]).latents for p in (sd, again))
+    assert torch.equal(a, b)
+    assert again.tokenizer(["!"]) == sd.tokenizer(["!"])
+
+
+def test_pixel_space_needs_no_vae(models, tmp_path):
+    """S1-32: pictures of a pixel-space model are not divided by a latent scale."""
+    from nanodiff.models.unet import Config, UNet2DConditionModel
+
+    base = models["sd15"]
+    cfg = Config.from_json(json.loads((TINY / "sd15" / "unet" / "config.json").read_text()) | {"in_channels": 3, "out_channels": 3})
+    sd = pipeline.Pipeline(UNet2DConditionModel(cfg).eval(), None, base.text_encoder, base.tokenizer, base.schedule)
+    sd.save(tmp_path / "pixel")
+    again = pipeline.load(tmp_path / "pixel")
+    assert again.vae is None and again.downscale == 1
+    result = again.generate(["a"], steps=2, seeds=[0])
+    assert torch.equal(result.pixels, result.latents) and result.pixels.shape == (1, 3, 16, 16)
+
+
+def test_turbo_is_recognised(models):
+    assert models["sd-turbo"].turbo and not models["sd15"].turbo and not models["sd15"].with_scheduler("euler").turbo
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ({"../x": ["diffusers", "AutoencoderKL"]}, "../x"),
+        ({"unet": ["evil_module", "Anything"]}, "unet"),
+        ({"unet": [None, None]}, "has no unet"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet"),
+    ],
+)
+def test_model_index_is_data(tmp_path, change, says):
+    folder = copy_model("sd15", tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "pipeline.py").write_text("raise SystemExit('code of a repository ran')")
+    (folder / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(UserError, match=says):
+        pipeline.load(folder)

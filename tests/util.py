@@ -1,0 +1,82 @@
+"""Shared by the tests: where the recordings are, how to compare, how to run a script."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "tiny"
+
+
+def golden(case):
+    """(tensors, facts) of one recording."""
+    base = GOLDEN / "goldens" / case
+    return load_file(f"{base}.safetensors"), json.loads(Path(f"{base}.json").read_text())
+
+
+def max_error(got, want):
+    """Largest difference over the largest value."""
+    assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+
+
+def rms_ratio(got, want):
+    """Relative root-mean-square error."""
+    return ((got.double() - want.double()).pow(2).mean().sqrt() / want.double().pow(2).mean().sqrt()).item()
+
+
+def run(*argv, cwd=ROOT, **kwargs):
+    """Run a script as a user does; the finished process, text captured."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def error_line(done):
+    """The one line of a failed run; asserts that it is one line, exit code 2, no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def copy_model(name, target):
+    """A writable copy of a tiny pipeline."""
+    return Path(shutil.copytree(TINY / name, target))
+
+
+def gaussian_model(schedule, mean, var):
+    """The exact network for data ~ N(mean, var): E[target | x_t], in the schedule's own prediction type."""
+    def model(x, t):
+        a, s = coefficients(schedule, t)
+        total = a * a * var + s * s
+        x0 = mean + a * var / total * (x - a * mean)
+        eps = s / total * (x - a * mean)
+        return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0, "flow": eps - x0}[schedule.prediction]
+
+    return model
+
+
+def coefficients(schedule, t):
+    """(a, s) at a possibly fractional timestep, interpolated as the σ-space samplers do."""
+    import numpy as np
+
+    if schedule.flow:
+        return 1 - t / schedule.T, t / schedule.T
+    if float(t).is_integer():
+        abar = schedule.alpha_bar(int(t))
+        return abar**0.5, (1 - abar) ** 0.5
+    sigmas = schedule.all_sigmas()
+    sigma = float(np.interp(t, np.arange(len(sigmas)), sigmas))
+    return 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+
+
+def double_noise(shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=g, dtype=torch.float64)
