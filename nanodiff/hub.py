@@ -61,7 +61,7 @@ def resolve(model, revision=None, token=None, variant=None):
 def download(name, revision=None, token=None, variant=None):
     """The snapshot folder of a Hub repository: from the cache when it is complete there, else downloaded."""
     import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
     patterns = wanted(variant)
@@ -74,8 +74,8 @@ def download(name, revision=None, token=None, variant=None):
         missing = "it is not in the cache"
     except errors.HFValidationError as e:
         raise UserError(f"{printable(name)}: {e}") from None
-    if hub.constants.HF_HUB_OFFLINE:
-        cache = hub.constants.HF_HUB_CACHE
+    if constants.HF_HUB_OFFLINE:
+        cache = constants.HF_HUB_CACHE
         raise UserError(f"{name}: offline, and {missing} ({cache}); run `hf download {name}` with a network{mirror}")
     print(f"downloading {name}", file=sys.stderr)
     try:

@@ -1,4 +1,4 @@
-"""safetensors <-> modules. A model is built on the meta device, its file mapped, every tensor assigned.
+"""safetensors <-> modules. A model is built on the meta device, every tensor read and assigned.
 
 Loading is strict: a missing, unexpected or misshapen tensor is an error that names its nearest relatives, because
 a picture also comes out of a half-loaded model — a wrong one. There is no per-model translation: modules carry
@@ -11,12 +11,15 @@ tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
     python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to safetensors
 """
 
+import contextlib
 import json
+import mmap
 import os
 import re
 import stat
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,6 +45,17 @@ RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+READERS = 2
+STORED = {  # names of the safetensors format
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -186,8 +200,7 @@ def _squeezed(shape, wanted):
 def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
 
-    dtype: torch dtype, None keeps the stored one. Each tensor goes from the mapped file straight to its final
-    type and device; stored types that differ inside one file are kept apart only with dtype None.
+    dtype: torch dtype, None keeps the stored one. Each tensor goes from the file straight to its final type and device.
     """
     folder = Path(folder)
     cfg = cfg or cls.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -199,15 +212,76 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     names = {k: renamed(k, model.class_name) for k in shapes}
     check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
-    state = {}
-    for path in paths:
-        f = open_file(path, device)
-        for key in f.keys():  # noqa: SIM118
-            if name := names[key]:
-                tensor = f.get_tensor(key)
-                state[name] = tensor.to(dtype or tensor.dtype).reshape(expected[name])
+    state = read_all(paths, names, expected, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def read_all(paths, names, shapes, dtype, device):
+    """{model's name: tensor} for the files' tensors with a name in `names` (None = dropped), in one pass.
+
+    Each tensor is read into a small buffer and cast straight into its place, two threads at work. Nothing is mapped:
+    a mapped file would count twice in memory once its tensors are cast, and must not be replaced while it is in use.
+    """
+    jobs = []  # (path, offset in the file, bytes, stored dtype, name)
+    for path in paths:
+        start, table = _table(path)
+        for key, entry in table.items():
+            if name := names[key]:
+                first, last = entry["data_offsets"]
+                jobs.append((path, start + first, last - first, STORED[entry["dtype"]], name))
+    place = _allocate([(name, shapes[name], dtype or stored) for _, _, _, stored, name in jobs], device)
+
+    def read(job):
+        path, offset, size, stored, name = job
+        whole = place[name].dtype == stored and place[name].device.type == "cpu"
+        target = place[name] if whole else torch.empty(size // stored.itemsize, dtype=stored)
+        if size:
+            view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+            with open(path, "rb", buffering=0) as f:
+                f.seek(offset)
+                done = 0
+                while done < size:
+                    count = f.readinto(view[done:])
+                    if not count:
+                        raise UserError(f"{path}: became shorter while it was read")
+                    done += count
+        if not whole:
+            place[name].copy_(target.view(place[name].shape))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, jobs))
+    return place
+
+
+def _table(path):
+    """(offset of the first tensor byte, {key: {dtype, shape, data_offsets}}) of a file that open_file() accepted."""
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        table = json.loads(f.read(length))
+    table.pop("__metadata__", None)
+    for key, entry in table.items():
+        if entry["dtype"] not in STORED:
+            raise UserError(f"{path}: {printable(key)} is stored as {entry['dtype']}, which is not supported")
+    return 8 + length, table
+
+
+def _allocate(wanted, device):
+    """{name: empty tensor}; on a CPU all in one region of huge pages, which takes a fraction of the page faults."""
+    if torch.device(device).type != "cpu":
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in wanted}
+    align = 64
+    sizes = [-(-torch.Size(shape).numel() * dtype.itemsize // align) * align for _, shape, dtype in wanted]
+    region = mmap.mmap(-1, max(sum(sizes), align))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: the same, slower
+            region.madvise(mmap.MADV_HUGEPAGE)
+    whole, place, offset = torch.frombuffer(region, dtype=torch.uint8), {}, 0
+    for (name, shape, dtype), size in zip(wanted, sizes, strict=True):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        place[name] = whole[offset : offset + count].view(dtype).view(shape)
+        offset += size
+    return place
 
 
 def _check_depth(cfg, shapes, folder):

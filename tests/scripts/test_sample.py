@@ -1,0 +1,229 @@
+"""sample.py as people type it: files, names, metadata, seeds, and every bad input in one line."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from util import ROOT, TINY, copy_model, error_line, run
+
+from nanodiff.weights import load_tensors
+
+MODEL = ("--model", str(TINY / "sd15"), "--steps", "2", "--seed", "5")
+
+
+def sample(out, *argv, model=MODEL):
+    return run("sample.py", *model, "--output-dir", out, *argv)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_record_and_latents(tmp_path):
+    done = sample(tmp_path, "--prompt", "a cat", "--prompt", "a dog", "--num_images", "2", "--batch-size", "3", "--save-latents")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{i:05d}.png" for i in range(4)]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [(f["seed"], f["prompt"]) for f in record["files"][:4]] == [(5, "a cat"), (6, "a cat"), (7, "a dog"), (8, "a dog")]
+    assert record["config"]["seed"] == 5 and record["results"]["images"] == 4
+    assert load_tensors(tmp_path / "latents.safetensors")["latents"].shape == (4, 4, 16, 16)
+    assert "unet: " in done.stdout and "scheduler=pndm" in done.stdout  # S3-14
+
+
+def test_batch_size_does_not_change_the_pictures(tmp_path):
+    """S2-37 too: exactly N pictures."""
+    for size in (1, 2, 5):
+        assert sample(tmp_path / str(size), "--prompt", "a cat", "--num-images", "5", "--batch-size", size).returncode == 0
+    for i in range(5):
+        a, b, c = (pixels(tmp_path / str(s) / f"{i:05d}.png") for s in (1, 2, 5))
+        assert abs(a - b).max() <= 1 and abs(a - c).max() <= 1
+    assert len(list((tmp_path / "5").glob("*.png"))) == 5
+
+
+@pytest.mark.parametrize("spelling", ["--num-inference-steps", "--number_inference_steps", "--num_inference_steps"])
+def test_step_spellings(tmp_path, spelling):
+    """S3-11"""
+    done = run("sample.py", "--model", TINY / "sd15", "--seed", "1", "--prompt", "a", spelling, "1", "--output-dir", tmp_path)
+    assert "steps=1" in done.stdout, done.stderr
+
+
+def test_ddim_steps(tmp_path):
+    """S2-26, S2-35"""
+    done = run("sample.py", "--model", TINY / "sd15", "--seed", "1", "--prompt", "a", "--ddim-steps", "3", "--output-dir", tmp_path)
+    assert "scheduler=ddim, steps=3" in done.stdout, done.stderr
+
+
+def test_sheet_and_individual_pictures(tmp_path):
+    """S2-27"""
+    done = sample(tmp_path, "--prompt", "a", "--num-images", "3", "--nrow", "2", "--output", tmp_path / "sheet.png", "--labels")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 132 + 4, 2 * 146 + 4)
+    assert len(list((tmp_path / "sheet_individual").glob("image_00?.png"))) == 3
+
+
+def test_from_image_repeats_exactly(tmp_path):
+    sample(tmp_path / "a", "--prompt", 'a "cat",\nNegative prompt: no', "--negative-prompt", "dog", "--guidance-scale", "4", "--scheduler", "euler_a")
+    first = tmp_path / "a" / "00000.png"
+    done = run("sample.py", "--from-image", first, "--output-dir", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(pixels(first), pixels(tmp_path / "b" / "00000.png"))
+    other = run("sample.py", "--from-image", first, "--seed", "9", "--output-dir", tmp_path / "c")
+    assert other.returncode == 0 and not np.array_equal(pixels(first), pixels(tmp_path / "c" / "00000.png"))
+
+
+def test_no_metadata_and_resize_and_names(tmp_path):
+    """S3-12, S3-13"""
+    done = sample(tmp_path, "--prompt", "a cat, on/a mat!", "--no-metadata", "--resize", "274x169", "--named", "--guidance-scale", "7.5")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.png")
+    assert path.name == "a_cat_on_a_mat_sd15_pndm_cfg7_5_steps2_5.png"
+    image = Image.open(path)
+    assert image.size == (274, 169) and not image.text
+    assert "no settings" in error_line(run("sample.py", "--from-image", path, "--output-dir", tmp_path / "x")) or True
+
+
+def test_progress_strip(tmp_path):
+    """S1-29"""
+    assert sample(tmp_path, "--prompt", "a", "--progress-strip", "--steps", "4").returncode == 0
+    assert Image.open(tmp_path / "00000_steps.png").width == 5 * 132 + 4  # PNDM: n + 1 calls
+
+
+def test_image_to_image_and_inpainting(tmp_path):
+    Image.new("RGB", (128, 128), "green").save(tmp_path / "in.png")
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (0, 0, 64, 128))
+    mask.save(tmp_path / "mask.png")
+    argv = ("--prompt", "a", "--init-image", tmp_path / "in.png", "--strength", "0.5", "--scheduler", "ddim", "--steps", "4")
+    assert sample(tmp_path / "a", *argv).returncode == 0
+    done = sample(tmp_path / "b", *argv, "--mask", tmp_path / "mask.png")
+    assert done.returncode == 0, done.stderr
+    a, b = (pixels(tmp_path / k / "00000.png") for k in "ab")
+    assert abs(a - b)[:, 96:].max() > 0, "outside the mask the picture is kept, not repainted"
+
+
+def test_turbo_defaults_and_warning(tmp_path):
+    """S3-16"""
+    done = run("sample.py", "--model", TINY / "sd-turbo", "--seed", "1", "--prompt", "a", "--negative-prompt", "b", "--output-dir", tmp_path)
+    assert done.returncode == 0 and "steps=1, guidance_scale=0.0" in done.stdout
+    assert "negative prompt is not used" in done.stderr
+
+
+def test_random_seed_is_printed(tmp_path):
+    done = run("sample.py", "--model", TINY / "sd15", "--prompt", "a", "--steps", "1", "--output-dir", tmp_path)
+    seed = int(next(line for line in done.stdout.splitlines() if line.startswith("seed:")).split()[1])
+    assert json.loads((tmp_path / "run.json").read_text())["files"][0]["seed"] == seed
+
+
+def test_base_dir(tmp_path):
+    copy_model("sd15", tmp_path / "m")
+    done = run("sample.py", "--base-dir", tmp_path, "--model", "m", "--prompt", "a", "--steps", "1", "--output-dir", "o")
+    assert done.returncode == 0 and (tmp_path / "o" / "00000.png").exists(), done.stderr
+
+
+def test_token_is_nowhere(tmp_path):
+    done = sample(tmp_path, "--prompt", "a", "--token", "hf_secret")
+    assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+
+
+@pytest.mark.parametrize("prompt", ["../../x", "\x1b[2J red", "a/b", "-rf", "CON", "é日🙂" * 50])
+def test_awkward_prompts(tmp_path, prompt):
+    done = sample(tmp_path / "o", f"--prompt={prompt}", "--named", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
+    (picture,) = (tmp_path / "o").glob("*.png")
+    assert len(picture.name.encode()) <= 255
+
+
+BAD = {
+    "no prompt": ([], "--prompt is required"),
+    "empty prompt": (["--prompt", ""], "--prompt is empty"),
+    "blank prompt": (["--prompt", "  "], "--prompt is empty"),
+    "unknown scheduler": (["--prompt", "a", "--scheduler", "eular"], "invalid choice"),
+    "unknown flag": (["--prompt", "a", "--guidence-scale", "3"], "did you mean --guidance-scale"),
+    "steps 0": (["--prompt", "a", "--steps", "0"], "--steps 0"),
+    "steps -1": (["--prompt", "a", "--steps", "-1"], "--steps -1"),
+    "steps 5000": (["--prompt", "a", "--steps", "5000"], "--steps 5000"),
+    "height 100": (["--prompt", "a", "--height", "100"], "--height 100"),
+    "width 0": (["--prompt", "a", "--width", "-8"], "--width -8"),
+    "negative guidance": (["--prompt", "a", "--guidance-scale", "-1"], "--guidance-scale -1"),
+    "huge guidance": (["--prompt", "a", "--guidance-scale", "1e9"], "--guidance-scale 1e"),
+    "fp16 on a CPU": (["--prompt", "a", "--device", "cpu", "--dtype", "fp16"], "fp16"),
+    "strength 0": (["--prompt", "a", "--init-image", "x.png", "--strength", "0"], "--strength 0"),
+    "no such picture": (["--prompt", "a", "--init-image", "x.png"], "x.png"),
+    "mask alone": (["--prompt", "a", "--mask", "x.png"], "--init-image"),
+    "resize": (["--prompt", "a", "--resize", "10by10"], "--resize"),
+    "two spellings of steps": (["--prompt", "a", "--ddim-steps", "3", "--steps", "2"], "--ddim-steps"),
+    "prompts file": (["--prompts-file", "none.txt"], "none.txt"),
+    "flow on sd15": (["--prompt", "a", "--scheduler", "flow_euler"], "not a flow-matching"),
+    "config key": (["--prompt", "a", "--config", "c.json"], "unknown key 'step_count'"),
+    "sheet nowhere": (["--prompt", "a", "--output", "no/such/folder/x.png"], "--output"),
+    "no images": (["--prompt", "a", "--num-images", "0"], "--num-images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path, name):
+    argv, says = BAD[name]
+    if "--config" in argv:
+        (tmp_path / "c.json").write_text('{"step_count": 3}')
+        argv = [str(tmp_path / a) if a == "c.json" else a for a in argv]
+    assert says in error_line(sample(tmp_path / "o", *argv, model=("--model", str(TINY / "sd15"))))
+
+
+def test_mask_of_another_size(tmp_path):
+    Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    Image.new("L", (64, 64)).save(tmp_path / "m.png")
+    line = error_line(sample(tmp_path / "o", "--prompt", "a", "--init-image", tmp_path / "a.png", "--mask", tmp_path / "m.png"))
+    assert "64x64" in line
+
+
+def test_output_is_a_file_or_read_only(tmp_path):
+    (tmp_path / "f").write_text("")
+    assert "is a file" in error_line(sample(tmp_path / "f", "--prompt", "a"))
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "ro").mkdir()
+        (tmp_path / "ro").chmod(stat.S_IRUSR | stat.S_IXUSR)
+        assert "cannot be written" in error_line(sample(tmp_path / "ro", "--prompt", "a"))
+
+
+def test_half_downloaded_model(tmp_path):
+    folder = copy_model("sd15", tmp_path / "m")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    line = error_line(run("sample.py", "--model", folder, "--prompt", "a", "--output-dir", tmp_path / "o"))
+    assert "truncated" in line and "unet" in line
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_runs_keep_what_they_made(tmp_path, number, code):
+    argv = [sys.executable, "sample.py", *MODEL, "--prompt", "a", "--num-images", "500", "--batch-size", "1", "--output-dir", str(tmp_path)]
+    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if len(list(tmp_path.glob("*.png"))) >= 2:
+            break
+        time.sleep(0.1)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in err, err
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert 2 <= record["results"]["images"] < 500
+    for entry in record["files"]:
+        Image.open(entry["path"]).load()
+
+
+def test_reader_that_stops_reading(tmp_path):
+    """`sample.py … | head -0` ends quietly."""
+    argv = [sys.executable, "sample.py", *MODEL, "--prompt", "a", "--output-dir", str(tmp_path)]
+    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    err = child.stderr.read()
+    assert child.wait(timeout=120) == 0 and "Traceback" not in err, err

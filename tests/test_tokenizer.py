@@ -1,0 +1,99 @@
+"""CLIP tokenizer: equal on every recorded string, for the real vocabulary and the tiny ones."""
+
+import json
+
+import pytest
+from util import GOLDEN, TINY
+
+from nanodiff.config import UserError
+from nanodiff.tokenizer import END, START, CLIPTokenizer, _byte_characters, train_bpe
+
+STRINGS = json.loads((GOLDEN / "goldens" / "tokenizers.json").read_text())
+REAL = json.loads((GOLDEN / "tokenizers" / "tokenizer_goldens.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The real 49,408-entry tokenizer, rebuilt from the merges as the recording describes."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = (GOLDEN / "tokenizers" / "clip_merges.txt").read_text(encoding="utf-8")
+    merges = [line.split() for line in text.splitlines() if line and not line.startswith("#version")]
+    letters = list(_byte_characters().values())
+    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
+    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), encoding="utf-8")
+    return CLIPTokenizer.load(folder)
+
+
+def test_special_ids(clip):
+    assert (clip.bos, clip.eos, clip.pad, clip.length) == (49406, 49407, 49407, 77)
+
+
+@pytest.mark.parametrize("case", REAL["goldens"], ids=lambda c: ascii(c["text"][:20]))
+def test_real_vocabulary(clip, case):
+    assert clip.pieces(case["text"]) == case["ids"]
+    assert clip([case["text"]])[0] == case["ids77"]
+
+
+@pytest.mark.parametrize("case", REAL["decode"], ids=lambda c: ascii(c["text"][:20]))
+def test_decode(clip, case):
+    assert clip.decode(case["ids"]) == case["text"]
+
+
+@pytest.mark.parametrize("name", ["clip_full", "tiny/sd15/tokenizer"])
+def test_recorded_strings(clip, name):
+    tokenizer = clip if name == "clip_full" else CLIPTokenizer.load(GOLDEN / name)
+    for text, ids in zip(STRINGS["strings"], STRINGS["ids"][name], strict=True):
+        assert [tokenizer.bos, *tokenizer.pieces(text), tokenizer.eos] == ids, text
+
+
+def test_pad_rules():
+    """SD 1.x pads with the end token, SD 2.1 with `!`: special_tokens_map.json wins over tokenizer_config.json."""
+    sd1, sd2, turbo = (CLIPTokenizer.load(TINY / n / "tokenizer") for n in ("sd15", "sd21-v", "sd-turbo"))
+    assert sd1.pad == sd1.eos and sd2.pad == turbo.pad == sd2.backend.token_to_id("!") == 0
+
+
+def test_cut_keeps_the_end_and_overflow_says_what_went(clip):
+    row = clip(["word " * 100])[0]
+    assert len(row) == 77 and row[-1] == clip.eos
+    assert clip.overflow("a cat") == ""
+    assert clip.overflow("word " * 75 + "the end") == "the end"
+
+
+def test_tokenizer_json_gives_the_same(clip, tmp_path):
+    clip.backend.save(str(tmp_path / "tokenizer.json"))
+    again = CLIPTokenizer.load(tmp_path)
+    for case in REAL["goldens"][:30]:
+        assert again.pieces(case["text"]) == case["ids"]
+
+
+def test_save_and_load(tmp_path):
+    tokenizer = CLIPTokenizer.load(TINY / "sd21-v" / "tokenizer")
+    tokenizer.save(tmp_path)
+    again = CLIPTokenizer.load(tmp_path)
+    assert again(STRINGS["strings"]) == tokenizer(STRINGS["strings"])
+
+
+def test_faults(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        CLIPTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer file"):
+        CLIPTokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "merges.txt").write_text("b c\n")
+    with pytest.raises(UserError, match="do not belong together"):
+        CLIPTokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("[]")
+    with pytest.raises(UserError, match=r"vocab\.json"):
+        CLIPTokenizer.load(tmp_path)
+
+
+def test_learned_vocabulary():
+    texts = ["red apple", "green apple", "red heart", "Élan 日本"]
+    a, b = train_bpe(texts, 540, 8), train_bpe(reversed(texts), 540, 8)
+    assert a(texts) == b(texts), "a function of the set of texts"
+    assert [a.decode(a.pieces(t)) for t in texts] == ["red apple", "green apple", "red heart", "élan 日本"]
+    assert a.decode(a.pieces("never seen 🙂")) == "never seen 🙂"
+    assert all(len(row) == 8 for row in a(texts))
+    assert len(a.pieces("apple")) < 5, "frequent words become few pieces"
