@@ -23,7 +23,9 @@ SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_
 
 @dataclass
 class Config:
-    model: str | None = arg(None, "folder or Hub id org/name[@revision]; default: the embedded model", "model-id", "diffusion-checkpoint")
+    model: str | None = arg(
+        None, "folder or Hub id org/name[@revision]; default: the embedded model", "model-id", "diffusion-checkpoint"
+    )
     vae_checkpoint: str | None = arg(None, "folder of another VAE")
     variant: str | None = arg(None, "file variant, such as fp16")
     revision: str | None = arg(None, "branch, tag or commit of a Hub id")
@@ -31,9 +33,13 @@ class Config:
     prompt: list[str] = arg([], "what to draw; repeatable")
     prompts_file: str | None = arg(None, "text file with one prompt a line")
     negative_prompt: str | None = arg(None, "what to keep away from")
-    steps: int | None = arg(None, "sampling steps; default 50 (turbo 1, embedded 25)", "num-inference-steps", "number-inference-steps")
+    steps: int | None = arg(
+        None, "sampling steps; default 50 (turbo 1, embedded 25)", "num-inference-steps", "number-inference-steps"
+    )
     ddim_steps: int | None = arg(None, "short for --scheduler ddim --steps N")
-    guidance_scale: float | None = arg(None, "classifier-free guidance; 1 or less = off; default 7.5 (turbo 0, embedded 3)", "cfg-scale")
+    guidance_scale: float | None = arg(
+        None, "classifier-free guidance; 1 or less = off; default 7.5 (turbo 0, embedded 3)", "cfg-scale"
+    )
     guidance_rescale: float = arg(0.0, "std correction of the guidance, 0 to 1")
     scheduler: str | None = arg(None, "sampler; default: the model's own", choices=SCHEDULERS)
     eta: float = arg(0.0, "DDIM noise, 0 to 1")
@@ -47,7 +53,9 @@ class Config:
     strength: float = arg(0.8, "how much of --init-image is repainted, above 0 to 1")
     mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
     output_dir: str = arg("out", "folder of the pictures 00000.png, 00001.png, … and run.json")
-    output: str | None = arg(None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)")
+    output: str | None = arg(
+        None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)"
+    )
     base_dir: str = arg(".", "folder that relative --output, --output-dir, --model and --vae-checkpoint start from")
     nrow: int | None = arg(None, "pictures in a row of the sheet")
     named: bool = arg(False, "file names from prompt, model and settings instead of numbers")
@@ -58,6 +66,7 @@ class Config:
     metadata: bool = arg(True, "write the settings into each PNG")
     from_image: str | None = arg(None, "repeat a picture from the settings inside it")
     vae_tiling: bool = arg(False, "decode in tiles: less memory for large pictures")
+    compile: bool = arg(False, "torch.compile the UNet: slow first step, faster many steps")
     diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = arg("auto", "weights: auto is fp16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16"))
@@ -96,7 +105,9 @@ def defaults(cfg, sd):
         print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
         negative = None
     elif negative and scale <= 1:
-        print(f"warning: guidance is off at --guidance-scale {scale:g}; the negative prompt is not used", file=sys.stderr)
+        print(
+            f"warning: guidance is off at --guidance-scale {scale:g}; the negative prompt is not used", file=sys.stderr
+        )
         negative = None
     return steps, scale, negative
 
@@ -165,6 +176,8 @@ def main(cfg):
         sd = pipeline.load(cfg.model or EMBEDDED, dtype, device, cfg.variant, cfg.revision, cfg.token, cfg.scheduler)
         if cfg.vae_checkpoint:
             sd.vae = weights.load(pipeline.AutoencoderKL, cfg.vae_checkpoint, dtype, device)
+    if cfg.compile:
+        sd.unet.compile()
     steps, scale, negative = defaults(cfg, sd)
     samplers.check_steps(sd.schedule, steps)
     name = samplers.name_of(sd.schedule)
@@ -288,7 +301,9 @@ def recall(cfg):
     if cfg.model == "embedded":
         cfg.model = None
     elif cfg.model == record.get("model") and not Path(cfg.model).exists():
-        raise UserError(f"{cfg.from_image}: was made with {printable(cfg.model)}; name that model with --model to use it")
+        raise UserError(
+            f"{cfg.from_image}: was made with {printable(cfg.model)}; name that model with --model to use it"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ class DiffusionConfig(Common):
     vocab_size: int = arg(1500, "size of the byte-pair vocabulary learned from the captions")
     max_length: int = arg(24, "text tokens")
     prediction_type: str = arg("v_prediction", "what the UNet predicts", choices=("epsilon", "sample", "v_prediction"))
-    beta_schedule: str = arg("scaled_linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2"))
+    beta_schedule: str = arg(
+        "scaled_linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2")
+    )
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
     min_snr: float | None = arg(None, "gamma of the min-SNR weighting; none = unweighted")
     caption_dropout: float = arg(0.1, "share of captions replaced by the empty text, for guidance")
@@ -159,6 +161,7 @@ def train_vae(cfg):
         shown = pictures.batch(range(len(dataset))[:: max(1, len(dataset) // 64)]).to(run.device)
         mse = (net.decode(net.encode(shown)).clamp(-1, 1) - shown).pow(2).mean().item() / 4
     run.save()
+    finish(run)
     run.record.file(run.out / "model")
     run.record.result("psnr_db", -10 * torch.log10(torch.tensor(max(mse, 1e-12))).item())
     run.record.write()
@@ -209,7 +212,9 @@ def train_diffusion(cfg):
         positions = data.order(len(dataset), cfg.seed, indices[0], len(indices))
         if vae:
             mean, std = (m[positions] for m in moments)
-            x0 = mean + std * objective.draw(cfg.seed, "posterior", indices, lambda g: torch.randn(mean.shape[1:], generator=g))
+            x0 = mean + std * objective.draw(
+                cfg.seed, "posterior", indices, lambda g: torch.randn(mean.shape[1:], generator=g)
+            )
             x0 = (x0 - (vae.cfg.shift_factor or 0)) * vae.cfg.scaling_factor
         else:
             x0 = pictures.batch(positions)
@@ -245,6 +250,7 @@ def train_diffusion(cfg):
     with averaged(ema, net):
         sd.save(run.out / "model", torch.float16 if cfg.model_size == "nano" else None)
     run.save()
+    finish(run)
     run.record.file(run.out / "model")
     run.record.result("steps", run.step)
     run.record.write()
@@ -275,7 +281,9 @@ def build(cfg, vae, tokenizer):
         **unet_raw, in_channels=channels, out_channels=channels, sample_size=size
     )  # fmt: skip
     if unet_cfg.in_channels != channels:
-        raise UserError(f"--model-config: in_channels {unet_cfg.in_channels}, but the pictures have {channels} channels")
+        raise UserError(
+            f"--model-config: in_channels {unet_cfg.in_channels}, but the pictures have {channels} channels"
+        )
     text_cfg = TextConfig.from_json(read_json(cfg.text_config)) if cfg.text_config else TextConfig(
         **text_raw, vocab_size=len(tokenizer.backend.get_vocab()), max_position_embeddings=cfg.max_length,
         hidden_act="gelu", projection_dim=text_raw["hidden_size"], bos_token_id=tokenizer.bos,
@@ -330,6 +338,18 @@ def micro_batches(cfg, step):
     """Global sample indices of each micro-batch of an update."""
     first = step * cfg.batch_size * cfg.grad_accum
     return [range(first + i * cfg.batch_size, first + (i + 1) * cfg.batch_size) for i in range(cfg.grad_accum)]
+
+
+def finish(run):
+    """What people look at after a run: the loss curve, and the sample sheets as one moving picture."""
+    from nanodiff import charts, images
+
+    if (run.out / "metrics.jsonl").exists() and charts.loss_curve(run.out / "metrics.jsonl", run.out / "loss.png"):
+        run.record.file(run.out / "loss.png")
+    sheets = sorted((run.out / "samples").glob("[0-9]*.png"))
+    if len(sheets) > 1:
+        images.save_gif([images.open_image(p) for p in sheets], run.out / "samples" / "progress.gif")
+        run.record.file(run.out / "samples" / "progress.gif")
 
 
 def averaged(ema, net):

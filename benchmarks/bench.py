@@ -95,7 +95,11 @@ def make_sd15(folder):
     from nanodiff.weights import save_tensors, write_json
 
     golden = ROOT / "tests" / "golden"
-    for name, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    for name, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         manifest = json.loads((golden / "manifests" / f"sd15.{name}.json").read_text())
         shapes = manifest["parameters"] if "parameters" in manifest else manifest["tensors"]
         generator, tensors = torch.Generator().manual_seed(0), {}
@@ -155,8 +159,14 @@ def main():
             ours.append(measure(sys.executable, OURS[program], folder, kind))
             for k in peer_kinds if args.peer else ():
                 peers[k].append(measure(args.peer, PEER[program], folder, k))
-        row = {"ours_s": statistics.median(r[figure] for r in ours), "ours_peak_mb": max(r["peak_mb"] for r in ours), "pairs": pairs}
-        best = min((k for k in peers if peers[k]), key=lambda k: statistics.median(r[figure] for r in peers[k]), default=None)
+        row = {
+            "ours_s": statistics.median(r[figure] for r in ours),
+            "ours_peak_mb": max(r["peak_mb"] for r in ours),
+            "pairs": pairs,
+        }
+        best = min(
+            (k for k in peers if peers[k]), key=lambda k: statistics.median(r[figure] for r in peers[k]), default=None
+        )
         if best:
             ratios = [p[figure] / o[figure] for o, p in zip(ours, peers[best], strict=True)]
             row |= {"peer": best, "peer_s": statistics.median(r[figure] for r in peers[best]),

@@ -110,7 +110,7 @@ def _checked(value, hint, where):
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(_checked(v, typing.get_args(option)[0], where) for v in value)
-        if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
+        if (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value < 1 << 24:
@@ -197,7 +197,7 @@ def from_mapping(cls, mapping, where):
         kinds = tuple(typing.get_origin(t) or t for t in options)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:

@@ -79,7 +79,9 @@ class Record:
             "config": {k: v for k, v in vars(cfg).items() if k not in SECRETS},
             "argv": _without_secrets(sys.argv),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu x {torch.get_num_threads()}",
             "git_commit": _git_commit(),
             "seconds": {},
             "files": [],
@@ -221,7 +223,9 @@ class Run:
             self.bad_in_row += 1
             print(f"warning: step {self.step}: gradient is {norm.item()}, update skipped", file=sys.stderr)
             if self.bad_in_row >= PATIENCE:
-                raise UserError(f"{PATIENCE} non-finite gradients in a row at step {self.step}; last good checkpoint: {self.last_saved}")
+                raise UserError(
+                    f"{PATIENCE} non-finite gradients in a row at step {self.step}; last good checkpoint: {self.last_saved}"
+                )
         self.scaler.update()
         self.opt.zero_grad(set_to_none=True)
         return norm.item(), lr
@@ -238,7 +242,12 @@ class Run:
         return tensors
 
     def save(self):
-        facts = {"step": self.step, "skipped": self.skipped, "scaler": self.scaler.state_dict(), "config": vars(self.cfg)}
+        facts = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
+            "config": vars(self.cfg),
+        }
         self.last_saved = checkpoint.save(self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit)
 
     def resume(self):
@@ -262,7 +271,9 @@ class Run:
         try:
             self.net.load_state_dict(part("net/"))
         except RuntimeError as e:
-            raise UserError(f"the checkpoint in {self.out} is of another model: {str(e).splitlines()[-1].strip()}") from None
+            raise UserError(
+                f"the checkpoint in {self.out} is of another model: {str(e).splitlines()[-1].strip()}"
+            ) from None
         index = {n: i for i, (n, _) in enumerate(self.net.named_parameters())}
         optimizer = {}
         for key, value in part("opt/").items():
@@ -302,7 +313,9 @@ class Run:
                 if quiet and now - said > 30:
                     rate = (self.step - first) / (now - started)
                     left = (self.total - self.step) / rate
-                    print(f"step {self.step}/{self.total}, {rate:.2f} steps/s, {left / 60:.1f} min left", file=sys.stderr)
+                    print(
+                        f"step {self.step}/{self.total}, {rate:.2f} steps/s, {left / 60:.1f} min left", file=sys.stderr
+                    )
                     said = now
                 due = self.cfg.checkpointing_steps and self.step % self.cfg.checkpointing_steps == 0
                 if due or self.stop_signal:

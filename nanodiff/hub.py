@@ -113,5 +113,3 @@ def incomplete(folder):
         if (sub / "config.json").is_file() and not any(sub.glob("*.safetensors")):
             return f"{component} has a config but no .safetensors"
     return "unet and transformer are missing" if not any((folder / c).is_dir() for c in COMPONENTS[:2]) else ""
-
-

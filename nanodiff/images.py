@@ -128,6 +128,12 @@ def read_record(path):
     return record
 
 
+def save_gif(frames, path, milliseconds=500):
+    """PIL images of one size -> a looping GIF; the last frame stays three times as long."""
+    times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
 def save_grid(pixels, path, nrow=None, labels=None):
     """[B, 3, H, W] -> a PNG sheet."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

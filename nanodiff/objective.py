@@ -31,8 +31,12 @@ def draw(seed, stream, indices, make):
 def timesteps(schedule, seed, indices, logit_normal=False):
     """One timestep per sample [B]: uniform, or for flow matching σ = sigmoid(N(0, 1)) (Esser et al. 2024 eq. 19)."""
     if schedule.flow:
-        u = draw(seed, "timestep", indices, lambda g: torch.randn((), generator=g).sigmoid() if logit_normal else
-                 torch.rand((), generator=g))
+        u = draw(
+            seed,
+            "timestep",
+            indices,
+            lambda g: torch.randn((), generator=g).sigmoid() if logit_normal else torch.rand((), generator=g),
+        )
         return u * schedule.T
     return draw(seed, "timestep", indices, lambda g: torch.randint(schedule.T, (), generator=g))
 

@@ -218,7 +218,9 @@ class Pipeline:
             pixels = run(latents.float())
             self.vae.to(self.dtype)
         if not torch.isfinite(pixels).all():
-            raise UserError("the picture is not finite (NaN or infinity): check the model's weights, or use --dtype fp32")
+            raise UserError(
+                "the picture is not finite (NaN or infinity): check the model's weights, or use --dtype fp32"
+            )
         return pixels
 
     def denoiser(self, text, negative, scale, rescale=0.0):
@@ -267,15 +269,15 @@ class Pipeline:
     ):
         """One batch of pictures, one per prompt; returns a Result.
 
-        negative_prompt: one text, or a list of one per prompt. seeds: one per prompt (or `generators`, CPU ones). guidance is on when guidance_scale > 1. image [B or 1, 3, H, W]
-        in [-1, 1]: start from it, noised by `strength` in (0, 1]; mask [1, 1, H, W] in {0, 1}: repaint where 1.
-        on_step(i, n, Step) is called after each step. Raises UserError for settings that make no sense.
+        negative_prompt: one text, or a list of one per prompt. seeds: one per prompt (or `generators`, CPU ones).
+        Guidance is on when guidance_scale > 1. image [B or 1, 3, H, W] in [-1, 1]: start from it, noised by `strength`
+        in (0, 1]; mask [1, 1, H, W] in {0, 1}: repaint where 1. quirks: see samplers.ddim. on_step(i, n, Step) is
+        called after each step. Raises UserError for settings that make no sense.
         """
         height, width = height or self.size[0], width or self.size[1]
         for name, value in (("height", height), ("width", width)):
-            multiple = 8 if self.downscale == 8 else self.downscale
-            if value <= 0 or value % multiple:
-                raise UserError(f"--{name} {value} must be a positive multiple of {multiple}")
+            if value <= 0 or value % self.downscale:
+                raise UserError(f"--{name} {value} must be a positive multiple of {self.downscale}")
         samplers.check_steps(self.schedule, steps)
         if mask is not None and image is None:
             raise UserError("--mask needs --init-image")
@@ -286,55 +288,52 @@ class Pipeline:
         shape = (n, self.unet.cfg.in_channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
 
-        guided = guidance_scale > 1
-        text = self.encode(prompts, clip_skip)
-        negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * n
-        negative = self.encode(negatives) if guided else None  # as in diffusers, clip_skip is the prompt's alone
+        text, negative = self.encode(prompts, clip_skip), None
+        if guidance_scale > 1:  # as in diffusers, clip_skip is the prompt's alone
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * n
+            negative = self.encode(negatives)
         model = self.denoiser(text, negative, guidance_scale, guidance_rescale)
 
-        start, clean, first = 0, None, None
-        if image is not None:
-            image = image.expand(n, *image.shape[1:])
-            if not 0 < strength <= 1:
-                raise UserError(f"--strength {strength} must be above 0 and at most 1")
-            start = max(steps - min(int(steps * strength), steps), 0)
-            if start >= steps:
-                raise UserError(f"--strength {strength} with {steps} steps leaves no step to take; raise one of them")
-            clean = self.encode_pixels(image, noise).float()
-            first = noise()
-            whole = mask is not None and strength == 1  # then nothing of the picture is kept under the mask
-            x = samplers.begin(self.schedule, steps, first, None if whole else clean, start)
-            if mask is not None:
-                mask = F.interpolate(mask.to(self.device, torch.float32), size=shape[-2:])
-                # diffusers samples the posterior of the masked picture here; a 4-channel UNet does not use it, but
-                # the generator moves on, and with it every later draw.
-                if self.vae is not None:
-                    noise()
-        else:
+        start, known = 0, None
+        if image is None:
             x = samplers.begin(self.schedule, steps, noise())
-
+        else:
+            x, start, known = self._begin_from(image.expand(n, *image.shape[1:]), steps, strength, mask, noise)
         sampler = samplers.BY_CLASS[self.schedule.kind]
         options = {"eta": eta, "quirks": quirks} if sampler is samplers.ddim else {}
-        result, kept, done = x, [], 0
-        for result in _masked(sampler(model, x, self.schedule, steps, noise, start, **options), self.schedule, steps, start, clean, first, mask):
-            done += 1
+        result, kept = None, []
+        for done, result in enumerate(sampler(model, x, self.schedule, steps, noise, start, **options), 1):
+            if mask is not None:  # in place: the sampler continues from what is written here
+                result.x.copy_(known(result.x, start + done))
             if keep_steps:
                 kept.append(result)
             if on_step:
-                on_step(done, steps - start, result)
+                on_step(done, samplers.calls(self.schedule, steps) - start, result)
         latents = result.x
         return Result(self.decode(latents.to(self.dtype), tiled).float(), latents, kept)
 
+    def _begin_from(self, image, steps, strength, mask, noise):
+        """(first x, first step, known) of image-to-image. known(x, i): x before step i with everything outside the mask
+        replaced by the original at that noise level, which is inpainting with an ordinary model."""
+        if not 0 < strength <= 1:
+            raise UserError(f"--strength {strength} must be above 0 and at most 1")
+        start = max(steps - min(int(steps * strength), steps), 0)
+        if start >= steps:
+            raise UserError(f"--strength {strength} with {steps} steps leaves no step to take; raise one of them")
+        clean = self.encode_pixels(image, noise).float()
+        first = noise()
+        if mask is None:
+            return samplers.begin(self.schedule, steps, first, clean, start), start, None
+        if self.vae is not None:
+            # diffusers samples the posterior of the masked picture here; a 4-channel UNet does not use it, but the
+            # generator moves on, and with it every later draw.
+            noise()
+        mask = F.interpolate(mask.to(self.device, torch.float32), size=clean.shape[-2:])
 
-def _masked(steps, schedule, n, start, clean, first, mask):
-    """Inpainting with an ordinary model: outside the mask, every step is replaced by the noised original.
+        def known(x, i):
+            done = i >= samplers.calls(self.schedule, steps)
+            original = clean if done else samplers.begin(self.schedule, steps, first, clean, i)
+            return (1 - mask) * original + mask * x
 
-    A generator that passes a sampler's steps on; the replaced x is what the sampler continues from, because the
-    tensor is changed in place.
-    """
-    for i, step in enumerate(steps):
-        if mask is not None:
-            last = start + i + 1 >= n
-            known = clean if last else samplers.begin(schedule, n, first, clean, start + i + 1)
-            step.x.copy_((1 - mask) * known + mask * step.x)
-        yield step
+        # at full strength nothing of the picture is kept under the mask
+        return samplers.begin(self.schedule, steps, first, None if strength == 1 else clean, start), start, known

@@ -83,7 +83,9 @@ def _multistep_times(schedule, n):
     """DPM-Solver++ counts its steps differently: n intervals, the clean end left out."""
     T, spacing = schedule.T, schedule.cfg["timestep_spacing"]
     if n >= T and spacing != "trailing":
-        raise UserError(f"DPM-Solver++ has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}")
+        raise UserError(
+            f"DPM-Solver++ has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}"
+        )
     if spacing == "linspace":
         return np.linspace(0, T - 1, n + 1).round()[::-1][:-1].astype(np.int64)
     if spacing == "leading":
@@ -444,6 +446,11 @@ def check_steps(schedule, n):
         raise UserError(f"--steps {n}: must be between 1 and the {schedule.T} timesteps the model was trained on")
     if schedule.kind == "LCMScheduler":
         lcm_times(schedule, n)
+
+
+def calls(schedule, n):
+    """Steps that a sampler yields: n, and one more for PNDM, which visits its second timestep twice."""
+    return n + 1 if schedule.kind == "PNDMScheduler" and schedule.cfg["skip_prk_steps"] and n > 1 else n
 
 
 def begin(schedule, n, noise, image=None, start=0):

@@ -148,7 +148,9 @@ def betas_of(cfg):
     def alpha_bar(u):  # cosine schedule: Nichol & Dhariwal 2021, arXiv 2102.09672 eq. 17
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    return torch.tensor([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)], dtype=torch.float32)
+    return torch.tensor(
+        [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)], dtype=torch.float32
+    )
 
 
 def zero_terminal_snr(betas):
@@ -190,7 +192,9 @@ class Schedule:
             raise UserError(f"{where}: only one of use_karras_sigmas and use_exponential_sigmas can be set")
         self = cls(kind, cfg, raw)
         if cfg.get("rescale_betas_zero_snr") and cfg["prediction_type"] == "epsilon":
-            raise UserError(f"{where}: rescale_betas_zero_snr with ε-prediction: at ᾱ = 0 the noise says nothing about x0")
+            raise UserError(
+                f"{where}: rescale_betas_zero_snr with ε-prediction: at ᾱ = 0 the noise says nothing about x0"
+            )
         return self
 
     def __post_init__(self):

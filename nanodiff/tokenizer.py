@@ -57,7 +57,12 @@ class CLIPTokenizer:
         vocab = model["vocab"] | {START: self.bos, END: self.eos}
         write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda kv: kv[1])))
         write_bytes(folder / "merges.txt", ("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)).encode())
-        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.backend.id_to_token(self.pad)}
+        special = {
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": self.backend.id_to_token(self.pad),
+        }
         write_json(folder / "special_tokens_map.json", special)
         kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True}
         write_json(folder / "tokenizer_config.json", special | kind)
@@ -130,7 +135,9 @@ def clip_backend(model):
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (START, END)])
     bos, eos = backend.token_to_id(START), backend.token_to_id(END)
     if bos is not None and eos is not None:
-        backend.post_processor = processors.RobertaProcessing((END, eos), (START, bos), trim_offsets=False, add_prefix_space=False)
+        backend.post_processor = processors.RobertaProcessing(
+            (END, eos), (START, bos), trim_offsets=False, add_prefix_space=False
+        )
     return backend
 
 
@@ -178,4 +185,6 @@ def _merge(parts, pair):
 
 
 def _bpe(vocab, merges):
-    return clip_backend(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
+    return clip_backend(
+        models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+    )

@@ -355,7 +355,9 @@ def save(model, folder, dtype=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
-    write_json(folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}})
+    write_json(
+        folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
+    )
     stem = STEMS[1] if model.class_name.startswith("CLIP") else STEMS[0]
     state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
     save_tensors(folder / f"{stem}.safetensors", state)

@@ -24,7 +24,9 @@ PRESETS = {"fast": {"rate": 9.0, "max_steps": 1}}
 
 def test_defaults_and_types():
     assert parse(Config, []) == Config(0.5, 10, None, [], True, None)
-    cfg = parse(Config, ["--rate", "2", "--max_steps=3", "--name", "two", "--tags", "a", "--tags", "b", "--no-flip", "--resume"])
+    cfg = parse(
+        Config, ["--rate", "2", "--max_steps=3", "--name", "two", "--tags", "a", "--tags", "b", "--no-flip", "--resume"]
+    )
     assert cfg == Config(2.0, 3, "two", ["a", "b"], False, "auto")
     assert parse(Config, ["--resume", "x_y"]).resume == "x_y"
 

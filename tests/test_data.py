@@ -37,7 +37,9 @@ def tar(path, members):
 
 def test_metadata_jsonl(tmp_path):
     folder(tmp_path)
-    (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "a.png", "text": "A"}\n{"file_name": "c.JPG", "text": "C"}\n', encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text(
+        '\ufeff{"file_name": "a.png", "text": "A"}\n{"file_name": "c.JPG", "text": "C"}\n', encoding="utf-8"
+    )
     (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "B"}\n')
     got = data.load(tmp_path)
     assert dict(zip(got.keys, got.captions, strict=True)) == {"a.png": "A", "c.JPG": "C", "sub/b.png": "B"}
@@ -77,7 +79,7 @@ def test_bad_listings(tmp_path, line, says):
 
 
 def test_missing_captions_are_listed(tmp_path):
-    with pytest.raises(UserError, match="3 of 3 pictures have no caption: a.png"):
+    with pytest.raises(UserError, match=r"3 of 3 pictures have no caption: a\.png"):
         data.load(folder(tmp_path))
 
 
@@ -90,16 +92,28 @@ def test_empty_and_missing(tmp_path):
 
 def test_tar_shards(tmp_path):
     for i in range(3):
-        tar(tmp_path / f"s-{i:03d}.tar", [(f"{i}.png", png()), (f"{i}.txt", f"caption {i}".encode()), (f"{i}.json", b"{}")])
+        tar(
+            tmp_path / f"s-{i:03d}.tar",
+            [(f"{i}.png", png()), (f"{i}.txt", f"caption {i}".encode()), (f"{i}.json", b"{}")],
+        )
     got = data.load(f"{tmp_path}/s-{{000..002}}.tar")
     assert got.captions == ["caption 0", "caption 1", "caption 2"] and got.image(2).getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(UserError, match="s-003.tar: no such file"):
+    with pytest.raises(UserError, match=r"s-003\.tar: no such file"):
         data.load(f"{tmp_path}/s-{{000..003}}.tar")
 
 
 def test_hostile_tar_members_are_only_keys(tmp_path):
     path = tmp_path / "s.tar"
-    tar(path, [("../../evil.png", png()), ("../../evil.txt", b"e"), ("/abs.png", png()), ("/abs.txt", b"a"), ("x.pkl", b"cos\nsystem\n(S'x'\ntR.")])
+    tar(
+        path,
+        [
+            ("../../evil.png", png()),
+            ("../../evil.txt", b"e"),
+            ("/abs.png", png()),
+            ("/abs.txt", b"a"),
+            ("x.pkl", b"cos\nsystem\n(S'x'\ntR."),
+        ],
+    )
     with tarfile.open(path, "a") as t:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"

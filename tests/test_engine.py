@@ -32,7 +32,7 @@ def train(out, total=10, stop=None, resume=None, poison=None, **more):
     """A small regression with EMA and accumulation; returns (net, run)."""
     run = engine.Run(Config(str(out), resume=resume, **more), total)
     torch.manual_seed(0)
-    net, opt = run.trainable(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), 0.01)
+    net, _opt = run.trainable(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), 0.01)
     run.ema(net, 0.9)
     run.resume()
     for step in run.steps():
@@ -66,7 +66,9 @@ def test_resume_needs_every_part_of_the_state(tmp_path, lost, monkeypatch):
     """The test above can fail: without the optimizer's or the EMA's state the end is another."""
     whole, run = train(tmp_path / "whole")
     keep = engine.Run._tensors
-    monkeypatch.setattr(engine.Run, "_tensors", lambda self: {k: v for k, v in keep(self).items() if not k.startswith(lost)})
+    monkeypatch.setattr(
+        engine.Run, "_tensors", lambda self: {k: v for k, v in keep(self).items() if not k.startswith(lost)}
+    )
     train(tmp_path / "cut", stop=4)
     try:
         again, resumed = train(tmp_path / "cut", resume="auto")
@@ -140,7 +142,11 @@ def test_record_keeps_results_and_no_secret(tmp_path, monkeypatch, capsys):
     record.write()
     text = (tmp_path / "run.json").read_text()
     saved = json.loads(text)
-    assert "secret-token" not in text and saved["results"] == {"score": 0.5} and saved["files"] == [{"path": "a.png", "seed": 1}]
+    assert (
+        "secret-token" not in text
+        and saved["results"] == {"score": 0.5}
+        and saved["files"] == [{"path": "a.png", "seed": 1}]
+    )
     assert {"config", "argv", "versions", "device", "git_commit", "seconds", "peak_memory_mb"} <= saved.keys()
     assert capsys.readouterr().out == "score: 0.5\n"
 

@@ -26,7 +26,11 @@ def cached(tmp_path, monkeypatch):
 
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, cache_dir=str(tmp_path)))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=str(tmp_path)),
+    )
     return tmp_path
 
 

@@ -40,7 +40,11 @@ def test_metadata_survives_any_text(tmp_path, text):
 def test_a1111_parameters(tmp_path):
     images.save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", RECORD | {"negative_prompt": "dog", "model": "a, b"})
     text = Image.open(tmp_path / "a.png").text["parameters"]
-    assert text.splitlines() == ["a cat", "Negative prompt: dog", 'Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 8x8, Model: "a, b", RNG: CPU']
+    assert text.splitlines() == [
+        "a cat",
+        "Negative prompt: dog",
+        'Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 8x8, Model: "a, b", RNG: CPU',
+    ]
 
 
 @pytest.mark.parametrize("kind", ["none", "broken", "deep", "list", "not png"])
@@ -59,7 +63,8 @@ def test_reading_foreign_metadata(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("mode", "value"), [("L", 200), ("P", 3), ("RGBA", (255, 0, 0, 0)), ("CMYK", (0, 0, 0, 0)), ("1", 1), ("I;16", 65535), ("LA", (9, 0))]
+    ("mode", "value"),
+    [("L", 200), ("P", 3), ("RGBA", (255, 0, 0, 0)), ("CMYK", (0, 0, 0, 0)), ("1", 1), ("I;16", 65535), ("LA", (9, 0))],
 )
 def test_every_mode_becomes_rgb(tmp_path, mode, value):
     suffix = "jpg" if mode == "CMYK" else "png"
@@ -100,7 +105,15 @@ def test_decompression_bomb(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("a cat, on/a mat", "a_cat_on_a_mat"), ("../../x", "x"), ("😀" * 500, "empty"), ("-rf", "rf"), ("", "empty"), ("\0", "empty"), ("x" * 300, "x" * 80)],
+    [
+        ("a cat, on/a mat", "a_cat_on_a_mat"),
+        ("../../x", "x"),
+        ("😀" * 500, "empty"),
+        ("-rf", "rf"),
+        ("", "empty"),
+        ("\0", "empty"),
+        ("x" * 300, "x" * 80),
+    ],
 )
 def test_slug(text, want):
     assert images.slug(text) == want

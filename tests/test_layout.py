@@ -34,6 +34,7 @@ ONLY_IN = {
 }
 LIBRARY = sorted((ROOT / "nanodiff").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
+SKIPPED = {".git", ".venv", "out", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 EVERY = [p for p in sorted(ROOT.rglob("*.py")) if ".venv" not in p.parts and "out" not in p.relative_to(ROOT).parts]
 
 
@@ -65,7 +66,9 @@ def test_floors(path):
             continue
         other = name.split(".")[1]
         if other == me == "models":
-            assert path.stem == "layers" or name.split(".")[2] == "layers", f"{path.name} imports a sibling model: {name}"
+            assert path.stem == "layers" or name.split(".")[2] == "layers", (
+                f"{path.name} imports a sibling model: {name}"
+            )
         elif floor(me) == floor(other) == 0:
             assert other in GROUND_ORDER[me], f"{path.name} imports {name}"
         elif floor(me) == floor(other):
@@ -98,7 +101,16 @@ def test_scripts_import_no_torch_before_parsing(path):
 @pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda p: p.stem)
 def test_nothing_unsafe(path):
     text = path.read_text()
-    for pattern in ("weights_only=False", r"pickle\.load", r"(?<!\.)\beval\(", r"\bexec\(", "shell=True", "extractall", r"yaml\.load", r"except[^:]*:\s*pass"):
+    for pattern in (
+        "weights_only=False",
+        r"pickle\.load",
+        r"(?<!\.)\beval\(",
+        r"\bexec\(",
+        "shell=True",
+        "extractall",
+        r"yaml\.load",
+        r"except[^:]*:\s*pass",
+    ):
         assert not re.search(pattern, text), f"{path}: {pattern}"
 
 
@@ -118,7 +130,7 @@ def test_every_library_file_opens_with_a_docstring():
 def test_no_path_of_a_machine():
     for path in ROOT.rglob("*"):
         inside = path.relative_to(ROOT).parts
-        if path.suffix in {".py", ".md", ".toml", ".json", ".lock", ""} and path.is_file() and inside[0] not in {".git", ".venv", "out"}:
+        if path.suffix in {".py", ".md", ".toml", ".json", ".lock", ""} and path.is_file() and inside[0] not in SKIPPED:
             text = path.read_bytes().decode("utf-8", errors="ignore")
             assert not re.search(r"(?<![\w.])/(work|root|farm)/", text), path
 

@@ -55,8 +55,12 @@ def test_timesteps_are_uniform_and_addressed():
 def test_flow_timesteps():
     s = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     uniform, normal = (objective.timesteps(s, 1, range(3000), logit_normal=k) / 1000 for k in (False, True))
-    assert uniform.mean().item() == pytest.approx(0.5, abs=0.03) and uniform.std().item() == pytest.approx(0.289, abs=0.02)
-    assert normal.mean().item() == pytest.approx(0.5, abs=0.03) and normal.std().item() == pytest.approx(0.208, abs=0.02)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.03) and uniform.std().item() == pytest.approx(
+        0.289, abs=0.02
+    )
+    assert normal.mean().item() == pytest.approx(0.5, abs=0.03) and normal.std().item() == pytest.approx(
+        0.208, abs=0.02
+    )
 
 
 def test_streams_are_independent():

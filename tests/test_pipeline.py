@@ -6,7 +6,7 @@ import pytest
 import torch
 from util import GOLDEN, TINY, copy_model, golden, max_error
 
-from nanodiff import pipeline
+from nanodiff import pipeline, samplers
 from nanodiff.config import UserError
 from nanodiff.images import to_uint8
 from nanodiff.schedule import Schedule
@@ -161,6 +161,20 @@ def test_refusals(models, options, says):
         models["sd15"].generate(["a"], seeds=[0], **({"steps": 2} | options))
 
 
+@pytest.mark.parametrize("name", [n for n in samplers.SAMPLERS if n != "flow_euler"])
+def test_every_sampler_repaints_inside_the_mask_only(models, name):
+    sd = models["sd15"].with_scheduler(name)
+    image, mask = torch.rand(1, 3, 128, 128) * 2 - 1, torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    result = sd.generate(["a"], steps=4, seeds=[0], image=image, mask=mask, strength=0.5)
+    generator = torch.Generator().manual_seed(0)
+    noise = pipeline.Noise([generator], (1, 4, 16, 16), "cpu", torch.float32)
+    kept = sd.encode_pixels(image, noise)
+    assert torch.equal(result.latents[..., 8:], kept[..., 8:]) and not torch.equal(
+        result.latents[..., :8], kept[..., :8]
+    )
+
+
 def test_strength_1_starts_from_noise_alone(models):
     sd = models["sd15"].with_scheduler("ddim")
     image = torch.rand(1, 3, 128, 128) * 2 - 1
@@ -182,7 +196,9 @@ def test_pixel_space_needs_no_vae(models, tmp_path):
     from nanodiff.models.unet import Config, UNet2DConditionModel
 
     base = models["sd15"]
-    cfg = Config.from_json(json.loads((TINY / "sd15" / "unet" / "config.json").read_text()) | {"in_channels": 3, "out_channels": 3})
+    cfg = Config.from_json(
+        json.loads((TINY / "sd15" / "unet" / "config.json").read_text()) | {"in_channels": 3, "out_channels": 3}
+    )
     sd = pipeline.Pipeline(UNet2DConditionModel(cfg).eval(), None, base.text_encoder, base.tokenizer, base.schedule)
     sd.save(tmp_path / "pixel")
     again = pipeline.load(tmp_path / "pixel")
@@ -193,6 +209,29 @@ def test_pixel_space_needs_no_vae(models, tmp_path):
 
 def test_turbo_is_recognised(models):
     assert models["sd-turbo"].turbo and not models["sd15"].turbo and not models["sd15"].with_scheduler("euler").turbo
+
+
+def test_the_safety_checker_is_not_needed(tmp_path):
+    """S0-08: SD 1.4's index names one; its folder may be absent."""
+    folder = copy_model("sd15", tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert pipeline.load(folder).unet is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.3)])
+def test_on_a_gpu(dtype, bound):
+    """The same noise, so the same picture, up to the type's rounding."""
+    want = (
+        pipeline.load(TINY / "sd15").with_scheduler("ddim").generate(["a cat"], steps=3, seeds=[1], guidance_scale=3.0)
+    )
+    sd = pipeline.load(TINY / "sd15", dtype, "cuda").with_scheduler("ddim")
+    got = sd.generate(["a cat"], steps=3, seeds=[1], guidance_scale=3.0)
+    assert max_error(got.latents.cpu(), want.latents) < bound
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ On Gaussian data N(μ, v) the exact network is known (util.gaussian_model). Then
 the noise quantile z to the data quantile μ + √v·z as steps go up, and a stochastic one must give the variance v.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -69,7 +70,9 @@ def make(name, prediction, spacing, **more):
     _, kind, fields = SAMPLERS[name]
     if name == "flow_euler":
         return Schedule.from_config({"_class_name": kind, "shift": 1.0})
-    return Schedule.from_config(SD | {"prediction_type": prediction, "timestep_spacing": spacing} | more, kind, **fields)
+    return Schedule.from_config(
+        SD | {"prediction_type": prediction, "timestep_spacing": spacing} | more, kind, **fields
+    )
 
 
 def run(schedule, name, n, z, **options):
@@ -154,7 +157,7 @@ def test_ddim_is_its_closed_form(n, spacing):
     bars = [schedule.alpha_bar(t) for t in times] + [1.0]
     z = torch.tensor([[0.7]], dtype=torch.float64)
     x = z.clone()
-    for bar, after in zip(bars, bars[1:], strict=False):
+    for bar, after in itertools.pairwise(bars):
         total = bar * VAR + 1 - bar
         x0 = MEAN + bar**0.5 * VAR / total * (x - bar**0.5 * MEAN)
         eps = (1 - bar) ** 0.5 / total * (x - bar**0.5 * MEAN)
@@ -216,7 +219,9 @@ def test_refusals():
         s = make("dpmpp_2m", "epsilon", "linspace", algorithm_type="dpmsolver")
         next(samplers.dpmpp_2m(fake, torch.zeros(1, 1), s, 5, None))
     with pytest.raises(UserError, match="mu"):
-        samplers.flow_sigmas(Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}), 4)
+        samplers.flow_sigmas(
+            Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}), 4
+        )
 
 
 def test_names_round_trip():

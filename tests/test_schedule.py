@@ -21,7 +21,11 @@ def test_tables(beta, zero_snr):
     name = beta + ("_zero_snr" if zero_snr else "")
     if f"alphas_cumprod.{name}" not in tensors:
         pytest.skip("not recorded")
-    ends = {"beta_start": 0.00085, "beta_end": 0.012} if beta == "scaled_linear" else {"beta_start": 1e-4, "beta_end": 0.02}
+    ends = (
+        {"beta_start": 0.00085, "beta_end": 0.012}
+        if beta == "scaled_linear"
+        else {"beta_start": 1e-4, "beta_end": 0.02}
+    )
     kind = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr}
     schedule = Schedule.from_config({"_class_name": "DDIMScheduler", "beta_schedule": beta} | ends | kind)
     want = tensors[f"alphas_cumprod.{name}"]
@@ -118,7 +122,10 @@ def test_timesteps(n):
         ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
         ({"set_alpha_to_won": False}, "set_alpha_to_one"),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}, "variance_type"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True}, "only one"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True},
+            "only one",
+        ),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
     ],
 )

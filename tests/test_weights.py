@@ -111,7 +111,10 @@ def edited(tmp_path, edit):
     ("edit", "says"),
     [
         (lambda s: s.pop("conv_in.weight"), "misses tensor conv_in.weight"),
-        (lambda s: s.update({"conv_inn.weight": torch.zeros(1)}), "unknown tensor conv_inn.weight; did you mean conv_in.weight"),
+        (
+            lambda s: s.update({"conv_inn.weight": torch.zeros(1)}),
+            "unknown tensor conv_inn.weight; did you mean conv_in.weight",
+        ),
         (lambda s: s.update({"conv_in.weight": torch.zeros(3, 3)}), r"conv_in.weight has shape \[3, 3\]"),
         (lambda s: s.update({"\x1b[2J": torch.zeros(1)}), r"\\x1b\[2J"),
     ],
@@ -149,7 +152,9 @@ def test_types(tmp_path):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = weights.load(UNet2DConditionModel, TINY / "sd15" / "unet", dtype)
         assert {p.dtype for p in model.parameters()} == {dtype}
-    assert {p.dtype for p in weights.load(UNet2DConditionModel, TINY / "sd21-v" / "unet").parameters()} == {torch.float16}
+    assert {p.dtype for p in weights.load(UNet2DConditionModel, TINY / "sd21-v" / "unet").parameters()} == {
+        torch.float16
+    }
 
 
 def test_config_cannot_make_us_build_forever(tmp_path):
@@ -189,7 +194,9 @@ def rename_all(to):
     return lambda index, folder: index["weight_map"].update(dict.fromkeys(index["weight_map"], to))
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "", ".x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "", ".x.safetensors"]
+)
 def test_shard_names_are_plain(tmp_path, name):
     with pytest.raises(UserError, match="not a plain file name"):
         weights.find_files(sharded(tmp_path, rename_all(name)))
@@ -197,9 +204,13 @@ def test_shard_names_are_plain(tmp_path, name):
 
 def test_shard_faults(tmp_path):
     with pytest.raises(UserError, match="missing"):
-        weights.find_files(sharded(tmp_path / "1", lambda i, f: (f / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()))
+        weights.find_files(
+            sharded(tmp_path / "1", lambda i, f: (f / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink())
+        )
     with pytest.raises(UserError, match="ghost"):
-        weights.find_files(sharded(tmp_path / "2", lambda i, f: i["weight_map"].update(ghost=next(iter(i["weight_map"].values())))))
+        weights.find_files(
+            sharded(tmp_path / "2", lambda i, f: i["weight_map"].update(ghost=next(iter(i["weight_map"].values()))))
+        )
     with pytest.raises(UserError, match="the index says None"):
         weights.find_files(sharded(tmp_path / "3", lambda i, f: i["weight_map"].pop("conv_in.weight")))
     with pytest.raises(UserError, match="weight_map"):
@@ -210,7 +221,9 @@ def test_variant_falls_back_with_a_line(tmp_path, capsys):
     folder = copy_model("sd15", tmp_path / "m") / "unet"
     assert weights.find_files(folder, "fp16")[0].name == "diffusion_pytorch_model.safetensors"
     assert "no fp16 files" in capsys.readouterr().err
-    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(
+        (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
     assert weights.find_files(folder, "fp16")[0].name == "diffusion_pytorch_model.fp16.safetensors"
     assert capsys.readouterr().err == ""
 

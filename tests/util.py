@@ -53,6 +53,7 @@ def copy_model(name, target):
 
 def gaussian_model(schedule, mean, var):
     """The exact network for data ~ N(mean, var): E[target | x_t], in the schedule's own prediction type."""
+
     def model(x, t):
         a, s = coefficients(schedule, t)
         total = a * a * var + s * s

@@ -33,12 +33,16 @@ def main():
     ranks = []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]
-        made = sd.generate([dataset.captions[i] for i in batch], steps=25, guidance_scale=3.0, seeds=range(first, first + len(batch)))
+        made = sd.generate(
+            [dataset.captions[i] for i in batch], steps=25, guidance_scale=3.0, seeds=range(first, first + len(batch))
+        )
         distance = torch.cdist(embed(made.pixels), known)
         own = distance.gather(1, torch.tensor(batch)[:, None])
         ranks += (distance < own).sum(1).tolist()
     missed = [dataset.captions[i] for i, rank in zip(asked, ranks, strict=True) if rank >= NEAREST]
-    print(f"captions: {len(asked)}, nearest neighbour right: {sum(r == 0 for r in ranks)}, missed: {', '.join(missed) or 'none'}")
+    print(
+        f"captions: {len(asked)}, nearest neighbour right: {sum(r == 0 for r in ranks)}, missed: {', '.join(missed) or 'none'}"
+    )
     print(f"{100 * sum(r < NEAREST for r in ranks) / len(ranks):.1f}%")
 
 

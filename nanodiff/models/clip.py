@@ -60,7 +60,9 @@ class Config:
     def from_json(cls, raw, where="text_encoder/config.json"):
         cfg = from_json(cls, raw, FIXED, where)
         if cfg.hidden_act not in ACTIVATIONS:
-            raise UserError(f"{where}: hidden_act = {cfg.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})")
+            raise UserError(
+                f"{where}: hidden_act = {cfg.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
+            )
         cfg.with_projection = "CLIPTextModelWithProjection" in (raw.get("architectures") or ())
         return cfg
 
@@ -155,7 +157,9 @@ class CLIPTextModel(nn.Module):
         pooled: the normed last state at the end token [B, D], projected when the model has a projection.
         """
         if ids.shape[1] > self.cfg.max_position_embeddings:
-            raise ValueError(f"{ids.shape[1]} tokens, but the text encoder has {self.cfg.max_position_embeddings} positions")
+            raise ValueError(
+                f"{ids.shape[1]} tokens, but the text encoder has {self.cfg.max_position_embeddings} positions"
+            )
         states = [self.text_model.embeddings(ids)]
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1]))

@@ -167,7 +167,7 @@ class AutoencoderKL(nn.Module):
         decode(); with overlap 16 the seams are not visible.
         """
         B, _, H, W = latents.shape
-        if H <= tile and W <= tile:
+        if tile >= H and tile >= W:
             return self.decode(latents)
         f, stride = self.cfg.downscale, tile - overlap
         total = latents.new_zeros(B, 3, H * f, W * f)

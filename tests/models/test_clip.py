@@ -44,7 +44,9 @@ def test_padding_is_attended_to_and_the_future_is_not():
 
 
 def test_pooling_finds_the_configured_end_token():
-    cfg = Config(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=7)
+    cfg = Config(
+        vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=7
+    )
     model = CLIPTextModel(cfg)
     ids = torch.tensor([[1, 30, 7, 7]])
     states, pooled = model(ids)
@@ -52,7 +54,9 @@ def test_pooling_finds_the_configured_end_token():
 
 
 def test_too_many_tokens():
-    model = CLIPTextModel(Config(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model = CLIPTextModel(
+        Config(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
     with pytest.raises(ValueError, match="78 tokens"):
         model(torch.zeros(1, 78, dtype=torch.long))
 

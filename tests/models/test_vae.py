@@ -29,7 +29,9 @@ def test_golden(vae):
 
 
 def test_encode_and_decode_are_scaled_and_shifted():
-    cfg = Config.from_json(json.loads((TINY / "sd15" / "vae" / "config.json").read_text()) | {"shift_factor": 0.5, "scaling_factor": 2.0})
+    cfg = Config.from_json(
+        json.loads((TINY / "sd15" / "vae" / "config.json").read_text()) | {"shift_factor": 0.5, "scaling_factor": 2.0}
+    )
     model = AutoencoderKL(cfg).eval()
     pixels = torch.rand(1, 3, 16, 24) * 2 - 1
     with torch.no_grad():

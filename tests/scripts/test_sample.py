@@ -27,11 +27,18 @@ def pixels(path):
 
 
 def test_pictures_record_and_latents(tmp_path):
-    done = sample(tmp_path, "--prompt", "a cat", "--prompt", "a dog", "--num_images", "2", "--batch-size", "3", "--save-latents")
+    done = sample(
+        tmp_path, "--prompt", "a cat", "--prompt", "a dog", "--num_images", "2", "--batch-size", "3", "--save-latents"
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{i:05d}.png" for i in range(4)]
     record = json.loads((tmp_path / "run.json").read_text())
-    assert [(f["seed"], f["prompt"]) for f in record["files"][:4]] == [(5, "a cat"), (6, "a cat"), (7, "a dog"), (8, "a dog")]
+    assert [(f["seed"], f["prompt"]) for f in record["files"][:4]] == [
+        (5, "a cat"),
+        (6, "a cat"),
+        (7, "a dog"),
+        (8, "a dog"),
+    ]
     assert record["config"]["seed"] == 5 and record["results"]["images"] == 4
     assert load_tensors(tmp_path / "latents.safetensors")["latents"].shape == (4, 4, 16, 16)
     assert "unet: " in done.stdout and "scheduler=pndm" in done.stdout  # S3-14
@@ -40,7 +47,9 @@ def test_pictures_record_and_latents(tmp_path):
 def test_batch_size_does_not_change_the_pictures(tmp_path):
     """S2-37 too: exactly N pictures."""
     for size in (1, 2, 5):
-        assert sample(tmp_path / str(size), "--prompt", "a cat", "--num-images", "5", "--batch-size", size).returncode == 0
+        assert (
+            sample(tmp_path / str(size), "--prompt", "a cat", "--num-images", "5", "--batch-size", size).returncode == 0
+        )
     for i in range(5):
         a, b, c = (pixels(tmp_path / str(s) / f"{i:05d}.png") for s in (1, 2, 5))
         assert abs(a - b).max() <= 1 and abs(a - c).max() <= 1
@@ -50,26 +59,52 @@ def test_batch_size_does_not_change_the_pictures(tmp_path):
 @pytest.mark.parametrize("spelling", ["--num-inference-steps", "--number_inference_steps", "--num_inference_steps"])
 def test_step_spellings(tmp_path, spelling):
     """S3-11"""
-    done = run("sample.py", "--model", TINY / "sd15", "--seed", "1", "--prompt", "a", spelling, "1", "--output-dir", tmp_path)
+    done = run(
+        "sample.py", "--model", TINY / "sd15", "--seed", "1", "--prompt", "a", spelling, "1", "--output-dir", tmp_path
+    )
     assert "steps=1" in done.stdout, done.stderr
 
 
 def test_ddim_steps(tmp_path):
     """S2-26, S2-35"""
-    done = run("sample.py", "--model", TINY / "sd15", "--seed", "1", "--prompt", "a", "--ddim-steps", "3", "--output-dir", tmp_path)
+    done = run(
+        "sample.py",
+        "--model",
+        TINY / "sd15",
+        "--seed",
+        "1",
+        "--prompt",
+        "a",
+        "--ddim-steps",
+        "3",
+        "--output-dir",
+        tmp_path,
+    )
     assert "scheduler=ddim, steps=3" in done.stdout, done.stderr
 
 
 def test_sheet_and_individual_pictures(tmp_path):
     """S2-27"""
-    done = sample(tmp_path, "--prompt", "a", "--num-images", "3", "--nrow", "2", "--output", tmp_path / "sheet.png", "--labels")
+    done = sample(
+        tmp_path, "--prompt", "a", "--num-images", "3", "--nrow", "2", "--output", tmp_path / "sheet.png", "--labels"
+    )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "sheet.png").size == (2 * 132 + 4, 2 * 146 + 4)
     assert len(list((tmp_path / "sheet_individual").glob("image_00?.png"))) == 3
 
 
 def test_from_image_repeats_exactly(tmp_path):
-    sample(tmp_path / "a", "--prompt", 'a "cat",\nNegative prompt: no', "--negative-prompt", "dog", "--guidance-scale", "4", "--scheduler", "euler_a")
+    sample(
+        tmp_path / "a",
+        "--prompt",
+        'a "cat",\nNegative prompt: no',
+        "--negative-prompt",
+        "dog",
+        "--guidance-scale",
+        "4",
+        "--scheduler",
+        "euler_a",
+    )
     first = tmp_path / "a" / "00000.png"
     done = run("sample.py", "--from-image", first, "--output-dir", tmp_path / "b")
     assert done.returncode == 0, done.stderr
@@ -80,7 +115,17 @@ def test_from_image_repeats_exactly(tmp_path):
 
 def test_no_metadata_and_resize_and_names(tmp_path):
     """S3-12, S3-13"""
-    done = sample(tmp_path, "--prompt", "a cat, on/a mat!", "--no-metadata", "--resize", "274x169", "--named", "--guidance-scale", "7.5")
+    done = sample(
+        tmp_path,
+        "--prompt",
+        "a cat, on/a mat!",
+        "--no-metadata",
+        "--resize",
+        "274x169",
+        "--named",
+        "--guidance-scale",
+        "7.5",
+    )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.png")
     assert path.name == "a_cat_on_a_mat_sd15_pndm_cfg7_5_steps2_5.png"
@@ -100,7 +145,18 @@ def test_image_to_image_and_inpainting(tmp_path):
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (0, 0, 64, 128))
     mask.save(tmp_path / "mask.png")
-    argv = ("--prompt", "a", "--init-image", tmp_path / "in.png", "--strength", "0.5", "--scheduler", "ddim", "--steps", "4")
+    argv = (
+        "--prompt",
+        "a",
+        "--init-image",
+        tmp_path / "in.png",
+        "--strength",
+        "0.5",
+        "--scheduler",
+        "ddim",
+        "--steps",
+        "4",
+    )
     assert sample(tmp_path / "a", *argv).returncode == 0
     done = sample(tmp_path / "b", *argv, "--mask", tmp_path / "mask.png")
     assert done.returncode == 0, done.stderr
@@ -108,9 +164,29 @@ def test_image_to_image_and_inpainting(tmp_path):
     assert abs(a - b)[:, 96:].max() > 0, "outside the mask the picture is kept, not repainted"
 
 
+@pytest.mark.slow
+def test_compile(tmp_path):
+    for name, argv in (("a", ()), ("b", ("--compile",))):
+        done = sample(tmp_path / name, "--prompt", "a", *argv)
+        assert done.returncode == 0, done.stderr
+    assert abs(pixels(tmp_path / "a" / "00000.png") - pixels(tmp_path / "b" / "00000.png")).max() <= 1
+
+
 def test_turbo_defaults_and_warning(tmp_path):
     """S3-16"""
-    done = run("sample.py", "--model", TINY / "sd-turbo", "--seed", "1", "--prompt", "a", "--negative-prompt", "b", "--output-dir", tmp_path)
+    done = run(
+        "sample.py",
+        "--model",
+        TINY / "sd-turbo",
+        "--seed",
+        "1",
+        "--prompt",
+        "a",
+        "--negative-prompt",
+        "b",
+        "--output-dir",
+        tmp_path,
+    )
     assert done.returncode == 0 and "steps=1, guidance_scale=0.0" in done.stdout
     assert "negative prompt is not used" in done.stderr
 
@@ -123,7 +199,9 @@ def test_random_seed_is_printed(tmp_path):
 
 def test_base_dir(tmp_path):
     copy_model("sd15", tmp_path / "m")
-    done = run("sample.py", "--base-dir", tmp_path, "--model", "m", "--prompt", "a", "--steps", "1", "--output-dir", "o")
+    done = run(
+        "sample.py", "--base-dir", tmp_path, "--model", "m", "--prompt", "a", "--steps", "1", "--output-dir", "o"
+    )
     assert done.returncode == 0 and (tmp_path / "o" / "00000.png").exists(), done.stderr
 
 
@@ -182,7 +260,9 @@ def test_bad_input_is_one_line(tmp_path, name):
 def test_mask_of_another_size(tmp_path):
     Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
     Image.new("L", (64, 64)).save(tmp_path / "m.png")
-    line = error_line(sample(tmp_path / "o", "--prompt", "a", "--init-image", tmp_path / "a.png", "--mask", tmp_path / "m.png"))
+    line = error_line(
+        sample(tmp_path / "o", "--prompt", "a", "--init-image", tmp_path / "a.png", "--mask", tmp_path / "m.png")
+    )
     assert "64x64" in line
 
 
@@ -205,7 +285,19 @@ def test_half_downloaded_model(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_keep_what_they_made(tmp_path, number, code):
-    argv = [sys.executable, "sample.py", *MODEL, "--prompt", "a", "--num-images", "500", "--batch-size", "1", "--output-dir", str(tmp_path)]
+    argv = [
+        sys.executable,
+        "sample.py",
+        *MODEL,
+        "--prompt",
+        "a",
+        "--num-images",
+        "500",
+        "--batch-size",
+        "1",
+        "--output-dir",
+        str(tmp_path),
+    ]
     child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if len(list(tmp_path.glob("*.png"))) >= 2:

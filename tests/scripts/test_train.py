@@ -41,19 +41,44 @@ def test_vae_then_diffusion_then_sample(tmp_path, pictures):
     config = json.loads((tmp_path / "vae" / "model" / "config.json").read_text())
     assert config["scaling_factor"] not in (0.18215, 1.0), "measured on the data"
     done = train("diffusion", pictures, tmp_path / "d", "--vae", tmp_path / "vae" / "model", "--resolution", "32",
-                 "--max-steps", "4", "--sample-every", "4", "--ema-decay", "0.9")  # fmt: skip
+                 "--max-steps", "4", "--sample-every", "2", "--ema-decay", "0.9")  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "d" / "metrics.jsonl").read_text().splitlines()]
+    assert Image.open(tmp_path / "d" / "loss.png").width > 300
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and {"loss", "lr", "grad_norm"} <= lines[0].keys()
     assert (tmp_path / "d" / "samples" / "000004.png").exists()
-    done = run("sample.py", "--model", tmp_path / "d" / "model", "--prompt", "a red square", "--steps", "3", "--output-dir", tmp_path / "s")
+    assert Image.open(tmp_path / "d" / "samples" / "progress.gif").n_frames == 2  # S1-29
+    done = run(
+        "sample.py",
+        "--model",
+        tmp_path / "d" / "model",
+        "--prompt",
+        "a red square",
+        "--steps",
+        "3",
+        "--output-dir",
+        tmp_path / "s",
+    )
     assert done.returncode == 0 and Image.open(tmp_path / "s" / "00000.png").size == (32, 32), done.stderr
 
 
 def test_pixel_space_resume_is_byte_equal(tmp_path, pictures):
     """Interrupted by SIGTERM at some step, resumed: the same files, byte for byte."""
     assert train("diffusion", pictures, tmp_path / "whole", "--max-steps", "60").returncode == 0
-    argv = ["train.py", "diffusion", "--data", pictures, "--preset", "tiny", "--output-dir", tmp_path / "cut", "--seed", "3", "--max-steps", "60"]
+    argv = [
+        "train.py",
+        "diffusion",
+        "--data",
+        pictures,
+        "--preset",
+        "tiny",
+        "--output-dir",
+        tmp_path / "cut",
+        "--seed",
+        "3",
+        "--max-steps",
+        "60",
+    ]
     child = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "cut" / "metrics.jsonl"
     for _ in range(1200):
@@ -83,7 +108,9 @@ def test_seed_matters(tmp_path, pictures):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_prediction_types_train_and_sample(tmp_path, pictures, prediction):
     """S1-12"""
-    done = train("diffusion", pictures, tmp_path / "o", "--max-steps", "2", "--prediction-type", prediction, "--min-snr", "5")
+    done = train(
+        "diffusion", pictures, tmp_path / "o", "--max-steps", "2", "--prediction-type", prediction, "--min-snr", "5"
+    )
     assert done.returncode == 0, done.stderr
     sd = pipeline.load(tmp_path / "o" / "model")
     assert sd.schedule.prediction == prediction

@@ -1,0 +1,63 @@
+"""The README stays true: its commands parse, its targets exist, its pictures are there; the embedded model's run."""
+
+import re
+import shlex
+
+import pytest
+from PIL import Image
+from util import ROOT, run
+
+import sample
+import train
+from nanodiff import config
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [c for c in re.findall(r"`([^`\n]+)`", README) if c.startswith("python ")]
+DOCSTRINGS = [
+    line.strip().split("  #")[0]
+    for m in (sample, train)
+    for line in m.__doc__.splitlines()
+    if line.strip().startswith("python ")
+]
+STAGES = {"vae": train.VAEConfig, "diffusion": train.DiffusionConfig}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *DOCSTRINGS])
+def test_commands_parse(command):
+    _, script, *argv = shlex.split(command)
+    if script == "sample.py":
+        config.parse(sample.Config, argv)
+    elif script == "train.py":
+        config.parse(STAGES[argv[0]], argv[1:], presets=train.PRESETS[argv[0]])
+    elif script == "-m":
+        assert (ROOT / (argv[0].replace(".", "/") + ".py")).exists()
+    else:
+        assert (ROOT / script).exists() or not script.endswith(".py")
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"make ([a-z][a-z-]+)", README):
+        if target not in {"sure"}:
+            assert target in targets, target
+    assert {"help", "setup", "demo", "test", "test-gpu", "lint", "format", "bench", "clean"} <= targets
+
+
+def test_pictures_exist():
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        Image.open(ROOT / name).load()
+
+
+def test_the_embedded_model_draws(tmp_path):
+    command = next(c for c in COMMANDS if "--num-images 8" in c)
+    argv = [re.sub(r"^out(?=/|$)", str(tmp_path), word) for word in shlex.split(command)[1:]]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("0000?.png"))) == 8 and (tmp_path / "sheet.png").exists()
+
+
+def test_make_help_lists_targets():
+    import subprocess
+
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "make demo" in done.stdout and "make test" in done.stdout
