@@ -30,9 +30,12 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score
 
-nano: $(STAMP)  ## train the embedded model again, from the data set (about two hours on two cores)
-	$(PY) train.py vae --data assets/emoji/emoji.tar --preset nano --output-dir $(OUT)/nano-vae
-	$(PY) train.py diffusion --data assets/emoji/emoji.tar --preset nano --vae $(OUT)/nano-vae/model --output-dir $(OUT)/nano
+nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)
+	mkdir -p $(OUT)
+	$(PY) assets/emoji/make.py --all $(OUT)/all.tar
+	$(PY) train.py vae --data $(OUT)/all.tar --preset nano --output-dir $(OUT)/nano-vae --resume auto
+	$(PY) train.py diffusion --data assets/emoji/emoji.tar --preset nano --vae $(OUT)/nano-vae/model \
+		--output-dir $(OUT)/nano --resume auto
 
 test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest

@@ -152,6 +152,36 @@ def parse_size(text):
     return int(width), int(height)
 
 
+def inputs(cfg, sd):
+    """({height, width}, {image, strength, mask} for generate()), resized as diffusers does: an --init-image alone sets
+    the size (down to a multiple of the VAE's), a mask brings the model's own size; --height and --width win."""
+    import torch
+
+    from nanodiff import images
+
+    picture = images.open_image(cfg.init_image) if cfg.init_image else None
+    if picture and not cfg.mask:
+        height, width = (max(side // sd.downscale, 1) * sd.downscale for side in (picture.height, picture.width))
+    else:
+        height, width = sd.size
+    height, width = cfg.height or height, cfg.width or width
+    start = {}
+    if picture:
+        resized = picture.resize((width, height), images.Image.Resampling.LANCZOS)
+        start = {"image": images.to_pixels(resized)[None].to(sd.device), "strength": cfg.strength}
+    if cfg.mask:
+        mask = images.open_image(cfg.mask).convert("L")
+        if mask.size != picture.size:
+            raise UserError(
+                f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
+            )
+        mask = mask.resize((width, height), images.Image.Resampling.LANCZOS)
+        start["mask"] = (
+            torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, 1, height, width) >= 128
+        ).float()
+    return {"height": height, "width": width}, start
+
+
 def main(cfg):
     if cfg.from_image:
         recall(cfg)
@@ -186,18 +216,7 @@ def main(cfg):
     settings = {"scheduler": name, "steps": steps, "guidance_scale": scale, "negative_prompt": negative}
     print("settings: " + ", ".join(f"{k}={printable(v)}" for k, v in settings.items()))
 
-    size = {"height": cfg.height or sd.size[0], "width": cfg.width or sd.size[1]}
-    start = {}
-    if cfg.init_image:
-        picture = images.fit(images.open_image(cfg.init_image), size["width"], size["height"])
-        start = {"image": images.to_pixels(picture)[None].to(device), "strength": cfg.strength}
-    if cfg.mask:
-        mask = images.open_image(cfg.mask).convert("L")
-        if mask.size != images.open_image(cfg.init_image).size:
-            raise UserError(f"--mask {cfg.mask} is {mask.width}x{mask.height}, another size than --init-image")
-        mask = images.fit(mask, size["width"], size["height"])
-        start["mask"] = (images.torch.from_numpy(images.np.array(mask)).float() >= 127.5).float()[None, None]
-
+    size, start = inputs(cfg, sd)
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
     sheet, latents = [], []
     try:

@@ -100,8 +100,8 @@ PRESETS = {
     "diffusion": {
         "tiny": {"max_steps": 20, "resolution": 16, "batch_size": 4, "lr_warmup_steps": 0, "max_length": 16,
                  "vocab_size": 600, "checkpointing_steps": 10, "log_every": 1},
-        "nano": {"model_size": "nano", "max_steps": 20000, "batch_size": 32, "sample_every": 2000, "lr": 1e-3,
-                 "lr_warmup_steps": 500, "max_length": 24, "mixed_precision": "bf16"},
+        "nano": {"model_size": "nano", "max_steps": 13000, "batch_size": 32, "sample_every": 2000, "lr": 1e-3,
+                 "lr_warmup_steps": 500, "max_length": 24, "checkpointing_steps": 1000, "mixed_precision": "bf16"},
     },
 }  # fmt: skip
 

@@ -6,7 +6,8 @@ the ratios peer / ours of neighbouring runs, with the smallest and the largest b
 only neighbours can be compared. Weights are random, in the real sizes, made once under --work (2.1 GB).
 
 Cases: import (the pipeline module), load (process start to a ready SD 1.5 from an fp16 folder), unet32 and unet64 (one
-guided step at 256 and 512 px), tiny (a UNet call of the test pipeline). Results go to benchmarks/NAME.json.
+guided step at 256 and 512 px), vae (one decode at 512 px), image (process start to a 512 px picture in 2 steps), tiny (a
+UNet call of the test pipeline). Results go to benchmarks/NAME.json.
 """
 
 import argparse
@@ -47,6 +48,15 @@ with torch.no_grad():
     kv = net.text_kv(text)
     report(seconds=timed(lambda: net(x, 500, kv), int(kind.split("-")[2])))""",
 }
+OURS["vae"] = """
+import torch; from nanodiff import weights; from nanodiff.models.vae import AutoencoderKL
+net = weights.load(AutoencoderKL, folder + "/vae", getattr(torch, kind)); z = torch.randn(1, 4, 64, 64).to(getattr(torch, kind))
+with torch.no_grad():
+    report(seconds=timed(lambda: net.decode_raw(z), 1))"""
+OURS["image"] = """
+import torch; from nanodiff import pipeline
+sd = pipeline.load(folder, getattr(torch, kind))
+sd.generate(["a corgi on a beach"], steps=2, seeds=[0]); report()"""
 # The peer's side, run by another interpreter: this project itself never imports these packages.
 PEER = {
     "import": "from diffusers import StableDiffusionPipeline; report()",
@@ -63,6 +73,15 @@ if "cl" in kind.split("-"):
 with torch.no_grad():
     report(seconds=timed(lambda: net(x, 500, text, return_dict=False), int(kind.split("-")[2])))""",
 }
+PEER["vae"] = """
+import torch; from diffusers import AutoencoderKL
+net = AutoencoderKL.from_pretrained(folder + "/vae", torch_dtype=getattr(torch, kind)); z = torch.randn(1, 4, 64, 64).to(getattr(torch, kind))
+with torch.no_grad():
+    report(seconds=timed(lambda: net.decode(z, return_dict=False), 1))"""
+PEER["image"] = """
+import torch; from diffusers import StableDiffusionPipeline
+sd = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, kind), safety_checker=None)
+sd("a corgi on a beach", num_inference_steps=2, generator=torch.Generator().manual_seed(0)); report()"""
 CASES = {  # name: (program, our kind, the peer's kinds, pairs, figure)
     "import": ("import", "-", ["-"], 7, "total_s"),
     "load-fp16": ("load", "float16", ["float16"], 5, "total_s"),
@@ -71,6 +90,8 @@ CASES = {  # name: (program, our kind, the peer's kinds, pairs, figure)
     "tiny": ("unet", "float32-16-20", ["float32-16-20"], 5, "seconds"),
     "unet32-fp32": ("unet", "float32-32-2", ["float32-32-2", "float32-32-2-cl"], 3, "seconds"),
     "unet64-fp32": ("unet", "float32-64-1", ["float32-64-1", "float32-64-1-cl"], 3, "seconds"),
+    "vae-bf16": ("vae", "bfloat16", ["bfloat16"], 3, "seconds"),
+    "image-bf16": ("image", "bfloat16", ["bfloat16"], 3, "total_s"),
     "unet64-bf16": ("unet", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
 }
 

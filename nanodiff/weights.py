@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from nanodiff.config import UserError, arg, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json
 
 # (pattern, replacement or None to drop), by the class whose files need it.
 RENAMES = {
@@ -298,7 +298,7 @@ def load_pickle(path):
         raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, Exception) as e:  # a torn zip raises any of these
+    except Exception as e:  # UnpicklingError, EOFError, RuntimeError or OSError, by where the file is torn
         raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -367,42 +367,46 @@ def save(model, folder, dtype=None):
 # Tool
 
 
-def _inspect(cfg):
-    path = Path(cfg.files[0])
-    paths = [path] if path.is_file() else find_files(path)
-    for key, shape in header(paths).items():
+def inspect(path):
+    """Print name and shape of every tensor of a file, or of a component folder, from the headers alone."""
+    path = Path(path)
+    for key, shape in header([path] if path.is_file() else find_files(path)).items():
         print(printable(key), list(shape))
 
 
-def _convert(cfg):
-    source, target = Path(cfg.files[0]), Path(cfg.files[1])
-    if source.suffix not in PICKLES:
+def convert(source, target, allow_pickle=False):
+    """A pickle of tensors to a safetensors file. Raises UserError without allow_pickle: reading one can run code."""
+    if Path(source).suffix not in PICKLES:
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
-    if not cfg.allow_pickle:
+    if not allow_pickle:
         raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
     tensors = load_pickle(source)
     save_tensors(target, {k: v.clone() for k, v in tensors.items()})
     print(f"{target}: {len(tensors)} tensors")
 
 
-if __name__ == "__main__":
+def main():
     import argparse
-    import dataclasses
-
-    @dataclasses.dataclass
-    class ToolConfig:
-        files: list[str] = arg([], "")
-        allow_pickle: bool = arg(False, "")
 
     parser = argparse.ArgumentParser(prog="python -m nanodiff.weights", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["inspect", "convert"])
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--allow-pickle", action="store_true", help="read a pickle with weights_only")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("inspect", help="list the tensors of a file or component folder")
+    one.add_argument("path")
+    two = commands.add_parser("convert", help="pickle to safetensors")
+    two.add_argument("source")
+    two.add_argument("target")
+    two.add_argument("--allow-pickle", action="store_true", help="read a pickle, with weights_only")
     args = parser.parse_args()
     try:
-        if len(args.files) != {"inspect": 1, "convert": 2}[args.command]:
-            raise UserError(f"{args.command} takes {'a file' if args.command == 'inspect' else 'IN and OUT'}")
-        {"inspect": _inspect, "convert": _convert}[args.command](ToolConfig(args.files, args.allow_pickle))
+        if args.command == "inspect":
+            inspect(args.path)
+        else:
+            convert(args.source, args.target, args.allow_pickle)
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
