@@ -9,10 +9,11 @@ The same model, prompt, seed and settings give the picture that diffusers gives 
 
 import secrets
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, from_mapping, printable, script
+from nanodiff.config import UserError, arg, as_dict, from_mapping, printable, script
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -50,7 +51,7 @@ class Config:
     seed: int | None = arg(None, "picture i uses seed + i; default: random, printed")
     clip_skip: int = arg(0, "leave out the last N layers of the text encoder")
     init_image: str | None = arg(None, "start from this picture (image-to-image)")
-    strength: float = arg(0.8, "how much of --init-image is repainted, above 0 to 1")
+    strength: float | None = arg(None, "how much of --init-image is repainted, above 0 to 1; default 0.8")
     mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
     output_dir: str = arg("out", "folder of the pictures 00000.png, 00001.png, … and run.json")
     output: str | None = arg(
@@ -74,7 +75,8 @@ class Config:
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
-              "scheduler", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks")  # fmt: skip
+              "scheduler", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
+              "vae_checkpoint", "vae_tiling")  # fmt: skip
 
 
 def prompts_of(cfg):
@@ -90,7 +92,7 @@ def prompts_of(cfg):
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("--prompt is empty")
-    return prompts
+    return [p.encode("utf-8", "replace").decode() for p in prompts]  # bytes of the command line that are no UTF-8
 
 
 def defaults(cfg, sd):
@@ -120,8 +122,8 @@ def check(cfg):
         cfg.scheduler = "ddim"
     if cfg.steps == 0 or cfg.ddim_steps == 0:
         raise UserError("--steps 0 makes no picture; use 1 or more")
-    for name in ("num_images", "batch_size"):
-        if getattr(cfg, name) < 1:
+    for name in ("num_images", "batch_size", "height", "width", "nrow"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     if cfg.guidance_scale is not None and not 0 <= cfg.guidance_scale <= 100:
         raise UserError(f"--guidance-scale {cfg.guidance_scale:g} must be between 0 and 100")
@@ -129,8 +131,11 @@ def check(cfg):
         raise UserError("--eta and --guidance-rescale must be between 0 and 1")
     if cfg.mask and not cfg.init_image:
         raise UserError("--mask needs --init-image")
-    if cfg.init_image and not 0 < cfg.strength <= 1:
+    if cfg.strength is not None and not 0 < cfg.strength <= 1:
         raise UserError(f"--strength {cfg.strength:g} must be above 0 and at most 1")
+    for name, needs in (("strength", "init_image"), ("nrow", "output"), ("labels", "output")):
+        if getattr(cfg, name) and not getattr(cfg, needs):
+            raise UserError(f"--{name} does nothing without --{needs.replace('_', '-')}")
     if cfg.seed is not None and not 0 <= cfg.seed < 1 << 63:
         raise UserError(f"--seed {cfg.seed} must be between 0 and 2^63 - 1")
 
@@ -168,7 +173,10 @@ def inputs(cfg, sd):
     start = {}
     if picture:
         resized = picture.resize((width, height), images.Image.Resampling.LANCZOS)
-        start = {"image": images.to_pixels(resized)[None].to(sd.device), "strength": cfg.strength}
+        start = {
+            "image": images.to_pixels(resized)[None].to(sd.device),
+            "strength": 0.8 if cfg.strength is None else cfg.strength,
+        }
     if cfg.mask:
         mask = images.open_image(cfg.mask).convert("L")
         if mask.size != picture.size:
@@ -217,8 +225,9 @@ def main(cfg):
     print("settings: " + ", ".join(f"{k}={printable(v)}" for k, v in settings.items()))
 
     size, start = inputs(cfg, sd)
+    record.data["config"] = as_dict(cfg) | settings | size  # resolved
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
-    sheet, latents = [], []
+    sheet, latents, made = [], [], 0
     try:
         with Progress(len(jobs), cfg.batch_size) as progress:
             for first in range(0, len(jobs), cfg.batch_size):
@@ -230,16 +239,20 @@ def main(cfg):
                         clip_skip=cfg.clip_skip, guidance_rescale=cfg.guidance_rescale, tiled=cfg.vae_tiling,
                         quirks=cfg.diffusers_quirks, keep_steps=cfg.progress_strip, on_step=progress.step, **start,
                     )  # fmt: skip
-                latents.append(result.latents.cpu().float())
+                if cfg.save_latents:
+                    latents.append(result.latents.cpu().float())
                 for k, picture in enumerate(images.to_pil(result.pixels)):
                     picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
                     facts = settings | size | {"prompt": batch[k][0], "seed": seeds[k]}
                     path = out / (file_name(cfg, facts, sd) if cfg.named else f"{first + k:05d}.png")
-                    images.save_png(picture, path, remembered(cfg, facts) if cfg.metadata else None)
+                    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
                     record.file(path, seed=seeds[k], prompt=batch[k][0])
-                    sheet.append((picture, batch[k][0]))
+                    made += 1
+                    if cfg.output:
+                        sheet.append((picture, batch[k][0]))
                     if cfg.progress_strip:
-                        strip(sd, result.history, k, out / f"{first + k:05d}_steps.png")
+                        strip(sd, result.history, k, path.with_name(path.stem + "_steps.png"))
+                        record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k][0])
     finally:  # what was finished is kept and listed, also after Ctrl-C
         if sheet and cfg.output:
             pictures, labels = zip(*sheet, strict=True)
@@ -249,19 +262,21 @@ def main(cfg):
                 folder = engine.out_dir(Path(cfg.output).with_suffix("").as_posix() + "_individual")
                 for i, picture in enumerate(pictures):
                     images.save_png(picture, folder / f"image_{i:03d}.png")
+                    record.file(folder / f"image_{i:03d}.png")
         if latents and cfg.save_latents:
             weights.save_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
             record.file(out / "latents.safetensors")
-        record.data["results"]["images"] = len(sheet)
+        record.data["results"]["images"] = made
         record.write()
-    print(f"{len(sheet)} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
+    print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 
 
 class Progress:
-    """One bar over all steps of all batches; a line every half minute when nobody watches."""
+    """One bar over all steps of all batches, with steps per second; when nobody watches, a line every half minute."""
 
     def __init__(self, pictures, batch_size):
-        self.batches = -(-pictures // batch_size)
+        self.batches, self.done = -(-pictures // batch_size), 0
+        self.started = self.said = time.monotonic()
 
     def __enter__(self):
         from tqdm import tqdm
@@ -270,8 +285,14 @@ class Progress:
         return self
 
     def step(self, i, n, step):
+        self.done += 1
         self.bar.total = n * self.batches
         self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and now - self.said > 30:
+            rate = self.done / (now - self.started)
+            print(f"sampling: step {self.done} of {n * self.batches}, {rate:.2f} it/s", file=sys.stderr)
+            self.said = now
 
     def __exit__(self, *exc):
         self.bar.close()
@@ -298,9 +319,10 @@ def file_name(cfg, facts, sd):
     return f"{slug(facts['prompt'])}_{model}_{facts['scheduler']}_cfg{scale}_steps{facts['steps']}_{facts['seed']}.png"
 
 
-def remembered(cfg, facts):
+def remembered(cfg, facts, sd):
     """Everything that --from-image needs, as JSON values."""
-    values = vars(cfg) | facts | {"model": cfg.model or "embedded"}
+    dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(sd.dtype).removeprefix("torch.")]
+    values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
     return {k: values[k] for k in REMEMBERED} | {"init_image": bool(cfg.init_image)}
 
 
@@ -311,18 +333,21 @@ def recall(cfg):
     record = read_record(cfg.from_image)
     if record.get("init_image"):
         raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")
-    untouched = Config()
+    given = getattr(cfg, "given", frozenset())
+    given |= {"steps", "scheduler"} if "ddim_steps" in given else set()
     known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
     known["prompt"] = [known.get("prompt")]
     for key, value in from_mapping(Config, known, cfg.from_image).items():
-        if getattr(cfg, key) == getattr(untouched, key):
+        if key not in given:
             setattr(cfg, key, value)
     if cfg.model == "embedded":
         cfg.model = None
-    elif cfg.model == record.get("model") and not Path(cfg.model).exists():
-        raise UserError(
-            f"{cfg.from_image}: was made with {printable(cfg.model)}; name that model with --model to use it"
-        )
+    for name in ("model", "vae_checkpoint"):
+        value = getattr(cfg, name)
+        if value and name not in given and not Path(value).exists():
+            raise UserError(
+                f"{cfg.from_image}: was made with {printable(value)}; name it with --{name.replace('_', '-')}"
+            )
 
 
 if __name__ == "__main__":

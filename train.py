@@ -15,9 +15,20 @@ from nanodiff.config import UserError, arg, read_json, script
 # torch is imported inside main(), so that --help answers at once.
 
 
+RANGES = [  # (option, smallest, largest)
+    ("resolution", 1, 8192), ("batch_size", 1, 1 << 20), ("grad_accum", 1, 1 << 20), ("max_steps", 0, 1 << 40),
+    ("epochs", 1, 1 << 30), ("lr", 1e-12, 1e3), ("lr_warmup_steps", 0, 1 << 40), ("max_grad_norm", 1e-12, 1e12),
+    ("ema_decay", 0, 1), ("checkpointing_steps", 0, 1 << 40), ("checkpoints_total_limit", 1, 1 << 20),
+    ("sample_every", 0, 1 << 40), ("log_every", 0, 1 << 40), ("kl_weight", 0, 1e6), ("vocab_size", 514, 1 << 20),
+    ("max_length", 3, 4096), ("caption_dropout", 0, 1), ("min_snr", 1e-6, 1e6),
+]  # fmt: skip
+
+
 @dataclass
 class Common:
-    data: str = arg("", "folder or .tar of pictures (and captions)", "train-data-dir", "data-dir", "image-dir")
+    data: str = arg(
+        "", "folder or .tar of pictures (and captions)", "train-data-dir", "data-dir", "image-dir", "dataset-name"
+    )
     output_dir: str = arg("", "where everything of this run goes")
     resolution: int = arg(64, "pixels along one side")
     batch_size: int = arg(16, "samples per update and micro-batch", "train-batch-size")
@@ -43,9 +54,10 @@ class Common:
         for name in ("data", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is required")
-        for name in ("resolution", "batch_size", "grad_accum", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name, low, high in RANGES:
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value:g} must be between {low:g} and {high:g}")
 
 
 @dataclass

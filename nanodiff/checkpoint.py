@@ -32,10 +32,12 @@ def save(root, step, tensors, facts, keep=None):
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(tmp.iterdir())}
         write_json(tmp / MANIFEST, {"step": step, "files": files})
         _fsync(tmp)
-        if final.exists():
-            shutil.rmtree(final)
+        aside = root / f"{tmp.name}.old"
+        if final.exists():  # the same step again: the old one goes aside, never away, until the new one stands
+            final.rename(aside)
         tmp.rename(final)
         _fsync(root)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as e:
         raise UserError(f"{final}: cannot be written: {e.strerror}") from None
     finally:

@@ -15,13 +15,21 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import types
 import typing
 from pathlib import Path
 
+SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
+
+
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
+LESS_MEMORY = (
+    "try a smaller --batch-size, a smaller size (--height and --width, or --resolution), --vae-tiling or --dtype bf16"
+)
 
 
 class UserError(Exception):
@@ -150,8 +158,15 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     if path := given.pop("config"):
         values |= from_mapping(cls, read_json(path), path)
     given.pop("debug")
-    values |= {k: v for k, v in given.items() if v is not None}
-    return cls(**values)
+    given = {k: v for k, v in given.items() if v is not None}
+    cfg = cls(**(values | given))
+    cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
+    return cfg
+
+
+def as_dict(cfg):
+    """{field: value} of a config dataclass, without tokens."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in SECRETS}
 
 
 def _dashed(token):
@@ -197,6 +212,10 @@ def from_mapping(cls, mapping, where):
         kinds = tuple(typing.get_origin(t) or t for t in options)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if isinstance(value, list) and list in kinds:
+            element = typing.get_args(next(t for t in options if typing.get_origin(t) is list))[0]
+            if not all(isinstance(v, element) for v in value):
+                raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
         choices = fields[name].metadata["choices"]
@@ -236,6 +255,11 @@ def script(stages, doc, presets=None):
         if debug:
             raise
         print(f"error: {printable(e)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if debug or not (isinstance(e, MemoryError) or OUT_OF_MEMORY.search(f"{type(e).__name__}: {e}")):
+            raise
+        print(f"error: out of memory ({printable(str(e).splitlines()[0])}); {LESS_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -91,21 +91,25 @@ def _expand(pattern):
 
 def _tar_items(shard):
     """Group the members of one shard by the name up to the first dot of its base name."""
-    found = {}
+    found, skipped = {}, 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if not member.isreg() or member.size > MEMBER_LIMIT:
+                    skipped += not member.isdir()
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
+                skipped += f".{suffix.lower()}" not in SUFFIXES | {".txt", ".json", ".cls"}
                 entry = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
                 if f".{suffix.lower()}" in SUFFIXES:
                     entry["image"] = (shard, member.offset_data, member.size)
-                elif suffix.lower() == "txt" and member.size <= CAPTION_LIMIT:
-                    entry["caption"] = _clean(tar.extractfile(member).read())
+                elif suffix.lower() == "txt":
+                    entry["caption"] = _clean(tar.extractfile(member).read(CAPTION_LIMIT))
     except (tarfile.TarError, OSError, EOFError) as e:
         raise UserError(f"{shard}: not a readable tar file: {e}") from None
+    if skipped:
+        print(f"note: {shard}: {skipped} members are no pictures or captions, or too large: not used", file=sys.stderr)
     return [(key, e["image"], e.get("caption")) for key, e in found.items() if "image" in e]
 
 

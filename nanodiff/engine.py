@@ -4,11 +4,12 @@ The training loop stays visible in the script. `Run` never calls back:
 
     run = engine.Run(cfg)
     net, opt = run.trainable(net, lr=cfg.lr)
-    run.track(net=net, opt=opt, ema=ema)       # saved together, resumed together
-    for step in run.steps(cfg.max_steps):      # starts where the last run stopped
+    ema = run.ema(net, cfg.ema_decay)
+    run.resume()                               # weights, EMA, optimizer, scaler, step
+    for step in run.steps():                   # starts where the last run stopped, saves when due
         run.backward(loss)
         run.update()                           # clip, lr(step), optimizer, EMA
-        run.log(step, loss=…); run.save_if_due(step)
+        if run.every(20): run.log(loss=…)
 """
 
 import contextlib
@@ -26,10 +27,9 @@ from pathlib import Path
 import torch
 
 from nanodiff import checkpoint
-from nanodiff.config import Stopped, UserError
-from nanodiff.weights import DTYPES, write_json
+from nanodiff.config import SECRETS, Stopped, UserError, as_dict
+from nanodiff.weights import DTYPES, write_bytes, write_json
 
-SECRETS = {"token", "hub_token", "hf_token"}
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
 
 
@@ -76,8 +76,8 @@ class Record:
         self.out = out_dir(cfg.output_dir)
         self.started = time.perf_counter()
         self.data = {
-            "config": {k: v for k, v in vars(cfg).items() if k not in SECRETS},
-            "argv": _without_secrets(sys.argv),
+            "config": as_dict(cfg),
+            "argv": _without_secrets(sys.argv, cfg),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
@@ -113,14 +113,12 @@ class Record:
         write_json(self.out / "run.json", self.data)
 
 
-def _without_secrets(argv):
-    out, hide = [], False
-    for token in argv:
-        flag, eq, _ = token.partition("=")
-        secret = flag.lstrip("-").replace("-", "_") in SECRETS
-        out.append("***" if hide else f"{flag}{eq}***" if secret and eq else token)
-        hide = secret and not eq
-    return out
+def _without_secrets(argv, cfg):
+    """argv with every token masked, however its flag was spelled."""
+    values = [v for v in (getattr(cfg, name, None) for name in SECRETS) if v]
+    for value in values:
+        argv = [word.replace(value, "***") for word in argv]
+    return list(argv)
 
 
 def _git_commit():
@@ -182,7 +180,7 @@ class Run:
         self.precision = DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.step, self.skipped, self.bad_in_row = 0, 0, 0
-        self.tracked, self.stop_signal, self.last_saved = {}, None, None
+        self.stop_signal, self.last_saved = None, None
 
     def trainable(self, net, lr, betas=(0.9, 0.99), weight_decay=0.01):
         """(net on the device, AdamW over its trainable parameters)."""
@@ -246,13 +244,17 @@ class Run:
             "step": self.step,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
-            "config": vars(self.cfg),
+            "config": as_dict(self.cfg),
         }
         self.last_saved = checkpoint.save(self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit)
 
     def resume(self):
         """Continue from cfg.resume ("auto", a folder, or None); a changed option is named."""
         if not self.cfg.resume:
+            if older := checkpoint.found(self.out):
+                raise UserError(
+                    f"{older[0][1]} is of an earlier run: add --resume to continue it, or take another --output-dir"
+                )
             return
         state = checkpoint.load(self.out, self.cfg.resume)
         if state is None:
@@ -285,7 +287,16 @@ class Run:
             self.average.shadow = {k: saved[k].to(self.device) for k in self.average.shadow}
         self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] else None
         self.step, self.skipped = facts["step"], facts["skipped"]
+        self._cut_log()
         print(f"resumed at step {self.step}", file=sys.stderr)
+
+    def _cut_log(self):
+        """Drop lines of metrics.jsonl that are younger than the checkpoint: those steps are taken again."""
+        log = self.out / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        if kept != lines:
+            write_bytes(log, "".join(line + "\n" for line in kept).encode())
 
     # -- loop ------------------------------------------------------------------------------------------------
 

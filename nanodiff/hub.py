@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, printable, read_json
 
 ALIASES = {  # the names of the source study, with or without their owner
     name: f"stabilityai/{name}"
@@ -64,9 +64,8 @@ def download(name, revision=None, token=None, variant=None):
     from huggingface_hub import constants, errors
 
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
-    patterns = wanted(variant)
     try:
-        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        folder = Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
         missing = incomplete(folder)
         if not missing:
             return folder
@@ -79,7 +78,8 @@ def download(name, revision=None, token=None, variant=None):
         raise UserError(f"{name}: offline, and {missing} ({cache}); run `hf download {name}` with a network{mirror}")
     print(f"downloading {name}", file=sys.stderr)
     try:
-        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, token=token or None))
+        files = choose(hub.list_repo_files(name, revision=revision, token=token or None), variant)
+        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=files, token=token or None))
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence on its model page, then `hf auth login` or set HF_TOKEN"
@@ -88,7 +88,9 @@ def download(name, revision=None, token=None, variant=None):
         raise UserError(f"{name} has no revision {printable(revision)!r}") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name} not found, or private{mirror}") from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
         raise UserError(f"{name}: not in the cache and not reachable ({type(e).__name__}){mirror}") from None
     if missing := incomplete(folder):
         raise UserError(f"{folder}: {missing}")
@@ -96,20 +98,49 @@ def download(name, revision=None, token=None, variant=None):
     return folder
 
 
-def wanted(variant=None):
-    """File patterns of a pipeline repository that we read: safetensors of the components, configs, tokenizers."""
-    weights = [f"{c}/*{f'.{variant}' if variant else ''}*.safetensors" for c in COMPONENTS]
-    if variant:  # components without that variant fall back to their plain file
-        weights += [f"{c}/{stem}.safetensors" for c in COMPONENTS for stem in ("diffusion_pytorch_model", "model")]
-    return ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*/*.index*.json", *weights]
+def choose(files, variant=None):
+    """The files of a repository that a pipeline needs: configs, tokenizers, and one set of safetensors a component.
+
+    The variant's set where a component has it, else the plain one (as weights.find_files chooses on disk); never
+    pickles, other variants, or the single-file copies in the root. Raises UserError when it is no pipeline.
+    """
+    if "model_index.json" not in files:
+        raise UserError("the repository has no model_index.json, so it is not a pipeline in Hub folder form")
+    chosen = [f for f in files if f == "model_index.json" or re.fullmatch(r"(scheduler|tokenizer\w*)/[^/]+", f)]
+    for component in COMPONENTS:
+        mine = [f for f in files if f.startswith(component + "/")]
+        chosen += [f for f in mine if f == f"{component}/config.json"]
+        sets = {v: [f for f in mine if _is_weight(f.split("/")[1], v)] for v in {variant, None}}
+        chosen += sets[variant] or sets[None]
+    return chosen
+
+
+def _is_weight(name, variant):
+    """Is this file name one of the weights (or their index) of exactly this variant?"""
+    v = re.escape(f".{variant}") if variant else ""
+    shard = r"-\d{5}-of-\d{5}"
+    whole = rf"(diffusion_pytorch_model|model)({v}({shard})?|{shard}{v})\.safetensors"
+    index = rf"(diffusion_pytorch_model|model)\.safetensors(\.index{v}|{v}\.index)\.json"
+    return bool(re.fullmatch(f"{whole}|{index}", name))
 
 
 def incomplete(folder):
-    """What a snapshot lacks (a legacy cache is served even when it is partial), or ""."""
+    """What a snapshot lacks (the cache serves a partial one as if it were whole), or ""."""
     if not (folder / "model_index.json").is_file():
         return "model_index.json is missing"
-    for component in COMPONENTS:
-        sub = folder / component
-        if (sub / "config.json").is_file() and not any(sub.glob("*.safetensors")):
-            return f"{component} has a config but no .safetensors"
-    return "unet and transformer are missing" if not any((folder / c).is_dir() for c in COMPONENTS[:2]) else ""
+    for name, entry in read_json(folder / "model_index.json").items():
+        if name not in (*COMPONENTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3") or entry == [None, None]:
+            continue
+        sub = folder / name
+        if not sub.is_dir():
+            return f"{name} is missing"
+        if name in COMPONENTS:
+            if not (sub / "config.json").is_file():
+                return f"{name} has no config.json"
+            if not any(sub.glob("*.safetensors")):
+                return f"{name} has a config but no .safetensors"
+            for index in sub.glob("*.index*.json"):
+                for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+                    if not (sub / str(shard)).is_file():
+                        return f"{name} lacks {printable(shard)}"
+    return ""

@@ -114,6 +114,30 @@ class Pipeline:
     def __init__(self, unet, vae, text_encoder, tokenizer, schedule, name=""):
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule, self.name = tokenizer, schedule, name
+        self.check_fit()
+
+    def check_fit(self):
+        """Raise UserError when the parts are not of one model, naming the two that disagree."""
+        unet, text = self.unet.cfg, self.text_encoder.cfg
+        channels = self.vae.cfg.latent_channels if self.vae else unet.out_channels
+        if unet.in_channels == 9:
+            raise UserError(
+                "unet: 9 input channels: inpainting models are not supported; use an ordinary one with --mask"
+            )
+        if (unet.in_channels, unet.out_channels) != (channels, channels):
+            got = f"{unet.in_channels} channels in and {unet.out_channels} out"
+            raise UserError(f"unet has {got}, the VAE's latents have {channels}: they are not of one model")
+        if unet.cross_attention_dim != text.hidden_size:
+            wants = f"text of width {unet.cross_attention_dim}"
+            raise UserError(f"unet wants {wants}, text_encoder gives {text.hidden_size}: they are not of one model")
+        if unet.addition_embed_type:
+            raise UserError(
+                f"unet: addition_embed_type {unet.addition_embed_type!r} needs a pipeline that is not supported"
+            )
+        vocabulary = max(self.tokenizer.eos, self.tokenizer.pad, self.tokenizer.bos) + 1
+        if self.tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
+            sizes = f"{self.tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"
+            raise UserError(f"tokenizer has {sizes}: they are not of one model")
 
     # -- what the model is ---------------------------------------------------------------------------------
 
@@ -204,24 +228,32 @@ class Pipeline:
         if self.vae is None:
             return pixels
         shape = (len(pixels), self.vae.cfg.latent_channels, *(s // self.downscale for s in pixels.shape[-2:]))
-        return self.vae.encode(pixels.to(self.device, self.dtype), noise(shape))
+        drawn = noise(shape)
+        return self._finite(lambda dtype: self.vae.encode(pixels.to(self.device, dtype), drawn.to(dtype)))
 
     def decode(self, latents, tiled=False):
         """latents -> pixels. A half-precision VAE that overflows is run again in fp32, with a line."""
         if self.vae is None:
             return latents
         run = self.vae.decode_tiled if tiled else self.vae.decode
-        pixels = run(latents)
-        if not torch.isfinite(pixels).all() and self.dtype != torch.float32 and torch.isfinite(latents).all():
-            say(f"note: the VAE overflowed in {self.dtype}; decoding again in fp32")
-            self.vae.float()
-            pixels = run(latents.float())
-            self.vae.to(self.dtype)
-        if not torch.isfinite(pixels).all():
+        if not torch.isfinite(latents).all():
             raise UserError(
-                "the picture is not finite (NaN or infinity): check the model's weights, or use --dtype fp32"
+                "the latents are not finite (NaN or infinity): check the model's weights, or use --dtype fp32"
             )
-        return pixels
+        return self._finite(lambda dtype: run(latents.to(dtype)))
+
+    def _finite(self, run):
+        """run(dtype of the VAE), again in fp32 when a half-precision result is not finite."""
+        dtype = self.vae.decoder.conv_in.weight.dtype
+        out = run(dtype)
+        if not torch.isfinite(out).all() and dtype != torch.float32:
+            say(f"note: the VAE overflowed in {dtype}; running it again in fp32")
+            self.vae.float()
+            out = run(torch.float32)
+            self.vae.to(dtype)
+        if not torch.isfinite(out).all():
+            raise UserError("the VAE's result is not finite (NaN or infinity): check its weights")
+        return out
 
     def denoiser(self, text, negative, scale, rescale=0.0):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
@@ -300,7 +332,12 @@ class Pipeline:
         else:
             x, start, known = self._begin_from(image.expand(n, *image.shape[1:]), steps, strength, mask, noise)
         sampler = samplers.BY_CLASS[self.schedule.kind]
-        options = {"eta": eta, "quirks": quirks} if sampler is samplers.ddim else {}
+        options = {"eta": eta} if eta else {}
+        if eta and sampler is not samplers.ddim:
+            raise UserError(f"--eta is DDIM's; {samplers.name_of(self.schedule)} has no such setting")
+        if quirks and sampler not in (samplers.ddim, samplers.pndm):
+            raise UserError(f"--diffusers-quirks is for ddim and pndm; {samplers.name_of(self.schedule)} has none")
+        options |= {"quirks": True} if quirks else {}
         result, kept = None, []
         for done, result in enumerate(sampler(model, x, self.schedule, steps, noise, start, **options), 1):
             if mask is not None:  # in place: the sampler continues from what is written here
@@ -310,7 +347,7 @@ class Pipeline:
             if on_step:
                 on_step(done, samplers.calls(self.schedule, steps) - start, result)
         latents = result.x
-        return Result(self.decode(latents.to(self.dtype), tiled).float(), latents, kept)
+        return Result(self.decode(latents, tiled).float(), latents, kept)
 
     def _begin_from(self, image, steps, strength, mask, noise):
         """(first x, first step, known) of image-to-image. known(x, i): x before step i with everything outside the mask

@@ -228,7 +228,7 @@ class Schedule:
         if spacing == "leading":
             t = leading(np.arange(n)[::-1] * (T // n), self.cfg["steps_offset"], T)
         else:
-            t = np.arange(T, 0, -T / n).round() - 1
+            t = (T - np.arange(n) * (T / n)).round() - 1  # np.arange(T, 0, -T/n) has n+1 entries for some n
         return t.astype(dtype)
 
     def alpha_bar(self, t):

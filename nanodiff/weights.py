@@ -335,7 +335,7 @@ def write_bytes(path, data):
 
 
 def write_json(path, value):
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace"))
 
 
 def save_tensors(path, tensors, metadata=None):

@@ -106,6 +106,21 @@ def test_resume_names_what_changed_and_refuses_another_model(tmp_path, capsys):
         run.resume()
 
 
+def test_a_used_folder_is_not_mixed_with_a_new_run(tmp_path):
+    train(tmp_path, stop=4)
+    with pytest.raises(UserError, match="earlier run"):
+        train(tmp_path)
+
+
+def test_resume_cuts_the_log(tmp_path):
+    train(tmp_path, stop=4)
+    whole = "".join(f'{{"step": {i}, "loss": 1}}\n' for i in range(1, 9))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 9, "lo')
+    train(tmp_path, resume="auto")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
 def test_resume_without_a_checkpoint_says_so(tmp_path, capsys):
     train(tmp_path, total=1, resume="auto")
     assert "no checkpoint yet" in capsys.readouterr().err
@@ -133,7 +148,7 @@ def test_ema_decay_warms_up_and_restores():
 
 
 def test_record_keeps_results_and_no_secret(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["x.py", "--token", "secret-token", "--hf_token=secret-token"])
+    monkeypatch.setattr("sys.argv", ["x.py", "--toke", "secret-token", "--hf_token=secret-token"])
     record = engine.Record(Config(str(tmp_path)), torch.device("cpu"))
     with record.timed("work"):
         pass
@@ -158,7 +173,7 @@ def test_output_folder_is_proved_first(tmp_path):
             engine.out_dir(tmp_path / bad)
 
 
-def test_devices_and_types(capsys):
+def test_devices_and_types(tmp_path, capsys):
     cpu = torch.device("cpu")
     assert engine.pick_dtype("auto", cpu) == torch.float32 and engine.pick_dtype("bf16", cpu) == torch.bfloat16
     with pytest.raises(UserError, match="fp16"):
@@ -166,7 +181,7 @@ def test_devices_and_types(capsys):
     if not torch.cuda.is_available():
         assert engine.pick_device("cuda") == cpu and "no CUDA device" in capsys.readouterr().err
         with pytest.raises(UserError, match="fp16 needs a GPU"):
-            engine.Run(Config("out-never", mixed_precision="fp16"), 1)
+            engine.Run(Config(str(tmp_path), mixed_precision="fp16"), 1)
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -61,10 +61,17 @@ def test_cached_repository_with_alias_and_revision(cached):
     assert hub.resolve("stable-diffusion-2-1", revision="0" * 39 + "1").samefile(snapshot)
 
 
-@pytest.mark.parametrize("drop", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
-def test_partial_snapshot_names_what_is_missing(cached, drop):
+@pytest.mark.parametrize(
+    ("drop", "says"),
+    [
+        ("model_index.json", "model_index.json is missing"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet has a config"),
+        ("vae/config.json", "vae has no config"),
+    ],
+)
+def test_partial_snapshot_names_what_is_missing(cached, drop, says):
     cache(cached, "org/name", drop=[drop])
-    with pytest.raises(UserError, match="model_index.json is missing" if "index" in drop else "unet has a config"):
+    with pytest.raises(UserError, match=says):
         hub.resolve("org/name")
 
 
@@ -95,6 +102,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
             raise errors.LocalEntryNotFoundError("not cached")
         raise kind.__new__(kind)
 
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: SD15_FILES)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(UserError, match=says) as e:
@@ -102,11 +110,42 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
     assert "\n" not in str(e.value)
 
 
-def test_patterns_never_ask_for_pickles():
-    for variant in (None, "fp16"):
-        patterns = hub.wanted(variant)
-        assert not [p for p in patterns if p.endswith((".bin", ".ckpt", ".pt"))] and "*.safetensors" not in patterns
-    assert "unet/*.fp16*.safetensors" in hub.wanted("fp16")
+SD15_FILES = ["model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned-emaonly.safetensors", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "safety_checker/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "text_encoder_3/config.json", "text_encoder_3/model.fp16-00001-of-00002.safetensors", "text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json", "text_encoder_3/model.safetensors.index.fp16.json"]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_one_set_of_weights_a_component(variant):
+    chosen = hub.choose(SD15_FILES, variant)
+    weights = [f for f in chosen if f.endswith((".safetensors", ".bin", ".ckpt"))]
+    dot = ".fp16" if variant else ""
+    assert weights == [
+        f"unet/diffusion_pytorch_model{dot}.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        f"text_encoder/model{dot}.safetensors",
+        f"text_encoder_3/model{dot}-00001-of-00002.safetensors",
+    ]
+    assert f"text_encoder_3/model.safetensors.index{dot}.json" in chosen and "tokenizer/merges.txt" in chosen
+    with pytest.raises(UserError, match="not a pipeline"):
+        hub.choose(["README.md"])
+
+
+def test_download_asks_for_the_chosen_files_only(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked = {}
+
+    def snapshot(name, revision=None, allow_patterns=None, token=None, local_files_only=False):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        asked.update(name=name, revision=revision, files=allow_patterns, token=token)
+        return copy_model("sd15", tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision=None, token=None: SD15_FILES)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert hub.resolve("org/name@v2", token="t") == tmp_path / "snapshot"
+    assert asked == {"name": "org/name", "revision": "v2", "files": hub.choose(SD15_FILES), "token": "t"}
 
 
 def test_aliases_cover_the_six_models():

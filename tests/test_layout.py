@@ -86,7 +86,7 @@ def test_no_script_imports_another(path):
 @pytest.mark.parametrize("path", EVERY, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_banned_and_optional_packages(path):
     for package, name, at_top in imports(path):
-        assert package not in BANNED or path.name == "peer.py", f"{path}: imports {name}"
+        assert package not in BANNED, f"{path}: imports {name}"
         if package in ONLY_IN and "tests" not in path.parts:
             assert path.stem == ONLY_IN[package] and not at_top, f"{path}: imports {name}"
 

@@ -1,5 +1,6 @@
 """Pipelines: final latents and pictures equal to the recordings; batches; guidance; refusals; saving."""
 
+import dataclasses
 import json
 
 import pytest
@@ -119,7 +120,7 @@ def test_fp16_vae_overflow_is_retried_in_fp32(capsys):
 
     sd.vae.decode = overflow
     assert torch.isfinite(sd.generate(["a"], steps=1, seeds=[0]).pixels).all()
-    assert calls == [torch.bfloat16, torch.float32] and "decoding again in fp32" in capsys.readouterr().err
+    assert calls == [torch.bfloat16, torch.float32] and "again in fp32" in capsys.readouterr().err
 
 
 def test_no_black_picture_is_made_of_nan(models):
@@ -127,6 +128,50 @@ def test_no_black_picture_is_made_of_nan(models):
     sd.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         sd.generate(["a"], steps=1, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("unet", {"in_channels": 9}, "9 input channels"),
+        ("unet", {"cross_attention_dim": 48}, "text of width 48"),
+        ("vae", {"latent_channels": 16}, "latents have 16"),
+        ("text_encoder", {"max_position_embeddings": 20}, "77 tokens"),
+        ("text_encoder", {"vocab_size": 500}, "of 500"),
+    ],
+)
+def test_parts_of_different_models_are_named(models, part, change, says):
+    import copy
+
+    sd = models["sd15"]
+    parts = {"unet": sd.unet, "vae": sd.vae, "text_encoder": sd.text_encoder}
+    parts[part] = copy.copy(parts[part])
+    parts[part].cfg = dataclasses.replace(parts[part].cfg, **change)
+    with pytest.raises(UserError, match=says):
+        pipeline.Pipeline(tokenizer=sd.tokenizer, schedule=sd.schedule, **parts)
+
+
+@pytest.mark.parametrize(("name", "options"), [("pndm", {"eta": 1.0}), ("euler", {"quirks": True})])
+def test_settings_that_do_nothing_are_refused(models, name, options):
+    with pytest.raises(UserError, match="--"):
+        models["sd15"].with_scheduler(name).generate(["a"], steps=1, seeds=[0], **options)
+
+
+def test_zero_snr_models_refuse_samplers_that_do_not_know_it(models):
+    sd = models["sd21-v"]
+    schedule = Schedule.from_config(sd.schedule.raw | {"rescale_betas_zero_snr": True})
+    for name in ("pndm", "heun"):
+        with pytest.raises(UserError, match="zero terminal SNR"):
+            samplers.rescheduled(schedule, name)
+    assert samplers.rescheduled(schedule, "euler").alphas_cumprod[-1] == 2**-24
+
+
+def test_vae_encode_overflow_is_retried_too(capsys):
+    sd = pipeline.load(TINY / "sd15", torch.bfloat16)
+    encode = sd.vae.encode
+    sd.vae.encode = lambda p, n: encode(p, n) * (float("inf") if p.dtype == torch.bfloat16 else 1)
+    result = sd.generate(["a"], steps=2, seeds=[0], image=torch.zeros(1, 3, 128, 128), strength=0.5)
+    assert torch.isfinite(result.pixels).all() and "again in fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -175,11 +220,15 @@ def test_every_sampler_repaints_inside_the_mask_only(models, name):
     )
 
 
-def test_strength_1_starts_from_noise_alone(models):
+def test_inpainting_at_strength_1_forgets_what_is_under_the_mask(models):
     sd = models["sd15"].with_scheduler("ddim")
-    image = torch.rand(1, 3, 128, 128) * 2 - 1
-    result = sd.generate(["a"], steps=2, seeds=[0], image=image, strength=1.0, keep_steps=True)
-    assert len(result.history) == 2
+    mask, results = torch.ones(1, 1, 128, 128), []
+    for seed in (1, 2):
+        image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        results.append(sd.generate(["a"], steps=2, seeds=[0], image=image, mask=mask, strength=1.0).latents)
+    assert torch.equal(results[0], results[1])
+    half = sd.generate(["a"], steps=2, seeds=[0], image=image, mask=mask, strength=0.5).latents
+    assert not torch.allclose(half, results[1])
 
 
 def test_save_and_load_give_the_same_picture(models, tmp_path):

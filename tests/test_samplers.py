@@ -41,7 +41,7 @@ def test_golden(family, case):
     options, settings = dict(args["step_kwargs"]), dict(args["set_timesteps"])
     if "use_clipped_model_output" in options:
         options["clipped_eps"] = options.pop("use_clipped_model_output")
-    if family == "ddim":
+    if family in ("ddim", "pndm"):
         options["quirks"] = True  # the recordings have t - T // n as the previous timestep
     n = settings.pop("num_inference_steps", None) or len(settings.get("timesteps") or settings["sigmas"])
     options |= settings  # mu, timesteps or sigmas
@@ -102,6 +102,19 @@ def test_ode_samplers_carry_quantiles(name, spacing, prediction):
     x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, 100, z) * a
     want = MEAN + VAR**0.5 * (x - a * MEAN) / spread
     assert (run(schedule, name, 100, z) - want).abs().max() < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("n", [61, 103, 150, 333, 501, 998])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", ODE)
+def test_step_counts_that_do_not_divide_the_timesteps(name, spacing, n):
+    """The whole way is covered whatever n is: here the reference's t - T // n is off, and np.arange yields n + 1."""
+    schedule = make(name, "v_prediction", spacing)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    a, s = coefficients(schedule, next(run_times(schedule, name, n)))
+    x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, n, z) * a
+    want = MEAN + VAR**0.5 * (x - a * MEAN) / (a * a * VAR + s * s) ** 0.5
+    assert (run(schedule, name, n, z) - want).abs().max() < 1.7 * TOLERANCE[name] * 100 / min(n, 100)
 
 
 def run_times(schedule, name, n):

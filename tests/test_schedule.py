@@ -110,6 +110,14 @@ def test_timesteps(n):
         assert sum(got) == pytest.approx(want["sum"], rel=1e-6, abs=1e-2), name
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_step_count_gives_that_many_timesteps(spacing):
+    schedule = Schedule.from_config(SD | {"timestep_spacing": spacing})
+    for n in range(1, 1001):
+        t = schedule.spaced(n)
+        assert len(t) == n and t.min() >= 0 and t.max() <= 999 and (n == 1 or (t[:-1] > t[1:]).all()), n
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

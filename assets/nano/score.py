@@ -2,7 +2,7 @@
 
 For 200 captions, spread evenly over the data set, one picture each (seeds 0-199, the demo's settings). A picture is
 right when the picture of its own caption is among the five nearest of the whole data set, by Euclidean distance of
-16×16 colour pixels (area average). Chance would give 5 in 1,251. The last line is the share that is right, in per cent.
+16×16 colour pixels (area average). Chance would give 5 in 536. The last line is the share that is right, in per cent.
 """
 
 import argparse

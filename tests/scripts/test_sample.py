@@ -109,7 +109,8 @@ def test_from_image_repeats_exactly(tmp_path):
     done = run("sample.py", "--from-image", first, "--output-dir", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert np.array_equal(pixels(first), pixels(tmp_path / "b" / "00000.png"))
-    other = run("sample.py", "--from-image", first, "--seed", "9", "--output-dir", tmp_path / "c")
+    other = run("sample.py", "--from-image", first, "--seed", "9", "--ddim-steps", "1", "--output-dir", tmp_path / "c")
+    assert "scheduler=ddim, steps=1" in other.stdout, other.stderr
     assert other.returncode == 0 and not np.array_equal(pixels(first), pixels(tmp_path / "c" / "00000.png"))
 
 
@@ -195,7 +196,8 @@ def test_turbo_defaults_and_warning(tmp_path):
 def test_random_seed_is_printed(tmp_path):
     done = run("sample.py", "--model", TINY / "sd15", "--prompt", "a", "--steps", "1", "--output-dir", tmp_path)
     seed = int(next(line for line in done.stdout.splitlines() if line.startswith("seed:")).split()[1])
-    assert json.loads((tmp_path / "run.json").read_text())["files"][0]["seed"] == seed
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["files"][0]["seed"] == record["config"]["seed"] == seed
 
 
 def test_base_dir(tmp_path):
@@ -232,7 +234,12 @@ BAD = {
     "steps -1": (["--prompt", "a", "--steps", "-1"], "--steps -1"),
     "steps 5000": (["--prompt", "a", "--steps", "5000"], "--steps 5000"),
     "height 100": (["--prompt", "a", "--height", "100"], "--height 100"),
-    "width 0": (["--prompt", "a", "--width", "-8"], "--width -8"),
+    "width -8": (["--prompt", "a", "--width", "-8"], "--width"),
+    "width 0": (["--prompt", "a", "--width", "0"], "--width"),
+    "nrow -2": (["--prompt", "a", "--nrow", "-2", "--output", "x.png"], "--nrow"),
+    "nrow alone": (["--prompt", "a", "--nrow", "2"], "--output"),
+    "strength alone": (["--prompt", "a", "--strength", "0.5"], "--init-image"),
+    "eta for pndm": (["--prompt", "a", "--steps", "1", "--eta", "1"], "--eta is DDIM's"),
     "negative guidance": (["--prompt", "a", "--guidance-scale", "-1"], "--guidance-scale -1"),
     "huge guidance": (["--prompt", "a", "--guidance-scale", "1e9"], "--guidance-scale 1e"),
     "fp16 on a CPU": (["--prompt", "a", "--device", "cpu", "--dtype", "fp16"], "fp16"),

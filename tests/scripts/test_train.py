@@ -132,7 +132,10 @@ def test_loss_goes_down(tmp_path, pictures):
         (["--resume", "checkpoint-9"], "checkpoint-9"),
         (["--vae", "no/vae"], "no/vae"),
         (["--mixed-precision", "fp16", "--device", "cpu"], "fp16"),
-        (["--lr-schedule", "x"], "x"),
+        (["--lr-scheduler", "x"], "invalid choice: 'x'"),
+        (["--max-steps", "-5"], "--max-steps -5"),
+        (["--max-length", "1"], "--max-length 1"),
+        (["--caption-dropout", "5"], "--caption-dropout 5"),
         (["--batchsize", "3"], "did you mean --batch-size"),
     ],
 )
