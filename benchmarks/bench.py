@@ -165,6 +165,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default="", help="python of an environment with diffusers")
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs a case; 0 = each case's own number")
     parser.add_argument("--work", default="out/bench", help="where the random full-size model is made")
     parser.add_argument("--name", default="cpu", help="benchmarks/NAME.json")
     args = parser.parse_args()
@@ -174,6 +175,7 @@ def main():
     results = {}
     for name in args.cases.split(","):
         program, kind, peer_kinds, pairs, figure = CASES[name]
+        pairs = args.pairs or pairs
         folder = tiny if name == "tiny" else full
         ours, peers = [], {k: [] for k in peer_kinds}
         for _ in range(pairs):
