@@ -107,7 +107,7 @@ class Record:
 
     def write(self):
         self.data["seconds"]["total"] = round(time.perf_counter() - self.started, 3)
-        self.data["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        self.data["peak_memory_mb"] = _peak_memory_mb()
         if torch.cuda.is_available():
             self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         write_json(self.out / "run.json", self.data)
@@ -119,6 +119,15 @@ def _without_secrets(argv, cfg):
     for value in values:
         argv = [word.replace(value, "***") for word in argv]
     return list(argv)
+
+
+def _peak_memory_mb():
+    """Largest resident memory of this process so far (getrusage would count a parent's, too)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def _git_commit():

@@ -19,7 +19,6 @@ import re
 import stat
 import struct
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,7 +44,6 @@ RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-READERS = 2
 STORED = {  # names of the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,
@@ -197,6 +195,17 @@ def _squeezed(shape, wanted):
     return shape[:2] if len(wanted) == 2 and len(shape) in (3, 4) and set(shape[2:]) == {1} else shape
 
 
+class WithoutInit(torch.overrides.TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: weights that a file will replace need none (and on the meta device the
+    normal distribution alone costs a second, for the compiler that it imports)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
 def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
 
@@ -207,7 +216,7 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     paths = find_files(folder, variant)
     shapes = header(paths)
     _check_depth(cfg, shapes, folder)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = cls(cfg)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     names = {k: renamed(k, model.class_name) for k in shapes}
@@ -220,38 +229,34 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
 def read_all(paths, names, shapes, dtype, device):
     """{model's name: tensor} for the files' tensors with a name in `names` (None = dropped), in one pass.
 
-    Each tensor is read into a small buffer and cast straight into its place, two threads at work. Nothing is mapped:
-    a mapped file would count twice in memory once its tensors are cast, and must not be replaced while it is in use.
+    In their stored type tensors stay mapped (nothing is read before it is used; write_bytes() never writes into a
+    mapped file). Otherwise each is cast from the mapped file straight into its place, and its pages are let go at
+    once, so that a file and its cast are never both in memory.
     """
-    jobs = []  # (path, offset in the file, bytes, stored dtype, name)
+    device = torch.device(device)
+    state, jobs = {}, []  # jobs: (path, offset in the file, bytes, stored dtype, name)
     for path in paths:
         start, table = _table(path)
+        stored = {k: STORED[entry["dtype"]] for k, entry in table.items()}
+        mapped = open_file(path)
         for key, entry in table.items():
-            if name := names[key]:
+            name = names[key]
+            if name and device.type == "cpu" and dtype in (None, stored[key]):
+                state[name] = mapped.get_tensor(key).reshape(shapes[name])
+            elif name:
                 first, last = entry["data_offsets"]
-                jobs.append((path, start + first, last - first, STORED[entry["dtype"]], name))
-    place = _allocate([(name, shapes[name], dtype or stored) for _, _, _, stored, name in jobs], device)
-
-    def read(job):
-        path, offset, size, stored, name = job
-        whole = place[name].dtype == stored and place[name].device.type == "cpu"
-        target = place[name] if whole else torch.empty(size // stored.itemsize, dtype=stored)
-        if size:
-            view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
-            with open(path, "rb", buffering=0) as f:
-                f.seek(offset)
-                done = 0
-                while done < size:
-                    count = f.readinto(view[done:])
-                    if not count:
-                        raise UserError(f"{path}: became shorter while it was read")
-                    done += count
-        if not whole:
-            place[name].copy_(target.view(place[name].shape))
-
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(read, jobs))
-    return place
+                jobs.append((path, start + first, last - first, stored[key], name))
+    place = _allocate([(name, shapes[name], dtype or kind) for _, _, _, kind, name in jobs], device)
+    for path in paths:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as region:
+            for _, offset, size, kind, name in (job for job in jobs if job[0] == path and job[2]):
+                source = torch.frombuffer(region, dtype=kind, count=size // kind.itemsize, offset=offset)
+                place[name].copy_(source.view(place[name].shape))
+                del source  # a mapping cannot be closed while a tensor looks into it
+                page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                if hasattr(mmap, "MADV_DONTNEED"):
+                    region.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
+    return state | place
 
 
 def _table(path):

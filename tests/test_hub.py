@@ -110,7 +110,32 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
     assert "\n" not in str(e.value)
 
 
-SD15_FILES = ["model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned-emaonly.safetensors", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "safety_checker/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "text_encoder_3/config.json", "text_encoder_3/model.fp16-00001-of-00002.safetensors", "text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json", "text_encoder_3/model.safetensors.index.fp16.json"]
+SD15_FILES = [
+    "model_index.json",
+    "README.md",
+    "v1-5-pruned.ckpt",
+    "v1-5-pruned-emaonly.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "safety_checker/model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder_3/config.json",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_3/model-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.json",
+    "text_encoder_3/model.safetensors.index.fp16.json",
+]
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
