@@ -242,7 +242,9 @@ def read_all(paths, names, shapes, dtype, device):
         for key, entry in table.items():
             name = names[key]
             if name and device.type == "cpu" and dtype in (None, stored[key]):
-                state[name] = mapped.get_tensor(key).reshape(shapes[name])
+                tensor = mapped.get_tensor(key).reshape(shapes[name])
+                computes = tensor.dim() == 4 and tensor.dtype != torch.float16  # fp16 is only stored on a CPU
+                state[name] = tensor.contiguous(memory_format=torch.channels_last) if computes else tensor
             elif name:
                 first, last = entry["data_offsets"]
                 jobs.append((path, start + first, last - first, stored[key], name))
@@ -284,7 +286,12 @@ def _allocate(wanted, device):
     whole, place, offset = torch.frombuffer(region, dtype=torch.uint8), {}, 0
     for (name, shape, dtype), size in zip(wanted, sizes, strict=True):
         count = torch.Size(shape).numel() * dtype.itemsize
-        place[name] = whole[offset : offset + count].view(dtype).view(shape)
+        flat = whole[offset : offset + count].view(dtype)
+        if len(shape) == 4:  # convolution weights, channels last: the layout in which the CPU computes fastest
+            o, i, h, w = shape
+            place[name] = flat.view(o, h, w, i).permute(0, 3, 1, 2)
+        else:
+            place[name] = flat.view(shape)
         offset += size
     return place
 
