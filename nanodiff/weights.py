@@ -12,6 +12,8 @@ tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
 """
 
 import contextlib
+import ctypes
+import functools
 import json
 import mmap
 import os
@@ -212,6 +214,8 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     dtype: torch dtype, None keeps the stored one. Each tensor goes from the file straight to its final type and device.
     """
     folder = Path(folder)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     cfg = cfg or cls.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     paths = find_files(folder, variant)
     shapes = header(paths)
@@ -294,6 +298,16 @@ def _allocate(wanted, device):
             place[name] = flat.view(shape)
         offset += size
     return place
+
+
+@functools.cache
+def keep_freed_memory():
+    """Ask glibc to keep freed memory up to 32 MB a piece instead of returning it to the system after every tensor:
+    returning it costs a page fault per 4 kB at the next one (5 % of a UNet step on a CPU). Other C libraries: nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-1, (1 << 31) - 1), (-2, 64 << 20), (-3, 32 << 20)):  # trim, top pad, mmap threshold
+            mallopt(option, value)
 
 
 def _check_depth(cfg, shapes, folder):
