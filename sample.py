@@ -214,6 +214,7 @@ def main(cfg):
         sd = pipeline.load(cfg.model or EMBEDDED, dtype, device, cfg.variant, cfg.revision, cfg.token, cfg.scheduler)
         if cfg.vae_checkpoint:
             sd.vae = weights.load(pipeline.AutoencoderKL, cfg.vae_checkpoint, dtype, device)
+            sd.check_fit()
     if cfg.compile:
         sd.unet.compile()
     steps, scale, negative = defaults(cfg, sd)

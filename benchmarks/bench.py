@@ -123,7 +123,7 @@ def make_sd15(folder):
         ("text_encoder", "model"),
     ):
         manifest = json.loads((golden / "manifests" / f"sd15.{name}.json").read_text())
-        shapes = manifest["parameters"] if "parameters" in manifest else manifest["tensors"]
+        shapes = manifest["parameters"]
         generator, tensors = torch.Generator().manual_seed(0), {}
         for key, shape in shapes.items():
             if "position_ids" in key:

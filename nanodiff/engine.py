@@ -73,6 +73,8 @@ class Record:
     """run.json: what was run, with what, how long, which files came out and which numbers."""
 
     def __init__(self, cfg, device):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # every process would do the same work into the same files
+            raise UserError("running on several processes is not supported yet; start it without torchrun")
         self.out = out_dir(cfg.output_dir)
         self.started = time.perf_counter()
         self.data = {
@@ -177,8 +179,6 @@ class Run:
     max_grad_norm grad_accum resume checkpointing_steps checkpoints_total_limit."""
 
     def __init__(self, cfg, total_steps):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("training on several processes is not supported yet; start it without torchrun")
         self.cfg, self.total = cfg, total_steps
         self.device = pick_device(cfg.device)
         self.out = out_dir(cfg.output_dir)

@@ -65,7 +65,9 @@ def download(name, revision=None, token=None, variant=None):
 
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
     try:
-        folder = Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
+        # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.
+        index = ["model_index.json"]
+        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=index, local_files_only=True))
         missing = incomplete(folder)
         if not missing:
             return folder
@@ -88,8 +90,8 @@ def download(name, revision=None, token=None, variant=None):
         raise UserError(f"{name} has no revision {printable(revision)!r}") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name} not found, or private{mirror}") from None
-    except UserError:
-        raise
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
     except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
         raise UserError(f"{name}: not in the cache and not reachable ({type(e).__name__}){mirror}") from None
     if missing := incomplete(folder):

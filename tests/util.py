@@ -20,6 +20,18 @@ def golden(case):
     return load_file(f"{base}.safetensors"), json.loads(Path(f"{base}.json").read_text())
 
 
+def manifest(name):
+    """(config, {parameter: shape}) of a real checkpoint's component."""
+    facts = json.loads((GOLDEN / "manifests" / f"{name}.json").read_text())
+    return facts["config"], {k: tuple(v) for k, v in facts["parameters"].items()}
+
+
+def built(cls, config):
+    """{parameter: shape} of the model that a Hub config builds, on the meta device."""
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in cls(cls.Config.from_json(config)).state_dict().items()}
+
+
 def max_error(got, want):
     """Largest difference over the largest value."""
     assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"

@@ -265,6 +265,21 @@ def test_bad_input_is_one_line(tmp_path, name):
     assert says in error_line(sample(tmp_path / "o", *argv, model=("--model", str(TINY / "sd15"))))
 
 
+def test_vae_of_another_model(tmp_path):
+    from nanodiff import weights
+    from nanodiff.models.vae import AutoencoderKL
+
+    raw = json.loads((TINY / "sd15" / "vae" / "config.json").read_text()) | {"latent_channels": 16}
+    weights.save(AutoencoderKL(AutoencoderKL.Config.from_json(raw)), tmp_path / "vae")
+    line = error_line(sample(tmp_path / "o", "--prompt", "a", "--vae-checkpoint", tmp_path / "vae"))
+    assert "the VAE's latents have 16" in line
+
+
+def test_several_processes_are_refused(tmp_path):
+    done = run("sample.py", "--prompt", "a", "--output-dir", tmp_path, env=os.environ | {"WORLD_SIZE": "2"})
+    assert "without torchrun" in error_line(done)
+
+
 def test_mask_of_another_size(tmp_path):
     Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
     Image.new("L", (64, 64)).save(tmp_path / "m.png")
