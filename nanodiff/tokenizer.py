@@ -1,6 +1,6 @@
-"""CLIP's byte-pair tokenizer, from `tokenizer.json` or from `vocab.json` + `merges.txt` (old folders have only these).
+"""Tokenizers: CLIP's byte pairs and T5's pieces.
 
-Rules (Radford et al. 2021; openai/CLIP simple_tokenizer.py): NFC, runs of whitespace to one space, lower case,
+CLIP's comes from `tokenizer.json` or from `vocab.json` + `merges.txt` (old folders have only these). Rules (Radford et al. 2021; openai/CLIP simple_tokenizer.py): NFC, runs of whitespace to one space, lower case,
 split into words by a fixed pattern, bytes of each word, then merges in rank order; the last piece of a word
 carries `</w>`. A text is [start, pieces…, end], cut to the model's length with the end kept, then padded.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from nanodiff.config import JSON_SIZE_LIMIT, UserError, read_json
+from nanodiff.config import JSON_SIZE_LIMIT, UserError, printable, read_json
 from nanodiff.weights import write_bytes, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MERGES = Path(__file__).parent.parent / "assets" / "clip" / "merges.txt"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -23,11 +24,13 @@ class CLIPTokenizer:
     """tok(["a cat"]) -> ids [[49406, 320, 2368, 49407, pad…]], each `length` long (77)."""
 
     def __init__(self, backend, pad, length=77):
-        self.backend, self.length = backend, length
+        self.backend, self.length, self.words = backend, length, {}
         self.bos, self.eos, self.pad = (backend.token_to_id(t) for t in (START, END, pad))
         for token, i in ((START, self.bos), (END, self.eos), (pad, self.pad)):
             if i is None:
                 raise UserError(f"tokenizer: the special token {token!r} is not in the vocabulary")
+        if self.pad != self.eos:  # SD 2 and SDXL pad with `!`, and a `!` in a prompt becomes padding, in diffusers too
+            backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
 
     @classmethod
     def load(cls, folder):
@@ -68,8 +71,16 @@ class CLIPTokenizer:
         write_json(folder / "tokenizer_config.json", special | kind)
 
     def pieces(self, text):
-        """Ids of a text without start, end, cut or padding."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text without start, end, cut or padding; a learned word stands for all its ids."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [i for piece in ids for i in self.words.get(piece, (piece,))] if self.words else ids
+
+    def add_word(self, word, ids):
+        """Let `word` stand for the token ids of a learned word (textual inversion)."""
+        if self.backend.token_to_id(word) is not None:
+            raise UserError(f"learned word {printable(word)}: the tokenizer already has this word")
+        self.backend.add_tokens([AddedToken(word, normalized=False)])
+        self.words[self.backend.token_to_id(word)] = list(ids)
 
     def __call__(self, texts, length=None):
         """texts: list of str -> list of lists of `length` ids. What is cut off: see overflow()."""
@@ -77,9 +88,9 @@ class CLIPTokenizer:
         rows = [[self.bos, *self.pieces(t)[: length - 2], self.eos] for t in texts]
         return [row + [self.pad] * (length - len(row)) for row in rows]
 
-    def overflow(self, text):
+    def overflow(self, text, length=None):
         """The part of `text` that does not fit, decoded ("" when all of it fits)."""
-        return self.decode(self.pieces(text)[self.length - 2 :])
+        return self.decode(self.pieces(text)[(length or self.length) - 2 :])
 
     def decode(self, ids):
         tokens = [self.backend.id_to_token(i) for i in ids if i not in (self.bos, self.eos)]
@@ -88,6 +99,50 @@ class CLIPTokenizer:
         return b"".join(b" " if c == " " else bytes([table[c]]) if c in table else c.encode() for c in text).decode(
             "utf-8", errors="replace"
         )
+
+
+class T5Tokenizer:
+    """tok(["a cat"], 256) -> ids [[3, 9, 1712, 1, 0, 0…]]: pieces of a unigram model, the end token, padding."""
+
+    def __init__(self, backend, length=512):
+        self.backend, self.length = backend, length
+        self.eos, self.pad = (backend.token_to_id(t) for t in ("</s>", "<pad>"))
+        if self.eos is None or self.pad is None:
+            raise UserError("tokenizer_3: has no </s> or no <pad>, so it is not T5's")
+
+    @classmethod
+    def load(cls, folder):
+        """From a Hub `tokenizer_3/` folder, which must hold tokenizer.json."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").exists():
+            found = (
+                "only spiece.model, which cannot be read" if (folder / "spiece.model").exists() else "no tokenizer.json"
+            )
+            raise UserError(f"{folder}: {found}; T5's tokenizer is read from tokenizer.json")
+        return cls(_from_json(folder / "tokenizer.json"))
+
+    def save(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode())
+        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        write_json(folder / "special_tokens_map.json", special)
+        kind = {"tokenizer_class": "T5TokenizerFast", "model_max_length": self.length, "extra_ids": 0}
+        write_json(folder / "tokenizer_config.json", special | kind)
+
+    def pieces(self, text):
+        """Ids of a text without end, cut or padding."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts, length=None):
+        """texts: list of str -> list of lists of `length` ids."""
+        length = length or self.length
+        rows = [[*self.pieces(t)[: length - 1], self.eos] for t in texts]
+        return [row + [self.pad] * (length - len(row)) for row in rows]
+
+    def overflow(self, text, length=None):
+        """The part of `text` that does not fit, decoded ("" when all of it fits)."""
+        return self.backend.decode(self.pieces(text)[(length or self.length) - 1 :])
 
 
 def _byte_characters():
@@ -106,14 +161,25 @@ def _from_json(path):
         raise UserError(f"{path}: not a tokenizer file: {e}") from None
 
 
-def _from_merges(folder):
-    vocab = read_json(folder / "vocab.json")
+def _read_merges(path):
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{folder / 'merges.txt'}: {e}") from None
+        raise UserError(f"{path}: {e}") from None
     lines = lines[1:] if lines and lines[0].startswith("#version") else lines
-    merges = [tuple(line.split()) for line in lines if line.strip()]
+    return [tuple(line.split()) for line in lines if line.strip()]
+
+
+def clip_from_merges(pad, length):
+    """OpenAI's CLIP tokenizer from its merges alone, for checkpoints that bring none: the vocabulary is the bytes, the
+    bytes that end a word, the merges in their order, and the two special tokens."""
+    merges, letters = _read_merges(CLIP_MERGES), list(_byte_characters().values())
+    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
+    return CLIPTokenizer(_bpe({piece: i for i, piece in enumerate(pieces)}, merges), pad, length)
+
+
+def _from_merges(folder):
+    vocab, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
     try:
         return _bpe(vocab, merges)
     except Exception as e:  # a merge of pieces outside the vocabulary

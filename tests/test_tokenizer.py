@@ -6,7 +6,7 @@ import pytest
 from util import GOLDEN, TINY
 
 from nanodiff.config import UserError
-from nanodiff.tokenizer import END, START, CLIPTokenizer, _byte_characters, train_bpe
+from nanodiff.tokenizer import END, CLIPTokenizer, T5Tokenizer, clip_from_merges, train_bpe
 
 STRINGS = json.loads((GOLDEN / "goldens" / "tokenizers.json").read_text())
 REAL = json.loads((GOLDEN / "tokenizers" / "tokenizer_goldens.json").read_text())
@@ -14,14 +14,9 @@ REAL = json.loads((GOLDEN / "tokenizers" / "tokenizer_goldens.json").read_text()
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """The real 49,408-entry tokenizer, rebuilt from the merges as the recording describes."""
+    """The real 49,408-entry tokenizer, through the files of a Hub folder."""
     folder = tmp_path_factory.mktemp("clip")
-    text = (GOLDEN / "tokenizers" / "clip_merges.txt").read_text(encoding="utf-8")
-    merges = [line.split() for line in text.splitlines() if line and not line.startswith("#version")]
-    letters = list(_byte_characters().values())
-    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
-    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), encoding="utf-8")
+    clip_from_merges(END, 77).save(folder)
     return CLIPTokenizer.load(folder)
 
 
@@ -40,11 +35,29 @@ def test_decode(clip, case):
     assert clip.decode(case["ids"]) == case["text"]
 
 
-@pytest.mark.parametrize("name", ["clip_full", "tiny/sd15/tokenizer"])
+@pytest.mark.parametrize("name", ["clip_full", "tiny/sd15/tokenizer", "tiny/sdxl/tokenizer_2"])
 def test_recorded_strings(clip, name):
     tokenizer = clip if name == "clip_full" else CLIPTokenizer.load(GOLDEN / name)
     for text, ids in zip(STRINGS["strings"], STRINGS["ids"][name], strict=True):
         assert [tokenizer.bos, *tokenizer.pieces(text), tokenizer.eos] == ids, text
+
+
+def test_t5(tmp_path):
+    tokenizer = T5Tokenizer.load(TINY / "sd35-medium" / "tokenizer_3")
+    for text, ids in zip(STRINGS["strings"], STRINGS["ids"]["tiny/sd35-medium/tokenizer_3"], strict=True):
+        assert [*tokenizer.pieces(text), tokenizer.eos] == ids, text
+    tokenizer.save(tmp_path / "copy")
+    assert T5Tokenizer.load(tmp_path / "copy")(STRINGS["strings"], 20) == tokenizer(STRINGS["strings"], 20)
+    assert len(tokenizer(["word " * 50], 16)[0]) == 16 and tokenizer(["word " * 50], 16)[0][-1] == tokenizer.eos
+    assert tokenizer.overflow("a photo of a corgi", 3) != "" == tokenizer.overflow("a", 3)
+
+
+def test_t5_needs_tokenizer_json(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        T5Tokenizer.load(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"spiece\.model"):
+        T5Tokenizer.load(tmp_path)
 
 
 def test_pad_rules():

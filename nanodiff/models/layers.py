@@ -25,16 +25,29 @@ def timestep_embedding(t, dim, max_period=10000.0):
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-def attend(q, k, v, heads, causal=False):
-    """softmax(q kᵀ / √K) v over `heads` heads: q [B, L, N·K], k v [B, S, N·K] -> [B, L, N·K].
+def attend(q, k, v, heads, causal=False, bias=None, scale=None):
+    """softmax(q kᵀ / √K + bias) v over `heads` heads: q [B, L, N·K], k v [B, S, N·K] -> [B, L, N·K].
+
+    bias: [1 or B, N, L, S], added to the scores. scale: in place of 1/√K.
 
     Scores and softmax are accumulated in fp32 by every backend of scaled_dot_product_attention, which is
     all that the configs' `upcast_attention` asks for.
     """
     B, L, D = q.shape
     q, k, v = (x.view(B, -1, heads, D // heads).transpose(1, 2) for x in (q, k, v))  # [B, N, L|S, K]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
     return out.transpose(1, 2).reshape(B, L, D)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers with a SiLU between: how sinusoids and pooled texts become a condition."""
+
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class GroupNorm(nn.GroupNorm):

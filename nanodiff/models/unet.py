@@ -8,6 +8,7 @@ SDXL (arXiv 2307.01952) is a configuration: no attention at the top level, deepe
 vector condition (pooled text and image sizes) added to the time embedding.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
-from nanodiff.models.layers import Downsample, GroupNorm, ResnetBlock, Stage, Upsample, attend, timestep_embedding
+from nanodiff.models.layers import (
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Stage,
+    TimeEmbedding,
+    Upsample,
+    attend,
+    timestep_embedding,
+)
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -159,7 +169,9 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, kv):
+    def forward(self, x, context):
+        """context: the text [B, S, D], or its keys and values from text_kv()."""
+        kv = self.attn2.kv(context) if isinstance(context, torch.Tensor) else context
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), kv)
         return x + self.ff(self.norm3(x))
@@ -193,15 +205,6 @@ class Transformer2D(nn.Module):
         h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)
         h = h if self.linear else self.proj_out(h)
         return x + h
-
-
-class TimeEmbedding(nn.Module):
-    def __init__(self, dim_in, dim):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class MidBlock(nn.Module):
@@ -295,7 +298,7 @@ class UNet2DConditionModel(nn.Module):
         """x [B, C, H, W], t [B] or a scalar, context [B, S, D] or text_kv(context) -> [B, C, H, W]."""
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.embed(t, added)
-        kvs = iter(self.text_kv(context) if isinstance(context, torch.Tensor) else context)
+        kvs = itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)
 
         x = self.conv_in(x)
         skips = [x]

@@ -9,6 +9,7 @@ about unit variance, what the denoiser sees:  latents = (z - shift_factor) · sc
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
@@ -160,36 +161,84 @@ class AutoencoderKL(nn.Module):
         """latents -> pixels, about [-1, 1] (not clamped)."""
         return self.decode_raw(latents / self.cfg.scaling_factor + (self.cfg.shift_factor or 0.0))
 
-    def decode_tiled(self, latents, tile=64, overlap=16):
-        """decode() in square tiles of `tile` latents with linearly blended overlaps: bounded memory.
+    def decode_tiled(self, latents, tile=64):
+        """decode() with the memory of one tile of `tile` latents on the computing device, and the same picture.
 
-        The middle attention and the norms see one tile at a time, so the picture differs slightly from
-        decode(); with overlap 16 the seams are not visible.
+        Not tiles of a picture that are blended, whose norms and attention would each see a tile alone: every
+        convolution is taken tile by tile over the whole image with a border of one pixel, and every GroupNorm's
+        statistics are those of the whole image. Between two layers the image waits in host memory.
         """
-        B, _, H, W = latents.shape
-        if tile >= H and tile >= W:
-            return self.decode(latents)
-        f, stride = self.cfg.downscale, tile - overlap
-        total = latents.new_zeros(B, 3, H * f, W * f)
-        weight = latents.new_zeros(1, 1, H * f, W * f)
-        for top in _tile_starts(H, tile, stride):
-            for left in _tile_starts(W, tile, stride):
-                pixels = self.decode(latents[:, :, top : top + tile, left : left + tile])
-                h, w = pixels.shape[-2:]
-                ramp = _ramp(h, overlap * f, pixels)[:, None] * _ramp(w, overlap * f, pixels)[None, :]
-                y, x = top * f, left * f
-                total[:, :, y : y + h, x : x + w] += pixels * ramp
-                weight[:, :, y : y + h, x : x + w] += ramp
-        return total / weight
+        decoder = self.decoder
+        z = latents / self.cfg.scaling_factor + (self.cfg.shift_factor or 0.0)
+        x = decoder.conv_in(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        x = decoder.mid_block(x).cpu()
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                x = _resnet_tiled(resnet, x, tile, latents.device)
+            if hasattr(block, "upsamplers"):
+                x = _upsample_tiled(block.upsamplers[0], x, tile, latents.device)
+            tile = tile * 2 if tile < 256 else tile  # as large in pixels, until the channels have become few
+        return _conv_tiled(decoder.conv_out, x, tile, latents.device, norm=decoder.conv_norm_out).to(latents.device)
 
 
-def _tile_starts(length, tile, stride):
-    """Starts of the tiles along one side; the last one ends exactly at the border."""
-    last = max(length - tile, 0)
-    return sorted({*range(0, last, stride), last})
+def _tiles(height, width, size):
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            yield slice(top, min(top + size, height)), slice(left, min(left + size, width))
 
 
-def _ramp(length, overlap, like):
-    """Weights of one tile along one side: rising over the overlap, 1 inside, falling over the overlap."""
-    position = torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
-    return torch.minimum(position, length - position).clamp(max=overlap) / overlap
+def _bordered(part, limit):
+    """A slice with one pixel more on each side that has one, and how many zeros stand for the missing ones."""
+    start, stop = max(part.start - 1, 0), min(part.stop + 1, limit)
+    return slice(start, stop), (1 - (part.start - start), 1 - (stop - part.stop))
+
+
+def _normed(norm, x, device):
+    """f(piece of x) -> that piece through GroupNorm and SiLU, with the statistics of the whole x [B, C, H, W]."""
+    per_group = [torch.var_mean(g.to(device).float(), dim=(1, 2, 3), correction=0) for g in x.chunk(norm.num_groups, 1)]
+    width = x.shape[1] // norm.num_groups
+    var, mean = (
+        torch.stack(v, dim=1).repeat_interleave(width, dim=1)[..., None, None] for v in zip(*per_group, strict=True)
+    )
+    scale = norm.weight.float()[:, None, None] * (var + norm.eps).rsqrt()
+    shift = norm.bias.float()[:, None, None] - mean * scale
+    return lambda piece: F.silu(piece.float() * scale + shift).to(piece.dtype)
+
+
+def _conv_tiled(conv, x, size, device, norm=None, add=None, out=None):
+    """conv(norm(x)) + add(…) of an image in host memory, tile by tile. add(ys, xs): what is added to one tile."""
+    B, _, H, W = x.shape
+    if out is None:
+        out = torch.empty(B, conv.out_channels, H, W, dtype=x.dtype)
+    before = _normed(norm, x, device) if norm is not None else lambda piece: piece
+    for ys, xs in _tiles(H, W, size):
+        (gy, (top, bottom)), (gx, (left, right)) = _bordered(ys, H), _bordered(xs, W)
+        piece = F.pad(before(x[..., gy, gx].to(device)), (left, right, top, bottom))
+        y = F.conv2d(piece, conv.weight, conv.bias)
+        out[..., ys, xs] = y if add is None else y + add(ys, xs)
+    return out
+
+
+def _resnet_tiled(resnet, x, size, device):
+    h = _conv_tiled(resnet.conv1, x, size, device, resnet.norm1)
+    shortcut = resnet.conv_shortcut
+
+    def skip(ys, xs):
+        piece = x[..., ys, xs].to(device)
+        return piece if shortcut is None else shortcut(piece)
+
+    return _conv_tiled(resnet.conv2, h, size, device, resnet.norm2, skip, out=None if shortcut else x)
+
+
+def _upsample_tiled(up, x, size, device):
+    B, C, H, W = x.shape
+    out = torch.empty(B, C, 2 * H, 2 * W, dtype=x.dtype)
+    for ys, xs in _tiles(H, W, size):
+        (gy, (top, bottom)), (gx, (left, right)) = _bordered(ys, H), _bordered(xs, W)
+        piece = F.interpolate(x[..., gy, gx].to(device), scale_factor=2.0, mode="nearest")
+        # of the doubled border only the inner half is needed, and zeros outside the image
+        piece = piece[..., 1 - top : piece.shape[-2] - (1 - bottom), 1 - left : piece.shape[-1] - (1 - right)]
+        piece = F.pad(piece, (left, right, top, bottom))
+        y = F.conv2d(piece, up.conv.weight, up.conv.bias)
+        out[..., 2 * ys.start : 2 * ys.stop, 2 * xs.start : 2 * xs.stop] = y
+    return out

@@ -8,23 +8,34 @@ from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel, Config
 
+ENCODERS = [(n, "text_encoder") for n in ("sd15", "sd21-v", "sd-turbo", "sdxl", "sdxl-turbo")]
+ENCODERS += [(n, "text_encoder_2") for n in ("sdxl", "sdxl-turbo")]
+ENCODERS += [(n, e) for n in ("sd35-medium", "sd35-large-turbo") for e in ("text_encoder", "text_encoder_2")]
 
-@pytest.mark.parametrize("name", ["sd15", "sd21-v", "sd-turbo"])
-def test_golden(name):
-    model = weights.load(CLIPTextModel, TINY / name / "text_encoder", torch.float32)
-    tensors, _ = golden(f"{name}.text_encoder")
+
+@pytest.mark.parametrize(("name", "encoder"), ENCODERS)
+def test_golden(name, encoder):
+    model = weights.load(CLIPTextModel, TINY / name / encoder, torch.float32)
+    tensors, _ = golden(f"{name}.{encoder}")
     states, pooled = model(tensors["input_ids"])
     assert max_error(model.final_norm(states[-1]), tensors["last_hidden_state"]) < 1e-5
-    assert max_error(pooled, tensors["pooler_output"]) < 1e-5
+    assert ("text_embeds" in tensors) == model.cfg.with_projection
+    assert max_error(pooled, tensors.get("text_embeds", tensors.get("pooler_output"))) < 1e-5
     for j, state in enumerate(states):
         if f"hidden_states.{j}" in tensors:
             assert max_error(state[:1], tensors[f"hidden_states.{j}"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd-turbo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{n}.text_encoder" for n in ("sd14", "sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo", "sd35-medium")),
+        *(f"{n}.text_encoder_2" for n in ("sdxl", "sdxl-turbo", "sd35-medium")),
+    ],
+)
 def test_manifest(name):
     """The real model's config builds exactly its file's parameters."""
-    config, parameters = manifest(f"{name}.text_encoder")
+    config, parameters = manifest(name)
     names = {weights.renamed(k, "CLIPTextModel"): v for k, v in parameters.items()}
     names.pop(None, None)  # dropped on purpose: position_ids
     weights.check_names(built(CLIPTextModel, config), names, name)

@@ -10,7 +10,7 @@ from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.models.unet import Config, UNet2DConditionModel
 
-PIPELINES = ["sd15", "sd21-v", "sd-turbo"]
+PIPELINES = ["sd15", "sd21-v", "sd-turbo", "sdxl", "sdxl-turbo"]
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -18,12 +18,17 @@ def unet(request):
     return request.param, weights.load(UNet2DConditionModel, TINY / request.param / "unet", torch.float32)
 
 
+def added(tensors):
+    """SDXL's vector condition in a recording, None for the others."""
+    return (tensors["text_embeds"], tensors["time_ids"]) if "text_embeds" in tensors else None
+
+
 @pytest.mark.parametrize("case", ["unet", "unet_odd", "unet_float_t"])
 def test_golden(unet, case):
     name, model = unet
     tensors, facts = golden(f"{name}.{case}")
     t = tensors.get("timestep", torch.tensor(facts["args"]["timestep"]))
-    got = model(tensors["sample"], t, tensors["encoder_hidden_states"])
+    got = model(tensors["sample"], t, tensors["encoder_hidden_states"], added(tensors))
     assert max_error(got, tensors["output"]) < 1e-5
 
 
@@ -38,7 +43,7 @@ def test_block_outputs(unet, name):
         if key in ("conv_in", "conv_norm_out", "mid_block", "time_embedding")
     ]
     t = tensors.get("timestep", torch.tensor(facts["args"]["timestep"]))
-    unet[1](tensors["sample"], t, tensors["encoder_hidden_states"])
+    unet[1](tensors["sample"], t, tensors["encoder_hidden_states"], added(tensors))
     for hook in hooks:
         hook.remove()
     compared = 0
@@ -51,10 +56,14 @@ def test_block_outputs(unet, name):
 
 def test_text_kv_is_the_same_as_the_text(unet):
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet[1].cfg.cross_attention_dim)
-    assert torch.equal(unet[1](x, 5, text), unet[1](x, 5, unet[1].text_kv(text)))
+    more = None
+    if unet[1].cfg.addition_embed_type:
+        width = unet[1].cfg.projection_class_embeddings_input_dim - 6 * unet[1].cfg.addition_time_embed_dim
+        more = torch.randn(2, width), torch.full((2, 6), 128.0)
+    assert torch.equal(unet[1](x, 5, text, more), unet[1](x, 5, unet[1].text_kv(text), more))
 
 
-@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21base", "sd-turbo", "sdxl"])
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21base", "sd-turbo", "sdxl", "sdxl-turbo"])
 def test_manifest(name):
     """The real model's config builds exactly its file's parameters."""
     config, parameters = manifest(f"{name}.unet")

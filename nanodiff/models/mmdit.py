@@ -1,0 +1,231 @@
+"""SD3Transformer2DModel: the denoiser of SD 3 and SD 3.5 (medium, large, large-turbo).
+
+    velocity [B, C, H, W] = mmdit(noisy latents [B, C, H, W], timestep [B], text [B, S, D], pooled text [B, P])
+
+Image patches and text tokens are two streams with their own weights that attend to each other jointly
+(Esser et al. 2024, arXiv 2403.03206 §4, fig. 2). Time and pooled text enter by adaptive layer norms (adaLN-Zero,
+Peebles & Xie 2023, arXiv 2212.09748 §3.2). SD 3.5 normalises q and k per head; medium adds, in its first blocks, a
+second attention of the image to itself ("MMDiT-X").
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.config import UserError, from_json
+from nanodiff.models.layers import TimeEmbedding, attend, timestep_embedding
+
+FIXED = {}
+EPS = 1e-6
+TIME_CHANNELS = 256
+
+
+@dataclass
+class Config:
+    """Fields of config.json, with the defaults of the original file format."""
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64  # here it really is the head size
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    @property
+    def width(self):
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_json(cls, raw, where="transformer/config.json"):
+        cfg = from_json(cls, raw, FIXED, where)
+        cfg.out_channels = cfg.out_channels or cfg.in_channels
+        if cfg.qk_norm not in (None, "rms_norm"):
+            raise UserError(f"{where}: qk_norm = {cfg.qk_norm!r} is not supported (only 'rms_norm' or null)")
+        if cfg.caption_projection_dim != cfg.width:
+            raise UserError(
+                f"{where}: caption_projection_dim = {cfg.caption_projection_dim}, but the two streams need the width "
+                f"{cfg.width} (heads times head size) to attend jointly"
+            )
+        return cfg
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then scale and shift from the condition: x [B, L, D], shift, scale [B, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+class AdaLN(nn.Module):
+    """The linear layer that turns the condition, through SiLU, into `n` vectors [B, D] of shifts, scales and gates."""
+
+    def __init__(self, dim, n):
+        super().__init__()
+        self.n = n
+        self.linear = nn.Linear(dim, n * dim)
+
+    def forward(self, emb):
+        return self.linear(F.silu(emb)).chunk(self.n, dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention of the image to itself, or (joint) of image and text to both, with q and k normalised per head."""
+
+    def __init__(self, cfg, joint=False, text_out=False):
+        super().__init__()
+        D, K, self.heads = cfg.width, cfg.attention_head_dim, cfg.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+        norms = ["norm_q", "norm_k"] + (["norm_added_q", "norm_added_k"] if joint else [])
+        for name in norms if cfg.qk_norm else ():
+            setattr(self, name, nn.RMSNorm(K, EPS))
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(D, D) for _ in range(3))
+        if text_out:
+            self.to_add_out = nn.Linear(D, D)
+
+    def _normed(self, name, x):
+        """x [B, L, N·K] through the RMS norm `name` over each head's K (or as it is)."""
+        if not hasattr(self, name):
+            return x
+        return getattr(self, name)(x.unflatten(-1, (self.heads, -1))).flatten(-2)
+
+    def forward(self, x, text=None):
+        """x [B, L, D], text [B, S, D] -> (image [B, L, D], text [B, S, D] or None)."""
+        q, k, v = self._normed("norm_q", self.to_q(x)), self._normed("norm_k", self.to_k(x)), self.to_v(x)
+        if text is None:
+            return self.to_out[0](attend(q, k, v, self.heads)), None
+        q = torch.cat([q, self._normed("norm_added_q", self.add_q_proj(text))], dim=1)
+        k = torch.cat([k, self._normed("norm_added_k", self.add_k_proj(text))], dim=1)
+        v = torch.cat([v, self.add_v_proj(text)], dim=1)
+        image, text = attend(q, k, v, self.heads).split([x.shape[1], text.shape[1]], dim=1)
+        return self.to_out[0](image), self.to_add_out(text) if hasattr(self, "to_add_out") else None
+
+
+class GELU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x):
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.ModuleList([GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class JointBlock(nn.Module):
+    """One block of both streams. last: the text only serves the image (context_pre_only) and goes no further."""
+
+    def __init__(self, cfg, dual, last):
+        super().__init__()
+        D = cfg.width
+        self.norm1 = AdaLN(D, 9 if dual else 6)
+        self.norm1_context = AdaLN(D, 2 if last else 6)
+        self.attn = Attention(cfg, joint=True, text_out=not last)
+        if dual:
+            self.attn2 = Attention(cfg)
+        self.ff = FeedForward(D)
+        if not last:
+            self.ff_context = FeedForward(D)
+
+    def forward(self, x, text, emb):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)
+        if hasattr(self, "ff_context"):
+            t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.norm1_context(emb)
+        else:
+            t_scale, t_shift = self.norm1_context(emb)  # the last one is stored scale first
+
+        image, words = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale))
+        if second:  # it sees x as it was before this block
+            shift2, scale2, gate2 = second
+            image2, _ = self.attn2(modulate(x, shift2, scale2))
+            x = x + gate[:, None] * image + gate2[:, None] * image2
+        else:
+            x = x + gate[:, None] * image
+        x = x + gate_mlp[:, None] * self.ff(modulate(x, shift_mlp, scale_mlp))
+        if words is None:
+            return x, None
+        text = text + t_gate[:, None] * words
+        return x, text + t_gate_mlp[:, None] * self.ff_context(modulate(text, t_shift_mlp, t_scale_mlp))
+
+
+class PatchEmbed(nn.Module):
+    """Patches by a strided convolution, plus a stored table of positions cropped in its middle to the picture."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        p, self.side = cfg.patch_size, cfg.pos_embed_max_size
+        self.proj = nn.Conv2d(cfg.in_channels, cfg.width, p, stride=p)
+        self.register_buffer("pos_embed", torch.empty(1, self.side**2, cfg.width))
+
+    def forward(self, x):
+        x = self.proj(x)
+        h, w = x.shape[-2:]
+        if h > self.side or w > self.side:
+            raise ValueError(f"{h}x{w} patches, but the position table has {self.side}x{self.side}")
+        top, left = (self.side - h) // 2, (self.side - w) // 2
+        table = self.pos_embed.view(self.side, self.side, -1)[top : top + h, left : left + w].flatten(0, 1)
+        return x.flatten(2).transpose(1, 2) + table.to(x.dtype)
+
+
+class TimeTextEmbed(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.timestep_embedder = TimeEmbedding(TIME_CHANNELS, cfg.width)
+        self.text_embedder = TimeEmbedding(cfg.pooled_projection_dim, cfg.width)
+
+    def forward(self, t, pooled):
+        return self.timestep_embedder(timestep_embedding(t, TIME_CHANNELS).to(pooled.dtype)) + self.text_embedder(
+            pooled
+        )
+
+
+class SD3Transformer2DModel(nn.Module):
+    """See the module docstring."""
+
+    Config = Config
+    class_name = "SD3Transformer2DModel"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        D, n, p = cfg.width, cfg.num_layers, cfg.patch_size
+        self.pos_embed = PatchEmbed(cfg)
+        self.time_text_embed = TimeTextEmbed(cfg)
+        self.context_embedder = nn.Linear(cfg.joint_attention_dim, D)
+        self.transformer_blocks = nn.ModuleList(
+            [JointBlock(cfg, i in cfg.dual_attention_layers, last=i == n - 1) for i in range(n)]
+        )
+        self.norm_out = AdaLN(D, 2)
+        self.proj_out = nn.Linear(D, p * p * cfg.out_channels)
+
+    def forward(self, x, t, text, pooled, skip_layers=()):
+        """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000], text [B, S, D],
+        pooled [B, P] -> [B, C, H, W]. skip_layers: blocks left out (skip-layer guidance)."""
+        H, W = x.shape[-2:]
+        p = self.cfg.patch_size
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        emb = self.time_text_embed(t, pooled)
+        text = self.context_embedder(text)
+        x = self.pos_embed(x)
+        for i, block in enumerate(self.transformer_blocks):
+            if i not in skip_layers:
+                x, text = block(x, text, emb)
+        scale, shift = self.norm_out(emb)  # scale first, unlike in the blocks
+        x = self.proj_out(modulate(x, shift, scale))
+        x = x.view(len(x), H // p, W // p, p, p, -1)  # [B, h, w, p, q, C]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, H, W)

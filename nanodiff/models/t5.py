@@ -1,0 +1,167 @@
+"""T5EncoderModel: token ids [B, S] -> hidden states [B, S, D]; the third text encoder of SD 3 (T5 v1.1 XXL, 4.8 B).
+
+A pre-norm encoder without biases: RMS norms, attention without the 1/√K scale but with a learned bias by relative
+distance, gated-GELU feed-forward (Raffel et al. 2020, arXiv 1910.10683 §2.1; Shazeer 2020, arXiv 2002.05202). SD 3
+gives no attention mask: padding is attended to.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.config import from_json
+from nanodiff.models.layers import attend
+
+FIXED = {
+    "classifier_dropout": [0.0],
+    "decoder_start_token_id": [0],
+    "dense_act_fn": ["gelu_new"],
+    "dropout_rate": [0.0, 0.1],  # training only
+    "feed_forward_proj": ["gated-gelu"],
+    "initializer_factor": [1.0],
+    "is_encoder_decoder": [True, False],
+    "is_decoder": [False],
+    "is_gated_act": [True],
+    "num_decoder_layers": [None, *range(1000)],
+    "output_past": [True, False],
+    "tie_word_embeddings": [True, False],
+    "use_cache": [True, False],
+    "n_positions": [512],
+    "task_specific_params": [None],
+    "scale_decoder_outputs": [True, False],
+}
+
+
+@dataclass
+class Config:
+    """Fields of config.json, with the defaults of the original file format."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+
+    @classmethod
+    def from_json(cls, raw, where="text_encoder_3/config.json"):
+        return from_json(cls, raw, FIXED, where)
+
+    def to_json(self):
+        facts = {"architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+        return dict(vars(self)) | facts | {"is_gated_act": True, "dense_act_fn": "gelu_new", "is_encoder_decoder": True}
+
+
+def buckets(length, n, far, device=None):
+    """[length, length] bucket of the distance key - query: half for each direction, the first half of those exact, the
+    rest logarithmic up to `far` (§2.1)."""
+    position = torch.arange(length, device=device)
+    distance = position[None, :] - position[:, None]
+    n = n // 2
+    exact = n // 2
+    size = distance.abs()
+    log = exact + (torch.log(size.clamp(min=1).float() / exact) / math.log(far / exact) * (n - exact)).long()
+    return (distance > 0).long() * n + torch.where(size < exact, size, log.clamp(max=n - 1))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg, with_bias):
+        super().__init__()
+        self.heads, inner = cfg.num_heads, cfg.num_heads * cfg.d_kv
+        self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, cfg.d_model, bias=False)
+        if with_bias:  # the first block's serves all
+            self.relative_attention_bias = nn.Embedding(cfg.relative_attention_num_buckets, cfg.num_heads)
+
+    def forward(self, x, bias):
+        return self.o(attend(self.q(x), self.k(x), self.v(x), self.heads, bias=bias, scale=1.0))
+
+
+class WideLinear(nn.Linear):
+    """A linear layer without bias that computes in the type of its input."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class DenseReluDense(nn.Module):
+    """wo(gelu(wi_0 x) · wi_1 x). XXL's result exceeds fp16's 65504, so in fp16 the last product is taken in fp32."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(cfg.d_model, cfg.d_ff, bias=False) for _ in range(2))
+        self.wo = WideLinear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return self.wo(h.float() if h.dtype == torch.float16 else h)
+
+
+class Sublayer(nn.Module):
+    """x + f(norm(x)); `name` is what the checkpoint calls f. The sum is kept in fp32 whatever the weights' type."""
+
+    def __init__(self, cfg, name, f):
+        super().__init__()
+        self.name = name
+        setattr(self, name, f)
+        self.layer_norm = nn.RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
+
+    def forward(self, x, *more):
+        h = F.rms_norm(x, x.shape[-1:], eps=self.layer_norm.eps).to(self.layer_norm.weight.dtype)
+        return x + getattr(self, self.name)(h * self.layer_norm.weight, *more)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, first):
+        super().__init__()
+        self.layer = nn.ModuleList(
+            [
+                Sublayer(cfg, "SelfAttention", SelfAttention(cfg, with_bias=first)),
+                Sublayer(cfg, "DenseReluDense", DenseReluDense(cfg)),
+            ]
+        )
+
+    def forward(self, x, bias):
+        return self.layer[1](self.layer[0](x, bias))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.block = nn.ModuleList([Block(cfg, first=i == 0) for i in range(cfg.num_layers)])
+        self.final_layer_norm = nn.RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
+
+
+class T5EncoderModel(nn.Module):
+    """See the module docstring."""
+
+    Config = Config
+    class_name = "T5EncoderModel"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.shared = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.encoder = Encoder(cfg)
+
+    def forward(self, ids):
+        """ids [B, S] -> [B, S, D], through the final norm."""
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        cfg, dtype = self.cfg, self.shared.weight.dtype
+        where = buckets(
+            ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance, ids.device
+        )
+        bias = table(where).permute(2, 0, 1)[None]  # [1, N, S, S]
+        x = self.shared(ids).float()
+        for block in self.encoder.block:
+            x = block(x, bias)
+        norm = self.encoder.final_layer_norm
+        return F.rms_norm(x, x.shape[-1:], norm.weight.float(), norm.eps).to(dtype)
