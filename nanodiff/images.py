@@ -60,18 +60,32 @@ def grid(images, nrow=None, labels=None, pad=4):
     nrow = nrow or int(np.ceil(np.sqrt(len(images))))
     nrow = min(nrow, len(images))
     w, h = max(i.width for i in images), max(i.height for i in images)
-    text = 14 if labels else 0
+    rows = [_wrapped(label, w) for label in labels] if labels else []
+    text = 14 * max(map(len, rows), default=0)
     sheet = Image.new("RGB", (nrow * (w + pad) + pad, -(-len(images) // nrow) * (h + text + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = pad + i % nrow * (w + pad), pad + i // nrow * (h + text + pad)
-        if labels:
-            label = printable(labels[i])
-            while label and pen.textlength(label) > w:
-                label = label[:-1]
-            pen.text((x, y), label, fill="black")
+        for j, line in enumerate(rows[i] if rows else ()):
+            pen.text((x, y + 14 * j), line, fill="black")
         sheet.paste(image, (x, y + text))
     return sheet
+
+
+def _wrapped(label, width, lines=4):
+    """A label as lines that are at most `width` pixels wide; what does not fit into `lines` is cut."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    rows = [""]
+    for word in printable(label).split():
+        if pen.textlength(f"{rows[-1]} {word}".strip()) <= width or not rows[-1]:
+            rows[-1] = f"{rows[-1]} {word}".strip()
+        else:
+            rows.append(word)
+    rows = rows[:lines]
+    for i, row in enumerate(rows):
+        while pen.textlength(rows[i]) > width and len(row) > 1:
+            rows[i] = row = row[:-1]
+    return rows
 
 
 def slug(text, limit=80):

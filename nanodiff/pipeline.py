@@ -3,39 +3,67 @@
     sd = pipeline.load("path/or/hub-id")
     pixels = sd.generate(["a red apple"], seeds=[0]).pixels        # [1, 3, H, W] in [-1, 1]
 
+Three classes, one for each family: `Pipeline` (SD 1.x, 2.x, our own), `SDXL` and `SD3`. They differ in how a prompt
+becomes a condition and how the denoiser takes it; noise, guidance, sampling and decoding are the same.
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators: noise is drawn on
 the CPU in fp32, one generator per image, in diffusers' order (posterior sample, initial noise, then each step's).
 A model without a VAE works in pixels: its "latents" are the picture.
 """
 
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanodiff import hub, samplers, weights
+from nanodiff import hub, memory, prompt, quantize, samplers, singlefile, weights
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.mmdit import SD3Transformer2DModel
+from nanodiff.models.t5 import T5EncoderModel
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.models.vae import AutoencoderKL
 from nanodiff.schedule import Schedule
-from nanodiff.tokenizer import CLIPTokenizer
+from nanodiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
+CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
 CLASSES = {  # what model_index.json may name; everything else there is optional (safety checker) or unsupported
     "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel",),
     "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": CLIP,
+    "text_encoder_2": CLIP,
+    "text_encoder_3": ("T5EncoderModel",),
+    "tokenizer": CLIP_TOKENIZER,
+    "tokenizer_2": CLIP_TOKENIZER,
+    "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
 }
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-)
+BUILDERS = {
+    "unet": UNet2DConditionModel,
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModel,
+    "text_encoder_3": T5EncoderModel,
+}
+RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
+    "CompVis/stable-diffusion-v1-4": "SD 1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
+    "stabilityai/stable-diffusion-2-1": "SD 2",
+    "stabilityai/stable-diffusion-2-1-base": "SD 2 base",
+    "stabilityai/sd-turbo": "SD 2 base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
+    "stabilityai/sdxl-turbo": "SDXL turbo",
+    "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
+    "stabilityai/stable-diffusion-3.5-large": "SD 3.5 large",
+    "stabilityai/stable-diffusion-3.5-large-turbo": "SD 3.5 large",
+}
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "scheduler", "requires_safety_checker"}
+CACHE_BYTES = 1 << 30  # encoded prompts that are kept
 
 
 def say(message):
@@ -47,6 +75,13 @@ class Result:
     pixels: torch.Tensor  # [B, 3, H, W], about [-1, 1]
     latents: torch.Tensor  # [B, C, h, w], final, as the VAE's decode() takes them
     history: list = field(default_factory=list)  # the Steps, when asked for
+
+
+class Text(NamedTuple):
+    """An encoded prompt, or several."""
+
+    states: torch.Tensor  # [B, S, D], what the denoiser attends to
+    pooled: torch.Tensor | None = None  # [B, P], SDXL and SD 3
 
 
 class Noise:
@@ -64,35 +99,121 @@ class Noise:
         return drawn.to(self.device, self.dtype)
 
 
-def load(model, dtype=torch.float32, device="cpu", variant=None, revision=None, token=None, scheduler=None):
-    """A Pipeline from a folder or Hub id (see hub.resolve).
+# ---------------------------------------------------------------------------------------------------------
+# Loading
 
-    dtype: type of all weights. scheduler: name of another sampler than the model's own (samplers.SAMPLERS).
+
+class Folder:
+    """A pipeline in Hub folder form: where its configs, weights and tokenizers come from."""
+
+    def __init__(self, path, variant=None):
+        self.path, self.variant = path, variant
+        if not (path / "model_index.json").exists():
+            raise UserError(f"{path}: one component, not a pipeline (no model_index.json)")
+        self.index = read_json(path / "model_index.json")
+        self.kind, self.parts = check_index(self.index, path)
+
+    def config(self, name):
+        return BUILDERS[name].Config.from_json(
+            read_json(self.path / name / "config.json"), str(self.path / name / "config.json")
+        )
+
+    def module(self, name, dtype, device):
+        return weights.load(BUILDERS[name], self.path / name, dtype, device, self.variant)
+
+    def tokenizer(self, name):
+        return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
+
+    def scheduler(self):
+        path = self.path / "scheduler" / "scheduler_config.json"
+        return read_json(path), str(path)
+
+
+def source(model, variant=None, revision=None, token=None, components=None, prediction_type=None, allow_pickle=False):
+    """The Folder or singlefile.Single that `model` names. components: what a single file lacks comes from here."""
+    path = hub.resolve(model, revision, token, variant)
+    if not path.is_file():
+        for name, value in (("components", components), ("prediction-type", prediction_type)):
+            if value:
+                raise UserError(f"--{name} is for single-file checkpoints; {path} is a folder")
+        return Folder(path, variant)
+    rest = Folder(hub.resolve(components, None, token, variant), variant) if components else None
+    return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
+
+
+def load(
+    model,
+    dtype=torch.float32,
+    device="cpu",
+    variant=None,
+    revision=None,
+    token=None,
+    scheduler=None,
+    offload="none",
+    quantized=None,
+    no_t5=False,
+    components=None,
+    prediction_type=None,
+    allow_pickle=False,
+    name=None,
+):
+    """A Pipeline from a folder, single file or Hub id (see hub.resolve), or from what source() returned.
+
+    dtype: type in which everything computes. scheduler: name of another sampler than the model's own
+    (samplers.SAMPLERS). offload: see memory.Resident. quantized: "int8" or "nf4" for the denoiser and T5. no_t5: leave
+    SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
     """
-    folder = hub.resolve(model, revision, token, variant)
-    if folder.is_file():
-        raise UserError(f"{folder}: single-file checkpoints are not supported yet; give a folder with model_index.json")
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"{folder}: one component, not a pipeline (no model_index.json)")
-    parts = check_index(read_json(folder / "model_index.json"), folder)
+    ready = isinstance(model, Folder | singlefile.Single)
+    src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle)
+    family = FAMILIES[src.kind]
+    if no_t5 and "text_encoder_3" not in family.encoder_names:
+        raise UserError(f"--no-t5: {src.kind} has no third text encoder")
+    wanted = [p for p in src.parts if p in BUILDERS and not (no_t5 and p == "text_encoder_3")]
+    if quantized and not {"transformer", "text_encoder_3", "unet"} & set(wanted):
+        raise UserError("--quantize: nothing to quantize")
+    tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts]
+    modules = {}
+    for name in wanted:
+        small = quantized and name in ("unet", "transformer", "text_encoder_3")
+        home = offload != "none" or small  # stays as stored, in host memory
+        modules[name] = src.module(name, None if home else dtype, "cpu" if home else device)
+        if small:
+            quantize.apply(modules[name], quantized, "cpu" if offload != "none" else device)
+            if offload == "none":
+                quantize.rest(modules[name], dtype, device)
+        if offload != "none":
+            memory.Resident(modules[name], dtype, device, blocks=offload == "sequential")
+    denoiser = modules.pop(family.denoiser_name)
+    vae = modules.pop("vae", None)
+    encoders = [modules.get(n) for n in family.encoder_names]
+    raw, where = src.scheduler()
+    sd = family(denoiser, vae, encoders, tokenizers, Schedule.from_config(raw, where=where), name=str(name or model))
+    sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool)}
+    return sd.with_scheduler(scheduler)
 
-    def component(cls, name):
-        return weights.load(cls, folder / name, dtype, device, variant)
 
-    raw = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = Schedule.from_config(raw, where=str(folder / "scheduler" / "scheduler_config.json"))
-    tokenizer = CLIPTokenizer.load(folder / "tokenizer")
-    unet = component(UNet2DConditionModel, "unet")
-    vae = component(AutoencoderKL, "vae") if "vae" in parts else None
-    text_encoder = component(CLIPTextModel, "text_encoder")
-    return Pipeline(unet, vae, text_encoder, tokenizer, schedule, name=str(model)).with_scheduler(scheduler)
+def convert(model, target, allow_pickle=False, components=None, prediction_type=None):
+    """A single-file checkpoint as a Hub folder, or a Hub folder as one file in the original names. Types stay."""
+    src = source(model, components=components, prediction_type=prediction_type, allow_pickle=allow_pickle)
+    sd, target = load(src, None), Path(target)
+    if isinstance(src, singlefile.Single):
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"{target}: exists and is not empty")
+        sd.save(target)
+    else:
+        family = singlefile.family_of_pipeline(sd.class_name, sd.net)
+        singlefile.export(sd.models(), family, target)
+    print(f"{target}: {', '.join(sd.models())}")
 
 
 def check_index(index, folder):
-    """The component names of a model_index.json, all of classes that we have. Names are data, never paths."""
+    """(pipeline class, component names) of a model_index.json, all of classes that we have. Names are data, never
+    paths."""
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(PIPELINES)})")
+    if kind not in FAMILIES:
+        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(FAMILIES)})")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
     present = set()
     for name, entry in index.items():
         if name.startswith("_") or name in IGNORED or not isinstance(entry, list):
@@ -102,52 +223,136 @@ def check_index(index, folder):
         if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
             raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
         present.add(name)
-    for name in ("unet", "text_encoder", "tokenizer"):
+    for name in FAMILIES[kind].required:
         if name not in present:
             raise UserError(f"{folder}/model_index.json: has no {name}")
-    return present
+    return kind, present
+
+
+def configs(model, variant=None, revision=None, token=None, components=None):
+    """What `model` names as a source of configurations: weights need not be there, and the released models are known
+    without any file."""
+    name = hub.ALIASES.get(str(model), str(model))
+    if name in RELEASED and not Path(model).exists():
+        return singlefile.Known(RELEASED[name], BUILDERS)
+    return source(model, variant, revision, token, components)
+
+
+def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
+    """[memory.Stage] of a run, predicted on the meta device."""
+    family, stages = FAMILIES[src.kind], []
+    meta = {n: weights.skeleton(BUILDERS[n], src.config(n)) for n in BUILDERS if n in src.parts}
+    if not with_t5:
+        meta.pop("text_encoder_3", None)
+    vae, net = meta.get("vae"), meta[family.denoiser_name]
+    scale = vae.cfg.downscale if vae else 1
+    side = net.cfg.sample_size or 64
+    h, w = (side, side) if isinstance(side, int) else side
+    h, w = (height or h * scale) // scale, (width or w * scale) // scale
+    rows = batch * (2 if guided else 1)
+
+    def empty(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def run(name, model):
+        if name == "text_encoder_3":
+            return lambda: model(empty(rows, length, of=torch.long))
+        if name.startswith("text_encoder"):
+            return lambda: model(empty(rows, model.cfg.max_position_embeddings, of=torch.long))
+        if name == "vae":
+            size = (min(h, 64), min(w, 64)) if tiled else (h, w)
+            return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size))
+        x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
+        if name == "transformer":
+            text = empty(rows, 77 + length, model.cfg.joint_attention_dim)
+            return lambda: model(x, t, text, empty(rows, model.cfg.pooled_projection_dim))
+        text, added = empty(rows, 77, model.cfg.cross_attention_dim), None
+        if model.cfg.addition_embed_type:
+            pooled = model.cfg.projection_class_embeddings_input_dim - 6 * model.cfg.addition_time_embed_dim
+            added = empty(rows, pooled), empty(rows, 6, of=torch.float32)
+        return lambda: model(x, t, model.text_kv(text), added)
+
+    for name in (*family.encoder_names, family.denoiser_name, "vae"):
+        if model := meta.get(name):
+            own = dtype
+            if name == "vae" and family is SDXL and dtype == torch.float16 and model.cfg.force_upcast:
+                own = torch.float32
+            small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
+            stages.append(memory.stage(name, model.to(own), run(name, model), own, small))
+    return stages
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The families
 
 
 class Pipeline:
     """Stable Diffusion 1.x, 2.x and turbo; our own small models, in latents or in pixels."""
 
-    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, name=""):
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.schedule, self.name = tokenizer, schedule, name
+    class_name = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    encoder_names = ("text_encoder",)
+    tokenizer_names = ("tokenizer",)
+    required = ("unet", "text_encoder", "tokenizer")
+    steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
+    half = torch.float16  # the half precision it was made for
+
+    def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
+        self.net, self.vae = denoiser, vae
+        self.encoders = encoders if isinstance(encoders, list) else [encoders]
+        self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
+        self.schedule, self.name, self.index = schedule, name, {}
+        self.kept = OrderedDict()  # encoded prompts
         self.check_fit()
+
+    unet = property(lambda self: self.net)
+    text_encoder = property(lambda self: self.encoders[0])
+    tokenizer = property(lambda self: self.tokenizers[0])
 
     def check_fit(self):
         """Raise UserError when the parts are not of one model, naming the two that disagree."""
-        unet, text = self.unet.cfg, self.text_encoder.cfg
-        channels = self.vae.cfg.latent_channels if self.vae else unet.out_channels
-        if unet.in_channels == 9:
+        self.check_latents()
+        unet = self.net.cfg
+        if unet.addition_embed_type:
+            raise UserError(f"unet: addition_embed_type {unet.addition_embed_type!r} belongs to SDXL")
+        self.check_text(unet.cross_attention_dim, self.encoders[0].cfg.hidden_size)
+        self.check_tokenizers()
+
+    def check_latents(self):
+        net, name = self.net.cfg, self.denoiser_name
+        channels = self.vae.cfg.latent_channels if self.vae else net.out_channels
+        if net.in_channels == 9:
             raise UserError(
                 "unet: 9 input channels: inpainting models are not supported; use an ordinary one with --mask"
             )
-        if (unet.in_channels, unet.out_channels) != (channels, channels):
-            got = f"{unet.in_channels} channels in and {unet.out_channels} out"
-            raise UserError(f"unet has {got}, the VAE's latents have {channels}: they are not of one model")
-        if unet.cross_attention_dim != text.hidden_size:
-            wants = f"text of width {unet.cross_attention_dim}"
-            raise UserError(f"unet wants {wants}, text_encoder gives {text.hidden_size}: they are not of one model")
-        if unet.addition_embed_type:
+        if (net.in_channels, net.out_channels) != (channels, channels):
+            got = f"{net.in_channels} channels in and {net.out_channels} out"
+            raise UserError(f"{name} has {got}, the VAE's latents have {channels}: they are not of one model")
+
+    def check_text(self, wanted, given, what="text", givers="text_encoder"):
+        if wanted != given:
             raise UserError(
-                f"unet: addition_embed_type {unet.addition_embed_type!r} needs a pipeline that is not supported"
+                f"{self.denoiser_name} wants {what} of width {wanted}, {givers} gives {given}: they are not of one model"
             )
-        vocabulary = max(self.tokenizer.eos, self.tokenizer.pad, self.tokenizer.bos) + 1
-        if self.tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
-            sizes = f"{self.tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"
-            raise UserError(f"tokenizer has {sizes}: they are not of one model")
+
+    def check_tokenizers(self):
+        pairs = [(t, e) for t, e in zip(self.tokenizers, self.encoders, strict=False) if isinstance(t, CLIPTokenizer)]
+        for tokenizer, encoder in pairs:
+            text, vocabulary = encoder.cfg, max(tokenizer.eos, tokenizer.pad, tokenizer.bos) + 1
+            if tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
+                sizes = f"{tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"
+                raise UserError(f"tokenizer has {sizes}: they are not of one model")
 
     # -- what the model is ---------------------------------------------------------------------------------
 
     @property
     def device(self):
-        return self.unet.conv_in.weight.device
+        return memory.device_of(self.net)
 
     @property
     def dtype(self):
-        return self.unet.conv_in.weight.dtype
+        """The type in which the denoiser computes."""
+        return memory.dtype_of(self.net)
 
     @property
     def downscale(self):
@@ -155,71 +360,198 @@ class Pipeline:
         return self.vae.cfg.downscale if self.vae else 1
 
     @property
+    def multiple(self):
+        """Heights and widths are multiples of this many pixels."""
+        return self.downscale
+
+    @property
     def size(self):
         """(height, width) in pixels that the model was made for."""
-        size = self.unet.cfg.sample_size or 64
+        size = self.net.cfg.sample_size or 64
         h, w = (size, size) if isinstance(size, int) else size
         return h * self.downscale, w * self.downscale
 
     @property
     def turbo(self):
-        """Adversarially distilled (sd-turbo): told by the scheduler that only those models ship, Euler "trailing"."""
+        """Adversarially distilled (sd-turbo, sdxl-turbo): told by the scheduler that only those models ship, Euler
+        "trailing"."""
         euler = self.schedule.raw.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
         return euler and self.schedule.raw.get("timestep_spacing") == "trailing"
 
+    turbo_steps = 1
+
+    def models(self):
+        """{component name: module} of everything that is loaded."""
+        named = {
+            self.denoiser_name: self.net,
+            "vae": self.vae,
+            **dict(zip(self.encoder_names, self.encoders, strict=True)),
+        }
+        return {k: m for k, m in named.items() if m is not None}
+
     def parameters(self):
         """{component: millions of parameters}"""
-        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        return {k: round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for k, m in parts.items() if m is not None}
+        return {k: round(memory.count(m) / 1e6, 2) for k, m in self.models().items()}
 
-    def with_scheduler(self, name):
-        """The same models under another sampler; None keeps the model's own."""
-        if name is None:
+    def with_scheduler(self, name, **fields):
+        """The same models under another sampler; None keeps the model's own. fields: of scheduler_config.json."""
+        if name is None and not fields:
             return self
-        schedule = samplers.rescheduled(self.schedule, name)
-        return Pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, schedule, self.name)
+        schedule = samplers.rescheduled(self.schedule, name, **fields)
+        other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
+        other.index, other.kept = self.index, self.kept
+        return other
 
     def save(self, folder, dtype=None):
-        """Write a Hub pipeline folder: model_index.json, components, tokenizer, scheduler."""
+        """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler."""
         folder = Path(folder)
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.31.0",
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", self.schedule.kind],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
-        }
-        for name in ("unet", "vae", "text_encoder"):
-            if getattr(self, name) is not None:
-                weights.save(getattr(self, name), folder / name, dtype)
+        index = {"_class_name": self.class_name, "_diffusers_version": "0.31.0", **self.index}
+        if self.class_name == "StableDiffusionPipeline":
+            index |= {
+                "feature_extractor": [None, None],
+                "safety_checker": [None, None],
+                "requires_safety_checker": False,
+            }
+        index["scheduler"] = ["diffusers", self.schedule.kind]
+        for name in (self.denoiser_name, "vae", *self.encoder_names):
+            module = self.models().get(name)
+            index[name] = [None, None]
+            if module is not None:
+                library = "transformers" if name.startswith("text") else "diffusers"
+                index[name] = [library, module.class_name]
+                weights.save(module, folder / name, dtype)
+        for name, tokenizer in zip(self.tokenizer_names, self.tokenizers, strict=False):
+            index[name] = ["transformers", "T5TokenizerFast" if isinstance(tokenizer, T5Tokenizer) else "CLIPTokenizer"]
+            tokenizer.save(folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         weights.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_json())
-        self.tokenizer.save(folder / "tokenizer")
         weights.write_json(folder / "model_index.json", index)
 
     # -- text ------------------------------------------------------------------------------------------------
 
     def encode_ids(self, ids, clip_skip=0):
         """Token ids [B, S] -> the text that the UNet attends to [B, S, D]: the last layer but `clip_skip`, normed."""
-        states, _ = self.text_encoder(ids)
-        if not 0 <= clip_skip < len(states):
-            raise UserError(f"--clip-skip {clip_skip}: the text encoder has {len(states) - 1} layers")
-        return self.text_encoder.final_norm(states[-1 - clip_skip])
+        return self.pick(0, clip_skip)(self.encoders[0](ids)[0])
 
-    def encode(self, texts, clip_skip=0):
-        """Texts -> [B, S, D]; each different text is encoded once. What does not fit is said."""
-        unique = list(dict.fromkeys(texts))
-        for text in unique:
-            if cut := self.tokenizer.overflow(text):
-                say(f"warning: the prompt is over {self.tokenizer.length - 2} tokens; cut off: {printable(cut)!r}")
-        ids = torch.tensor(self.tokenizer(unique), device=self.device)
-        states = self.encode_ids(ids, clip_skip)
-        return states[[unique.index(t) for t in texts]]
+    def pick(self, i, clip_skip):
+        """states -> the hidden state of encoder i that the denoiser was trained with."""
+        encoder = self.encoders[i]
+
+        def picked(states):
+            if not 0 <= clip_skip < len(states):
+                raise UserError(f"--clip-skip {clip_skip}: the text encoder has {len(states) - 1} layers")
+            return encoder.final_norm(states[-1 - clip_skip])
+
+        return picked
+
+    def encode(self, texts, clip_skip=0, long_prompts=False, weighted=False, length=256):
+        """Prompts -> Text. A prompt is a text, or a tuple with one for each encoder (None: the first one's).
+
+        Each different prompt is encoded once and kept. What does not fit is said. length: tokens of T5.
+        """
+        how = (clip_skip, long_prompts, weighted, length)
+        keys = [(*_per_encoder(t, len(self.encoder_names)), *how) for t in texts]
+        missing = [k for k in dict.fromkeys(keys) if k not in self.kept]
+        fresh = {}
+        for first in range(0, len(missing), 8):
+            group = missing[first : first + 8]
+            encoded = self.encode_uniques([k[: len(self.encoder_names)] for k in group], *how)
+            for i, k in enumerate(group):
+                fresh[k] = Text(*(None if part is None else part[i : i + 1].clone() for part in encoded))
+        found = fresh | {k: self.kept[k] for k in keys if k in self.kept}
+        self.kept |= fresh
+        while len(self.kept) > 1 and sum(_bytes(t) for t in self.kept.values()) > CACHE_BYTES:
+            self.kept.popitem(last=False)
+        return join([found[k] for k in keys], self)
+
+    def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
+        """Tuples of texts, one for each encoder -> Text."""
+        states, _ = self.clip(0, [t[0] for t in texts], clip_skip, long_prompts, weighted)
+        return Text(states)
+
+    def clip(self, i, texts, clip_skip, long_prompts, weighted):
+        """What CLIP encoder i makes of texts: (states [B, S, D], pooled [B, P])."""
+        tokenizer = self.tokenizers[i]
+        if not long_prompts:
+            for text in dict.fromkeys(texts):
+                prompt.warn_cut(tokenizer, text, tokenizer.length, f"{tokenizer.length - 2} tokens")
+        with memory.at_work(self.encoders[i]):
+            return prompt.encode_clip(
+                tokenizer, self.encoders[i], texts, self.pick(i, clip_skip), long_prompts, weighted
+            )
+
+    def nothing(self, text, how):
+        """What stands against `text` when there is no negative prompt: the empty one."""
+        return self.encode([""] * len(text.states), **how)
+
+    def prepare(
+        self,
+        prompts,
+        negative_prompt=None,
+        prompt_2=None,
+        prompt_3=None,
+        negative_prompt_2=None,
+        negative_prompt_3=None,
+        long_prompts=False,
+        weighted=False,
+        max_sequence_length=None,
+        clip_skip=0,
+        **_,
+    ):
+        """Encode what generate() will need and keep it, so that the text encoders work once. Takes its arguments."""  # fmt: skip
+        how = {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256}
+        with torch.no_grad():
+            self.encode(_rows(len(prompts), list(prompts), prompt_2, prompt_3), clip_skip, **how)
+            self.encode(_rows(1, negative_prompt or "", negative_prompt_2, negative_prompt_3), **how)
+
+    def learn(self, path, allow_pickle=False):
+        """Teach the text encoders the word of a textual-inversion file; returns the word. Raises UserError."""
+        name, vectors = prompt.load_embedding(path, allow_pickle)
+        clips = {"clip_l": 0, "clip_g": 1, "": 0}
+        for key, value in vectors.items():
+            i = clips[key]
+            if i >= len(self.encoders) or not isinstance(self.encoders[i], CLIPTextModel):
+                raise UserError(f"{path}: has {key} vectors, this model has one text encoder; it is for SDXL or SD 3")
+            prompt.add_embedding(self.tokenizers[i], self.encoders[i], name, value)
+        if len([e for e in self.encoders if isinstance(e, CLIPTextModel)]) > len(vectors):
+            raise UserError(f"{path}: has vectors for one text encoder, this model has two; it is for SD 1 or 2")
+        self.kept.clear()
+        return name
+
+    # -- the denoiser ----------------------------------------------------------------------------------------
+
+    def predictor(self, text, sizes, guided):
+        """f(x, t): the denoiser's prediction for the condition `text`, whose keys and values are computed once."""
+        kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
+        return lambda x, t: self.net(x, t, kvs)
+
+    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, total=0):
+        """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
+
+        text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
+        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None; total: how many calls there will be.
+        """
+        both = text if negative is None else join([negative, text], self)
+        predict, calls = self.predictor(both, sizes, negative is not None), 0
+
+        def model(x, t):
+            nonlocal calls
+            calls += 1
+            x = x.to(self.dtype)
+            if negative is None:
+                return predict(x, t).float()
+            without, with_text = predict(torch.cat([x, x]), t).float().chunk(2)
+            out = without + scale * (with_text - without)
+            if skip and skip.active(calls - 1, total):
+                blind = self.net(x, t, text.states, text.pooled, skip.layers).float()
+                out = out + skip.scale * (with_text - blind)
+            if rescale:
+                dims = list(range(1, out.dim()))
+                matched = out * (with_text.std(dims, keepdim=True) / out.std(dims, keepdim=True))
+                out = rescale * matched + (1 - rescale) * out
+            return out
+
+        return model
 
     # -- pictures --------------------------------------------------------------------------------------------
 
@@ -242,40 +574,26 @@ class Pipeline:
             )
         return self._finite(lambda dtype: run(latents.to(dtype)))
 
+    def vae_dtype(self):
+        """The type in which the VAE is tried first."""
+        return memory.dtype_of(self.vae)
+
     def _finite(self, run):
         """run(dtype of the VAE), again in fp32 when a half-precision result is not finite."""
-        dtype = self.vae.decoder.conv_in.weight.dtype
-        out = run(dtype)
+        dtype = self.vae_dtype()
+        with memory.at_work(self.vae, dtype):
+            out = run(dtype)
         if not torch.isfinite(out).all() and dtype != torch.float32:
             say(f"note: the VAE overflowed in {dtype}; running it again in fp32")
-            self.vae.float()
-            out = run(torch.float32)
-            self.vae.to(dtype)
+            with memory.at_work(self.vae, torch.float32):
+                out = run(torch.float32)
         if not torch.isfinite(out).all():
             raise UserError("the VAE's result is not finite (NaN or infinity): check its weights")
         return out
 
-    def denoiser(self, text, negative, scale, rescale=0.0):
-        """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
-
-        text, negative: [B, S, D]; negative None = no guidance, one pass. One batch of 2B, unconditional first; keys
-        and values of the text are computed here, once. rescale: std correction (Lin et al. 2024 §3.4).
-        """
-        kvs = self.unet.text_kv(text if negative is None else torch.cat([negative, text]))
-
-        def model(x, t):
-            x = x.to(self.dtype)
-            if negative is None:
-                return self.unet(x, t, kvs).float()
-            without, with_text = self.unet(torch.cat([x, x]), t, kvs).float().chunk(2)
-            out = without + scale * (with_text - without)
-            if rescale:
-                dims = list(range(1, out.dim()))
-                matched = out * (with_text.std(dims, keepdim=True) / out.std(dims, keepdim=True))
-                out = rescale * matched + (1 - rescale) * out
-            return out
-
-        return model
+    def first_step(self, steps, strength):
+        """The step at which image-to-image starts."""
+        return max(steps - min(int(steps * strength), steps), 0)
 
     @torch.no_grad()
     def generate(
@@ -298,69 +616,123 @@ class Pipeline:
         keep_steps=False,
         on_step=None,
         generators=None,
+        prompt_2=None,
+        prompt_3=None,
+        negative_prompt_2=None,
+        negative_prompt_3=None,
+        long_prompts=False,
+        weighted=False,
+        max_sequence_length=None,
+        sizes=None,
+        skip_layers=None,
+        denoising_end=None,
+        decoder=None,
     ):
         """One batch of pictures, one per prompt; returns a Result.
 
-        negative_prompt: one text, or a list of one per prompt. seeds: one per prompt (or `generators`, CPU ones).
-        Guidance is on when guidance_scale > 1. image [B or 1, 3, H, W] in [-1, 1]: start from it, noised by `strength`
-        in (0, 1]; mask [1, 1, H, W] in {0, 1}: repaint where 1. quirks: see samplers.ddim. on_step(i, n, Step) is
-        called after each step. Raises UserError for settings that make no sense.
+        negative_prompt: one text, or a list of one per prompt; prompt_2 … negative_prompt_3: the same for the further
+        text encoders. seeds: one per prompt (or `generators`, CPU ones). Guidance is on when guidance_scale > 1.
+        image [B or 1, 3, H, W] in [-1, 1]: start from it, noised by `strength` in (0, 1]; mask [1, 1, H, W] in {0, 1}:
+        repaint where 1. quirks: see samplers.ddim. long_prompts, weighted: see prompt.py. sizes: SDXL's, see
+        SDXL.size_ids. skip_layers: SD 3's, a SkipLayers. denoising_end: stop when this part of the noise is gone. on_step(i, n, Step)
+        is called after each step. decoder: in place of decode(). Raises UserError for settings that make no sense.
         """
         height, width = height or self.size[0], width or self.size[1]
         for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % self.downscale:
-                raise UserError(f"--{name} {value} must be a positive multiple of {self.downscale}")
+            if value <= 0 or value % self.multiple:
+                raise UserError(f"--{name} {value} must be a positive multiple of {self.multiple}")
         samplers.check_steps(self.schedule, steps)
+        self.check_options(
+            {"prompt-2": prompt_2, "prompt-3": prompt_3, "negative-prompt-2": negative_prompt_2},
+            {"negative-prompt-3": negative_prompt_3, "max-sequence-length": max_sequence_length},
+            sizes,
+            skip_layers,
+        )
         if mask is not None and image is None:
             raise UserError("--mask needs --init-image")
         n = len(prompts)
         if generators is None:
             seeds = range(n) if seeds is None else seeds
             generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        shape = (n, self.unet.cfg.in_channels, height // self.downscale, width // self.downscale)
+        shape = (n, self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
 
-        text, negative = self.encode(prompts, clip_skip), None
+        how = {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256}
+        text, negative = self.encode(_rows(n, prompts, prompt_2, prompt_3), clip_skip, **how), None
         if guidance_scale > 1:  # as in diffusers, clip_skip is the prompt's alone
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * n
-            negative = self.encode(negatives)
-        model = self.denoiser(text, negative, guidance_scale, guidance_rescale)
+            if negative_prompt is None:
+                negative = self.nothing(text, how)
+            else:
+                negative = self.encode(_rows(n, negative_prompt, negative_prompt_2, negative_prompt_3), **how)
+        sizes = self.size_ids(n, height, width, sizes)
 
         start, known = 0, None
-        if image is None:
-            x = samplers.begin(self.schedule, steps, noise())
-        else:
-            x, start, known = self._begin_from(image.expand(n, *image.shape[1:]), steps, strength, mask, noise)
-        sampler = samplers.BY_CLASS[self.schedule.kind]
         options = {"eta": eta} if eta else {}
+        if self.schedule.flow and self.schedule.cfg["use_dynamic_shifting"]:
+            options["mu"] = samplers.flow_mu(self.schedule, height * width // self.multiple**2)
+        shift = {"mu": options.get("mu")} if self.schedule.flow else {}
+        if image is None:
+            x = samplers.begin(self.schedule, steps, noise(), **shift)
+        else:
+            x, start, known = self._begin_from(image.expand(n, *image.shape[1:]), steps, strength, mask, noise, shift)
+        sampler = samplers.BY_CLASS[self.schedule.kind]
         if eta and sampler is not samplers.ddim:
             raise UserError(f"--eta is DDIM's; {samplers.name_of(self.schedule)} has no such setting")
         if quirks and sampler not in (samplers.ddim, samplers.pndm):
             raise UserError(f"--diffusers-quirks is for ddim and pndm; {samplers.name_of(self.schedule)} has none")
         options |= {"quirks": True} if quirks else {}
+        total = samplers.calls(self.schedule, steps) - start
+        if denoising_end is not None:
+            cutoff = round(self.schedule.T * (1 - denoising_end))
+            total = sum(t >= cutoff for t in samplers.times(self.schedule, steps, **shift)[start:])
+            if not total or not 0 < denoising_end < 1:
+                raise UserError(f"--denoising-end {denoising_end:g} leaves no step to take; it is between 0 and 1")
         result, kept = None, []
-        for done, result in enumerate(sampler(model, x, self.schedule, steps, noise, start, **options), 1):
-            if mask is not None:  # in place: the sampler continues from what is written here
-                result.x.copy_(known(result.x, start + done))
-            if keep_steps:
-                kept.append(result)
-            if on_step:
-                on_step(done, samplers.calls(self.schedule, steps) - start, result)
+        with memory.at_work(self.net):
+            model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, total)
+            for done, result in enumerate(sampler(model, x, self.schedule, steps, noise, start, **options), 1):
+                if mask is not None:  # in place: the sampler continues from what is written here
+                    result.x.copy_(known(result.x, start + done))
+                if keep_steps:
+                    kept.append(result)
+                if on_step:
+                    on_step(done, total, result)
+                if done == total:
+                    break
         latents = result.x
-        return Result(self.decode(latents, tiled).float(), latents, kept)
+        pixels = decoder(latents) if decoder else self.decode(latents, tiled)
+        return Result(pixels.float(), latents, kept)
 
-    def _begin_from(self, image, steps, strength, mask, noise):
+    def check_options(self, words, more, sizes, skip_layers):
+        """Raise UserError for settings of another family."""
+        for name, value in (words | more).items():
+            needs = name[-1] if name[-1] in "23" else "3"
+            if value is not None and f"text_encoder_{needs}" not in self.encoder_names:
+                raise UserError(f"--{name}: this model has no text encoder {needs}")
+        if more.get("max-sequence-length") is not None and not 1 <= more["max-sequence-length"] <= 512:
+            raise UserError(f"--max-sequence-length {more['max-sequence-length']} must be between 1 and 512")
+        if sizes and not isinstance(self, SDXL):
+            raise UserError(f"--{next(iter(sizes)).replace('_', '-')}: only SDXL takes sizes as a condition")
+        if skip_layers and not isinstance(self, SD3):
+            raise UserError("--skip-layers: only SD 3 models take it")
+        if skip_layers and not set(skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
+            raise UserError(f"--skip-layers: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
+
+    def size_ids(self, n, height, width, sizes):
+        """SDXL's size condition; None for the others."""
+
+    def _begin_from(self, image, steps, strength, mask, noise, shift):
         """(first x, first step, known) of image-to-image. known(x, i): x before step i with everything outside the mask
         replaced by the original at that noise level, which is inpainting with an ordinary model."""
         if not 0 < strength <= 1:
             raise UserError(f"--strength {strength} must be above 0 and at most 1")
-        start = max(steps - min(int(steps * strength), steps), 0)
+        start = self.first_step(steps, strength)
         if start >= steps:
             raise UserError(f"--strength {strength} with {steps} steps leaves no step to take; raise one of them")
         clean = self.encode_pixels(image, noise).float()
         first = noise()
         if mask is None:
-            return samplers.begin(self.schedule, steps, first, clean, start), start, None
+            return samplers.begin(self.schedule, steps, first, clean, start, **shift), start, None
         if self.vae is not None:
             # diffusers samples the posterior of the masked picture here; a 4-channel UNet does not use it, but the
             # generator moves on, and with it every later draw.
@@ -369,8 +741,226 @@ class Pipeline:
 
         def known(x, i):
             done = i >= samplers.calls(self.schedule, steps)
-            original = clean if done else samplers.begin(self.schedule, steps, first, clean, i)
+            original = clean if done else samplers.begin(self.schedule, steps, first, clean, i, **shift)
             return (1 - mask) * original + mask * x
 
         # at full strength nothing of the picture is kept under the mask
-        return samplers.begin(self.schedule, steps, first, None if strength == 1 else clean, start), start, known
+        begun = samplers.begin(self.schedule, steps, first, None if strength == 1 else clean, start, **shift)
+        return begun, start, known
+
+
+class SDXL(Pipeline):
+    """Stable Diffusion XL and its turbo: two text encoders, a pooled text and six sizes (Podell et al. 2023, arXiv
+    2307.01952 §2.2)."""
+
+    class_name = "StableDiffusionXLPipeline"
+    encoder_names = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    required = ("unet", "vae", *encoder_names, *tokenizer_names)
+
+    def check_fit(self):
+        self.check_latents()
+        unet, (first, second) = self.net.cfg, (e.cfg for e in self.encoders)
+        if unet.addition_embed_type != "text_time":
+            raise UserError("unet: has no text_time condition, so it is not SDXL's")
+        if not second.with_projection:
+            raise UserError("text_encoder_2: has no text_projection, so it is not SDXL's")
+        self.check_text(unet.cross_attention_dim, first.hidden_size + second.hidden_size, givers="the text encoders")
+        vector = second.projection_dim + 6 * unet.addition_time_embed_dim
+        if unet.projection_class_embeddings_input_dim == 2560:
+            raise UserError("unet: 2560 inputs of its add_embedding: the SDXL refiner is not supported")
+        self.check_text(unet.projection_class_embeddings_input_dim, vector, "a vector", "text_encoder_2")
+        self.check_tokenizers()
+
+    def pick(self, i, clip_skip):
+        return _penultimate(clip_skip)
+
+    def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
+        pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
+        return Text(torch.cat(_same_length(self, pairs), dim=-1), pairs[1][1])
+
+    def nothing(self, text, how):
+        if not self.index.get("force_zeros_for_empty_prompt", True):
+            return super().nothing(text, how)
+        return Text(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
+
+    def size_ids(self, n, height, width, sizes):
+        """[2, 6]: the six sizes of the negative and of the positive condition, heights first.
+
+        sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "target_size": (h, w)} and the same with
+        "negative_", which need original and target together and otherwise are the positive ones.
+        """
+        sizes = {k: tuple(v) for k, v in (sizes or {}).items() if v is not None}
+        known = ("original_size", "crops_coords_top_left", "target_size")
+        for key in sizes:
+            if key.removeprefix("negative_") not in known:
+                raise ValueError(f"unknown size {key!r}")
+        defaults = ((height, width), (0, 0), (height, width))
+        ids = [v for k, d in zip(known, defaults, strict=True) for v in sizes.get(k, d)]
+        if "negative_original_size" in sizes and "negative_target_size" in sizes:
+            negative = (*sizes["negative_original_size"], *sizes.get("negative_crops_coords_top_left", (0, 0)))
+            negative = [*negative, *sizes["negative_target_size"]]
+        elif any(k.startswith("negative_") for k in sizes):
+            raise UserError("--negative-original-size and --negative-target-size must be given together")
+        else:
+            negative = ids
+        return torch.tensor([negative, ids], dtype=torch.float32, device=self.device)
+
+    def predictor(self, text, sizes, guided):
+        kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
+        n = len(text.states) // (2 if guided else 1)
+        ids = sizes.repeat_interleave(n, dim=0) if guided else sizes[1:].repeat(n, 1)
+        return lambda x, t: self.net(x, t, kvs, (text.pooled, ids))
+
+    def vae_dtype(self):
+        """SDXL's own VAE overflows in fp16 (`force_upcast`), so it is not even tried there."""
+        dtype = memory.dtype_of(self.vae)
+        return torch.float32 if dtype == torch.float16 and self.vae.cfg.force_upcast else dtype
+
+
+class SD3(Pipeline):
+    """Stable Diffusion 3 and 3.5: flow matching by an MMDiT; two CLIPs and T5, which may be missing (its part of the
+    text is then zeros; Esser et al. 2024, arXiv 2403.03206 §4, §5.3)."""
+
+    class_name = "StableDiffusion3Pipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    required = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    turbo_steps, half = 4, torch.bfloat16
+
+    # Its makers' settings; medium is the one with dual attention.
+    steps = property(lambda self: 40 if self.net.cfg.dual_attention_layers else 28)
+    guidance = property(lambda self: 4.5 if self.net.cfg.dual_attention_layers else 3.5)
+
+    def check_fit(self):
+        self.check_latents()
+        if not self.schedule.flow:
+            raise UserError(f"scheduler {self.schedule.kind}: an SD 3 model is a flow and uses flow-match Euler")
+        net, clips, t5 = self.net.cfg, [e.cfg for e in self.encoders[:2]], self.encoders[2]
+        if not all(c.with_projection for c in clips):
+            raise UserError("text_encoder: has no text_projection, so it is not SD 3's")
+        self.check_text(net.pooled_projection_dim, sum(c.projection_dim for c in clips), "pooled text", "the CLIPs")
+        if t5 is not None:
+            self.check_text(net.joint_attention_dim, t5.cfg.d_model, givers="text_encoder_3")
+            if len(self.tokenizers) < 3:
+                raise UserError("text_encoder_3 is there, tokenizer_3 is missing; leave it out with --no-t5")
+        if sum(c.hidden_size for c in clips) > net.joint_attention_dim:
+            raise UserError("the CLIPs' text is wider than the transformer's: they are not of one model")
+        self.check_tokenizers()
+
+    @property
+    def multiple(self):
+        return self.downscale * self.net.cfg.patch_size
+
+    @property
+    def turbo(self):
+        """large-turbo's files are those of large in all but their values, so only the model's name can tell."""
+        return "turbo" in Path(self.name).name.lower() or "turbo" in self.name.lower().split("/")[-1]
+
+    def pick(self, i, clip_skip):
+        return _penultimate(clip_skip)
+
+    def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
+        pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
+        states, pooled = torch.cat(_same_length(self, pairs), dim=-1), torch.cat([p for _, p in pairs], dim=-1)
+        wide = self.net.cfg.joint_attention_dim
+        states = F.pad(states, (0, wide - states.shape[-1]))
+        encoder = self.encoders[2]
+        if encoder is None:
+            return Text(torch.cat([states, states.new_zeros(len(texts), length, wide)], dim=1), pooled)
+        for text in dict.fromkeys(t[2] for t in texts):
+            prompt.warn_cut(self.tokenizers[2], text, length, f"T5's {length} tokens (--max-sequence-length)")
+        with memory.at_work(encoder):
+            words = prompt.encode_t5(self.tokenizers[2], encoder, [t[2] for t in texts], length, weighted)
+        return Text(torch.cat([states, words.to(states.dtype)], dim=1), pooled)
+
+    def predictor(self, text, sizes, guided):
+        return lambda x, t: self.net(x, t, text.states, text.pooled)
+
+    def first_step(self, steps, strength):
+        return int(max(steps - min(steps * strength, steps), 0))  # without SD 1's inner int(), as in diffusers
+
+
+class SkipLayers(NamedTuple):
+    """Skip-layer guidance, for SD 3.5 medium: out += scale · (out with text - out of the model without `layers`), from
+    `start` to `stop` of the steps (the model card's settings: layers 7, 8, 9, scale 2.8, 0.01 to 0.2)."""
+
+    layers: tuple
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def active(self, i, n):
+        return n * self.start < i < n * self.stop
+
+
+FAMILIES = {  # by what model_index.json calls them
+    "StableDiffusionPipeline": Pipeline,
+    "StableDiffusionImg2ImgPipeline": Pipeline,
+    "StableDiffusionInpaintPipeline": Pipeline,
+    "LatentConsistencyModelPipeline": Pipeline,
+    "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusionXLImg2ImgPipeline": SDXL,
+    "StableDiffusionXLInpaintPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
+    "StableDiffusion3Img2ImgPipeline": SD3,
+    "StableDiffusion3InpaintPipeline": SD3,
+}
+
+
+def _penultimate(clip_skip):
+    """SDXL and SD 3 take the last layer but one, not normed; clip_skip counts from there."""
+
+    def picked(states):
+        if not 0 <= clip_skip < len(states) - 1:
+            raise UserError(f"--clip-skip {clip_skip}: the text encoder has {len(states) - 1} layers")
+        return states[-2 - clip_skip]
+
+    return picked
+
+
+def _rows(n, first, second=None, third=None):
+    """n tuples of a prompt's texts; each argument is one text for all, a list of n, or None."""
+    columns = [c if isinstance(c, list) else [c] * n for c in (first, second, third)]
+    return list(zip(*columns, strict=True))
+
+
+def _per_encoder(text, n):
+    """The n texts of a prompt: what is not given is the first one's."""
+    texts = (text,) if isinstance(text, str) else tuple(text)
+    first = texts[0] or ""
+    return tuple((texts[i] if i < len(texts) else None) or first for i in range(n))
+
+
+def _bytes(text):
+    return sum(part.numel() * part.element_size() for part in text if part is not None)
+
+
+def _same_length(sd, pairs):
+    """The two CLIPs' states with as many chunks: the shorter one filled with those of the empty prompt."""
+    longest = max(states.shape[1] for states, _ in pairs)
+    filled = []
+    for i, (states, _) in enumerate(pairs):
+        missing = (longest - states.shape[1]) // sd.tokenizers[i].length
+        if missing:
+            empty, _ = sd.clip(i, [""], 0, False, False)
+            states = torch.cat([states, empty.repeat(len(states), missing, 1)], dim=1)
+        filled.append(states)
+    return filled
+
+
+def join(texts, sd):
+    """Several Texts as one batch. Shorter ones (--long-prompts) are filled with chunks of the empty prompt, or of zeros
+    where they are zeros; in SD 3 the order of the text's tokens means nothing, so the chunks may come last."""
+    longest = max(t.states.shape[1] for t in texts)
+    states = []
+    for text in texts:
+        missing = (longest - text.states.shape[1]) // sd.tokenizer.length
+        if missing:
+            empty = sd.encode([""]).states[:, : sd.tokenizer.length]
+            empty = empty.repeat(len(text.states), missing, 1) * (1 if text.states.any() else 0)
+            text = text._replace(states=torch.cat([text.states, empty], dim=1))
+        states.append(text.states)
+    pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
+    return Text(torch.cat(states), pooled)

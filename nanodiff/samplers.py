@@ -121,6 +121,13 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     return np.append(sigmas, 0.0).astype(np.float32).tolist()
 
 
+def flow_mu(schedule, patches):
+    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture."""
+    cfg = schedule.cfg
+    slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
+    return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
+
+
 def _previous(schedule, timesteps, i, n, quirks=False):
     """The timestep after the i-th: the list's next entry, -1 at the end.
 
@@ -405,6 +412,22 @@ def flow_euler(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
         yield Step(x, x0, sigma * schedule.T)
 
 
+def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
+    """Heun's second-order method on the flow's ODE (Karras et al. 2022 Alg. 1 with the velocity as slope)."""
+    if schedule.cfg["stochastic_sampling"]:
+        raise UserError("--scheduler flow_heun: the model is to be sampled with fresh noise, which flow_euler does")
+    sigmas = flow_sigmas(schedule, n, mu, sigmas)
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        v = model(x, sigma * schedule.T)
+        x0, guess = x - sigma * v, x + (after - sigma) * v
+        if after > 0:
+            v = (v + model(guess, after * schedule.T)) / 2
+            guess = x + (after - sigma) * v
+        x = guess
+        yield Step(x, x0, sigma * schedule.T)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Names
 
@@ -419,12 +442,16 @@ SAMPLERS = {  # name on the command line: (sampler, scheduler class, fields that
     "heun": (heun, "HeunDiscreteScheduler", {}),
     "lcm": (lcm, "LCMScheduler", {}),
     "flow_euler": (flow_euler, "FlowMatchEulerDiscreteScheduler", {}),
+    "flow_heun": (flow_heun, "FlowMatchHeunDiscreteScheduler", {}),
 }
 BY_CLASS = {cls: fn for fn, cls, _ in SAMPLERS.values()}
 
 
-def rescheduled(schedule, name):
-    """The model's schedule under another sampler: its betas and prediction type stay (see Schedule.from_config)."""
+def rescheduled(schedule, name, **more):
+    """The model's schedule under another sampler (None: its own) and with `more` fields changed: its betas and
+    prediction type stay (see Schedule.from_config)."""
+    if name is None:
+        return type(schedule).from_config(schedule.raw, schedule.kind, **more)
     if name not in SAMPLERS:
         raise UserError(f"unknown scheduler {name!r}{nearest(name, SAMPLERS)}; known: {', '.join(SAMPLERS)}")
     _, kind, fields = SAMPLERS[name]
@@ -433,7 +460,7 @@ def rescheduled(schedule, name):
         raise UserError(f"--scheduler {name}: this is {own}")
     if schedule.raw.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in DEFAULTS[kind]:
         raise UserError(f"--scheduler {name}: the model was trained with zero terminal SNR, which {kind} does not know")
-    return type(schedule).from_config(schedule.raw, kind, **fields)
+    return type(schedule).from_config(schedule.raw, kind, **fields | more)
 
 
 def name_of(schedule):
@@ -457,12 +484,24 @@ def calls(schedule, n):
     return n + 1 if schedule.kind == "PNDMScheduler" and schedule.cfg["skip_prk_steps"] and n > 1 else n
 
 
-def begin(schedule, n, noise, image=None, start=0):
+def times(schedule, n, mu=None):
+    """The timestep of every step that a sampler yields, noisy first."""
+    if schedule.flow:
+        return [sigma * schedule.T for sigma in flow_sigmas(schedule, n, mu)[:-1]]
+    if schedule.kind.startswith(("Euler", "Heun", "DPMSolver")):
+        return sigma_grid(schedule, n)[0]
+    if schedule.kind == "LCMScheduler":
+        return lcm_times(schedule, n)
+    t = schedule.spaced(n).tolist()
+    return t[:2] + t[1:] if schedule.kind == "PNDMScheduler" and schedule.cfg["skip_prk_steps"] else t
+
+
+def begin(schedule, n, noise, image=None, start=0, mu=None):
     """The first x of a run: pure noise at the sampler's scale, or `image` noised to the level of step `start`."""
     if schedule.flow:
         if image is None:
             return noise
-        sigma = flow_sigmas(schedule, n)[start]
+        sigma = flow_sigmas(schedule, n, mu)[start]
         return (1 - sigma) * image + sigma * noise
     if schedule.kind.startswith(("Euler", "Heun", "DPMSolver")):
         _, sigmas = sigma_grid(schedule, n)
@@ -475,11 +514,5 @@ def begin(schedule, n, noise, image=None, start=0):
         return (image + sigmas[start] * noise) * scale
     if image is None:
         return noise
-    if schedule.kind == "LCMScheduler":
-        t = lcm_times(schedule, n)[start]
-    else:
-        times = schedule.spaced(n).tolist()
-        times = times[:2] + times[1:] if schedule.kind == "PNDMScheduler" and schedule.cfg["skip_prk_steps"] else times
-        t = times[start]
-    abar = schedule.alpha_bar(t)
+    abar = schedule.alpha_bar(times(schedule, n)[start])
     return abar**0.5 * image + (1 - abar) ** 0.5 * noise

@@ -112,6 +112,7 @@ DEFAULTS = {
         "stochastic_sampling": False,
     },
 }
+DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
 # Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),

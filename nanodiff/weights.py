@@ -8,12 +8,14 @@ File format: 8 bytes little-endian header length, a JSON header {name: {dtype, s
 tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
 
     python -m nanodiff.weights inspect FILE             tensors of a file, from its header alone
-    python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to safetensors
+    python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to safetensors;
+                                                        a single-file checkpoint to a Hub folder, or a folder to a file
 """
 
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import mmap
 import os
@@ -42,6 +44,10 @@ RENAMES = {
         (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # transformers >= 5.6
     ],
 }
+RENAMES["T5EncoderModel"] = [
+    (r"^encoder\.embed_tokens\.", None),  # a second copy of `shared` in some files
+    (r"^text_model\.", ""),
+]
 RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -114,6 +120,11 @@ def header(paths):
         f = open_file(path)
         shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118  (not a dict)
     return shapes
+
+
+def metadata(path):
+    """The `__metadata__` of a safetensors file: {str: str}."""
+    return dict(open_file(path).metadata() or {})
 
 
 def find_files(folder, variant=None):
@@ -208,6 +219,12 @@ class WithoutInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def skeleton(cls, cfg):
+    """The module without weights: on the meta device, built in no time."""
+    with torch.device("meta"), WithoutInit():
+        return cls(cfg)
+
+
 def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
 
@@ -220,8 +237,7 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     paths = find_files(folder, variant)
     shapes = header(paths)
     _check_depth(cfg, shapes, folder)
-    with torch.device("meta"), WithoutInit():
-        model = cls(cfg)
+    model = skeleton(cls, cfg)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     names = {k: renamed(k, model.class_name) for k in shapes}
     check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
@@ -318,16 +334,19 @@ def _check_depth(cfg, shapes, folder):
             raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
 
 
-def load_pickle(path):
-    """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback."""
+def load_pickle(path, inside="state_dict"):
+    """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback.
+
+    inside: the key under which the tensors may be nested.
+    """
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
         raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # UnpicklingError, EOFError, RuntimeError or OSError, by where the file is torn
         raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    while isinstance(state, dict) and isinstance(state.get(inside), dict):
+        state = state[inside]
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
@@ -400,8 +419,15 @@ def inspect(path):
         print(printable(key), list(shape))
 
 
-def convert(source, target, allow_pickle=False):
-    """A pickle of tensors to a safetensors file. Raises UserError without allow_pickle: reading one can run code."""
+def convert(source, target, allow_pickle=False, components=None, prediction_type=None):
+    """A pickle of tensors to a safetensors file; a single-file checkpoint to a Hub folder or back.
+
+    Raises UserError without allow_pickle: reading a pickle can run code.
+    """
+    if Path(source).is_dir() or Path(target).suffix != ".safetensors":
+        # Whole models are the pipeline's business; this tool is only where people look for it.
+        pipeline = importlib.import_module("nanodiff.pipeline")
+        return pipeline.convert(source, target, allow_pickle, components, prediction_type)
     if Path(source).suffix not in PICKLES:
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
     if not allow_pickle:
@@ -418,16 +444,18 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("inspect", help="list the tensors of a file or component folder")
     one.add_argument("path")
-    two = commands.add_parser("convert", help="pickle to safetensors")
+    two = commands.add_parser("convert", help="pickle to safetensors; single file to Hub folder, and back")
     two.add_argument("source")
     two.add_argument("target")
     two.add_argument("--allow-pickle", action="store_true", help="read a pickle, with weights_only")
+    two.add_argument("--components", help="folder for what a single file lacks")
+    two.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"), help="of a single file")
     args = parser.parse_args()
     try:
         if args.command == "inspect":
             inspect(args.path)
         else:
-            convert(args.source, args.target, args.allow_pickle)
+            convert(args.source, args.target, args.allow_pickle, args.components, args.prediction_type)
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2

@@ -10,7 +10,20 @@ from util import ROOT
 FLOORS = [  # a file may import from lower floors only (and from the same floor where ALLOWED says so)
     {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images"},
     {"models"},
-    {"schedule", "samplers", "objective", "lora", "data", "textgen", "textmetrics", "charts"},
+    {
+        "schedule",
+        "samplers",
+        "objective",
+        "lora",
+        "data",
+        "textgen",
+        "textmetrics",
+        "charts",
+        "prompt",
+        "memory",
+        "quantize",
+        "study",
+    },
     {"pipeline", "captioner", "engine", "metrics", "report"},
 ]
 GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
@@ -20,7 +33,7 @@ GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom ther
     "images": {"config"},
     "tokenizer": {"config", "weights"},
     "checkpoint": {"config", "weights"},
-    "singlefile": {"config", "weights"},
+    "singlefile": {"config", "weights", "tokenizer"},
     "dist": {"config"},
 }
 ALLOWED = {("samplers", "schedule"), ("objective", "schedule")}

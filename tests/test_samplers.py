@@ -19,6 +19,7 @@ from nanodiff.schedule import Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
       "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": True}  # fmt: skip
+FLOWS = ("flow_euler", "flow_heun")
 FAMILIES = ["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp2m", "lcm", "flow", "heun"]
 
 
@@ -68,7 +69,7 @@ MEAN, VAR = 0.3, 0.25
 
 def make(name, prediction, spacing, **more):
     _, kind, fields = SAMPLERS[name]
-    if name == "flow_euler":
+    if name in FLOWS:
         return Schedule.from_config({"_class_name": kind, "shift": 1.0})
     return Schedule.from_config(
         SD | {"prediction_type": prediction, "timestep_spacing": spacing} | more, kind, **fields
@@ -147,7 +148,7 @@ def test_stochastic_samplers_have_the_data_variance(name, options, prediction):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "flow_euler"])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in FLOWS])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 30, 333, 501, 999, 1000])
 def test_every_step_count_is_finite_or_refused(name, spacing, prediction, n):
     schedule = make(name, prediction, spacing)
@@ -189,7 +190,7 @@ def test_ddim_with_eta_1_is_ddpm():
         assert max_error(x, y) < 1e-9
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("flow_euler", "pndm")])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in (*FLOWS, "pndm")])
 def test_prediction_types_give_one_picture(name):
     """Not PNDM: as in the reference, its history mixes raw network outputs, before they are converted."""
     z = torch.randn(4, 1, dtype=torch.float64)
@@ -198,10 +199,44 @@ def test_prediction_types_give_one_picture(name):
     assert max_error(results[0], results[1]) < bound and max_error(results[0], results[2]) < bound
 
 
-def test_flow_euler_carries_quantiles():
-    schedule = make("flow_euler", None, None)
+@pytest.mark.parametrize(("name", "n", "bound"), [("flow_euler", 400, 0.02), ("flow_heun", 40, 0.005)])
+def test_flows_carry_quantiles(name, n, bound):
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    assert (run(schedule, "flow_euler", 400, z) - (MEAN + VAR**0.5 * z)).abs().max() < 0.02
+    assert (run(make(name, None, None), name, n, z) - (MEAN + VAR**0.5 * z)).abs().max() < bound
+
+
+@pytest.mark.parametrize("case", golden("schedulers.flow_heun")[1]["args"])
+def test_flow_heun_golden(case):
+    """The reference yields after each network call, we after each step."""
+    tensors, facts = golden("schedulers.flow_heun")
+    args = facts["args"][case]
+    schedule = Schedule.from_config(args["config"], args["class"])
+    x, n = tensors[f"{case}/x"], args["steps"]
+    asked = []
+
+    def model(x, t):
+        asked.append(t)
+        return fake(x, t)
+
+    steps = list(samplers.flow_heun(model, x, schedule, n, None))
+    assert len(steps) == n and max_error(steps[-1].x, tensors[f"{case}/final"]) < 1e-5
+    assert asked == pytest.approx(tensors[f"{case}/timesteps"].tolist(), abs=1e-3)
+
+
+def test_flow_heun_refuses_fresh_noise():
+    config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "stochastic_sampling": True}
+    with pytest.raises(UserError, match="flow_euler"):
+        next(samplers.flow_heun(fake, torch.zeros(1, 1), Schedule.from_config(config), 3, None))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_times_are_the_steps(name):
+    schedule = make(name, "epsilon", "leading")
+    z = torch.randn(2, 1, dtype=torch.float64)
+    steps = SAMPLERS[name][0](
+        gaussian_model(schedule, MEAN, VAR), begin(schedule, 6, z), schedule, 6, double_noise(z.shape)
+    )
+    assert [s.t for s in steps] == pytest.approx(samplers.times(schedule, 6), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "euler_a", "heun", "ddpm"])
@@ -239,8 +274,8 @@ def test_refusals():
 
 def test_names_round_trip():
     for name in SAMPLERS:
-        if name != "flow_euler":
-            assert samplers.name_of(samplers.rescheduled(make("ddim", "epsilon", "leading"), name)) == name
+        own = make("flow_euler" if name in FLOWS else "ddim", "epsilon", "leading")
+        assert samplers.name_of(samplers.rescheduled(own, name)) == name
 
 
 def test_karras_grid():

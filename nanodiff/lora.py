@@ -1,0 +1,369 @@
+"""LoRA files: reading every common dialect, running beside the weights or fused into them.
+
+    W' = W + scale · (alpha / rank) · up @ down          (Hu et al. 2022, arXiv 2106.09685 §4.1)
+
+    for lora in (read("style.safetensors", models), read("subject.safetensors", models)):
+        attach(models, lora, 0.8)                       # beside the weights; or fuse(models, lora, 0.8)
+
+Dialects: PEFT (`lora_A`), diffusers new (`lora.down`) and old (`processor.to_q_lora.down`), kohya (`lora_unet_…`, with our
+block names or sgm's or SD 3's), a PEFT folder. Names are never parsed: underscored ones are ambiguous. Instead every name that a
+dialect could give to each of *our* modules is generated, and a file's keys are looked up among those.
+alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else alpha = rank.
+
+    python -m nanodiff.lora inspect FILE
+"""
+
+import functools
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff import singlefile, weights
+from nanodiff.config import UserError, nearest, printable, read_json
+
+DOWN, UP = "down", "up"
+SUFFIXES = {  # the end of a key -> what the tensor is
+    ".lora_down.weight": DOWN,
+    ".lora_up.weight": UP,
+    ".lora_A.weight": DOWN,
+    ".lora_B.weight": UP,
+    ".lora_A.default.weight": DOWN,
+    ".lora_B.default.weight": UP,
+    ".lora.down.weight": DOWN,
+    ".lora.up.weight": UP,
+    "_lora.down.weight": DOWN,
+    "_lora.up.weight": UP,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_linear_layer.up.weight": UP,
+    ".alpha": "alpha",
+}
+OTHERS = {  # methods that are no plain LoRA: refused by name, never half loaded
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "oft_diag": "OFT",
+    "lora_mid": "LoCon with a Tucker core",
+    ".diff": "a full weight difference",
+    "glora": "GLoRA",
+}
+KOHYA = {
+    "unet": ("lora_unet_",),
+    "transformer": ("lora_unet_", "lora_transformer_"),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+
+
+class Delta(NamedTuple):
+    """The change of one layer: scale · up @ down, on rows `part` of three (a fused q-k-v) or on all (None)."""
+
+    component: str
+    module: str
+    down: torch.Tensor  # [r, in, (kh, kw)]
+    up: torch.Tensor  # [out, r, (1, 1)]
+    scale: float  # alpha / rank
+
+    def matrix(self, shape):
+        """scale · up @ down in fp32, shaped like the weight it changes."""
+        return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(shape) * self.scale
+
+
+@dataclass
+class Lora:
+    name: str
+    deltas: list
+    skipped: list
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+
+def names_of(models):
+    """{every name that a dialect may use: [(component, module path)]}; a fused q-k-v stands for three modules."""
+    found = {}
+
+    def add(name, target):
+        found.setdefault(name, []).append(target)
+
+    for component, model in models.items():
+        if component == "vae":
+            continue
+        family = _family(component, model)
+        for path, module in model.named_modules():
+            if not _is_layer(module):
+                continue
+            target = (component, path)
+            short = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
+            bare = [path] if component in ("unet", "transformer") else []
+            for dotted in {
+                f"{component}.{path}",
+                f"{component}.{short}",
+                f"{component}.base_model.model.{path}",
+                *bare,
+            }:
+                add(dotted, target)
+                if old := _processor_name(dotted):
+                    add(old, target)
+            underscored = {path.replace(".", "_")}
+            if family:
+                original = singlefile.original(f"{path}.weight", component, family, model.cfg)
+                name, form = original[0].removesuffix(".weight"), original[1]
+                underscored.add(name.replace(".", "_"))
+                if form in (0, 1, 2) and component == "transformer":
+                    target = (*target, form)
+            for prefix in KOHYA[component]:
+                for name in underscored:
+                    own = name == path.replace(".", "_")
+                    add(prefix + name, target[:2] if own else target)
+    return found
+
+
+def _family(component, model):
+    """Whose original names kohya's trainers may have used for a model's layers."""
+    if component == "unet":
+        return "SDXL" if model.cfg.addition_embed_type else "SD 1"
+    return "SD 3.5 medium" if component == "transformer" else None
+
+
+def _is_layer(module):
+    return isinstance(module, nn.Linear | nn.Conv2d) or hasattr(module, "codes")
+
+
+def _processor_name(dotted):
+    """What diffusers < 0.22 called an attention's layer: …attn1.to_out.0 -> …attn1.processor.to_out."""
+    if match := re.fullmatch(r"(.*\.attn[12])\.(to_[qkv]|to_out\.0)", dotted):
+        return f"{match[1]}.processor.{match[2].removesuffix('.0')}"
+    if match := re.fullmatch(r"(text_encoder.*\.self_attn)\.(?:([qkv])_proj|out_proj)", dotted):
+        return f"{match[1]}.to_{match[2] or 'out'}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path, models, allow_partial=False):
+    """A Lora for `models` ({component: module}). Raises UserError for keys that none of them knows (unless
+    allow_partial, then each is said), for shapes that do not fit, for methods that are no LoRA."""
+    path = Path(path)
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    if file.suffix in weights.PICKLES:
+        raise UserError(
+            f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT --allow-pickle`"
+        )
+    tensors, metadata = weights.load_tensors(file), weights.metadata(file)
+    groups, strange = _grouped(tensors, file)
+    known, settings = names_of(models), _settings(file, metadata)
+    deltas, absent = [], list(strange)
+    for name, parts in groups.items():
+        targets = known.get(name) or known.get(name.removeprefix("base_model.model."))
+        if targets is None:
+            absent.append(name)
+            continue
+        if DOWN not in parts or UP not in parts:
+            raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
+        for target in targets[:1] if len(targets[0]) == 2 else targets:
+            deltas.append(_delta(target, parts, models, _scale(name, target, parts, settings), file))
+    if absent and not allow_partial:
+        few = ", ".join(printable(k) for k in absent[:5])
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        hint = nearest(absent[0], known) if absent[0] in groups else ""
+        raise UserError(
+            f"{file}: {len(absent)} of {len(groups) + len(strange)} layers are not in this model, so it is for another family: "
+            f"{few}{more}{hint} (--allow-partial goes on without them)"
+        )
+    if not deltas:
+        raise UserError(f"{file}: no layer of it is in this model")
+    if absent:
+        print(
+            f"warning: {file.name}: {len(absent)} layers left out: {', '.join(map(printable, absent))}", file=sys.stderr
+        )
+    return Lora(file.name, deltas, absent)
+
+
+def _grouped(tensors, file):
+    """({layer name: {"down", "up", "alpha"}}, keys of no known form)"""
+    groups, strange = {}, []
+    for key, tensor in tensors.items():
+        for mark, method in OTHERS.items():
+            if mark in key:
+                raise UserError(f"{file}: {printable(key)}: {method} is not supported (only plain LoRA)")
+        if re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key):
+            raise UserError(
+                f"{file}: is in the layout of cloneofsimo/lora, which numbers layers instead of naming them; not supported"
+            )
+        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
+        if suffix is None:
+            strange.append(key)
+        else:
+            groups.setdefault(key.removesuffix(suffix), {})[SUFFIXES[suffix]] = tensor
+    return groups, strange
+
+
+def _settings(file, metadata):
+    """{prefix: {"r", "lora_alpha", …}} of `lora_adapter_metadata` (JSON in the header), or of adapter_config.json."""
+    settings = {}
+    if text := metadata.get("lora_adapter_metadata"):
+        try:
+            flat = json.loads(text)
+        except ValueError as e:
+            raise UserError(f"{file}: lora_adapter_metadata is no JSON: {e}") from None
+        for key, value in flat.items():
+            prefix, _, name = key.partition(".")
+            settings.setdefault(prefix, {})[name] = value
+    config = file.parent / "adapter_config.json"
+    if file.name == "adapter_model.safetensors" and config.exists():
+        settings[""] = read_json(config)
+    return settings
+
+
+def _scale(name, target, parts, settings):
+    """alpha / rank of a layer (rank-stabilised: alpha / √rank)."""
+    rank = parts[DOWN].shape[0]
+    if "alpha" in parts:
+        return float(parts["alpha"]) / rank
+    told = settings.get(target[0], settings.get("", {}))
+    alpha = told.get("lora_alpha", rank)
+    for pattern, value in (told.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}", target[1]):
+            alpha = value
+    return alpha / rank**0.5 if told.get("use_rslora") else alpha / rank
+
+
+def _delta(target, parts, models, scale, file):
+    component, module = target[:2]
+    down, up = parts[DOWN], parts[UP]
+    layer = models[component].get_submodule(module)
+    if len(target) == 3:
+        up = up.chunk(3)[target[2]]
+    wanted = (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+    got = (up.shape[0], *down.shape[1:])
+    flat = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (wanted, got)]  # a 1×1 convolution is linear
+    if flat[0] != flat[1] or up.shape[1] != down.shape[0]:
+        raise UserError(
+            f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} do not fit a layer of shape "
+            f"{list(wanted)}; it is for another family"
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise UserError(f"{file}: {component}.{module}: not finite (NaN or infinity)")
+    return Delta(component, module, down, up, scale)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Using
+
+
+class Attached:
+    """A LoRA that runs beside the weights. `scale` may be changed at any time; remove() takes it away."""
+
+    def __init__(self, models, lora, scale):
+        self.scale, self.handles = scale, []
+        for d in lora.deltas:
+            layer = models[d.component].get_submodule(d.module)
+            self.handles.append(layer.register_forward_hook(functools.partial(self._add, d, {})))
+
+    def _add(self, delta, placed, layer, args, out):
+        x = args[0]
+        key = (x.device, x.dtype)
+        if key not in placed:
+            placed.clear()
+            placed[key] = delta.down.to(*key), delta.up.to(*key)
+        down, up = placed[key]
+        strength = self.scale * delta.scale
+        if not isinstance(layer, nn.Conv2d):
+            return out + F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) * strength
+        kernel = layer.kernel_size if down.dim() == 4 else (1, 1)
+        h = F.conv2d(
+            x, down.view(*down.shape[:2], *kernel), None, layer.stride, layer.padding if down.dim() == 4 else 0
+        )
+        return out + F.conv2d(h, up.flatten(1)[:, :, None, None]) * strength
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def attach(models, lora, scale=1.0):
+    """Run `lora` beside the weights of `models`; returns an Attached."""
+    return Attached(models, lora, scale)
+
+
+class Fused:
+    """A LoRA added into the weights. remove() puts back the very weights that were there before."""
+
+    def __init__(self, models, lora, scale):
+        self.before = []
+        for d in lora.deltas:
+            layer = models[d.component].get_submodule(d.module)
+            if hasattr(layer, "codes"):
+                raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out --lora-fuse")
+            weight = layer.weight
+            self.before.append((weight, weight.data))
+            delta = d.matrix(weight.shape).to(weight.device)
+            weight.data = (weight.data.float() + scale * delta).to(
+                weight.dtype
+            )  # never in place: it may be a mapped file
+
+    def remove(self):
+        for weight, data in reversed(self.before):
+            weight.data = data
+
+
+def fuse(models, lora, scale=1.0):
+    """Add `lora` into the weights of `models`; returns a Fused. Not while they are at work elsewhere (memory.Resident)."""
+    return Fused(models, lora, scale)
+
+
+def parse(text):
+    """ "FILE" or "FILE:SCALE" of the command line -> (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return path, float(scale)
+        except ValueError:
+            raise UserError(
+                f"--lora {printable(text)}: {printable(scale)!r} is no scale; use FILE or FILE:SCALE"
+            ) from None
+    return text, 1.0
+
+
+def inspect(path):
+    """Print every layer of a LoRA file with its shapes, rank and alpha."""
+    tensors, groups = weights.load_tensors(path), {}
+    groups, strange = _grouped(tensors, path)
+    for name, parts in groups.items():
+        facts = [f"{k} {list(parts[k].shape)}" for k in (DOWN, UP) if k in parts]
+        facts += [f"alpha {float(parts['alpha']):g}"] if "alpha" in parts else []
+        print(printable(name), ", ".join(facts))
+    for key in strange:
+        print(f"unknown: {printable(key)}")
+
+
+def main():
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m nanodiff.lora", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("inspect", help="list the layers of a file").add_argument("path")
+    args = parser.parse_args()
+    try:
+        inspect(args.path)
+    except UserError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Where weights are, and how much memory a run takes.
+
+`Resident` keeps a model's weights at home in host memory, in the type of their file, and brings them to the computing
+device and type only while they work: the whole model (`--offload model`) or one block at a time, the next one
+already on its way on a second stream (`--offload sequential`). On a CPU the home is the mapped file, so what is not
+at work takes memory that the system may reclaim.
+
+`plan` predicts the memory of a run on the meta device, without any weights: bytes of parameters counted, activations by
+running each model on shapes alone and following when every tensor is born and dies.
+"""
+
+import contextlib
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
+BLOCKS = {"ResnetBlock", "TransformerBlock", "Downsample", "Upsample", "JointBlock", "Block", "Layer"}
+EXACT = {"absmax"}  # buffers that keep their type: the scales of quantized weights
+
+
+def count(module):
+    """Parameters of a model, quantized ones counted as what they stand for."""
+    return sum(getattr(p, "stands_for", p.numel()) for p in tensors(module).values())
+
+
+def tensors(module):
+    """{name: tensor} of all parameters and of the buffers that hold quantized weights."""
+    found = dict(module.named_parameters())
+    return found | {k: b for k, b in module.named_buffers() if k.rpartition(".")[2] == "codes"}
+
+
+def device_of(module):
+    """Where a model computes."""
+    return module.resident.device if hasattr(module, "resident") else next(module.parameters()).device
+
+
+def dtype_of(module):
+    """The type in which a model computes."""
+    if hasattr(module, "resident"):
+        return module.resident.dtype
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def whole(module):
+    """Are all of a model's weights there at once (not moved block by block)?"""
+    return not (hasattr(module, "resident") and module.resident.blocks)
+
+
+@contextlib.contextmanager
+def at_work(module, dtype=None):
+    """Inside, the model's weights are on its device; `dtype` other than its own: in that type."""
+    if module is None:
+        yield
+    elif hasattr(module, "resident"):
+        module.resident.enter(dtype)
+        try:
+            yield
+        finally:
+            module.resident.leave()
+    else:
+        own = dtype_of(module)
+        if dtype not in (None, own):
+            module.to(dtype)
+        try:
+            yield
+        finally:
+            if dtype not in (None, own):
+                module.to(own)
+
+
+class Resident:
+    """Moves the weights of `module`, which is given with its weights in host memory. See the module docstring.
+
+    Attributes: device and dtype in which it computes; blocks: one block at a time.
+    """
+
+    def __init__(self, module, dtype, device, blocks=False):
+        self.module, self.dtype, self.device = module, dtype, torch.device(device)
+        self.inside, self.working = 0, dtype
+        units = [m for m in module.modules() if type(m).__name__ in BLOCKS] if blocks else []
+        self.blocks = bool(units)
+        taken = {id(t) for u in units for t in _slots(u).values()}
+        self.rest = {k: t for k, t in _slots(module).items() if id(t) not in taken}
+        self.units = {id(u): _slots(u) for u in units}
+        self.home = {}  # id of a tensor that is away: what it was at home
+        self.order, self.coming = [], {}
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        for u in units:
+            u.register_forward_pre_hook(lambda m, args: self._arrive(id(m)))
+            u.register_forward_hook(lambda m, args, out: self._go(self.units[id(m)]))
+        module.resident = self
+
+    def enter(self, dtype=None):
+        self.inside += 1
+        if self.inside == 1:
+            self.working, self.order = dtype or self.dtype, []
+            self._come(self.rest)
+
+    def leave(self):
+        self.inside -= 1
+        if self.inside == 0:
+            self.coming.clear()
+            self._go(self.rest)
+
+    def _target(self, key, home):
+        """The tensor as it computes. Integers (codes) and scales keep their type."""
+        keep = not home.is_floating_point() or key.rpartition(".")[2] in EXACT
+        dtype = home.dtype if keep else self.working
+        if self.stream is not None:
+            return home.to(self.device, dtype, non_blocking=True)
+        return home.to(dtype, memory_format=torch.channels_last) if home.dim() == 4 else home.to(dtype)
+
+    def _come(self, slots, ready=None):
+        for key, tensor in slots.items():
+            if id(tensor) not in self.home:
+                if self.stream is not None and self.blocks and not tensor.data.is_pinned():
+                    tensor.data = tensor.data.pin_memory()  # once: only pinned memory is copied beside the computation
+                self.home[id(tensor)] = tensor.data
+                tensor.data = ready[key] if ready else self._target(key, tensor.data)
+
+    def _go(self, slots):
+        for tensor in slots.values():
+            if id(tensor) in self.home:
+                tensor.data = self.home.pop(id(tensor))
+
+    def _arrive(self, unit):
+        """Bring a block in before it runs, and start the copy of the one that ran after it in the pass before."""
+        ready = self.coming.pop(unit, None)
+        if ready is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for tensor in ready.values():
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        self._come(self.units[unit], ready)
+        if self.stream is None:
+            return
+        following = None
+        if unit in self.order:
+            i = self.order.index(unit)
+            following = self.order[(i + 1) % len(self.order)]
+        else:
+            self.order.append(unit)
+        if following is not None and following not in self.coming and following != unit:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                slots = self.units[following]
+                away = {k: self.home.get(id(t), t.data) for k, t in slots.items()}
+                self.coming[following] = {k: self._target(k, home) for k, home in away.items()}
+
+
+def _slots(module):
+    """{name: parameter or buffer} of a module."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prediction
+
+
+class _Fused(TorchFunctionMode):
+    """On the meta device attention would fall back to its textbook form, whose score matrix no real backend keeps."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the bytes of all tensors made inside: `peak` is the most that were alive at once. Those of `module`, of
+    which a linear layer makes transposed views, are not counted."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {t.untyped_storage()._cdata for t in _slots(module).values()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._died, storage._cdata, storage.nbytes())
+        return out
+
+    def _died(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def activations(module, run):
+    """The most bytes of inputs and intermediate results that run(), a forward pass of `module`, keeps alive."""
+    alive = _Alive(module)
+    with torch.no_grad(), _Fused(), alive:
+        run()
+    return alive.peak
+
+
+class Stage(NamedTuple):
+    """What one model takes while it works, in bytes."""
+
+    name: str
+    parameters: int
+    weights: float
+    block: float  # the largest block
+    outside: float  # what is outside blocks
+    activations: float
+
+
+def stage(name, model, run, dtype, quantized=None):
+    """A Stage of a model on the meta device. run(): its forward pass there."""
+    total, block, outside = weight_bytes(model, dtype, quantized)
+    return Stage(name, count(model), total, block, outside, activations(model, run))
+
+
+def peaks(stages):
+    """{offload mode: bytes on the device at the worst moment}"""
+    everything = sum(s.weights for s in stages)
+    return {
+        "none": everything + max(s.activations for s in stages),
+        "model": max(s.weights + s.activations for s in stages),
+        "sequential": max((s.outside + 2 * s.block if s.block else s.weights) + s.activations for s in stages),
+    }
+
+
+def table(stages, offload):
+    """Lines for people: a row a model, then the peak under each offload mode (* is the one asked for)."""
+    lines = [f"{'':16}{'parameters':>13}{'weights':>12}{'largest block':>15}{'activations':>13}"]
+    for s in stages:
+        sizes = f"{s.weights / 1e9:9.2f} GB{s.block / 1e9:12.2f} GB{s.activations / 1e9:10.2f} GB"
+        lines.append(f"{s.name:16}{s.parameters / 1e6:11.1f} M{sizes}")
+    for mode, size in peaks(stages).items():
+        lines.append(f"peak with --offload {mode + ':':12}{size / 1e9:7.2f} GB{' *' if mode == offload else ''}")
+    return lines
+
+
+def weight_bytes(module, dtype, quantized=None):
+    """(all bytes, bytes of the largest block, bytes outside blocks) of a model on the meta device in `dtype`; linear
+    layers inside blocks at the size that quantize.py gives them."""
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    per = {None: itemsize, "int8": 1, "nf4": 0.5 + 4 / 64}[quantized]
+    blocks = [m for m in module.modules() if type(m).__name__ in BLOCKS]
+
+    def size(part):
+        linear = {id(m.weight): m.in_features for m in part.modules() if isinstance(m, torch.nn.Linear)}
+        total = 0.0
+        for p in _slots(part).values():
+            if quantized and id(p) in linear:
+                total += p.numel() * per + (4 * p.shape[0] if quantized == "int8" else 0)
+            else:
+                total += p.numel() * itemsize
+        return total
+
+    inside = [size(b) for b in blocks]
+    outside = sum(p.numel() for p in _slots(module).values()) - sum(
+        p.numel() for b in blocks for p in _slots(b).values()
+    )
+    return sum(inside) + outside * itemsize, max(inside, default=0.0), outside * itemsize
