@@ -8,10 +8,10 @@ MODEL  ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano test test-slow test-gpu lint format bench clean
+.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv from requirements.lock (PYTHON=python3.12 TORCH=torch for your own build)
 
@@ -29,6 +29,27 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score
+
+# The four studies of the source document, on the embedded model or on MODEL=…
+WITH    = $(if $(MODEL),--model $(MODEL) --prompt '$(1)',--prompt 'red apple' --prompt 'crescent moon' --prompt 'fire')
+SALAD   = Fruit Salad with Fennel, Watercress, and Smoked Salt
+STEAK   = Tuscan Porterhouse Steak with Red Wine-Peppercorn Jus
+BAD     = blurry,unrealistic,low resolution, overexposed, unnatural colors
+
+study-schedulers: $(STAMP)  ## DDPM against DDIM, the same noise (MODEL=folder or Hub id; OUT=folder)
+	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-schedulers --study "scheduler=ddpm,ddim"
+
+study-guidance: $(STAMP)  ## guidance 1, 3, 5, 7.5, 10, 15 under both
+	$(PY) sample.py $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
+		--study "scheduler=ddpm,ddim;guidance_scale=1,3,5,7.5,10,15"
+
+study-steps: $(STAMP)  ## 5, 25, 50, 75, 100, 150 steps
+	$(PY) sample.py $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
+		--study "scheduler=ddpm;steps=5,25,50,75,100,150"
+
+study-negative: $(STAMP)  ## with and without a negative prompt
+	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
+		--study 'scheduler=ddpm;negative_prompt=none,"$(BAD)"'
 
 nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)
 	mkdir -p $(OUT)

@@ -2,7 +2,8 @@
 
     python sample.py --prompt "red apple" --output-dir out                          # the embedded model
     python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a corgi on a beach" --output-dir out
-    python sample.py --prompt "red apple" --prompt "fire" --num-images 8 --output sheet.png --nrow 8 --output-dir out
+    python sample.py --prompt "red apple" --study "scheduler=ddpm,ddim;guidance_scale=1,3,7.5" --output-dir out
+    python sample.py --model stable-diffusion-3.5-medium --dry-run                  # how much memory it would take
 
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators.
 """
@@ -19,29 +20,67 @@ from nanodiff.config import UserError, arg, as_dict, from_mapping, printable, sc
 
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
-SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm", "flow_euler")
+SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm", "flow_euler",
+              "flow_heun")  # fmt: skip
 
 
 @dataclass
 class Config:
     model: str | None = arg(
-        None, "folder or Hub id org/name[@revision]; default: the embedded model", "model-id", "diffusion-checkpoint"
+        None,
+        "folder, single-file checkpoint or Hub id org/name[@revision]; default: the embedded model",
+        "model-id",
+        "diffusion-checkpoint",
     )
-    vae_checkpoint: str | None = arg(None, "folder of another VAE")
+    vae_checkpoint: str | None = arg(None, "folder or file of another VAE")
+    components: str | None = arg(None, "folder or Hub id for what a single-file checkpoint lacks")
+    prediction_type: str | None = arg(
+        None, "what a single-file model predicts", choices=("epsilon", "v_prediction", "sample")
+    )
+    allow_pickle: bool = arg(False, "read .ckpt, .pt and .bin files, which may be hostile")
+    t5: bool = arg(True, "use SD 3's third text encoder, where the model has it")
     variant: str | None = arg(None, "file variant, such as fp16")
     revision: str | None = arg(None, "branch, tag or commit of a Hub id")
     token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
     prompt: list[str] = arg([], "what to draw; repeatable")
     prompts_file: str | None = arg(None, "text file with one prompt a line")
+    prompt_2: str | None = arg(None, "for the second text encoder (SDXL, SD 3); default: --prompt")
+    prompt_3: str | None = arg(None, "for the third text encoder (SD 3); default: --prompt")
     negative_prompt: str | None = arg(None, "what to keep away from")
+    negative_prompt_2: str | None = arg(None, "for the second text encoder; default: --negative-prompt")
+    negative_prompt_3: str | None = arg(None, "for the third text encoder; default: --negative-prompt")
+    max_sequence_length: int | None = arg(None, "T5's tokens (SD 3), up to 512; default 256")
+    long_prompts: bool = arg(False, "no limit of 75 tokens: encode longer prompts in chunks")
+    prompt_weights: bool = arg(False, "(word:1.2), ((word)) and [word] weigh words, BREAK begins a chunk")
+    embedding: list[str] = arg([], "file of a learned word (textual inversion), used by its name; repeatable")
+    lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable")
+    lora_scale: float = arg(1.0, "multiplies the scale of every --lora")
+    lora_fuse: bool = arg(False, "add LoRAs into the weights: no cost per step, but not for --quantize")
+    allow_partial: bool = arg(False, "use a LoRA although layers of it are not in this model")
     steps: int | None = arg(
-        None, "sampling steps; default 50 (turbo 1, embedded 25)", "num-inference-steps", "number-inference-steps"
+        None,
+        "sampling steps; default 50 (turbo 1 or 4, embedded 25, SD 3.5 40 or 28)",
+        "num-inference-steps",
+        "number-inference-steps",
     )
     ddim_steps: int | None = arg(None, "short for --scheduler ddim --steps N")
     guidance_scale: float | None = arg(
-        None, "classifier-free guidance; 1 or less = off; default 7.5 (turbo 0, embedded 3)", "cfg-scale"
+        None,
+        "classifier-free guidance; 1 or less = off; default 7.5 (turbo 0, embedded 3, SD 3.5 4.5 or 3.5)",
+        "cfg-scale",
     )
     guidance_rescale: float = arg(0.0, "std correction of the guidance, 0 to 1")
+    skip_layers: str | None = arg(None, "skip-layer guidance of SD 3.5 medium: blocks, such as 7,8,9")
+    skip_layer_scale: float = arg(2.8, "strength of --skip-layers")
+    skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins")
+    skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends")
+    original_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own")
+    target_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to be for; default: its own")
+    crop: str | None = arg(None, "SDXL: LEFTxTOP corner it is said to be cropped at; default 0x0")
+    negative_original_size: str | None = arg(None, "SDXL: the same for the negative prompt")
+    negative_target_size: str | None = arg(None, "SDXL: the same for the negative prompt")
+    negative_crop: str | None = arg(None, "SDXL: the same for the negative prompt")
+    denoising_end: float | None = arg(None, "stop when this part of the noise is gone, between 0 and 1")
     scheduler: str | None = arg(None, "sampler; default: the model's own", choices=SCHEDULERS)
     eta: float = arg(0.0, "DDIM noise, 0 to 1")
     height: int | None = arg(None, "pixels; default: the model's own")
@@ -57,7 +96,7 @@ class Config:
     output: str | None = arg(
         None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)"
     )
-    base_dir: str = arg(".", "folder that relative --output, --output-dir, --model and --vae-checkpoint start from")
+    base_dir: str = arg(".", "folder that relative --output, --output-dir and model paths start from")
     nrow: int | None = arg(None, "pictures in a row of the sheet")
     named: bool = arg(False, "file names from prompt, model and settings instead of numbers")
     labels: bool = arg(False, "write each prompt above its picture in the sheet")
@@ -66,17 +105,38 @@ class Config:
     resize: str | None = arg(None, "WIDTHxHEIGHT of the written pictures")
     metadata: bool = arg(True, "write the settings into each PNG")
     from_image: str | None = arg(None, "repeat a picture from the settings inside it")
-    vae_tiling: bool = arg(False, "decode in tiles: less memory for large pictures")
-    compile: bool = arg(False, "torch.compile the UNet: slow first step, faster many steps")
+    study: str | None = arg(
+        None, 'every combination of settings as a labelled sheet and study.csv: "steps=5,25,50;scheduler=ddpm,ddim"'
+    )
+    offload: str = arg(
+        "none",
+        "models on the device: all (none), one at a time, block by block",
+        choices=("none", "model", "sequential"),
+    )
+    quantize: str | None = arg(None, "weights of denoiser and T5 in 8 or 4 bits", choices=("int8", "nf4"))
+    vae_tiling: bool = arg(False, "decode in tiles: less memory for large pictures, the same picture")
+    fast_vae: str | None = arg(None, "decode drafts with this TAESD decoder (file or folder)")
+    preview: str | None = arg(None, "write preview.png after every step with this TAESD decoder (file or folder)")
+    dry_run: bool = arg(False, "print parameters, bytes and peak memory, and make nothing (needs no weights)")
+    compile: bool = arg(False, "torch.compile the denoiser: slow first step, faster many steps")
     diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = arg("auto", "weights: auto is fp16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16"))
+    dtype: str = arg(
+        "auto", "weights: auto is fp16 (SD 3: bf16) on a GPU, fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16")
+    )
 
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
               "scheduler", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
-              "vae_checkpoint", "vae_tiling")  # fmt: skip
+              "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
+              "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "embedding",
+              "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
+              "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
+              "negative_crop", "denoising_end", "quantize", "fast_vae")  # fmt: skip
+# Settings that need the model to be loaded again when they change within a study.
+LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "fast_vae")  # fmt: skip
 
 
 def prompts_of(cfg):
@@ -99,9 +159,9 @@ def defaults(cfg, sd):
     """Fill what was left open from the kind of model. Returns (steps, guidance scale, negative prompt)."""
     embedded = cfg.model is None
     steps = cfg.ddim_steps or cfg.steps
-    steps = steps if steps is not None else 1 if sd.turbo else 25 if embedded else 50
+    steps = steps if steps is not None else sd.turbo_steps if sd.turbo else 25 if embedded else sd.steps
     scale = cfg.guidance_scale
-    scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if embedded else 7.5
+    scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if embedded else sd.guidance
     negative = cfg.negative_prompt
     if negative and sd.turbo and scale <= 1:
         print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
@@ -133,9 +193,19 @@ def check(cfg):
         raise UserError("--mask needs --init-image")
     if cfg.strength is not None and not 0 < cfg.strength <= 1:
         raise UserError(f"--strength {cfg.strength:g} must be above 0 and at most 1")
-    for name, needs in (("strength", "init_image"), ("nrow", "output"), ("labels", "output")):
+    needed = (("strength", "init_image"), ("nrow", "output"), ("labels", "output"), ("lora_fuse", "lora"))
+    needed += (
+        ("allow_partial", "lora"),
+        ("negative_prompt_2", "negative_prompt"),
+        ("negative_prompt_3", "negative_prompt"),
+    )
+    for name, needs in needed:
         if getattr(cfg, name) and not getattr(cfg, needs):
-            raise UserError(f"--{name} does nothing without --{needs.replace('_', '-')}")
+            raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+    if cfg.fast_vae and cfg.vae_tiling:
+        raise UserError("--fast-vae decodes instead of the VAE; --vae-tiling has nothing to do")
+    if cfg.denoising_end is not None and not 0 < cfg.denoising_end < 1:
+        raise UserError(f"--denoising-end {cfg.denoising_end:g} must be between 0 and 1")
     if cfg.seed is not None and not 0 <= cfg.seed < 1 << 63:
         raise UserError(f"--seed {cfg.seed} must be between 0 and 2^63 - 1")
 
@@ -143,18 +213,44 @@ def check(cfg):
 def rebase(cfg):
     """Put --base-dir before relative paths; a model that is no folder there is a Hub id and stays."""
     base = Path(cfg.base_dir)
-    for name in ("output", "output_dir", "model", "vae_checkpoint"):
+    for name in ("output", "output_dir", "model", "vae_checkpoint", "components", "fast_vae", "preview"):
         value = getattr(cfg, name)
         is_path = value and (name.startswith("output") or (base / value).exists())
         if is_path and not Path(value).is_absolute() and base != Path("."):
             setattr(cfg, name, str(base / value))
 
 
-def parse_size(text):
+def parse_size(text, flag="resize", least=1):
     width, x, height = text.partition("x")
-    if not (x and width.isdigit() and height.isdigit() and 0 < int(width) <= 16384 and 0 < int(height) <= 16384):
-        raise UserError(f"--resize {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169")
+    digits = x and width.isdecimal() and height.isdecimal()
+    if not (digits and least <= int(width) <= 16384 and least <= int(height) <= 16384):
+        raise UserError(f"--{flag} {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169")
     return int(width), int(height)
+
+
+def sizes(cfg):
+    """SDXL's size condition as generate() takes it, (height, width); None when nothing is given."""
+    names = {"original_size": "original_size", "target_size": "target_size", "crop": "crops_coords_top_left"}
+    found = {}
+    for flag, name in names.items():
+        for sign in ("", "negative_"):
+            if text := getattr(cfg, sign + flag):
+                left, top = parse_size(text, (sign + flag).replace("_", "-"), 0 if flag == "crop" else 1)
+                found[sign + name] = (top, left)
+    return found or None
+
+
+def skip_layers(cfg):
+    """--skip-layers as generate() takes it, or None."""
+    from nanodiff.pipeline import SkipLayers
+
+    if not cfg.skip_layers:
+        return None
+    try:
+        layers = tuple(int(i) for i in cfg.skip_layers.split(","))
+    except ValueError:
+        raise UserError(f"--skip-layers {printable(cfg.skip_layers)!r}: expected numbers, such as 7,8,9") from None
+    return SkipLayers(layers, cfg.skip_layer_scale, cfg.skip_layer_start, cfg.skip_layer_stop)
 
 
 def inputs(cfg, sd):
@@ -166,7 +262,7 @@ def inputs(cfg, sd):
 
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
     if picture and not cfg.mask:
-        height, width = (max(side // sd.downscale, 1) * sd.downscale for side in (picture.height, picture.width))
+        height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (picture.height, picture.width))
     else:
         height, width = sd.size
     height, width = cfg.height or height, cfg.width or width
@@ -190,19 +286,111 @@ def inputs(cfg, sd):
     return {"height": height, "width": width}, start
 
 
+def load(cfg, record, device, src=None):
+    """The pipeline that cfg asks for, LoRAs and learned words included."""
+    import torch
+
+    from nanodiff import engine, lora, pipeline, singlefile, weights
+
+    with record.timed("load"):
+        src = src or pipeline.source(
+            cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
+            cfg.allow_pickle,
+        )  # fmt: skip
+        half = pipeline.FAMILIES[src.kind].half
+        dtype = half if cfg.dtype == "auto" and device.type == "cuda" else engine.pick_dtype(cfg.dtype, device)
+        sd = pipeline.load(
+            src,
+            dtype,
+            device,
+            offload=cfg.offload,
+            quantized=cfg.quantize,
+            no_t5=not cfg.t5,
+            name=cfg.model or EMBEDDED,
+        )
+        if cfg.vae_checkpoint:
+            path, cls = Path(cfg.vae_checkpoint), pipeline.AutoencoderKL
+            if path.is_file():
+                if sd.vae is None:
+                    raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
+                sd.vae = singlefile.load_vae(path, sd.vae.cfg, cls, dtype, device)
+            else:
+                sd.vae = weights.load(cls, path, dtype, device)
+            sd.check_fit()
+        for path in cfg.embedding:
+            print(f"learned word: {printable(sd.learn(path, cfg.allow_pickle))}")
+        sd.loras = []
+        for text in cfg.lora:
+            path, scale = lora.parse(text)
+            found = lora.read(path, sd.models(), cfg.allow_partial)
+            use = lora.fuse if cfg.lora_fuse else lora.attach
+            sd.loras.append((use(sd.models(), found, scale * (cfg.lora_scale if cfg.lora_fuse else 1)), scale))
+            print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
+        sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
+        sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
+    if cfg.compile:
+        sd.net.compile()
+    torch.set_grad_enabled(False)
+    return sd
+
+
+def tiny_decoder(path, sd, device):
+    """f(latents) -> pixels of a TAESD decoder for this model's latents."""
+    from nanodiff import weights
+    from nanodiff.models import taesd
+
+    path = Path(path)
+    file = weights.find_files(path)[0] if path.is_dir() else path
+    model = taesd.from_state(weights.load_tensors(file), "decoder", file)
+    channels, wanted = model[1].in_channels, sd.net.cfg.in_channels
+    if channels != wanted:
+        raise UserError(f"{file}: TAESD for latents of {channels} channels, this model's have {wanted}")
+    model = model.to(device, sd.dtype if device.type == "cuda" else None).float()
+    return lambda latents: model(latents.float()) * 2 - 1
+
+
+def under(cfg, base):
+    """The loaded pipeline under the sampler and LoRA scale that cfg asks for."""
+    sd = base.with_scheduler(cfg.scheduler)
+    for attached, scale in base.loras:
+        if not cfg.lora_fuse and attached.scale != scale * cfg.lora_scale:
+            attached.scale = scale * cfg.lora_scale
+            base.kept.clear()  # the text encoders may have changed
+    sd.loras, sd.decoder, sd.preview = base.loras, base.decoder, base.preview
+    return sd
+
+
+def options(cfg):
+    """What generate() takes as it stands on the command line."""
+    words = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "long_prompts", "max_sequence_length")
+    return {name: getattr(cfg, name) for name in (*words, "eta", "clip_skip", "guidance_rescale", "denoising_end")} | {
+        "weighted": cfg.prompt_weights,
+        "sizes": sizes(cfg),
+        "skip_layers": skip_layers(cfg),
+        "tiled": cfg.vae_tiling,
+        "quirks": cfg.diffusers_quirks,
+    }
+
+
 def main(cfg):
     if cfg.from_image:
         recall(cfg)
     check(cfg)
     rebase(cfg)
+    from nanodiff import engine
+
+    device = engine.pick_device(cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg, device)
+    if cfg.study:
+        return study(cfg, device)
     prompts, resize = prompts_of(cfg), parse_size(cfg.resize) if cfg.resize else None
+    more = options(cfg)
 
     import torch
 
-    from nanodiff import engine, images, pipeline, samplers, weights
+    from nanodiff import images, samplers, weights
 
-    device = engine.pick_device(cfg.device)
-    dtype = engine.pick_dtype(cfg.dtype, device)
     record = engine.Record(cfg, device)
     out = record.out
     if cfg.output and (Path(cfg.output).is_dir() or not Path(cfg.output).absolute().parent.is_dir()):
@@ -210,35 +398,27 @@ def main(cfg):
     if cfg.seed is None:
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
-    with record.timed("load"):
-        sd = pipeline.load(cfg.model or EMBEDDED, dtype, device, cfg.variant, cfg.revision, cfg.token, cfg.scheduler)
-        if cfg.vae_checkpoint:
-            sd.vae = weights.load(pipeline.AutoencoderKL, cfg.vae_checkpoint, dtype, device)
-            sd.check_fit()
-    if cfg.compile:
-        sd.unet.compile()
+    sd = under(cfg, load(cfg, record, device))
     steps, scale, negative = defaults(cfg, sd)
     samplers.check_steps(sd.schedule, steps)
-    name = samplers.name_of(sd.schedule)
-    for part, millions in sd.parameters().items():
-        print(f"{part}: {millions} M parameters")
-    settings = {"scheduler": name, "steps": steps, "guidance_scale": scale, "negative_prompt": negative}
-    print("settings: " + ", ".join(f"{k}={printable(v)}" for k, v in settings.items()))
+    settings = described(sd, steps, scale, negative)
 
     size, start = inputs(cfg, sd)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
+    if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
+        with record.timed("encode"):
+            sd.prepare(prompts, negative if scale > 1 else None, **more)
     sheet, latents, made = [], [], 0
     try:
-        with Progress(len(jobs), cfg.batch_size) as progress:
+        with Progress(len(jobs), cfg.batch_size, sd.preview and (sd.preview, out / "preview.png")) as progress:
             for first in range(0, len(jobs), cfg.batch_size):
                 batch = jobs[first : first + cfg.batch_size]
                 seeds = [cfg.seed + first + k for k in range(len(batch))]
                 with record.timed("sample"):
                     result = sd.generate(
-                        [prompt for prompt, _ in batch], negative, steps, scale, seeds, **size, eta=cfg.eta,
-                        clip_skip=cfg.clip_skip, guidance_rescale=cfg.guidance_rescale, tiled=cfg.vae_tiling,
-                        quirks=cfg.diffusers_quirks, keep_steps=cfg.progress_strip, on_step=progress.step, **start,
+                        [prompt for prompt, _ in batch], negative, steps, scale, seeds, **size, **start, **more,
+                        keep_steps=cfg.progress_strip, on_step=progress.step, decoder=sd.decoder,
                     )  # fmt: skip
                 if cfg.save_latents:
                     latents.append(result.latents.cpu().float())
@@ -272,11 +452,120 @@ def main(cfg):
     print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 
 
-class Progress:
-    """One bar over all steps of all batches, with steps per second; when nobody watches, a line every half minute."""
+def described(sd, steps, scale, negative):
+    """Print what the model is and how it will be sampled; returns the latter."""
+    from nanodiff import samplers
 
-    def __init__(self, pictures, batch_size):
-        self.batches, self.done = -(-pictures // batch_size), 0
+    for part, millions in sd.parameters().items():
+        print(f"{part}: {millions} M parameters")
+    name = samplers.name_of(sd.schedule)
+    settings = {"scheduler": name, "steps": steps, "guidance_scale": scale, "negative_prompt": negative}
+    print("settings: " + ", ".join(f"{k}={printable(v)}" for k, v in settings.items()))
+    return settings
+
+
+def study(cfg, device):
+    """Every combination of --study's settings on the same prompts and noise. See nanodiff/study.py."""
+    import dataclasses
+    import json
+    import time
+
+    from nanodiff import engine, images, samplers
+    from nanodiff import study as grid
+
+    for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
+        if getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
+    axes = grid.parse(cfg.study, Config)
+    cells = grid.cells(axes)
+    variants = [dataclasses.replace(cfg, **cell) for cell in cells]
+    for variant in variants:  # all of them, before any work
+        check(variant)
+        prompts_of(variant)
+        options(variant)
+    record = engine.Record(cfg, device)
+    finished = grid.Finished(record.out, cfg.seed)
+    if finished.seed is None:
+        finished.seed = secrets.randbelow(1 << 32)
+    print(f"seed: {finished.seed}")
+    cfg.seed = finished.seed
+    rows, base, loaded, skipped = {}, None, None, 0  # rows: {(cell, picture): row of study.csv}
+    try:
+        with Progress(len(cells) * cfg.num_images, 1) as progress:
+            for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
+                jobs = [(prompt, i) for prompt in prompts_of(variant) for i in range(cfg.num_images)]
+                for j, (prompt, _) in enumerate(jobs):
+                    seed = (variant.seed if "seed" in cell else cfg.seed) + j
+                    facts = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED} | {
+                        "prompt": prompt,
+                        "seed": seed,
+                    }
+                    key = json.dumps(facts, sort_keys=True)
+                    if row := finished.get(key):
+                        rows[c, j] = row
+                        skipped += 1
+                        progress.skip()
+                        continue
+                    if loaded != (wanted := [getattr(variant, k) for k in LOADING]):
+                        base = None  # the old one leaves before the new one comes
+                        base, loaded = load(variant, record, device), wanted
+                    sd = under(variant, base)
+                    steps, scale, negative = defaults(variant, sd)
+                    samplers.check_steps(sd.schedule, steps)
+                    size, start = inputs(variant, sd)
+                    began = time.perf_counter()
+                    with record.timed("sample"):
+                        result = sd.generate(
+                            [prompt], negative, steps, scale, [seed], **size, **start, **options(variant),
+                            on_step=progress.step, decoder=sd.decoder,
+                        )  # fmt: skip
+                    (picture,) = images.to_pil(result.pixels)
+                    if variant.resize:
+                        picture = picture.resize(parse_size(variant.resize), images.Image.Resampling.LANCZOS)
+                    settings = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale}
+                    settings |= size | {"negative_prompt": negative, "prompt": prompt, "seed": seed}
+                    path = record.out / f"{len(finished.rows):05d}.png"  # also when another study began here
+                    images.save_png(picture, path, remembered(variant, settings, sd) if cfg.metadata else None)
+                    seconds = round(time.perf_counter() - began, 3)
+                    rows[c, j] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
+                    finished.add(key, rows[c, j])
+    finally:  # what was finished is kept, listed and shown, also after Ctrl-C
+        if rows:
+            finished.write_csv(rows.values(), dict(axes))
+            images.save_png(grid.sheet(rows, axes, record.out, cfg.nrow), record.out / "study.png")
+        for row in rows.values():
+            record.file(record.out / row["file"], seed=row["seed"], prompt=row["prompt"])
+        record.data["results"] |= {"images": len(rows), "cells": len(cells), "taken_over": skipped}
+        record.write()
+    again = f" ({skipped} of them finished before)" if skipped else ""
+    print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")
+
+
+def dry_run(cfg, device):
+    """Print what a run would take, from configurations alone."""
+    from nanodiff import engine, memory, pipeline
+
+    src = pipeline.configs(cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components)
+    half = pipeline.FAMILIES[src.kind].half
+    dtype = half if cfg.dtype == "auto" and device.type == "cuda" else engine.pick_dtype(cfg.dtype, device)
+    guided = cfg.guidance_scale is None or cfg.guidance_scale > 1
+    guided = guided and not (cfg.guidance_scale is None and "turbo" in str(cfg.model).lower())
+    plan = pipeline.plan(
+        src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * max(len(cfg.prompt), 1)), guided,
+        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling,
+    )  # fmt: skip
+    for line in memory.table(plan, cfg.offload):
+        print(line)
+
+
+class Progress:
+    """One bar over all steps of all batches, with steps per second; when nobody watches, a line every half minute.
+
+    preview: (decoder, file), to show the estimate of the finished picture after every step.
+    """
+
+    def __init__(self, pictures, batch_size, preview=None):
+        self.batches, self.done, self.preview = -(-pictures // batch_size), 0, preview
         self.started = self.said = time.monotonic()
 
     def __enter__(self):
@@ -286,6 +575,10 @@ class Progress:
         return self
 
     def step(self, i, n, step):
+        if self.preview:
+            from nanodiff import images
+
+            images.save_grid(self.preview[0](step.x0), self.preview[1])
         self.done += 1
         self.bar.total = n * self.batches
         self.bar.update()
@@ -294,6 +587,10 @@ class Progress:
             rate = self.done / (now - self.started)
             print(f"sampling: step {self.done} of {n * self.batches}, {rate:.2f} it/s", file=sys.stderr)
             self.said = now
+
+    def skip(self):
+        """One batch less to do."""
+        self.batches -= 1
 
     def __exit__(self, *exc):
         self.bar.close()
@@ -312,12 +609,14 @@ def strip(sd, history, k, path, shown=8):
 
 
 def file_name(cfg, facts, sd):
-    """{prompt}_{model}_{scheduler}_cfg7_5_steps50_{seed}.png, of letters, digits and _ only."""
+    """{prompt}_{model}_{scheduler}_cfg7_5_steps50_{seed}.png, of letters, digits and _ only; flows have one scheduler,
+    which is not named (requirement S3-13)."""
     from nanodiff.images import slug
 
     model = slug(Path(str(cfg.model or "nano")).name)
     scale = f"{facts['guidance_scale']:g}".replace(".", "_")
-    return f"{slug(facts['prompt'])}_{model}_{facts['scheduler']}_cfg{scale}_steps{facts['steps']}_{facts['seed']}.png"
+    scheduler = "" if sd.schedule.flow else f"_{facts['scheduler']}"
+    return f"{slug(facts['prompt'])}_{model}{scheduler}_cfg{scale}_steps{facts['steps']}_{facts['seed']}.png"
 
 
 def remembered(cfg, facts, sd):
@@ -343,12 +642,13 @@ def recall(cfg):
             setattr(cfg, key, value)
     if cfg.model == "embedded":
         cfg.model = None
-    for name in ("model", "vae_checkpoint"):
+    for name in ("model", "vae_checkpoint", "components", "fast_vae", "lora", "embedding"):
         value = getattr(cfg, name)
-        if value and name not in given and not Path(value).exists():
-            raise UserError(
-                f"{cfg.from_image}: was made with {printable(value)}; name it with --{name.replace('_', '-')}"
-            )
+        for path in value if isinstance(value, list) else [value]:
+            path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path
+            if path and name not in given and not Path(path).exists():
+                flag = name.replace("_", "-")
+                raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
 
 
 if __name__ == "__main__":
