@@ -288,14 +288,12 @@ def inputs(cfg, sd):
 
 def load(cfg, record, device, src=None):
     """The pipeline that cfg asks for, LoRAs and learned words included."""
-    import torch
-
     from nanodiff import engine, lora, pipeline, singlefile, weights
 
     with record.timed("load"):
         src = src or pipeline.source(
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
-            cfg.allow_pickle,
+            cfg.allow_pickle, not cfg.t5,
         )  # fmt: skip
         half = pipeline.FAMILIES[src.kind].half
         dtype = half if cfg.dtype == "auto" and device.type == "cuda" else engine.pick_dtype(cfg.dtype, device)
@@ -330,7 +328,6 @@ def load(cfg, record, device, src=None):
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
     if cfg.compile:
         sd.net.compile()
-    torch.set_grad_enabled(False)
     return sd
 
 

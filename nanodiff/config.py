@@ -28,7 +28,8 @@ JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything large
 
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
 LESS_MEMORY = (
-    "try a smaller --batch-size, a smaller size (--height and --width, or --resolution), --vae-tiling or --dtype bf16"
+    "try a smaller --batch-size, a smaller size (--height and --width, or --resolution), --dtype bf16, --vae-tiling, "
+    "--offload model or --quantize nf4 (sample.py --dry-run predicts what fits)"
 )
 
 

@@ -39,8 +39,11 @@ COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "t
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(model, revision=None, token=None, variant=None):
-    """A local path (file or folder) for what the user named. Raises UserError in one line."""
+def resolve(model, revision=None, token=None, variant=None, skip=()):
+    """A local path (file or folder) for what the user named; of a Hub repository, without the components in `skip`.
+
+    Raises UserError in one line.
+    """
     path = Path(model).expanduser()
     if path.is_file():
         return path
@@ -55,10 +58,10 @@ def resolve(model, revision=None, token=None, variant=None):
             f"model {printable(model)!r} not found: give a .safetensors file, a folder with model_index.json, "
             "a folder with one component (config.json), or a Hub id org/name[@revision]"
         )
-    return download(name, at or revision, token, variant)
+    return download(name, at or revision, token, variant, skip)
 
 
-def download(name, revision=None, token=None, variant=None):
+def download(name, revision=None, token=None, variant=None, skip=()):
     """The snapshot folder of a Hub repository: from the cache when it is complete there, else downloaded."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
@@ -68,7 +71,7 @@ def download(name, revision=None, token=None, variant=None):
         # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.
         index = ["model_index.json"]
         folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=index, local_files_only=True))
-        missing = incomplete(folder)
+        missing = incomplete(folder, skip)
         if not missing:
             return folder
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
@@ -80,7 +83,7 @@ def download(name, revision=None, token=None, variant=None):
         raise UserError(f"{name}: offline, and {missing} ({cache}); run `hf download {name}` with a network{mirror}")
     print(f"downloading {name}", file=sys.stderr)
     try:
-        files = choose(hub.list_repo_files(name, revision=revision, token=token or None), variant)
+        files = choose(hub.list_repo_files(name, revision=revision, token=token or None), variant, skip)
         folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=files, token=token or None))
     except errors.GatedRepoError:
         raise UserError(
@@ -94,13 +97,13 @@ def download(name, revision=None, token=None, variant=None):
         raise UserError(f"{name}: {e}") from None
     except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
         raise UserError(f"{name}: not in the cache and not reachable ({type(e).__name__}){mirror}") from None
-    if missing := incomplete(folder):
+    if missing := incomplete(folder, skip):
         raise UserError(f"{folder}: {missing}")
     print(f"{name} at revision {folder.name}", file=sys.stderr)
     return folder
 
 
-def choose(files, variant=None):
+def choose(files, variant=None, skip=()):
     """The files of a repository that a pipeline needs: configs, tokenizers, and one set of safetensors a component.
 
     The variant's set where a component has it, else the plain one (as weights.find_files chooses on disk); never
@@ -109,7 +112,7 @@ def choose(files, variant=None):
     if "model_index.json" not in files:
         raise UserError("the repository has no model_index.json, so it is not a pipeline in Hub folder form")
     chosen = [f for f in files if f == "model_index.json" or re.fullmatch(r"(scheduler|tokenizer\w*)/[^/]+", f)]
-    for component in COMPONENTS:
+    for component in [c for c in COMPONENTS if c not in skip]:
         mine = [f for f in files if f.startswith(component + "/")]
         chosen += [f for f in mine if f == f"{component}/config.json"]
         sets = {v: [f for f in mine if _is_weight(f.split("/")[1], v)] for v in {variant, None}}
@@ -126,12 +129,13 @@ def _is_weight(name, variant):
     return bool(re.fullmatch(f"{whole}|{index}", name))
 
 
-def incomplete(folder):
+def incomplete(folder, skip=()):
     """What a snapshot lacks (the cache serves a partial one as if it were whole), or ""."""
     if not (folder / "model_index.json").is_file():
         return "model_index.json is missing"
     for name, entry in read_json(folder / "model_index.json").items():
-        if name not in (*COMPONENTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3") or entry == [None, None]:
+        known = (*COMPONENTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+        if name not in known or name in skip or entry == [None, None]:
             continue
         sub = folder / name
         if not sub.is_dir():

@@ -304,10 +304,10 @@ class Fused:
 
     def __init__(self, models, lora, scale):
         self.before = []
-        for d in lora.deltas:
-            layer = models[d.component].get_submodule(d.module)
-            if hasattr(layer, "codes"):
-                raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out --lora-fuse")
+        layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
+        if any(hasattr(layer, "codes") for layer in layers):
+            raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out --lora-fuse")
+        for d, layer in zip(lora.deltas, layers, strict=True):
             weight = layer.weight
             self.before.append((weight, weight.data))
             delta = d.matrix(weight.shape).to(weight.device)

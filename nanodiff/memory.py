@@ -227,7 +227,9 @@ def peaks(stages):
     return {
         "none": everything + max(s.activations for s in stages),
         "model": max(s.weights + s.activations for s in stages),
-        "sequential": max((s.outside + 2 * s.block if s.block else s.weights) + s.activations for s in stages),
+        "sequential": max(
+            min(s.outside + 2 * s.block if s.block else s.weights, s.weights) + s.activations for s in stages
+        ),
     }
 
 

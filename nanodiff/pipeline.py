@@ -119,6 +119,8 @@ class Folder:
         )
 
     def module(self, name, dtype, device):
+        if name == "text_encoder_3" and not (self.path / name).is_dir():
+            raise UserError(f"{self.path}: {name} is missing; download it, or go without it with --no-t5")
         return weights.load(BUILDERS[name], self.path / name, dtype, device, self.variant)
 
     def tokenizer(self, name):
@@ -129,15 +131,25 @@ class Folder:
         return read_json(path), str(path)
 
 
-def source(model, variant=None, revision=None, token=None, components=None, prediction_type=None, allow_pickle=False):
+def source(
+    model,
+    variant=None,
+    revision=None,
+    token=None,
+    components=None,
+    prediction_type=None,
+    allow_pickle=False,
+    no_t5=False,
+):
     """The Folder or singlefile.Single that `model` names. components: what a single file lacks comes from here."""
-    path = hub.resolve(model, revision, token, variant)
+    skip = ("text_encoder_3", "tokenizer_3") if no_t5 else ()
+    path = hub.resolve(model, revision, token, variant, skip)
     if not path.is_file():
         for name, value in (("components", components), ("prediction-type", prediction_type)):
             if value:
                 raise UserError(f"--{name} is for single-file checkpoints; {path} is a folder")
         return Folder(path, variant)
-    rest = Folder(hub.resolve(components, None, token, variant), variant) if components else None
+    rest = Folder(hub.resolve(components, None, token, variant, skip), variant) if components else None
     return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
 
 
@@ -164,7 +176,7 @@ def load(
     SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
     """
     ready = isinstance(model, Folder | singlefile.Single)
-    src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle)
+    src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle, no_t5)
     family = FAMILIES[src.kind]
     if no_t5 and "text_encoder_3" not in family.encoder_names:
         raise UserError(f"--no-t5: {src.kind} has no third text encoder")

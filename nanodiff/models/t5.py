@@ -81,6 +81,10 @@ class SelfAttention(nn.Module):
         if with_bias:  # the first block's serves all
             self.relative_attention_bias = nn.Embedding(cfg.relative_attention_num_buckets, cfg.num_heads)
 
+    def bias(self, where):
+        """The table's values for buckets(): [1, N, S, S]."""
+        return self.relative_attention_bias(where).permute(2, 0, 1)[None]
+
     def forward(self, x, bias):
         return self.o(attend(self.q(x), self.k(x), self.v(x), self.heads, bias=bias, scale=1.0))
 
@@ -129,8 +133,10 @@ class Block(nn.Module):
             ]
         )
 
-    def forward(self, x, bias):
-        return self.layer[1](self.layer[0](x, bias))
+    def forward(self, x, where, bias=None):
+        """x [B, S, D] -> (x, bias): the first block looks its bias up, the others are given it."""
+        bias = self.layer[0].SelfAttention.bias(where) if bias is None else bias
+        return self.layer[1](self.layer[0](x, bias)), bias
 
 
 class Encoder(nn.Module):
@@ -154,14 +160,12 @@ class T5EncoderModel(nn.Module):
 
     def forward(self, ids):
         """ids [B, S] -> [B, S, D], through the final norm."""
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         cfg, dtype = self.cfg, self.shared.weight.dtype
         where = buckets(
             ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance, ids.device
         )
-        bias = table(where).permute(2, 0, 1)[None]  # [1, N, S, S]
-        x = self.shared(ids).float()
+        x, bias = self.shared(ids).float(), None
         for block in self.encoder.block:
-            x = block(x, bias)
+            x, bias = block(x, where, bias)
         norm = self.encoder.final_layer_norm
         return F.rms_norm(x, x.shape[-1:], norm.weight.float(), norm.eps).to(dtype)
