@@ -521,7 +521,7 @@ def study(cfg, device):
                         picture = picture.resize(parse_size(variant.resize), images.Image.Resampling.LANCZOS)
                     settings = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale}
                     settings |= size | {"negative_prompt": negative, "prompt": prompt, "seed": seed}
-                    path = record.out / f"{len(finished.rows):05d}.png"  # also when another study began here
+                    path = record.out / finished.name(key)
                     images.save_png(picture, path, remembered(variant, settings, sd) if cfg.metadata else None)
                     seconds = round(time.perf_counter() - began, 3)
                     rows[c, j] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}

@@ -185,16 +185,16 @@ def load(
         raise UserError("--quantize: nothing to quantize")
     tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts]
     modules = {}
-    for name in wanted:
-        small = quantized and name in ("unet", "transformer", "text_encoder_3")
+    for part in wanted:
+        small = quantized and part in ("unet", "transformer", "text_encoder_3")
         home = offload != "none" or small  # stays as stored, in host memory
-        modules[name] = src.module(name, None if home else dtype, "cpu" if home else device)
+        modules[part] = src.module(part, None if home else dtype, "cpu" if home else device)
         if small:
-            quantize.apply(modules[name], quantized, "cpu" if offload != "none" else device)
+            quantize.apply(modules[part], quantized, "cpu" if offload != "none" else device)
             if offload == "none":
-                quantize.rest(modules[name], dtype, device)
-        if offload != "none":
-            memory.Resident(modules[name], dtype, device, blocks=offload == "sequential")
+                quantize.rest(modules[part], dtype, device)
+        if offload != "none":  # the VAE is small, and its tiled decode reaches into its blocks
+            memory.Resident(modules[part], dtype, device, blocks=offload == "sequential" and part != "vae")
     denoiser = modules.pop(family.denoiser_name)
     vae = modules.pop("vae", None)
     encoders = [modules.get(n) for n in family.encoder_names]

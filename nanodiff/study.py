@@ -56,10 +56,10 @@ def parse(text, cls):
 def _value(cls, name, hint, text):
     options = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
     kind, optional = options[0], type(None) in typing.get_args(hint)
-    if text in NONE and (optional or typing.get_origin(kind or hint) is list):
-        return None if optional else []
-    if list in (typing.get_origin(hint), typing.get_origin(kind)):
-        return [text]
+    if typing.get_origin(hint) is list:
+        return [] if text in NONE else [text]
+    if text in NONE and optional:
+        return None
     try:
         if kind is bool:
             value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
@@ -122,6 +122,12 @@ class Finished:
         """The row of a picture that is finished and still there, or None."""
         row = self.rows.get(key)
         return row if row and (self.out / row["file"]).exists() else None
+
+    def name(self, key):
+        """The file of a picture: its own if it had one, else the next number."""
+        if key in self.rows:
+            return self.rows[key]["file"]
+        return f"{max((int(row['file'].partition('.')[0]) for row in self.rows.values()), default=-1) + 1:05d}.png"
 
     def add(self, key, row):
         self.rows[key] = row

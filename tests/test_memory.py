@@ -121,7 +121,7 @@ def test_quantized_and_offloaded_sizes():
         assert nf4[name].weights < int8[name].weights < plain[name].weights
     assert nf4["vae"] == plain["vae"]
     peaks = memory.peaks(plan(None))
-    assert peaks["sequential"] < peaks["model"] < peaks["none"]
+    assert peaks["sequential"] <= peaks["model"] < peaks["none"]
     sd = pipeline.load(TINY / "sd35-medium", torch.bfloat16, quantized="nf4")
     real = sum(t.numel() * t.element_size() for t in [*sd.net.parameters(), *sd.net.buffers()])
     assert nf4["transformer"].weights == pytest.approx(real, rel=0.01)
