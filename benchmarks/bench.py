@@ -3,11 +3,12 @@
 PYTHON is the interpreter of an environment that has diffusers and transformers; without it only our own figures are
 printed. Every measurement is a fresh process; ours and the peer's alternate (A B A B …) and the figure is the median of
 the ratios peer / ours of neighbouring runs, with the smallest and the largest beside it, because on a shared machine
-only neighbours can be compared. Weights are random, in the real sizes, made once under --work (2.1 GB).
+only neighbours can be compared. Weights are random, in the real sizes, made once under --work (2 to 7 GB a model).
 
 Cases: import (the pipeline module), load (process start to a ready SD 1.5 from an fp16 folder), unet32 and unet64 (one
 guided step at 256 and 512 px), vae (one decode at 512 px), image (process start to a 512 px picture in 2 steps), tiny (a
-UNet call of the test pipeline). Results go to benchmarks/NAME.json.
+denoiser call of the test pipelines), picture-NAME (ten steps of a whole test pipeline), sdxl… and sd35m… (SDXL and SD
+3.5 medium without T5: a guided step, a whole picture). Results go to benchmarks/NAME.json.
 """
 
 import argparse
@@ -40,14 +41,24 @@ OURS = {
     "load": """
 import torch; from nanodiff import pipeline
 sd = pipeline.load(folder, getattr(torch, kind)); report()""",
-    "unet": """
-import torch; from nanodiff import weights; from nanodiff.models.unet import UNet2DConditionModel
-size = int(kind.split("-")[1]); dtype = getattr(torch, kind.split("-")[0])
-net = weights.load(UNet2DConditionModel, folder + "/unet", dtype)
-x, text = torch.randn(2, 4, size, size, dtype=dtype), torch.randn(2, 77, net.cfg.cross_attention_dim, dtype=dtype)
+    "net": """
+import torch; from nanodiff import memory, pipeline, weights
+name = "transformer" if os.path.isdir(folder + "/transformer") else "unet"
+size, dtype = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0])
+net = weights.load(pipeline.BUILDERS[name], folder + "/" + name, dtype)
+r = lambda *shape: torch.randn(shape, dtype=dtype)
+x = r(2, net.cfg.in_channels, size, size)
 with torch.no_grad():
-    kv = net.text_kv(text)
-    report(seconds=timed(lambda: net(x, 500, kv), int(kind.split("-")[2])))""",
+    if name == "transformer":
+        text, pooled = r(2, 333, net.cfg.joint_attention_dim), r(2, net.cfg.pooled_projection_dim)
+        call = lambda: net(x, 500.0, text, pooled)
+    else:
+        kv, added = net.text_kv(r(2, 77, net.cfg.cross_attention_dim)), None
+        if net.cfg.addition_embed_type:
+            pooled = net.cfg.projection_class_embeddings_input_dim - 6 * net.cfg.addition_time_embed_dim
+            added = r(2, pooled), torch.full((2, 6), 512.0)
+        call = lambda: net(x, 500, kv, added)
+    report(seconds=timed(call, int(kind.split("-")[2])))""",
 }
 OURS["vae"] = """
 import torch; from nanodiff import weights; from nanodiff.models.vae import AutoencoderKL
@@ -56,23 +67,39 @@ with torch.no_grad():
     report(seconds=timed(lambda: net.decode_raw(z), 1))"""
 OURS["image"] = """
 import torch; from nanodiff import pipeline
-sd = pipeline.load(folder, getattr(torch, kind))
-sd.generate(["a corgi on a beach"], steps=2, seeds=[0]); report()"""
+dtype, side, steps, offload = kind.split("-")
+sd = pipeline.load(folder, getattr(torch, dtype), offload=offload)
+at = {"height": int(side), "width": int(side)} if int(side) else {}
+started = time.time()
+sd.generate(["a corgi on a beach"], steps=int(steps), seeds=[0], guidance_scale=5.0, **at)
+report(seconds=time.time() - started)"""
 # The peer's side, run by another interpreter: this project itself never imports these packages.
 PEER = {
     "import": "from diffusers import StableDiffusionPipeline; report()",
     "load": """
 import torch; from diffusers import StableDiffusionPipeline
 sd = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, kind), safety_checker=None); report()""",
-    "unet": """
-import torch; from diffusers import UNet2DConditionModel
-size = int(kind.split("-")[1]); dtype = getattr(torch, kind.split("-")[0])
-net = UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype)
-x, text = torch.randn(2, 4, size, size, dtype=dtype), torch.randn(2, 77, net.config.cross_attention_dim, dtype=dtype)
+    "net": """
+import torch; from diffusers import UNet2DConditionModel, SD3Transformer2DModel
+name = "transformer" if os.path.isdir(folder + "/transformer") else "unet"
+size, dtype = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0])
+cls = SD3Transformer2DModel if name == "transformer" else UNet2DConditionModel
+net = cls.from_pretrained(folder + "/" + name, torch_dtype=dtype)
+r = lambda *shape: torch.randn(shape, dtype=dtype)
+x, c = r(2, net.config.in_channels, size, size), net.config
 if "cl" in kind.split("-"):
     net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 with torch.no_grad():
-    report(seconds=timed(lambda: net(x, 500, text, return_dict=False), int(kind.split("-")[2])))""",
+    if name == "transformer":
+        text, pooled, t = r(2, 333, c.joint_attention_dim), r(2, c.pooled_projection_dim), torch.full((2,), 500.0)
+        call = lambda: net(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)
+    else:
+        text, added = r(2, 77, c.cross_attention_dim), None
+        if c.addition_embed_type:
+            pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            added = {"text_embeds": r(2, pooled), "time_ids": torch.full((2, 6), 512.0, dtype=dtype)}
+        call = lambda: net(x, 500, text, added_cond_kwargs=added, return_dict=False)
+    report(seconds=timed(call, int(kind.split("-")[2])))""",
 }
 PEER["vae"] = """
 import torch; from diffusers import AutoencoderKL
@@ -80,21 +107,39 @@ net = AutoencoderKL.from_pretrained(folder + "/vae", torch_dtype=getattr(torch, 
 with torch.no_grad():
     report(seconds=timed(lambda: net.decode(z, return_dict=False), 1))"""
 PEER["image"] = """
-import torch; from diffusers import StableDiffusionPipeline
-sd = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, kind), safety_checker=None)
-sd("a corgi on a beach", num_inference_steps=2, generator=torch.Generator().manual_seed(0)); report()"""
-CASES = {  # name: (program, our kind, the peer's kinds, pairs, figure)
-    "import": ("import", "-", ["-"], 7, "total_s"),
-    "load-fp16": ("load", "float16", ["float16"], 5, "total_s"),
-    "load-fp32": ("load", "float32", ["float32"], 5, "total_s"),
-    "load-bf16": ("load", "bfloat16", ["bfloat16"], 5, "total_s"),
-    "tiny": ("unet", "float32-16-20", ["float32-16-20"], 5, "seconds"),
-    "unet32-fp32": ("unet", "float32-32-2", ["float32-32-2", "float32-32-2-cl"], 3, "seconds"),
-    "unet64-fp32": ("unet", "float32-64-1", ["float32-64-1", "float32-64-1-cl"], 3, "seconds"),
-    "vae-bf16": ("vae", "bfloat16", ["bfloat16"], 3, "seconds"),
-    "image-bf16": ("image", "bfloat16", ["bfloat16"], 3, "total_s"),
-    "unet64-bf16": ("unet", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+import torch; from diffusers import DiffusionPipeline
+dtype, side, steps, offload = kind.split("-")
+sd = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+at = {"height": int(side), "width": int(side)} if int(side) else {}
+started = time.time()
+sd("a corgi on a beach", num_inference_steps=int(steps), generator=torch.Generator().manual_seed(0), guidance_scale=5.0, **at)
+report(seconds=time.time() - started)"""
+CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
+    "import": ("import", "sd15", "-", ["-"], 7, "total_s"),
+    "load-fp16": ("load", "sd15", "float16", ["float16"], 5, "total_s"),
+    "load-fp32": ("load", "sd15", "float32", ["float32"], 5, "total_s"),
+    "load-bf16": ("load", "sd15", "bfloat16", ["bfloat16"], 5, "total_s"),
+    "tiny": ("net", "tiny/sd15", "float32-16-20", ["float32-16-20"], 5, "seconds"),
+    "tiny-sdxl": ("net", "tiny/sdxl", "float32-16-20", ["float32-16-20"], 5, "seconds"),
+    "tiny-sd35": ("net", "tiny/sd35-medium", "float32-16-20", ["float32-16-20"], 5, "seconds"),
+    "unet32-fp32": ("net", "sd15", "float32-32-2", ["float32-32-2", "float32-32-2-cl"], 3, "seconds"),
+    "unet64-fp32": ("net", "sd15", "float32-64-1", ["float32-64-1", "float32-64-1-cl"], 3, "seconds"),
+    "vae-bf16": ("vae", "sd15", "bfloat16", ["bfloat16"], 3, "seconds"),
+    "image-bf16": ("image", "sd15", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 3, "total_s"),
+    "unet64-bf16": ("net", "sd15", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "sdxl64-bf16": ("net", "sdxl", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "sd35m64-bf16": ("net", "sd35-medium", "bfloat16-64-1", ["bfloat16-64-1"], 3, "seconds"),
+    "sdxl-image-bf16": ("image", "sdxl", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 2, "total_s"),
+    "sdxl-image-offload": ("image", "sdxl", "bfloat16-512-2-model", ["bfloat16-512-2-none"], 1, "total_s"),
+    "sd35m-image-bf16": ("image", "sd35-medium", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 2, "total_s"),
 }
+for _name in ("sd15", "sd21-v", "sd-turbo", "sdxl", "sdxl-turbo", "sd35-medium", "sd35-large-turbo"):
+    CASES[f"picture-{_name}"] = ("image", f"tiny/{_name}", "float32-0-10-none", ["float32-0-10-none"], 3, "seconds")
+MODELS = {  # full-size random models: repository of the small files, components from manifests, stored type
+    "sd15": ("CompVis/stable-diffusion-v1-4", ("unet", "vae", "text_encoder"), "float16"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", ("unet", "vae", "text_encoder", "text_encoder_2"), "bfloat16"),
+    "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium", ("transformer", "vae", "text_encoder", "text_encoder_2"), "bfloat16"),
+}  # fmt: skip
 
 
 def measure(python, program, folder, kind):
@@ -109,48 +154,43 @@ def measure(python, program, folder, kind):
     return json.loads(lines[-1][6:])
 
 
-def make_sd15(folder):
-    """A full-size SD 1.5 folder with random fp16 weights of sane scale, from the published configs and shapes."""
+def make_model(name, folder):
+    """A full-size model folder with random weights of sane scale, from the published configs and shapes; SD 3.5 without
+    T5, which would not fit beside the rest."""
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from nanodiff.tokenizer import END, clip_from_merges
     from nanodiff.weights import save_tensors, write_json
 
+    repository, components, stored = MODELS[name]
     golden = ROOT / "tests" / "golden"
-    for name, stem in (
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        manifest = json.loads((golden / "manifests" / f"sd15.{name}.json").read_text())
-        shapes = manifest["parameters"]
+    for part in components:
+        manifest = json.loads((golden / "manifests" / f"{name}.{part}.json").read_text())
         generator, tensors = torch.Generator().manual_seed(0), {}
-        for key, shape in shapes.items():
+        for key, shape in manifest["parameters"].items():
             if "position_ids" in key:
                 tensors[key] = torch.arange(77)[None]
             elif len(shape) == 1:
-                tensors[key] = torch.full(shape, float(key.endswith("weight")), dtype=torch.float16)
+                tensors[key] = torch.full(shape, float(key.endswith("weight")), dtype=getattr(torch, stored))
             else:
-                fan_in = torch.Size(shape[1:]).numel()
-                tensors[key] = (torch.randn(shape, generator=generator) / fan_in**0.5).half()
-        (folder / name).mkdir(parents=True)
-        write_json(folder / name / "config.json", manifest["config"])
-        save_tensors(folder / name / f"{stem}.safetensors", tensors)
-    facts = json.loads((golden / "manifests" / "pipelines.json").read_text())["CompVis/stable-diffusion-v1-4"]
-    index = facts["model_index.json"] | {"safety_checker": [None, None], "feature_extractor": [None, None]}
+                fan_in = torch.Size(shape[1:]).numel() if key != "pos_embed.pos_embed" else 1
+                tensors[key] = (torch.randn(shape, generator=generator) / fan_in**0.5).to(getattr(torch, stored))
+        (folder / part).mkdir(parents=True)
+        write_json(folder / part / "config.json", manifest["config"])
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        save_tensors(folder / part / f"{stem}.safetensors", tensors)
+    facts = json.loads((golden / "manifests" / "pipelines.json").read_text())[repository]
+    index = facts["model_index.json"]
+    index |= {
+        k: [None, None]
+        for k in ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
+        if k in index
+    }
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", facts["scheduler/scheduler_config.json"])
-    (folder / "tokenizer").mkdir()
-    merges = (golden / "tokenizers" / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line for line in merges if line and not line.startswith("#version")]
-    from nanodiff.tokenizer import END, START, _byte_characters
-
-    letters = list(_byte_characters().values())
-    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges), START, END]
-    write_json(folder / "tokenizer" / "vocab.json", {p: i for i, p in enumerate(pieces)})
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        write_json(folder / "tokenizer" / name, facts[f"tokenizer/{name}"])
+    for tokenizer in [k for k in index if k.startswith("tokenizer") and index[k] != [None, None]]:
+        clip_from_merges(END if tokenizer == "tokenizer" else "!", 77).save(folder / tokenizer)
     write_json(folder / "model_index.json", index)
 
 
@@ -170,14 +210,13 @@ def main():
     parser.add_argument("--work", default="out/bench", help="where the random full-size model is made")
     parser.add_argument("--name", default="cpu", help="benchmarks/NAME.json")
     args = parser.parse_args()
-    full, tiny = ROOT / args.work / "sd15", ROOT / "tests" / "golden" / "tiny" / "sd15"
-    if not (full / "model_index.json").exists():
-        make_sd15(full)
     results = {}
     for name in args.cases.split(","):
-        program, kind, peer_kinds, pairs, figure = CASES[name]
+        program, model, kind, peer_kinds, pairs, figure = CASES[name]
         pairs = args.pairs or pairs
-        folder = tiny if name == "tiny" else full
+        folder = ROOT / "tests" / "golden" / model if model.startswith("tiny/") else ROOT / args.work / model
+        if not (folder / "model_index.json").exists():
+            make_model(model, folder)
         ours, peers = [], {k: [] for k in peer_kinds}
         for _ in range(pairs):
             ours.append(measure(sys.executable, OURS[program], folder, kind))
