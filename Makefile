@@ -34,22 +34,26 @@ demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recog
 WITH    = $(if $(MODEL),--model $(MODEL) --prompt '$(1)',--prompt 'red apple' --prompt 'crescent moon' --prompt 'fire')
 SALAD   = Fruit Salad with Fennel, Watercress, and Smoked Salt
 STEAK   = Tuscan Porterhouse Steak with Red Wine-Peppercorn Jus
+FLOW    = $(or $(findstring 3.5,$(MODEL)),$(findstring sd3,$(MODEL)))  # flows have their own samplers: FLOW=1 says so
+DDPM    = $(if $(strip $(FLOW)),,scheduler=ddpm;)
+BOTH    = $(if $(strip $(FLOW)),flow_euler$(,)flow_heun,ddpm$(,)ddim)
+,       = ,
 BAD     = blurry,unrealistic,low resolution, overexposed, unnatural colors
 
-study-schedulers: $(STAMP)  ## DDPM against DDIM, the same noise (MODEL=folder or Hub id; OUT=folder)
-	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-schedulers --study "scheduler=ddpm,ddim"
+study-schedulers: $(STAMP)  ## DDPM against DDIM (SD 3.5: its two), the same noise (MODEL=folder or Hub id; OUT=folder)
+	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-schedulers --study "scheduler=$(BOTH)"
 
 study-guidance: $(STAMP)  ## guidance 1, 3, 5, 7.5, 10, 15 under both
 	$(PY) sample.py $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
-		--study "scheduler=ddpm,ddim;guidance_scale=1,3,5,7.5,10,15"
+		--study "scheduler=$(BOTH);guidance_scale=1,3,5,7.5,10,15"
 
 study-steps: $(STAMP)  ## 5, 25, 50, 75, 100, 150 steps
 	$(PY) sample.py $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
-		--study "scheduler=ddpm;steps=5,25,50,75,100,150"
+		--study "$(DDPM)steps=5,25,50,75,100,150"
 
 study-negative: $(STAMP)  ## with and without a negative prompt
 	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
-		--study 'scheduler=ddpm;negative_prompt=none,"$(BAD)"'
+		--study '$(DDPM)negative_prompt=none,"$(BAD)"'
 
 nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)
 	mkdir -p $(OUT)

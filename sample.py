@@ -8,6 +8,7 @@
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators.
 """
 
+import dataclasses
 import secrets
 import sys
 import time
@@ -18,6 +19,10 @@ from nanodiff.config import UserError, arg, as_dict, from_mapping, printable, sc
 
 # torch is imported inside main(), so that --help answers at once.
 
+LESS_MEMORY = (
+    "try --batch-size 1, a smaller --height and --width, --dtype bf16, --vae-tiling, --offload model or --quantize nf4 "
+    "(--dry-run predicts what fits)"
+)
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
 SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm", "flow_euler",
@@ -33,7 +38,7 @@ class Config:
         "diffusion-checkpoint",
     )
     vae_checkpoint: str | None = arg(None, "folder or file of another VAE")
-    components: str | None = arg(None, "folder or Hub id for what a single-file checkpoint lacks")
+    components: str | None = arg(None, "folder or Hub id for what a single file or a single component lacks")
     prediction_type: str | None = arg(
         None, "what a single-file model predicts", choices=("epsilon", "v_prediction", "sample")
     )
@@ -51,7 +56,9 @@ class Config:
     negative_prompt_3: str | None = arg(None, "for the third text encoder; default: --negative-prompt")
     max_sequence_length: int | None = arg(None, "T5's tokens (SD 3), up to 512; default 256")
     long_prompts: bool = arg(False, "no limit of 75 tokens: encode longer prompts in chunks")
-    prompt_weights: bool = arg(False, "(word:1.2), ((word)) and [word] weigh words, BREAK begins a chunk")
+    prompt_weights: bool = arg(
+        False, "(word:1.2), ((word)) and [word] weigh words; BREAK begins a chunk of --long-prompts"
+    )
     embedding: list[str] = arg([], "file of a learned word (textual inversion), used by its name; repeatable")
     lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable")
     lora_scale: float = arg(1.0, "multiplies the scale of every --lora")
@@ -134,6 +141,7 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae")  # fmt: skip
+PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
            "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "fast_vae")  # fmt: skip
@@ -171,6 +179,10 @@ def defaults(cfg, sd):
             f"warning: guidance is off at --guidance-scale {scale:g}; the negative prompt is not used", file=sys.stderr
         )
         negative = None
+    for name in ("guidance_rescale", "skip_layers"):
+        if getattr(cfg, name) and scale <= 1:
+            flag = name.replace("_", "-")
+            print(f"warning: guidance is off at --guidance-scale {scale:g}; --{flag} does nothing", file=sys.stderr)
     return steps, scale, negative
 
 
@@ -199,9 +211,13 @@ def check(cfg):
         ("negative_prompt_2", "negative_prompt"),
         ("negative_prompt_3", "negative_prompt"),
     )
-    for name, needs in needed:
-        if getattr(cfg, name) and not getattr(cfg, needs):
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    needed += tuple((f"skip_layer_{part}", "skip_layers") for part in ("scale", "start", "stop"))
+    for name, needs in (*needed, ("lora_scale", "lora")):
+        if getattr(cfg, name) not in (None, False, defaults[name]) and getattr(cfg, needs) in (None, []):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+    if cfg.compile and cfg.offload == "sequential":
+        raise UserError("--compile needs the whole model in one place; use --offload model or none")
     if cfg.fast_vae and cfg.vae_tiling:
         raise UserError("--fast-vae decodes instead of the VAE; --vae-tiling has nothing to do")
     if cfg.denoising_end is not None and not 0 < cfg.denoising_end < 1:
@@ -210,10 +226,11 @@ def check(cfg):
         raise UserError(f"--seed {cfg.seed} must be between 0 and 2^63 - 1")
 
 
-def rebase(cfg):
+def rebase(cfg, names=PATHS):
     """Put --base-dir before relative paths; a model that is no folder there is a Hub id and stays."""
     base = Path(cfg.base_dir)
-    for name in ("output", "output_dir", "model", "vae_checkpoint", "components", "fast_vae", "preview"):
+    names = (*names, "output", "output_dir") if names is PATHS else names
+    for name in names:
         value = getattr(cfg, name)
         is_path = value and (name.startswith("output") or (base / value).exists())
         if is_path and not Path(value).is_absolute() and base != Path("."):
@@ -255,13 +272,13 @@ def skip_layers(cfg):
 
 def inputs(cfg, sd):
     """({height, width}, {image, strength, mask} for generate()), resized as diffusers does: an --init-image alone sets
-    the size (down to a multiple of the VAE's), a mask brings the model's own size; --height and --width win."""
+    the size (down to a multiple of the VAE's), a mask or SD 3 brings the model's own size; --height and --width win."""
     import torch
 
     from nanodiff import images
 
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
-    if picture and not cfg.mask:
+    if picture and not cfg.mask and sd.keeps_size:
         height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (picture.height, picture.width))
     else:
         height, width = sd.size
@@ -288,15 +305,14 @@ def inputs(cfg, sd):
 
 def load(cfg, record, device, src=None):
     """The pipeline that cfg asks for, LoRAs and learned words included."""
-    from nanodiff import engine, lora, pipeline, singlefile, weights
+    from nanodiff import lora, memory, pipeline, singlefile, weights
 
     with record.timed("load"):
         src = src or pipeline.source(
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
             cfg.allow_pickle, not cfg.t5,
         )  # fmt: skip
-        half = pipeline.FAMILIES[src.kind].half
-        dtype = half if cfg.dtype == "auto" and device.type == "cuda" else engine.pick_dtype(cfg.dtype, device)
+        dtype = pick_dtype(cfg, device, src)
         sd = pipeline.load(
             src,
             dtype,
@@ -308,12 +324,15 @@ def load(cfg, record, device, src=None):
         )
         if cfg.vae_checkpoint:
             path, cls = Path(cfg.vae_checkpoint), pipeline.AutoencoderKL
+            if sd.vae is None:
+                raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
+            home = (dtype, device) if cfg.offload == "none" else (None, "cpu")
             if path.is_file():
-                if sd.vae is None:
-                    raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
-                sd.vae = singlefile.load_vae(path, sd.vae.cfg, cls, dtype, device)
+                sd.vae = singlefile.load_vae(path, sd.vae.cfg, cls, *home)
             else:
-                sd.vae = weights.load(cls, path, dtype, device)
+                sd.vae = weights.load(cls, path, *home)
+            if cfg.offload != "none":
+                memory.Resident(sd.vae, dtype, device)
             sd.check_fit()
         for path in cfg.embedding:
             print(f"learned word: {printable(sd.learn(path, cfg.allow_pickle))}")
@@ -321,14 +340,24 @@ def load(cfg, record, device, src=None):
         for text in cfg.lora:
             path, scale = lora.parse(text)
             found = lora.read(path, sd.models(), cfg.allow_partial)
-            use = lora.fuse if cfg.lora_fuse else lora.attach
-            sd.loras.append((use(sd.models(), found, scale * (cfg.lora_scale if cfg.lora_fuse else 1)), scale))
+            if cfg.lora_fuse:
+                lora.fuse(sd.models(), found, scale * cfg.lora_scale, keep=False)
+            else:
+                sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
     if cfg.compile:
         sd.net.compile()
     return sd
+
+
+def pick_dtype(cfg, device, src):
+    """The torch dtype of --dtype for a source of a model."""
+    from nanodiff import engine, pipeline
+
+    auto = cfg.dtype == "auto" and device.type == "cuda"
+    return pipeline.FAMILIES[src.kind].half if auto else engine.pick_dtype(cfg.dtype, device)
 
 
 def tiny_decoder(path, sd, device):
@@ -342,7 +371,7 @@ def tiny_decoder(path, sd, device):
     channels, wanted = model[1].in_channels, sd.net.cfg.in_channels
     if channels != wanted:
         raise UserError(f"{file}: TAESD for latents of {channels} channels, this model's have {wanted}")
-    model = model.to(device, sd.dtype if device.type == "cuda" else None).float()
+    model = model.to(device).float()
     return lambda latents: model(latents.float()) * 2 - 1
 
 
@@ -350,7 +379,7 @@ def under(cfg, base):
     """The loaded pipeline under the sampler and LoRA scale that cfg asks for."""
     sd = base.with_scheduler(cfg.scheduler)
     for attached, scale in base.loras:
-        if not cfg.lora_fuse and attached.scale != scale * cfg.lora_scale:
+        if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
     sd.loras, sd.decoder, sd.preview = base.loras, base.decoder, base.preview
@@ -408,9 +437,9 @@ def main(cfg):
             sd.prepare(prompts, negative if scale > 1 else None, **more)
     sheet, latents, made = [], [], 0
     try:
-        with Progress(len(jobs), cfg.batch_size, sd.preview and (sd.preview, out / "preview.png")) as progress:
-            for first in range(0, len(jobs), cfg.batch_size):
-                batch = jobs[first : first + cfg.batch_size]
+        batches = batches_of(jobs, cfg, sd)
+        with Progress(len(batches), sd.preview and (sd.preview, out / "preview.png")) as progress:
+            for first, batch in batches:
                 seeds = [cfg.seed + first + k for k in range(len(batch))]
                 with record.timed("sample"):
                     result = sd.generate(
@@ -429,7 +458,7 @@ def main(cfg):
                     if cfg.output:
                         sheet.append((picture, batch[k][0]))
                     if cfg.progress_strip:
-                        strip(sd, result.history, k, path.with_name(path.stem + "_steps.png"))
+                        strip(cfg, sd, result.history, k, path.with_name(path.stem + "_steps.png"))
                         record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k][0])
     finally:  # what was finished is kept and listed, also after Ctrl-C
         if sheet and cfg.output:
@@ -449,6 +478,19 @@ def main(cfg):
     print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 
 
+def batches_of(jobs, cfg, sd):
+    """[(index of the first, jobs)] of up to --batch-size neighbours whose prompts have one length in chunks: a longer
+    neighbour (--long-prompts) would change what a picture attends to."""
+    batches = []
+    for i, job in enumerate(jobs):
+        words = (job[0], cfg.prompt_2, cfg.prompt_3)[: len(sd.encoder_names)]
+        length = sd.chunks(words, cfg.long_prompts, cfg.prompt_weights)
+        if not batches or len(batches[-1][1]) == cfg.batch_size or length != batches[-1][2]:
+            batches.append((i, [], length))
+        batches[-1][1].append(job)
+    return [(first, batch) for first, batch, _ in batches]
+
+
 def described(sd, steps, scale, negative):
     """Print what the model is and how it will be sampled; returns the latter."""
     from nanodiff import samplers
@@ -463,9 +505,10 @@ def described(sd, steps, scale, negative):
 
 def study(cfg, device):
     """Every combination of --study's settings on the same prompts and noise. See nanodiff/study.py."""
-    import dataclasses
+    import gc
     import json
-    import time
+
+    import torch
 
     from nanodiff import engine, images, samplers
     from nanodiff import study as grid
@@ -476,6 +519,8 @@ def study(cfg, device):
     axes = grid.parse(cfg.study, Config)
     cells = grid.cells(axes)
     variants = [dataclasses.replace(cfg, **cell) for cell in cells]
+    for cell, variant in zip(cells, variants, strict=True):
+        rebase(variant, [name for name in PATHS if name in cell])
     for variant in variants:  # all of them, before any work
         check(variant)
         prompts_of(variant)
@@ -486,25 +531,30 @@ def study(cfg, device):
         finished.seed = secrets.randbelow(1 << 32)
     print(f"seed: {finished.seed}")
     cfg.seed = finished.seed
-    rows, base, loaded, skipped = {}, None, None, 0  # rows: {(cell, picture): row of study.csv}
+    rows, base, sd, loaded, skipped = {}, None, None, None, 0  # rows: {(cell, picture): row of study.csv}
+    total = sum(len(prompts_of(variant)) * cfg.num_images for variant in variants)
     try:
-        with Progress(len(cells) * cfg.num_images, 1) as progress:
+        with Progress(total) as progress:
             for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
                 jobs = [(prompt, i) for prompt in prompts_of(variant) for i in range(cfg.num_images)]
                 for j, (prompt, _) in enumerate(jobs):
-                    seed = (variant.seed if "seed" in cell else cfg.seed) + j
-                    facts = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED} | {
+                    seed = (cfg.seed if variant.seed is None else variant.seed) + j
+                    facts = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME} | {
                         "prompt": prompt,
                         "seed": seed,
                     }
                     key = json.dumps(facts, sort_keys=True)
                     if row := finished.get(key):
-                        rows[c, j] = row
+                        rows[c, j] = row | cell
                         skipped += 1
                         progress.skip()
                         continue
-                    if loaded != (wanted := [getattr(variant, k) for k in LOADING]):
-                        base = None  # the old one leaves before the new one comes
+                    wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
+                    if loaded != wanted:
+                        base = sd = None  # the old one leaves before the new one comes
+                        gc.collect()
+                        if device.type == "cuda":
+                            torch.cuda.empty_cache()
                         base, loaded = load(variant, record, device), wanted
                     sd = under(variant, base)
                     steps, scale, negative = defaults(variant, sd)
@@ -540,19 +590,23 @@ def study(cfg, device):
 
 def dry_run(cfg, device):
     """Print what a run would take, from configurations alone."""
-    from nanodiff import engine, memory, pipeline
+    from nanodiff import memory, pipeline
 
-    src = pipeline.configs(cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components)
-    half = pipeline.FAMILIES[src.kind].half
-    dtype = half if cfg.dtype == "auto" and device.type == "cuda" else engine.pick_dtype(cfg.dtype, device)
-    guided = cfg.guidance_scale is None or cfg.guidance_scale > 1
-    guided = guided and not (cfg.guidance_scale is None and "turbo" in str(cfg.model).lower())
+    src = pipeline.configs(
+        cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
+        cfg.allow_pickle, not cfg.t5,
+    )  # fmt: skip
+    dtype = pick_dtype(cfg, device, src)
+    turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
+    guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
+    prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
     plan = pipeline.plan(
-        src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * max(len(cfg.prompt), 1)), guided,
+        src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling,
     )  # fmt: skip
     for line in memory.table(plan, cfg.offload):
         print(line)
+    print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")
 
 
 class Progress:
@@ -561,8 +615,8 @@ class Progress:
     preview: (decoder, file), to show the estimate of the finished picture after every step.
     """
 
-    def __init__(self, pictures, batch_size, preview=None):
-        self.batches, self.done, self.preview = -(-pictures // batch_size), 0, preview
+    def __init__(self, batches, preview=None):
+        self.batches, self.done, self.preview = batches, 0, preview
         self.started = self.said = time.monotonic()
 
     def __enter__(self):
@@ -593,7 +647,7 @@ class Progress:
         self.bar.close()
 
 
-def strip(sd, history, k, path, shown=8):
+def strip(cfg, sd, history, k, path, shown=8):
     """The estimates of the finished picture at up to `shown` evenly chosen steps, left to right."""
     from nanodiff import images
 
@@ -601,7 +655,8 @@ def strip(sd, history, k, path, shown=8):
     import torch
 
     with torch.no_grad():
-        pixels = [sd.decode(history[i].x0[k : k + 1].to(sd.dtype)).float() for i in picked]
+        decode = sd.decoder or (lambda x0: sd.decode(x0.to(sd.dtype), cfg.vae_tiling))
+        pixels = [decode(history[i].x0[k : k + 1]).float() for i in picked]
     images.save_grid(torch.cat(pixels), path, nrow=len(picked), labels=[f"t={history[i].t:.0f}" for i in picked])
 
 
@@ -649,4 +704,4 @@ def recall(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(script({"": (Config, main)}, __doc__))
+    sys.exit(script({"": (Config, main)}, __doc__, less_memory=LESS_MEMORY))

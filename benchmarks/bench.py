@@ -109,7 +109,8 @@ with torch.no_grad():
 PEER["image"] = """
 import torch; from diffusers import DiffusionPipeline
 dtype, side, steps, offload = kind.split("-")
-sd = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+absent = [n for n in ("text_encoder_3", "tokenizer_3") if "sd35" in folder and not os.path.isdir(folder + "/" + n)]
+sd = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **dict.fromkeys(absent))
 at = {"height": int(side), "width": int(side)} if int(side) else {}
 started = time.time()
 sd("a corgi on a beach", num_inference_steps=int(steps), generator=torch.Generator().manual_seed(0), guidance_scale=5.0, **at)
@@ -237,10 +238,15 @@ def main():
                     "ratio_min": min(ratios), "ratio_max": max(ratios)}  # fmt: skip
         results[name] = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         print(f"{name:12s}", " ".join(f"{k}={v}" for k, v in results[name].items()), flush=True)
+        write(args.name, results)
+
+
+def write(name, results):
+    """Results of this run over those that are known, in benchmarks/NAME.json."""
     import torch
 
     machine = f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-    target = ROOT / "benchmarks" / f"{args.name}.json"
+    target = ROOT / "benchmarks" / f"{name}.json"
     known = json.loads(target.read_text())["results"] if target.exists() else {}
     facts = {"machine": machine, "command": "python benchmarks/bench.py --peer PYTHON", "results": known | results}
     target.write_text(json.dumps(facts, indent=2) + "\n")

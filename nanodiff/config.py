@@ -27,10 +27,7 @@ JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything large
 
 
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
-LESS_MEMORY = (
-    "try a smaller --batch-size, a smaller size (--height and --width, or --resolution), --dtype bf16, --vae-tiling, "
-    "--offload model or --quantize nf4 (sample.py --dry-run predicts what fits)"
-)
+LESS_MEMORY = "try a smaller --batch-size or smaller pictures"
 
 
 class UserError(Exception):
@@ -226,11 +223,11 @@ def from_mapping(cls, mapping, where):
     return values
 
 
-def script(stages, doc, presets=None):
+def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     """Run a script: parse sys.argv, call its main(cfg), turn every expected failure into one line.
 
     stages: {name: (Config, main)}; the single name "" means a script without a stage word.
-    presets: {stage: {preset: {field: value}}}.
+    presets: {stage: {preset: {field: value}}}. less_memory: what to try when memory runs out.
     Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
     """
     argv, prog = sys.argv[1:], Path(sys.argv[0]).name
@@ -260,7 +257,7 @@ def script(stages, doc, presets=None):
     except (MemoryError, RuntimeError) as e:
         if debug or not (isinstance(e, MemoryError) or OUT_OF_MEMORY.search(f"{type(e).__name__}: {e}")):
             raise
-        print(f"error: out of memory ({printable(str(e).splitlines()[0])}); {LESS_MEMORY}", file=sys.stderr)
+        print(f"error: out of memory ({printable(str(e).splitlines()[0])}); {less_memory}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

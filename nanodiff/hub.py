@@ -26,6 +26,7 @@ ALIASES = {  # the names of the source study, with or without their owner
     )
 } | {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
+    "sdxl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 MOVED = {  # removed by their owners: say where an (unofficial) mirror is
@@ -40,7 +41,7 @@ REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(model, revision=None, token=None, variant=None, skip=()):
-    """A local path (file or folder) for what the user named; of a Hub repository, without the components in `skip`.
+    """A local path (file or folder) for what the user named; of a Hub repository, without the weights of the components in `skip`.
 
     Raises UserError in one line.
     """
@@ -112,9 +113,11 @@ def choose(files, variant=None, skip=()):
     if "model_index.json" not in files:
         raise UserError("the repository has no model_index.json, so it is not a pipeline in Hub folder form")
     chosen = [f for f in files if f == "model_index.json" or re.fullmatch(r"(scheduler|tokenizer\w*)/[^/]+", f)]
-    for component in [c for c in COMPONENTS if c not in skip]:
+    for component in COMPONENTS:
         mine = [f for f in files if f.startswith(component + "/")]
         chosen += [f for f in mine if f == f"{component}/config.json"]
+        if component in skip:
+            continue
         sets = {v: [f for f in mine if _is_weight(f.split("/")[1], v)] for v in {variant, None}}
         chosen += sets[variant] or sets[None]
     return chosen

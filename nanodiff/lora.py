@@ -15,6 +15,7 @@ alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else a
 
 import functools
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -44,16 +45,14 @@ SUFFIXES = {  # the end of a key -> what the tensor is
     ".lora_linear_layer.up.weight": UP,
     ".alpha": "alpha",
 }
-OTHERS = {  # methods that are no plain LoRA: refused by name, never half loaded
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "oft_diag": "OFT",
-    "lora_mid": "LoCon with a Tucker core",
-    ".diff": "a full weight difference",
-    "glora": "GLoRA",
+OTHERS = {  # pattern in a key: the method, which is no plain LoRA; refused by name, never half loaded
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"hada_": "LoHa",
+    r"lokr_": "LoKr",
+    r"oft_": "OFT",
+    r"lora_mid": "LoCon with a Tucker core",
+    r"\.diff(_b)?$": "a full weight difference",
+    r"glora": "GLoRA",
 }
 KOHYA = {
     "unet": ("lora_unet_",),
@@ -65,7 +64,7 @@ KOHYA = {
 
 
 class Delta(NamedTuple):
-    """The change of one layer: scale · up @ down, on rows `part` of three (a fused q-k-v) or on all (None)."""
+    """The change of one layer: scale · up @ down."""
 
     component: str
     module: str
@@ -115,17 +114,16 @@ def names_of(models):
                 add(dotted, target)
                 if old := _processor_name(dotted):
                     add(old, target)
-            underscored = {path.replace(".", "_")}
             if family:
                 original = singlefile.original(f"{path}.weight", component, family, model.cfg)
                 name, form = original[0].removesuffix(".weight"), original[1]
-                underscored.add(name.replace(".", "_"))
-                if form in (0, 1, 2) and component == "transformer":
-                    target = (*target, form)
+                theirs = (*target, form)  # a third of a fused q-k-v, or exchanged halves
+                for full in (f"diffusion_model.{name}", f"model.diffusion_model.{name}"):  # ComfyUI
+                    add(full, theirs)
+                for prefix in KOHYA[component] if name != path else ():
+                    add(prefix + name.replace(".", "_"), theirs)
             for prefix in KOHYA[component]:
-                for name in underscored:
-                    own = name == path.replace(".", "_")
-                    add(prefix + name, target[:2] if own else target)
+                add(prefix + path.replace(".", "_"), target)
     return found
 
 
@@ -173,7 +171,8 @@ def read(path, models, allow_partial=False):
             continue
         if DOWN not in parts or UP not in parts:
             raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
-        for target in targets[:1] if len(targets[0]) == 2 else targets:
+        fused = len(targets[0]) == 3 and targets[0][2] in (0, 1, 2)
+        for target in targets if fused else targets[:1]:
             deltas.append(_delta(target, parts, models, _scale(name, target, parts, settings), file))
     if absent and not allow_partial:
         few = ", ".join(printable(k) for k in absent[:5])
@@ -197,7 +196,7 @@ def _grouped(tensors, file):
     groups, strange = {}, []
     for key, tensor in tensors.items():
         for mark, method in OTHERS.items():
-            if mark in key:
+            if re.search(mark, key):
                 raise UserError(f"{file}: {printable(key)}: {method} is not supported (only plain LoRA)")
         if re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key):
             raise UserError(
@@ -217,8 +216,10 @@ def _settings(file, metadata):
     if text := metadata.get("lora_adapter_metadata"):
         try:
             flat = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{file}: lora_adapter_metadata is no JSON: {e}") from None
+        if not isinstance(flat, dict):
+            raise UserError(f"{file}: lora_adapter_metadata is no JSON object")
         for key, value in flat.items():
             prefix, _, name = key.partition(".")
             settings.setdefault(prefix, {})[name] = value
@@ -230,23 +231,35 @@ def _settings(file, metadata):
 
 def _scale(name, target, parts, settings):
     """alpha / rank of a layer (rank-stabilised: alpha / √rank)."""
-    rank = parts[DOWN].shape[0]
-    if "alpha" in parts:
-        return float(parts["alpha"]) / rank
+    rank = parts[DOWN].shape[0] if parts[DOWN].dim() else 0
     told = settings.get(target[0], settings.get("", {}))
     alpha = told.get("lora_alpha", rank)
     for pattern, value in (told.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}", target[1]):
+        if target[1] == pattern or target[1].endswith(f".{pattern}"):
             alpha = value
-    return alpha / rank**0.5 if told.get("use_rslora") else alpha / rank
+        elif not re.fullmatch(r"[\w.]+", pattern):
+            raise UserError(
+                f"{name}: alpha_pattern {printable(pattern)!r} is a regular expression; only names are supported"
+            )
+    stabilised = told.get("use_rslora") and "alpha" not in parts
+    alpha = parts["alpha"].float() if "alpha" in parts else alpha
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha.item() if alpha.numel() == 1 else None
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
+        raise UserError(f"{printable(name)}: alpha {alpha!r} with rank {rank} gives no strength")
+    return alpha / rank**0.5 if stabilised else alpha / rank
 
 
 def _delta(target, parts, models, scale, file):
     component, module = target[:2]
     down, up = parts[DOWN], parts[UP]
     layer = models[component].get_submodule(module)
+    if min(down.dim(), up.dim()) < 2:
+        raise UserError(
+            f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} are no matrices"
+        )
     if len(target) == 3:
-        up = up.chunk(3)[target[2]]
+        up = singlefile.ours(up, target[2])
     wanted = (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
     got = (up.shape[0], *down.shape[1:])
     flat = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (wanted, got)]  # a 1×1 convolution is linear
@@ -300,16 +313,17 @@ def attach(models, lora, scale=1.0):
 
 
 class Fused:
-    """A LoRA added into the weights. remove() puts back the very weights that were there before."""
+    """A LoRA added into the weights. remove() puts back the very weights that were there before, if they were kept."""
 
-    def __init__(self, models, lora, scale):
+    def __init__(self, models, lora, scale, keep=True):
         self.before = []
         layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
         if any(hasattr(layer, "codes") for layer in layers):
             raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out --lora-fuse")
         for d, layer in zip(lora.deltas, layers, strict=True):
             weight = layer.weight
-            self.before.append((weight, weight.data))
+            if keep:
+                self.before.append((weight, weight.data))
             delta = d.matrix(weight.shape).to(weight.device)
             weight.data = (weight.data.float() + scale * delta).to(
                 weight.dtype
@@ -320,9 +334,10 @@ class Fused:
             weight.data = data
 
 
-def fuse(models, lora, scale=1.0):
-    """Add `lora` into the weights of `models`; returns a Fused. Not while they are at work elsewhere (memory.Resident)."""
-    return Fused(models, lora, scale)
+def fuse(models, lora, scale=1.0, keep=True):
+    """Add `lora` into the weights of `models`; returns a Fused. keep: so that it can be taken out again, at the price of
+    the changed weights' memory. Not while they are at work (memory.Resident)."""
+    return Fused(models, lora, scale, keep)
 
 
 def parse(text):

@@ -10,7 +10,10 @@ running each model on shapes alone and following when every tensor is born and d
 """
 
 import contextlib
+import ctypes
+import mmap
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,13 +28,7 @@ EXACT = {"absmax"}  # buffers that keep their type: the scales of quantized weig
 
 def count(module):
     """Parameters of a model, quantized ones counted as what they stand for."""
-    return sum(getattr(p, "stands_for", p.numel()) for p in tensors(module).values())
-
-
-def tensors(module):
-    """{name: tensor} of all parameters and of the buffers that hold quantized weights."""
-    found = dict(module.named_parameters())
-    return found | {k: b for k, b in module.named_buffers() if k.rpartition(".")[2] == "codes"}
+    return sum(p.numel() for p in module.parameters()) + sum(getattr(m, "stands_for", 0) for m in module.modules())
 
 
 def device_of(module):
@@ -88,17 +85,20 @@ class Resident:
         self.rest = {k: t for k, t in _slots(module).items() if id(t) not in taken}
         self.units = {id(u): _slots(u) for u in units}
         self.home = {}  # id of a tensor that is away: what it was at home
-        self.order, self.coming = [], {}
+        self.order, self.coming, self.done = [], {}, []
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for u in units:
             u.register_forward_pre_hook(lambda m, args: self._arrive(id(m)))
-            u.register_forward_hook(lambda m, args, out: self._go(self.units[id(m)]))
+            u.register_forward_hook(lambda m, args, out: self._depart(id(m)))
+        if self.stream is not None:
+            for u in self.units.values():
+                _pin(u)
         module.resident = self
 
     def enter(self, dtype=None):
         self.inside += 1
         if self.inside == 1:
-            self.working, self.order = dtype or self.dtype, []
+            self.working = dtype or self.dtype
             self._come(self.rest)
 
     def leave(self):
@@ -111,15 +111,13 @@ class Resident:
         """The tensor as it computes. Integers (codes) and scales keep their type."""
         keep = not home.is_floating_point() or key.rpartition(".")[2] in EXACT
         dtype = home.dtype if keep else self.working
-        if self.stream is not None:
-            return home.to(self.device, dtype, non_blocking=True)
+        if self.stream is not None:  # cast there: a cast on the way would wait for the host
+            return home.to(self.device, non_blocking=True).to(dtype)
         return home.to(dtype, memory_format=torch.channels_last) if home.dim() == 4 else home.to(dtype)
 
     def _come(self, slots, ready=None):
         for key, tensor in slots.items():
             if id(tensor) not in self.home:
-                if self.stream is not None and self.blocks and not tensor.data.is_pinned():
-                    tensor.data = tensor.data.pin_memory()  # once: only pinned memory is copied beside the computation
                 self.home[id(tensor)] = tensor.data
                 tensor.data = ready[key] if ready else self._target(key, tensor.data)
 
@@ -127,6 +125,13 @@ class Resident:
         for tensor in slots.values():
             if id(tensor) in self.home:
                 tensor.data = self.home.pop(id(tensor))
+        let_go([tensor.data for tensor in slots.values()])
+
+    def _depart(self, unit):
+        """Send a block home. Its device memory may be used again when the device has passed it."""
+        self._go(self.units[unit])
+        if self.stream is not None:
+            self.done = [*self.done[-1:], torch.cuda.current_stream(self.device).record_event()]
 
     def _arrive(self, unit):
         """Bring a block in before it runs, and start the copy of the one that ran after it in the pass before."""
@@ -145,11 +150,44 @@ class Resident:
         else:
             self.order.append(unit)
         if following is not None and following not in self.coming and following != unit:
+            if len(self.done) == 2:  # the host must not run ahead: no more than two blocks are ever on the device
+                self.done[0].synchronize()
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 slots = self.units[following]
                 away = {k: self.home.get(id(t), t.data) for k, t in slots.items()}
                 self.coming[following] = {k: self._target(k, home) for k, home in away.items()}
+
+
+def _pin(slots):
+    """Move a block's home into one pinned piece of host memory, the only kind that is copied beside the computation (one
+    piece, because the allocator rounds each up to a power of two)."""
+    sizes = {k: -(-t.numel() * t.element_size() // 64) * 64 for k, t in slots.items()}
+    flat, offset = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=True), 0
+    for key, tensor in slots.items():
+        place = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor.data)
+        offset += sizes[key]
+
+
+def let_go(tensors):
+    """Tell the system that the pages of mapped files under these tensors are not needed for now: they are read again
+    when they are. Memory that is not a file's is left alone. Linux; elsewhere nothing."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not Path("/proc/self/maps").exists():
+        return
+    mapped = []  # (start, end) of the mappings of safetensors files
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            first, _, last = line.split()[0].partition("-")
+            mapped.append((int(first, 16), int(last, 16)))
+    madvise, page = ctypes.CDLL(None, use_errno=True).madvise, mmap.PAGESIZE
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            continue
+        start = -(-tensor.data_ptr() // page) * page  # whole pages inside the tensor only
+        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+        if end > start and any(a <= start and end <= b for a, b in mapped):
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _slots(module):
@@ -215,9 +253,9 @@ class Stage(NamedTuple):
     activations: float
 
 
-def stage(name, model, run, dtype, quantized=None):
-    """A Stage of a model on the meta device. run(): its forward pass there."""
-    total, block, outside = weight_bytes(model, dtype, quantized)
+def stage(name, model, run, dtype, sizes):
+    """A Stage of a model on the meta device. run(): its forward pass there. sizes: see weight_bytes()."""
+    total, block, outside = weight_bytes(model, dtype, sizes)
     return Stage(name, count(model), total, block, outside, activations(model, run))
 
 
@@ -244,25 +282,16 @@ def table(stages, offload):
     return lines
 
 
-def weight_bytes(module, dtype, quantized=None):
-    """(all bytes, bytes of the largest block, bytes outside blocks) of a model on the meta device in `dtype`; linear
-    layers inside blocks at the size that quantize.py gives them."""
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    per = {None: itemsize, "int8": 1, "nf4": 0.5 + 4 / 64}[quantized]
+def weight_bytes(module, dtype, sizes):
+    """(all bytes, bytes of the largest block, bytes outside blocks) of a model on the meta device in `dtype`.
+
+    sizes: {id of a parameter: bytes} for those that are kept in another form (quantize.sizes).
+    """
+    itemsize = dtype.itemsize
     blocks = [m for m in module.modules() if type(m).__name__ in BLOCKS]
 
     def size(part):
-        linear = {id(m.weight): m.in_features for m in part.modules() if isinstance(m, torch.nn.Linear)}
-        total = 0.0
-        for p in _slots(part).values():
-            if quantized and id(p) in linear:
-                total += p.numel() * per + (4 * p.shape[0] if quantized == "int8" else 0)
-            else:
-                total += p.numel() * itemsize
-        return total
+        return sum(sizes.get(id(p), p.numel() * itemsize) for p in _slots(part).values())
 
     inside = [size(b) for b in blocks]
-    outside = sum(p.numel() for p in _slots(module).values()) - sum(
-        p.numel() for b in blocks for p in _slots(b).values()
-    )
-    return sum(inside) + outside * itemsize, max(inside, default=0.0), outside * itemsize
+    return size(module), max(inside, default=0), size(module) - sum(inside)

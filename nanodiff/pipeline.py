@@ -55,7 +55,7 @@ RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
     "stabilityai/stable-diffusion-2-1": "SD 2",
     "stabilityai/stable-diffusion-2-1-base": "SD 2 base",
-    "stabilityai/sd-turbo": "SD 2 base",
+    "stabilityai/sd-turbo": "SD 2 turbo",
     "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
     "stabilityai/sdxl-turbo": "SDXL turbo",
     "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
@@ -108,20 +108,20 @@ class Folder:
 
     def __init__(self, path, variant=None):
         self.path, self.variant = path, variant
-        if not (path / "model_index.json").exists():
-            raise UserError(f"{path}: one component, not a pipeline (no model_index.json)")
         self.index = read_json(path / "model_index.json")
         self.kind, self.parts = check_index(self.index, path)
 
+    def folder(self, name):
+        return self.path / name
+
     def config(self, name):
-        return BUILDERS[name].Config.from_json(
-            read_json(self.path / name / "config.json"), str(self.path / name / "config.json")
-        )
+        path = self.folder(name) / "config.json"
+        return BUILDERS[name].Config.from_json(read_json(path), str(path))
 
     def module(self, name, dtype, device):
-        if name == "text_encoder_3" and not (self.path / name).is_dir():
+        if name == "text_encoder_3" and not self.folder(name).is_dir():
             raise UserError(f"{self.path}: {name} is missing; download it, or go without it with --no-t5")
-        return weights.load(BUILDERS[name], self.path / name, dtype, device, self.variant)
+        return weights.load(BUILDERS[name], self.folder(name), dtype, device, self.variant)
 
     def tokenizer(self, name):
         return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
@@ -129,6 +129,29 @@ class Folder:
     def scheduler(self):
         path = self.path / "scheduler" / "scheduler_config.json"
         return read_json(path), str(path)
+
+
+class Component(Folder):
+    """One component's folder in place of a pipeline's own, such as a UNet that was trained alone."""
+
+    def __init__(self, path, rest, variant=None):
+        kind = read_json(path / "config.json").get("_class_name")
+        part = next((n for n in ("unet", "transformer", "vae") if kind in CLASSES[n]), None)
+        if part is None:
+            raise UserError(
+                f"{path}: {kind!r} is no model that can stand in place of another (a UNet, transformer or VAE)"
+            )
+        if rest is None:
+            raise UserError(
+                f"{path}: one component ({part}), not a pipeline; name a pipeline for the rest with --components"
+            )
+        super().__init__(rest.path, variant)
+        if part not in self.parts:
+            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
+        self.part, self.own = part, path
+
+    def folder(self, name):
+        return self.own if name == self.part else self.path / name
 
 
 def source(
@@ -140,16 +163,22 @@ def source(
     prediction_type=None,
     allow_pickle=False,
     no_t5=False,
+    without=(),
 ):
-    """The Folder or singlefile.Single that `model` names. components: what a single file lacks comes from here."""
-    skip = ("text_encoder_3", "tokenizer_3") if no_t5 else ()
+    """The Folder, Component or singlefile.Single that `model` names. components: what a single file or a component
+    lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
+    skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
     path = hub.resolve(model, revision, token, variant, skip)
+    rest = None
+    if components:  # the denoiser is what the file brings
+        skip = (*skip, "unet", "transformer")
+        rest = Folder(hub.resolve(components, None, token, variant, skip), variant)
     if not path.is_file():
-        for name, value in (("components", components), ("prediction-type", prediction_type)):
-            if value:
-                raise UserError(f"--{name} is for single-file checkpoints; {path} is a folder")
-        return Folder(path, variant)
-    rest = Folder(hub.resolve(components, None, token, variant, skip), variant) if components else None
+        if prediction_type:
+            raise UserError(f"--prediction-type is for single-file checkpoints; {path} is a folder")
+        if (path / "model_index.json").exists() and rest:
+            raise UserError(f"--components is for single files and single components; {path} is a whole pipeline")
+        return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
     return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
 
 
@@ -180,17 +209,19 @@ def load(
     family = FAMILIES[src.kind]
     if no_t5 and "text_encoder_3" not in family.encoder_names:
         raise UserError(f"--no-t5: {src.kind} has no third text encoder")
-    wanted = [p for p in src.parts if p in BUILDERS and not (no_t5 and p == "text_encoder_3")]
-    if quantized and not {"transformer", "text_encoder_3", "unet"} & set(wanted):
-        raise UserError("--quantize: nothing to quantize")
-    tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts]
+    left_out = {"text_encoder_3", "tokenizer_3"} if no_t5 else set()
+    if family is SD3 and "text_encoder_3" not in src.parts | left_out:
+        say("note: this model comes without T5; its part of the text is zeros")
+        left_out = {"tokenizer_3"}
+    wanted = [p for p in src.parts if p in BUILDERS and p not in left_out]
+    tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts - left_out]
     modules = {}
     for part in wanted:
         small = quantized and part in ("unet", "transformer", "text_encoder_3")
         home = offload != "none" or small  # stays as stored, in host memory
         modules[part] = src.module(part, None if home else dtype, "cpu" if home else device)
         if small:
-            quantize.apply(modules[part], quantized, "cpu" if offload != "none" else device)
+            quantize.apply(modules[part], quantized, device, "cpu" if offload != "none" else device)
             if offload == "none":
                 quantize.rest(modules[part], dtype, device)
         if offload != "none":  # the VAE is small, and its tiled decode reaches into its blocks
@@ -241,13 +272,13 @@ def check_index(index, folder):
     return kind, present
 
 
-def configs(model, variant=None, revision=None, token=None, components=None):
-    """What `model` names as a source of configurations: weights need not be there, and the released models are known
-    without any file."""
+def configs(model, *args, **options):
+    """What `model` names as a source of configurations, as source() takes it: weights need not be there nor are they
+    downloaded, and the released models are known without any file."""
     name = hub.ALIASES.get(str(model), str(model))
     if name in RELEASED and not Path(model).exists():
         return singlefile.Known(RELEASED[name], BUILDERS)
-    return source(model, variant, revision, token, components)
+    return source(model, *args, **options, without=hub.COMPONENTS)
 
 
 def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
@@ -290,7 +321,9 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
             if name == "vae" and family is SDXL and dtype == torch.float16 and model.cfg.force_upcast:
                 own = torch.float32
             small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
-            stages.append(memory.stage(name, model.to(own), run(name, model), own, small))
+            sizes = quantize.sizes(model, small) if small else {}
+            stage = memory.stage(name, model.to(own), run(name, model), own, sizes)
+            stages.append(stage._replace(block=0.0) if name == "vae" else stage)  # it moves as a whole
     return stages
 
 
@@ -308,6 +341,7 @@ class Pipeline:
     required = ("unet", "text_encoder", "tokenizer")
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
+    keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
     def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
         self.net, self.vae = denoiser, vae
@@ -385,10 +419,8 @@ class Pipeline:
 
     @property
     def turbo(self):
-        """Adversarially distilled (sd-turbo, sdxl-turbo): told by the scheduler that only those models ship, Euler
-        "trailing"."""
-        euler = self.schedule.raw.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-        return euler and self.schedule.raw.get("timestep_spacing") == "trailing"
+        """Adversarially distilled (sd-turbo, sdxl-turbo): to be sampled in one to four steps without guidance."""
+        return is_turbo(self.schedule.raw, self.name)
 
     turbo_steps = 1
 
@@ -463,18 +495,45 @@ class Pipeline:
         """
         how = (clip_skip, long_prompts, weighted, length)
         keys = [(*_per_encoder(t, len(self.encoder_names)), *how) for t in texts]
-        missing = [k for k in dict.fromkeys(keys) if k not in self.kept]
-        fresh = {}
-        for first in range(0, len(missing), 8):
-            group = missing[first : first + 8]
+        missing, fresh = {}, {}  # those of one length together: none is filled because of its neighbours
+        for k in dict.fromkeys(keys):
+            if k not in self.kept:
+                missing.setdefault(self.chunks(k[: len(self.encoder_names)], long_prompts, weighted), []).append(k)
+        for group in [ks[i : i + 8] for ks in missing.values() for i in range(0, len(ks), 8)]:
             encoded = self.encode_uniques([k[: len(self.encoder_names)] for k in group], *how)
             for i, k in enumerate(group):
-                fresh[k] = Text(*(None if part is None else part[i : i + 1].clone() for part in encoded))
+                fresh[k] = Text(*(None if part is None else part[i : i + 1].cpu() for part in encoded))
         found = fresh | {k: self.kept[k] for k in keys if k in self.kept}
         self.kept |= fresh
         while len(self.kept) > 1 and sum(_bytes(t) for t in self.kept.values()) > CACHE_BYTES:
             self.kept.popitem(last=False)
-        return join([found[k] for k in keys], self)
+        return self.joined(
+            [Text(*(None if p is None else p.to(self.device) for p in found[k])) for k in keys], clip_skip
+        )
+
+    def chunks(self, texts, long_prompts, weighted):
+        """How many chunks of 77 tokens a prompt takes (a text, or a tuple with one for each encoder)."""
+        if not long_prompts:
+            return 1
+        clips = [t for t in self.tokenizers if isinstance(t, CLIPTokenizer)]
+        texts = _per_encoder(texts, len(self.encoder_names))
+        return max(len(prompt.chunks(t, text, True, weighted)) for t, text in zip(clips, texts, strict=False))
+
+    def joined(self, texts, clip_skip=0):
+        """Several Texts as one batch. Shorter ones (--long-prompts) are filled with chunks of the empty prompt, or of
+        zeros where they are zeros; in SD 3 the order of the text's tokens means nothing, so they may come last."""
+        longest = max(t.states.shape[1] for t in texts)
+        pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
+        return Text(torch.cat([self.filled(t, longest, clip_skip).states for t in texts]), pooled)
+
+    def filled(self, text, length, clip_skip):
+        """A Text with `length` tokens: see joined()."""
+        missing = (length - text.states.shape[1]) // self.tokenizer.length
+        if not missing:
+            return text
+        empty = self.encode([""], clip_skip).states[:, : self.tokenizer.length]
+        empty = empty.repeat(len(text.states), missing, 1) * (1 if text.states.any() else 0)
+        return text._replace(states=torch.cat([text.states, empty], dim=1))
 
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
         """Tuples of texts, one for each encoder -> Text."""
@@ -486,7 +545,7 @@ class Pipeline:
         tokenizer = self.tokenizers[i]
         if not long_prompts:
             for text in dict.fromkeys(texts):
-                prompt.warn_cut(tokenizer, text, tokenizer.length, f"{tokenizer.length - 2} tokens")
+                prompt.warn_cut(tokenizer, text, tokenizer.length - 2, f"{tokenizer.length - 2} tokens", weighted)
         with memory.at_work(self.encoders[i]):
             return prompt.encode_clip(
                 tokenizer, self.encoders[i], texts, self.pick(i, clip_skip), long_prompts, weighted
@@ -543,7 +602,7 @@ class Pipeline:
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
         correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None; total: how many calls there will be.
         """
-        both = text if negative is None else join([negative, text], self)
+        both = text if negative is None else self.joined([negative, text])
         predict, calls = self.predictor(both, sizes, negative is not None), 0
 
         def model(x, t):
@@ -578,12 +637,10 @@ class Pipeline:
     def decode(self, latents, tiled=False):
         """latents -> pixels. A half-precision VAE that overflows is run again in fp32, with a line."""
         if self.vae is None:
+            if tiled:
+                raise UserError("--vae-tiling: this model works in pixels and has no VAE")
             return latents
         run = self.vae.decode_tiled if tiled else self.vae.decode
-        if not torch.isfinite(latents).all():
-            raise UserError(
-                "the latents are not finite (NaN or infinity): check the model's weights, or use --dtype fp32"
-            )
         return self._finite(lambda dtype: run(latents.to(dtype)))
 
     def vae_dtype(self):
@@ -653,6 +710,7 @@ class Pipeline:
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % self.multiple:
                 raise UserError(f"--{name} {value} must be a positive multiple of {self.multiple}")
+        self.check_size(height, width)
         samplers.check_steps(self.schedule, steps)
         self.check_options(
             {"prompt-2": prompt_2, "prompt-3": prompt_3, "negative-prompt-2": negative_prompt_2},
@@ -676,6 +734,8 @@ class Pipeline:
                 negative = self.nothing(text, how)
             else:
                 negative = self.encode(_rows(n, negative_prompt, negative_prompt_2, negative_prompt_3), **how)
+            longest = max(text.states.shape[1], negative.states.shape[1])  # fill each with its own clip_skip
+            text, negative = self.filled(text, longest, clip_skip), self.filled(negative, longest, 0)
         sizes = self.size_ids(n, height, width, sizes)
 
         start, known = 0, None
@@ -712,6 +772,10 @@ class Pipeline:
                 if done == total:
                     break
         latents = result.x
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                "the latents are not finite (NaN or infinity): check the model's weights, or use --dtype fp32"
+            )
         pixels = decoder(latents) if decoder else self.decode(latents, tiled)
         return Result(pixels.float(), latents, kept)
 
@@ -729,6 +793,9 @@ class Pipeline:
             raise UserError("--skip-layers: only SD 3 models take it")
         if skip_layers and not set(skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
             raise UserError(f"--skip-layers: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
+
+    def check_size(self, height, width):
+        """Raise UserError for pictures that are too large for the model."""
 
     def size_ids(self, n, height, width, sizes):
         """SDXL's size condition; None for the others."""
@@ -789,7 +856,7 @@ class SDXL(Pipeline):
 
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
         pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
-        return Text(torch.cat(_same_length(self, pairs), dim=-1), pairs[1][1])
+        return Text(torch.cat(_same_length(self, pairs, clip_skip), dim=-1), pairs[1][1])
 
     def nothing(self, text, how):
         if not self.index.get("force_zeros_for_empty_prompt", True):
@@ -839,7 +906,7 @@ class SD3(Pipeline):
     encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     required = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    turbo_steps, half = 4, torch.bfloat16
+    turbo_steps, half, keeps_size = 4, torch.bfloat16, False
 
     # Its makers' settings; medium is the one with dual attention.
     steps = property(lambda self: 40 if self.net.cfg.dual_attention_layers else 28)
@@ -857,6 +924,10 @@ class SD3(Pipeline):
             self.check_text(net.joint_attention_dim, t5.cfg.d_model, givers="text_encoder_3")
             if len(self.tokenizers) < 3:
                 raise UserError("text_encoder_3 is there, tokenizer_3 is missing; leave it out with --no-t5")
+            if (words := self.tokenizers[2].backend.get_vocab_size()) > t5.cfg.vocab_size:
+                raise UserError(
+                    f"tokenizer_3 has {words} tokens, text_encoder_3 {t5.cfg.vocab_size}: they are not of one model"
+                )
         if sum(c.hidden_size for c in clips) > net.joint_attention_dim:
             raise UserError("the CLIPs' text is wider than the transformer's: they are not of one model")
         self.check_tokenizers()
@@ -865,27 +936,32 @@ class SD3(Pipeline):
     def multiple(self):
         return self.downscale * self.net.cfg.patch_size
 
-    @property
-    def turbo(self):
-        """large-turbo's files are those of large in all but their values, so only the model's name can tell."""
-        return "turbo" in Path(self.name).name.lower() or "turbo" in self.name.lower().split("/")[-1]
-
     def pick(self, i, clip_skip):
         return _penultimate(clip_skip)
 
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
         pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
-        states, pooled = torch.cat(_same_length(self, pairs), dim=-1), torch.cat([p for _, p in pairs], dim=-1)
+        states, pooled = (
+            torch.cat(_same_length(self, pairs, clip_skip), dim=-1),
+            torch.cat([p for _, p in pairs], dim=-1),
+        )
         wide = self.net.cfg.joint_attention_dim
         states = F.pad(states, (0, wide - states.shape[-1]))
         encoder = self.encoders[2]
         if encoder is None:
             return Text(torch.cat([states, states.new_zeros(len(texts), length, wide)], dim=1), pooled)
         for text in dict.fromkeys(t[2] for t in texts):
-            prompt.warn_cut(self.tokenizers[2], text, length, f"T5's {length} tokens (--max-sequence-length)")
+            prompt.warn_cut(
+                self.tokenizers[2], text, length - 1, f"T5's {length} tokens (--max-sequence-length)", weighted
+            )
         with memory.at_work(encoder):
             words = prompt.encode_t5(self.tokenizers[2], encoder, [t[2] for t in texts], length, weighted)
         return Text(torch.cat([states, words.to(states.dtype)], dim=1), pooled)
+
+    def check_size(self, height, width):
+        most = self.net.cfg.pos_embed_max_size * self.multiple
+        if max(height, width) > most:
+            raise UserError(f"--height and --width can be at most {most}: the model has no positions for more")
 
     def predictor(self, text, sizes, guided):
         return lambda x, t: self.net(x, t, text.states, text.pooled)
@@ -921,6 +997,17 @@ FAMILIES = {  # by what model_index.json calls them
 }
 
 
+def is_turbo(raw, name):
+    """Is this an adversarially distilled model? sd-turbo and sdxl-turbo are told by the scheduler that only they ship:
+    Euler, "trailing", ε (v-prediction models with zero terminal SNR are "trailing" too). SD 3.5 large-turbo's files are
+    those of large in all but their values, so there the model's name must tell. raw: its scheduler_config.json."""
+    kind = raw.get("_class_name", "")
+    if kind.startswith("FlowMatch"):
+        return "turbo" in Path(name).name.lower()
+    plain = raw.get("prediction_type", "epsilon") == "epsilon" and not raw.get("rescale_betas_zero_snr")
+    return kind.startswith("Euler") and raw.get("timestep_spacing") == "trailing" and plain
+
+
 def _penultimate(clip_skip):
     """SDXL and SD 3 take the last layer but one, not normed; clip_skip counts from there."""
 
@@ -949,30 +1036,14 @@ def _bytes(text):
     return sum(part.numel() * part.element_size() for part in text if part is not None)
 
 
-def _same_length(sd, pairs):
+def _same_length(sd, pairs, clip_skip):
     """The two CLIPs' states with as many chunks: the shorter one filled with those of the empty prompt."""
     longest = max(states.shape[1] for states, _ in pairs)
     filled = []
     for i, (states, _) in enumerate(pairs):
         missing = (longest - states.shape[1]) // sd.tokenizers[i].length
         if missing:
-            empty, _ = sd.clip(i, [""], 0, False, False)
+            empty, _ = sd.clip(i, [""], clip_skip, False, False)
             states = torch.cat([states, empty.repeat(len(states), missing, 1)], dim=1)
         filled.append(states)
     return filled
-
-
-def join(texts, sd):
-    """Several Texts as one batch. Shorter ones (--long-prompts) are filled with chunks of the empty prompt, or of zeros
-    where they are zeros; in SD 3 the order of the text's tokens means nothing, so the chunks may come last."""
-    longest = max(t.states.shape[1] for t in texts)
-    states = []
-    for text in texts:
-        missing = (longest - text.states.shape[1]) // sd.tokenizer.length
-        if missing:
-            empty = sd.encode([""]).states[:, : sd.tokenizer.length]
-            empty = empty.repeat(len(text.states), missing, 1) * (1 if text.states.any() else 0)
-            text = text._replace(states=torch.cat([text.states, empty], dim=1))
-        states.append(text.states)
-    pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
-    return Text(torch.cat(states), pooled)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nanodiff.config import UserError, printable
 from nanodiff.weights import load_pickle, load_tensors
@@ -133,9 +132,11 @@ def encode_t5(tokenizer, model, texts, length, weighted=False):
     return states
 
 
-def warn_cut(tokenizer, text, length, what):
-    """One line when a text does not fit into `length` tokens."""
-    if cut := tokenizer.overflow(text, length):
+def warn_cut(tokenizer, text, room, what, weighted=False):
+    """One line when a text has more than `room` tokens (brackets and weights are none)."""
+    parts = [p for p, w in weighted_parts(text) if w is not None] if weighted else [text]
+    pieces = [i for part in parts for i in tokenizer.pieces(part)]
+    if cut := tokenizer.decode(pieces[room:]):
         print(f"warning: the prompt is over {what}; cut off: {printable(cut)!r}", file=sys.stderr)
 
 
@@ -178,8 +179,9 @@ def add_embedding(tokenizer, model, name, vectors):
         )
     first = table.weight.shape[0]
     tokenizer.add_word(name, range(first, first + len(vectors)))
-    weight = torch.cat([table.weight, vectors.to(table.weight)])
-    model.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(weight)
+    # in the same parameter, which may be one that memory.Resident moves
+    table.weight.data = torch.cat([table.weight.data, vectors.to(table.weight)])
+    table.num_embeddings = len(table.weight)
     if model.cfg.eos_token_id == 2:  # "the largest id", which is no longer the end token
         model.cfg.eos_token_id = tokenizer.eos
-    model.cfg.vocab_size = len(weight)
+    model.cfg.vocab_size = len(table.weight)

@@ -40,7 +40,7 @@ def to_nf4(weight):
     blocks = weight.float().view(out, width // BLOCK, BLOCK)
     absmax = blocks.abs().amax(dim=-1).clamp(min=1e-30)
     levels = torch.tensor(NF4, device=weight.device)
-    codes = torch.bucketize(blocks / absmax[..., None], (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(blocks / absmax[..., None], (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     codes = codes.view(out, width)
     return codes[:, ::2] << 4 | codes[:, 1::2], absmax
 
@@ -61,8 +61,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.kind = kind
         self.out_features, self.in_features = linear.weight.shape
+        self.stands_for = linear.weight.numel()
         codes, absmax = (to_int8 if kind == "int8" else to_nf4)(linear.weight.data)
-        codes.stands_for = linear.weight.numel()
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.bias = linear.bias
@@ -78,25 +78,36 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def apply(model, kind, device="cpu"):
-    """Quantize every linear layer inside the repeated blocks of `model`, in place; the codes come to rest on `device`.
+def apply(model, kind, device="cpu", home=None):
+    """Quantize every linear layer inside the repeated blocks of `model`, in place: computed on `device`, kept at `home`
+    (default: there too).
 
     Raises UserError when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
     """
-    done = 0
-    for block in [m for m in model.modules() if type(m).__name__ in INSIDE]:
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and (kind == "int8" or child.in_features % BLOCK == 0):
-                    setattr(parent, name, QuantizedLinear(child.to(device), kind))
-                    done += 1
-    if not done:
+    layers = _layers(model, kind)
+    if not layers:
         raise UserError(f"--quantize {kind}: {model.class_name} has no linear layer that it can hold")
+    for parent, name, child in layers:
+        setattr(parent, name, QuantizedLinear(child.to(device), kind).to(home or device))
     return model
+
+
+def _layers(model, kind):
+    """[(parent, name, linear layer)] of what apply() quantizes."""
+    blocks = [m for m in model.modules() if type(m).__name__ in INSIDE]
+    found = [(p, name, c) for b in blocks for p in b.modules() for name, c in p.named_children()]
+    return [f for f in found if isinstance(f[2], nn.Linear) and (kind == "int8" or f[2].in_features % BLOCK == 0)]
+
+
+def sizes(model, kind):
+    """{id of a weight: bytes it takes} of what apply() would quantize."""
+    per = {"int8": lambda w: w.numel() + 4 * w.shape[0], "nf4": lambda w: w.numel() / 2 + 4 * w.numel() / BLOCK}[kind]
+    return {id(c.weight): per(c.weight) for _, _, c in _layers(model, kind)}
 
 
 def rest(model, dtype, device):
     """Bring everything that is not quantized to its device and computing type."""
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
         exact = key.endswith((".codes", ".absmax"))
-        tensor.data = tensor.data.to(device) if exact else tensor.data.to(device, dtype)
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        tensor.data = tensor.data.to(device, tensor.dtype if exact else dtype, memory_format=layout)

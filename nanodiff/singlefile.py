@@ -5,7 +5,8 @@
 
 `original(name, component, …)` says under which original name, and in which form, each of our tensors is stored: a third
 of a fused q-k-v, a transposed matrix, a 1×1 convolution, halves exchanged. Reading follows it one way and `export` the
-other, so that what is read and written again is the same file, bit for bit.
+other, so that what is read and written again has the same weights under the same names, bit for bit (what is no weight
+of the model, such as schedules, EMA copies and SD 2's unused last OpenCLIP layer, is not carried: LEFT_OUT).
 What a file does not hold (tokenizers always, often text encoders and VAE) comes from a folder in Hub form, or where
 possible from the configurations and the CLIP vocabulary that are built in.
 """
@@ -27,8 +28,9 @@ V_STD = 0.09  # SD 2: the last attention's norm biases spread more than this in 
 LEFT_OUT = re.compile(
     r"^(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|scale_factor|global_step|lvlb_weights"
     r"|denoiser\.sigmas|model_sampling\..*|model_ema\..*|first_stage_model\.loss\..*|loss\..*|v_pred|ztsnr"
-    r"|.*\.position_ids|.*logit_scale|cond_stage_model\.model\.(visual\..*|text_projection|attn_mask)"
-    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*|.*embed_tokens\.weight|conditioner\.embedders\..*attn_mask"
+    r"|.*\.position_ids|.*logit_scale|.*embed_tokens\.weight|conditioner\.embedders\..*attn_mask"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.model\."
+    r"(visual\..*|text_projection|attn_mask|transformer\.resblocks\.23\..*)"
     r"|text_encoders\..*\.text_model\.embeddings\.position_ids)$"
 )
 
@@ -117,6 +119,7 @@ KNOWN = {
     "SD 3.5 large": ("StableDiffusion3Pipeline", {"transformer": _LARGE, "vae": _SD3_VAE, **_SD3_TEXT}, _FLOW),
 }  # fmt: skip
 CLIP_LENGTH = 77
+TURBO_SCHEDULERS = {"SD 2": "EulerDiscreteScheduler", "SDXL": "EulerAncestralDiscreteScheduler"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -270,8 +273,8 @@ def original(name, component, family, cfg):
     return name, None
 
 
-def _ours(tensor, form):
-    """An original tensor in our form."""
+def ours(tensor, form):
+    """An original tensor in our form (see original())."""
     if form in (0, 1, 2):
         return tensor.chunk(3)[form]
     if form == "transposed":
@@ -327,13 +330,18 @@ def family_of(shapes, where):
 
 
 class Known:
-    """The configurations of a released model, without its files. family: a key of KNOWN, "SD 2 base" or "SDXL turbo"."""
+    """The configurations of a released model, without its files. family: a key of KNOWN, "SD 2 base", "SD 2 turbo" or "SDXL turbo"."""
 
     def __init__(self, family, builders):
         base = family.removesuffix(" base").removesuffix(" turbo")
-        self.kind, self.configs, _ = KNOWN[base]
+        self.kind, self.configs, self.defaults = KNOWN[base]
+        if family.endswith(" turbo"):
+            self.defaults = self.defaults | {"_class_name": TURBO_SCHEDULERS[base], "timestep_spacing": "trailing"}
         self.builders, self.parts = builders, set(self.configs)
         self.side = {"SD 2": 96, "SDXL turbo": 64}.get(family)
+
+    def scheduler(self):
+        return self.defaults, self.kind
 
     def config(self, name):
         raw = self.configs[name] | ({"sample_size": self.side} if self.side and name == "unet" else {})
@@ -361,10 +369,17 @@ class Single:
         bare = not any(k.startswith(DENOISER) for k in self.shapes)
         if bare:  # the denoiser alone, without its prefix
             self.prefixes = {denoiser: ""}
-        elif not any(k.startswith("first_stage_model.") for k in self.shapes):
-            self.prefixes["vae"] = "vae."
+        for part, other in (
+            ("vae", "vae."),
+            ("text_encoder", "conditioner.embedders.0.model."),
+        ):  # other tools' re-saves
+            here = any(k.startswith(self.prefixes.get(part, other)) for k in self.shapes)
+            if not here and any(k.startswith(other) for k in self.shapes):
+                self.prefixes[part] = other
+        self.turbo = "turbo" in self.path.name.lower() and self.family in ("SD 2", "SDXL")
         self.ema = sum(k.startswith(EMA) for k in self.shapes) > 100
         said = [f"{self.family} checkpoint"] + (["its EMA weights"] if self.ema else [])
+        said += ["a turbo by its name"] if self.turbo else []
         here = {c for c, p in self.prefixes.items() if any(k.startswith(p) for k in self.shapes)}
         self.here = here
         self.prediction = self._prediction(prediction_type)
@@ -397,16 +412,18 @@ class Single:
     def _prediction(self, given):
         """What the network predicts, where the family leaves it open; None elsewhere."""
         if self.family.startswith("SD 3"):
-            return given
+            if given:
+                raise UserError(f"--prediction-type: {self.path} is a {self.family} model, which predicts a velocity")
+            return None
         if given:
             return given
         if "v_pred" in self.shapes:
             return "v_prediction"
         if self.family != "SD 2":
             return None
-        if self.rest is not None:
-            return None  # its scheduler says
         key = f"{DENOISER if DENOISER in self.prefixes.values() else ''}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        if key not in self.shapes and self.rest is not None:
+            return self.rest.scheduler()[0].get("prediction_type", "epsilon")
         if key not in self.shapes:
             raise UserError(
                 f"{self.path}: ε or v? Nothing in this file tells; say --prediction-type epsilon or v_prediction"
@@ -416,6 +433,8 @@ class Single:
     def scheduler(self):
         """(scheduler_config.json as a dict, where it is from): of `rest`, or the family's own; told predictions win."""
         base = self.rest.scheduler()[0] if self.rest is not None else self.defaults
+        if self.rest is None and self.turbo:  # as sd-turbo and sdxl-turbo ship it
+            base = base | {"_class_name": TURBO_SCHEDULERS[self.family], "timestep_spacing": "trailing"}
         more = {"prediction_type": self.prediction} if self.prediction else {}
         if "ztsnr" in self.shapes:
             more |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -427,6 +446,8 @@ class Single:
         raw = self.configs[name]
         if name == "unet" and self.family == "SD 2" and self.prediction == "v_prediction":
             raw = raw | {"sample_size": 96}
+        if name == "unet" and self.turbo:
+            raw = raw | {"sample_size": 64}
         return self.builders[name].Config.from_json(raw, self.family)
 
     def tokenizer(self, name):
@@ -463,7 +484,7 @@ class Single:
             where, form = self._where(key, name, cfg)
             if where not in self.shapes:
                 raise UserError(f"{self.path}: misses tensor {where}{nearest(where, self.shapes)}")
-            tensor = _ours(self._tensor(where), form)
+            tensor = ours(self._tensor(where), form)
             if tensor.shape != want.shape:
                 raise UserError(
                     f"{self.path}: {where} has shape {list(self.shapes[where])}, a {self.family} model has another "
@@ -504,10 +525,10 @@ def load_vae(path, cfg, cls, dtype, device):
             raise UserError(
                 f"{path}: misses tensor {prefix}{theirs}; it is no VAE of this model{nearest(theirs, shapes)}"
             )
-        tensor = _ours(file.get_tensor(where), form)
+        tensor = ours(file.get_tensor(where), form)
         if tensor.shape != want.shape:
             raise UserError(f"{path}: {where} has shape {list(shapes[where])}, this model's VAE has {list(want.shape)}")
-        state[key] = tensor.to(device, dtype)
+        state[key] = tensor.to(device, dtype or tensor.dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

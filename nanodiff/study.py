@@ -24,6 +24,7 @@ FIXED = {  # settings that do not change the picture, or that a study sets itsel
     "study", "output_dir", "output", "base_dir", "nrow", "named", "labels", "save_latents", "progress_strip", "metadata",
     "from_image", "prompts_file", "num_images", "batch_size", "device", "token", "dry_run", "preview",
 }  # fmt: skip
+SAME = {"offload", "vae_tiling", "compile"}  # settings that change how a picture is made, not the picture
 NONE = ("", "none", "None")
 
 
@@ -108,13 +109,16 @@ class Finished:
     """The finished pictures of a study, in study.json: {key: row of study.csv}."""
 
     def __init__(self, out, seed):
-        """seed: None takes the one the study was begun with. Raises UserError when another one was given."""
+        """seed: None takes the one the study was begun with. Raises UserError for a record that is not ours."""
         self.out, self.rows, self.seed = Path(out), {}, seed
         if (self.out / "study.json").exists():
             try:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
-                self.rows, before = known["pictures"], known["seed"]
-            except (ValueError, KeyError, TypeError, OSError) as e:
+                self.rows, before = dict(known["pictures"]), int(known["seed"])
+                for row in self.rows.values():  # data, not paths
+                    if not re.fullmatch(r"\d{5,9}\.png", row["file"]):
+                        raise ValueError(f"{row['file']!r} is no picture of a study")
+            except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
                 raise UserError(f"{self.out / 'study.json'}: not a study's record: {e}") from None
             self.seed = before if seed is None else seed
 
@@ -136,7 +140,7 @@ class Finished:
     def write_csv(self, rows, axes):
         """study.csv: a line a picture. Texts that a spreadsheet would take for a formula begin with a quote."""
         text = io.StringIO()
-        columns = ["file", *axes, "prompt", "seed", "seconds"]
+        columns = list(dict.fromkeys(["file", *axes, "prompt", "seed", "seconds"]))
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:

@@ -142,7 +142,10 @@ class T5Tokenizer:
 
     def overflow(self, text, length=None):
         """The part of `text` that does not fit, decoded ("" when all of it fits)."""
-        return self.backend.decode(self.pieces(text)[(length or self.length) - 1 :])
+        return self.decode(self.pieces(text)[(length or self.length) - 1 :])
+
+    def decode(self, ids):
+        return self.backend.decode(ids)
 
 
 def _byte_characters():

@@ -249,9 +249,10 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
 def read_all(paths, names, shapes, dtype, device):
     """{model's name: tensor} for the files' tensors with a name in `names` (None = dropped), in one pass.
 
-    In their stored type tensors stay mapped (nothing is read before it is used; write_bytes() never writes into a
-    mapped file). Otherwise each is cast from the mapped file straight into its place, and its pages are let go at
-    once, so that a file and its cast are never both in memory.
+    dtype None, or the stored one, on a CPU: tensors stay mapped (nothing is read before it is used; write_bytes() never
+    writes into a mapped file). Otherwise each is cast from the mapped file straight into its place, and its pages are
+    let go at once, so that a file and its cast are never both in memory. So are convolutions that are to compute,
+    which need another layout.
     """
     device = torch.device(device)
     state, jobs = {}, []  # jobs: (path, offset in the file, bytes, stored dtype, name)
@@ -261,10 +262,10 @@ def read_all(paths, names, shapes, dtype, device):
         mapped = open_file(path)
         for key, entry in table.items():
             name = names[key]
-            if name and device.type == "cpu" and dtype in (None, stored[key]):
-                tensor = mapped.get_tensor(key).reshape(shapes[name])
-                computes = tensor.dim() == 4 and tensor.dtype != torch.float16  # fp16 is only stored on a CPU
-                state[name] = tensor.contiguous(memory_format=torch.channels_last) if computes else tensor
+            # fp16 is only stored on a CPU, so it needs no layout to compute in
+            as_stored = dtype is None or (dtype == stored[key] and (len(shapes[name]) != 4 or dtype == torch.float16))
+            if name and device.type == "cpu" and as_stored:
+                state[name] = mapped.get_tensor(key).reshape(shapes[name])
             elif name:
                 first, last = entry["data_offsets"]
                 jobs.append((path, start + first, last - first, stored[key], name))
@@ -328,7 +329,7 @@ def keep_freed_memory():
 
 def _check_depth(cfg, shapes, folder):
     """A config cannot ask for more layers than its file has tensors (and so cannot make us build for ever)."""
-    for name in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block"):
+    for name in ("num_hidden_layers", "num_layers", "layers_per_block", "transformer_layers_per_block"):
         value = getattr(cfg, name, 0)
         if max(value if isinstance(value, tuple) else (value,)) > len(shapes):
             raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
@@ -403,7 +404,7 @@ def save(model, folder, dtype=None):
     write_json(
         folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
     )
-    stem = STEMS[1] if model.class_name.startswith("CLIP") else STEMS[0]
+    stem = STEMS[1] if model.class_name.startswith(("CLIP", "T5")) else STEMS[0]  # transformers' and diffusers'
     state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
     save_tensors(folder / f"{stem}.safetensors", state)
 

@@ -323,3 +323,57 @@ def test_a_real_lora(real_unet):
 def test_a_real_file_in_a_layout_that_names_no_layers(real_unet):
     with pytest.raises(UserError, match="cloneofsimo"):
         lora.read(REAL / "sd15_analog_rank4_cloneofsimo.safetensors", {"unet": real_unet})
+
+
+def test_layers_whose_halves_the_original_exchanges(tmp_path):
+    """kohya names SD 3's layers as the original does; there the last block's text norm has shift and scale exchanged."""
+    sd = pipeline.load(TINY / "sd35-medium")
+    models, D, r, last = sd.models(), sd.net.cfg.width, 4, sd.net.cfg.num_layers - 1
+    down, up = torch.randn(r, D), torch.randn(2 * D, r)
+    key = f"lora_unet_joint_blocks_{last}_context_block_adaLN_modulation_1"
+    weights.save_tensors(tmp_path / "x.safetensors", {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up})
+    layer = sd.net.transformer_blocks[last].norm1_context.linear
+    before = layer.weight.clone()
+    lora.fuse(models, lora.read(tmp_path / "x.safetensors", models))
+    delta = up @ down
+    assert max_error(layer.weight - before, torch.cat([delta[D:], delta[:D]])) < 1e-5
+
+
+def test_comfyui_names(tmp_path):
+    sd = pipeline.load(TINY / "sdxl")
+    down, up = torch.randn(4, 16), torch.randn(16, 4)
+    key = "diffusion_model.input_blocks.1.0.in_layers.2"
+    weight = sd.unet.down_blocks[0].resnets[0].conv1.weight
+    down = torch.randn(4, *weight.shape[1:])
+    up = torch.randn(weight.shape[0], 4, 1, 1)
+    weights.save_tensors(tmp_path / "x.safetensors", {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up})
+    (delta,) = lora.read(tmp_path / "x.safetensors", sd.models()).deltas
+    assert delta.module == "down_blocks.0.resnets.0.conv1"
+
+
+def test_fused_for_good_keeps_no_second_copy(sd15):
+    fused = lora.fuse(sd15.models(), lora.read(FILES / "sd15.peft.safetensors", sd15.models()), keep=False)
+    assert fused.before == []
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "says"),
+    [
+        ({"alpha": torch.zeros(2)}, {}, "alpha"),
+        ({"alpha": torch.tensor(float("nan"))}, {}, "alpha"),
+        ({"down": torch.zeros(0, 16), "up": torch.zeros(16, 0)}, {}, "rank 0"),
+        ({"up": torch.zeros(16)}, {}, "no matrices"),
+        ({}, {"lora_adapter_metadata": "[1]"}, "no JSON object"),
+        ({}, {"lora_adapter_metadata": "[" * 100_000}, "no JSON"),
+        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "alpha 'x'"),
+        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"^down.*q$": 2}}'}, "regular expression"),
+    ],
+)
+def test_malformed_files_are_one_line(sd15, tmp_path, change, metadata, says):
+    name = f"unet.{BLOCK}.attn1.to_q"
+    parts = {"down": torch.zeros(4, 16), "up": torch.zeros(16, 4)} | change
+    keys = {"down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha"}
+    tensors = {f"{name}.{keys[k]}": v for k, v in parts.items()}
+    weights.save_tensors(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match=says):
+        lora.read(tmp_path / "x.safetensors", sd15.models())

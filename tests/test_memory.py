@@ -1,5 +1,7 @@
 """Offloading changes where weights are, never the picture; the prediction agrees with what a run really takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from util import TINY, max_error, run
@@ -117,8 +119,8 @@ def test_quantized_and_offloaded_sizes():
     src = pipeline.source(TINY / "sd35-medium")
     plan = lambda kind: pipeline.plan(src, torch.bfloat16, None, None, 1, True, kind, True, 256, False)  # noqa: E731
     plain, int8, nf4 = ({s.name: s for s in plan(kind)} for kind in (None, "int8", "nf4"))
-    for name in ("transformer", "text_encoder_3"):
-        assert nf4[name].weights < int8[name].weights < plain[name].weights
+    assert nf4["transformer"].weights < int8["transformer"].weights < plain["transformer"].weights
+    assert int8["text_encoder_3"].weights < plain["text_encoder_3"].weights
     assert nf4["vae"] == plain["vae"]
     peaks = memory.peaks(plan(None))
     assert peaks["sequential"] <= peaks["model"] < peaks["none"]
@@ -190,5 +192,77 @@ def test_on_a_gpu(name, offload):
 
 def test_blocks_are_found_in_every_model():
     model = weights.skeleton(UNet2DConditionModel, UNet2DConditionModel.Config())
-    _, block, outside = memory.weight_bytes(model, torch.float32)
+    _, block, outside = memory.weight_bytes(model, torch.float32, {})
     assert block > 0 and outside < 0.1 * memory.count(model) * 4
+
+
+def test_pages_of_weights_at_home_are_let_go(tmp_path):
+    """On a CPU a model that is not at work takes no resident memory: its file's pages are given back. Memory that is no
+    file's keeps its content."""
+    big = {"w": torch.randn(8 << 20), "small": torch.randn(3)}
+    weights.save_tensors(tmp_path / "x.safetensors", big)
+    mapped = weights.open_file(tmp_path / "x.safetensors").get_tensor("w")
+    own = torch.ones(1 << 20)
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        fields = dict(line.split(":") for line in lines if line.startswith("Rss"))
+        return int(fields["RssFile"].split()[0])
+
+    assert mapped.sum() == big["w"].sum()
+    before = resident()
+    memory.let_go([mapped, own, torch.zeros(2, 2).T])
+    assert before - resident() > 30_000, "32 MB of file pages"
+    assert torch.equal(mapped, big["w"]) and (own == 1).all()
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_learned_words_travel_with_the_others(offload):
+    """A table that grew after Resident began is still the one that Resident moves."""
+    word = TINY.parent / "lora" / "sd15.embedding.safetensors"
+    here, away = (pipeline.load(TINY / "sd15", torch.bfloat16, offload=o) for o in ("none", offload))
+    for sd in (here, away):
+        sd.learn(word)
+    with memory.at_work(away.text_encoder):
+        tables = away.text_encoder.text_model.embeddings
+        assert tables.token_embedding.weight.dtype == tables.position_embedding.weight.dtype == torch.bfloat16
+    a, b = (sd.encode(["a <corgi>"]).states for sd in (here, away))
+    assert max_error(b, a) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sequential_offload_is_bounded_on_a_gpu():
+    """Whatever the host runs ahead, reserved memory stays near two blocks and what is outside them."""
+    sd = pipeline.load(TINY / "sdxl", torch.float16, "cuda", offload="sequential")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    sd.generate(["a cat"], steps=20, seeds=[0], guidance_scale=3.0)
+    assert torch.cuda.max_memory_reserved() < 256 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantized", ["int8", "nf4"])
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_quantized_on_a_gpu(quantized, offload):
+    want = pipeline.load(TINY / "sd35-medium", quantized=quantized).generate(["a cat"], steps=2, seeds=[1]).latents
+    sd = pipeline.load(TINY / "sd35-medium", torch.float32, "cuda", offload=offload, quantized=quantized)
+    assert max_error(sd.generate(["a cat"], steps=2, seeds=[1]).latents.cpu(), want) < 1e-2
+    tiled = sd.generate(["a cat"], steps=2, seeds=[1], tiled=True).pixels
+    assert torch.isfinite(tiled).all()
+
+
+def test_dry_run_takes_the_flags_of_a_run(tmp_path):
+    from nanodiff import singlefile
+
+    state = singlefile.export(pipeline.load(TINY / "sd15").models(), "SD 1", tmp_path / "x.safetensors")
+    torch.save({k: v.clone() for k, v in state.items()}, tmp_path / "x.ckpt")
+    argv = ("sample.py", "--dry-run", "--components", TINY / "sd15", "--model", tmp_path / "x.ckpt")
+    done = run(*argv, "--allow-pickle")
+    assert done.returncode == 0 and "unet" in done.stdout, done.stderr
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    one, two = (
+        run("sample.py", "--dry-run", *more).stdout for more in ((), ("--prompts-file", tmp_path / "prompts.txt"))
+    )
+    assert one != two, "two pictures at a time take more"

@@ -314,3 +314,61 @@ def test_model_index_is_data(tmp_path, change, says):
     (folder / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(UserError, match=says):
         pipeline.load(folder)
+
+
+def test_one_component_stands_in_for_a_pipelines_own(models, tmp_path):
+    """A UNet trained alone (`--model unet_folder --components pipeline`), and what is no such component."""
+    import shutil
+
+    from nanodiff import weights
+
+    shutil.copytree(TINY / "sd15" / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    state = weights.load_tensors(file)
+    state["conv_out.bias"] += 1.0
+    weights.save_tensors(file, state)
+    sd = pipeline.load(tmp_path / "unet", components=TINY / "sd15")
+    assert torch.equal(sd.unet.conv_out.bias, state["conv_out.bias"].float())
+    assert torch.equal(sd.vae.decoder.conv_in.weight, models["sd15"].vae.decoder.conv_in.weight)
+    with pytest.raises(UserError, match="--components"):
+        pipeline.load(tmp_path / "unet")
+    with pytest.raises(UserError, match="belongs to SDXL"):
+        pipeline.load(TINY / "sdxl" / "unet", components=TINY / "sd15")
+    with pytest.raises(UserError, match="has none"):
+        pipeline.load(TINY / "sd35-medium" / "transformer", components=TINY / "sd15")
+    with pytest.raises(UserError, match="stand in place"):
+        pipeline.load(TINY / "sd15" / "text_encoder", components=TINY / "sd15")
+
+
+def test_kept_prompts_wait_on_the_cpu(models):
+    sd = models["sdxl"]
+    sd.encode(["a kept prompt"])
+    assert all(t.states.device.type == "cpu" for t in sd.kept.values())
+
+
+def test_saved_text_encoders_have_the_names_of_transformers(models, tmp_path):
+    models["sd35-medium"].save(tmp_path / "m")
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert (tmp_path / "m" / name / "model.safetensors").exists()
+    again = pipeline.load(tmp_path / "m")
+    a, b = (sd.generate(["a cat"], steps=1, seeds=[0]).latents for sd in (models["sd35-medium"], again))
+    assert max_error(b, a) < 1e-5
+
+
+def test_a_tokenizer_too_large_for_t5_is_named(models):
+    import copy
+
+    sd = models["sd35-medium"]
+    encoders = [*sd.encoders[:2], copy.copy(sd.encoders[2])]
+    encoders[2].cfg = dataclasses.replace(encoders[2].cfg, vocab_size=100)
+    with pytest.raises(UserError, match="tokenizer_3"):
+        pipeline.SD3(sd.net, sd.vae, encoders, sd.tokenizers, sd.schedule)
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd35-medium", "transformer"), ("sd35-medium", "text_encoder_3")])
+def test_absurd_depths_are_refused_at_once(name, part, tmp_path):
+    folder = copy_model(name, tmp_path / "m")
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 10_000_000}))
+    with pytest.raises(UserError, match="num_layers"):
+        pipeline.load(folder)

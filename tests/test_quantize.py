@@ -82,6 +82,8 @@ def test_pipelines(kind, offload):
     a, b = (pipeline.load(TINY / "sd35-medium", quantized=kind, offload=o) for o in ("none", offload))
     a, b = (sd.generate(["a cat"], steps=2, seeds=[0]).latents for sd in (a, b))
     assert torch.isfinite(a).all() and rms_ratio(b, a) < 1e-5
+    plain = pipeline.load(TINY / "sd35-medium").generate(["a cat"], steps=2, seeds=[0]).latents
+    assert rms_ratio(a, plain) > 1e-4, "it is quantized"
 
 
 def test_nothing_to_quantize(tmp_path):

@@ -263,16 +263,21 @@ def test_sd2_epsilon_or_v(files, tmp_path, capsys):
         path = changed(files, "sd21-v", tmp_path, lambda s, bias=bias: s | {key: bias})
         single = singlefile.Single.__new__(singlefile.Single)
         single.path, single.family, single.rest, single.state = path, "SD 2", None, None
+        single.rest = None if spread > 0.1 else pipeline.Folder(TINY / "sd21-v")  # the file itself wins over components
         single.shapes, single.prefixes = weights.header([path]), singlefile.prefixes("SD 2")
         assert single._prediction(None) == want and single._prediction("sample") == "sample"
     del single.shapes[key]
+    assert single._prediction(None) == "v_prediction", "components tell when the file cannot"
+    single.rest = None
     with pytest.raises(UserError, match="--prediction-type"):
         single._prediction(None)
 
 
 def test_v_prediction_markers_of_sdxl_finetunes(files, tmp_path):
     path = changed(files, "sdxl", tmp_path, lambda s: s | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
-    schedule = pipeline.load(path, components=TINY / "sdxl").schedule
+    sd = pipeline.load(path, components=TINY / "sdxl")
+    schedule = sd.schedule
+    assert not sd.turbo, "trailing spacing alone is no turbo"
     assert schedule.prediction == "v_prediction" and schedule.cfg["rescale_betas_zero_snr"]
     assert schedule.cfg["timestep_spacing"] == "trailing"
 
@@ -321,7 +326,7 @@ def test_refused_by_name(files, tmp_path, name, change, says):
 
 
 def test_other_sizes_need_their_configuration(files):
-    with pytest.raises(UserError, match=r"(misses|unknown|another).*"):
+    with pytest.raises(UserError, match=r"unknown tensor|give its configs with --components"):
         pipeline.load(files["sd15"])
 
 
@@ -392,3 +397,39 @@ def test_copy_of_a_variant_is_not_needed(tmp_path):
     folder = copy_model("sd15", tmp_path / "m")
     (folder / "v1-5.safetensors").write_bytes(b"not read")
     assert pipeline.load(folder).unet is not None
+
+
+def test_a_flow_has_no_prediction_type(files):
+    with pytest.raises(UserError, match="velocity"):
+        pipeline.load(files["sd35-medium"], components=TINY / "sd35-medium", prediction_type="epsilon")
+
+
+def test_sgm_resaves_of_sd2(models, files, tmp_path):
+    """`conditioner.embedders.0.model.` for SD 2's text encoder, with the layer and projection that SD 2 never uses."""
+
+    def resave(state):
+        old, new = "cond_stage_model.model.", "conditioner.embedders.0.model."
+        state = {k.replace(old, new): v for k, v in state.items()}
+        return state | {
+            f"{new}text_projection": torch.zeros(3),
+            f"{new}transformer.resblocks.23.ln_1.bias": torch.zeros(3),
+        }
+
+    sd = pipeline.load(changed(files, "sd21-v", tmp_path, resave), components=TINY / "sd21-v")
+    got, want = (p.text_encoder.state_dict() for p in (sd, models["sd21-v"]))
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sd-turbo", "EulerDiscreteScheduler"), ("sdxl-turbo", "EulerAncestralDiscreteScheduler")]
+)
+def test_turbos_are_told_by_their_name(files, name, kind, tmp_path, capsys, monkeypatch):
+    """Their keys are the base model's. Without components the scheduler that the turbo ships is taken, and it is said."""
+    singlefile_path = files[name]
+    assert pipeline.load(singlefile_path, components=TINY / name).turbo
+    assert "a turbo by its name" in capsys.readouterr().err
+    monkeypatch.setattr(singlefile.Single, "_check_leftovers", lambda self: None)
+    single = singlefile.Single(singlefile_path, pipeline.BUILDERS, prediction_type="epsilon")
+    raw, _ = single.scheduler()
+    assert raw["_class_name"] == kind and raw["timestep_spacing"] == "trailing" and pipeline.is_turbo(raw, name)
+    assert single.config("unet").sample_size == 64

@@ -162,3 +162,47 @@ def test_the_script_refuses_before_work(tmp_path, argv, says):
 def test_a_formula_in_a_prompt_is_text_in_the_table(tmp_path):
     rows = do(tmp_path, "--study", 'prompt="=cmd()"', "--steps", "1")
     assert rows[0]["prompt"] == "'=cmd()"
+
+
+def test_another_axis_takes_over_what_fits(tmp_path):
+    """A study that gets one more axis: its first cells are the old ones, and the sheet labels them all."""
+    do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "guidance_scale=1,3")
+    rows = do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "scheduler=ddpm,ddim;guidance_scale=1,3")
+    assert [(r["scheduler"], r["guidance_scale"]) for r in rows] == [
+        ("ddpm", "1.0"),
+        ("ddpm", "3.0"),
+        ("ddim", "1.0"),
+        ("ddim", "3.0"),
+    ]
+    assert json.loads((tmp_path / "run.json").read_text())["results"]["taken_over"] == 2
+    do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "guidance_scale=1,3", "--offload", "model")
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert results["taken_over"] == 2, "how a picture is made does not make it another one"
+
+
+def test_fused_loras_are_fused_anew_for_each_scale(tmp_path):
+    lora = TINY.parent / "lora" / "sd15.kohya.safetensors"
+    rows = do(tmp_path, "--lora", str(lora), "--lora-fuse", "--study", "lora_scale=0,1", "--steps", "1")
+    assert len({Image.open(tmp_path / r["file"]).tobytes() for r in rows}) == 2
+
+
+def test_axes_that_are_columns_too(tmp_path):
+    rows = do(tmp_path, "--study", 'seed=none,9;prompt=a cat,"a, dog"', "--steps", "1")
+    assert [(r["seed"], r["prompt"]) for r in rows] == [
+        ("3", "a cat"),
+        ("3", "a, dog"),
+        ("9", "a cat"),
+        ("9", "a, dog"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "pictures", ['{"k": {"file": "../../x.png"}}', '{"k": {"file": "a.png"}}', "[]", '{"k": 3}', "3"]
+)
+def test_a_record_is_data_not_paths(tmp_path, pictures):
+    (tmp_path / "study.json").write_text(f'{{"seed": 3, "pictures": {pictures}}}')
+    if pictures == "[]":
+        assert do(tmp_path, "--study", "steps=1")
+        return
+    with pytest.raises(UserError, match=r"study\.json"):
+        do(tmp_path, "--study", "steps=1")

@@ -76,7 +76,9 @@ def test_without_t5(tmp_path):
     folder = copy_model("sd35-medium", tmp_path / "m")
     full = make(tmp_path / "a", folder, "--steps", 2).tobytes()
     shutil.rmtree(folder / "text_encoder_3")
-    assert "--no-t5" in refused(tmp_path / "b", folder)
+    shutil.rmtree(folder / "tokenizer_3")
+    with pytest.raises(UserError):
+        make(tmp_path / "b", folder)
     assert make(tmp_path / "c", folder, "--steps", 2, "--no-t5").tobytes() != full
     assert "no third text encoder" in refused(tmp_path / "d", SD15, "--no-t5")
 
@@ -242,6 +244,10 @@ def test_a_decoder_for_other_latents(tmp_path, tiny_decoder):
         (XL, ["--denoising-end", 1.5], "between 0 and 1"),
         (XL, ["--negative-prompt-2", "x"], "does nothing without --negative-prompt"),
         (MEDIUM, ["--height", 136], "multiple of 16"),
+        (MEDIUM, ["--height", 400], "at most 384"),
+        (SD15, ["--lora-scale", 0.5], "--lora-scale does nothing"),
+        (MEDIUM, ["--skip-layer-scale", 3.0], "--skip-layer-scale does nothing"),
+        (SD15, ["--compile", "--offload", "sequential"], "--compile"),
         (SD15, ["--components", XL], "--components is for single"),
         (SD15, ["--prediction-type", "epsilon"], "--prediction-type is for single"),
     ],
@@ -265,3 +271,103 @@ def test_all_sizes_of_sdxl_matter(tmp_path):
     ):
         pictures.add(make(tmp_path / str(i), XL, *argv, *more).tobytes())
     assert len(pictures) == 6
+
+
+def test_a_missing_third_encoder_recommends_going_without(tmp_path):
+    folder = copy_model("sd35-medium", tmp_path / "m")
+    shutil.rmtree(folder / "text_encoder_3")
+    assert "--no-t5" in refused(tmp_path, folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {
+        "text_encoder_3": [None, None],
+        "tokenizer_3": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    make(tmp_path / "o", folder, "--steps", 1)
+
+
+def test_an_empty_negative_prompt_is_one(tmp_path):
+    """SDXL: none at all is zeros, "" is encoded, and a second one may stand beside it."""
+    argv = ("--steps", 1, "--guidance-scale", 5)
+    pictures = {
+        make(tmp_path / "a", XL, *argv).tobytes(),
+        make(tmp_path / "b", XL, *argv, "--negative-prompt", "").tobytes(),
+    }
+    pictures.add(make(tmp_path / "c", XL, *argv, "--negative-prompt", "", "--negative-prompt-2", "blurry").tobytes())
+    assert len(pictures) == 3
+
+
+@pytest.mark.parametrize("model", [SD15, XL, MEDIUM])
+def test_long_neighbours_change_nothing(tmp_path, model):
+    """interface: the same pictures for every --batch-size, also when a prompt beside takes more chunks."""
+    argv = ("--prompt", "a dog", "--prompt", "a red house, " * 40, "--prompt", "a bird", "--steps", 2, "--long-prompts")
+    make(tmp_path / "1", model, *argv, "--batch-size", 1)
+    for more in (["--batch-size", 4], ["--batch-size", 4, "--offload", "model"]):
+        out = tmp_path / "_".join(map(str, more)).replace("-", "")
+        make(out, model, *argv, *more)
+        for i in range(4):
+            a, b = (Image.open(d / f"{i:05d}.png").tobytes() for d in (tmp_path / "1", out))
+            assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1
+
+
+def test_weights_are_not_counted_as_words(tmp_path, capsys):
+    words = " ".join(["cat"] * 30)
+    make(tmp_path, SD15, "--prompt-weights", "--steps", 1, prompt=f"(({words})) (red:1.25)")
+    assert "cut off" not in capsys.readouterr().err
+
+
+def test_no_picture_of_nan_by_any_decoder(tmp_path, tiny_decoder, monkeypatch):
+    from nanodiff import pipeline
+
+    original = pipeline.load
+
+    def broken(*args, **kwargs):
+        sd = original(*args, **kwargs)
+        sd.net.conv_out.bias.data.fill_(float("nan"))
+        return sd
+
+    monkeypatch.setattr(pipeline, "load", broken)
+    assert "not finite" in refused(tmp_path, SD15, "--fast-vae", tiny_decoder)
+    assert not (tmp_path / "00000.png").exists()
+
+
+def test_sd3_starts_from_a_picture_at_its_own_size(tmp_path):
+    """As in diffusers: SD 1, 2 and XL take the picture's size, SD 3 the model's, unless --height and --width say."""
+    Image.new("RGB", (96, 160), "red").save(tmp_path / "in.png")
+    argv = ("--init-image", tmp_path / "in.png", "--steps", 3, "--guidance-scale", 1)
+    assert make(tmp_path / "a", SD15, *argv).size == make(tmp_path / "b", XL, *argv).size == (96, 160)
+    assert make(tmp_path / "c", MEDIUM, *argv).size == (128, 128)
+    assert make(tmp_path / "d", MEDIUM, *argv, "--height", 160, "--width", 96).size == (96, 160)
+
+
+def test_strips_use_the_chosen_decoder(tmp_path, tiny_decoder):
+    make(tmp_path / "a", SD15, "--steps", 3, "--progress-strip")
+    make(tmp_path / "b", SD15, "--steps", 3, "--progress-strip", "--fast-vae", tiny_decoder)
+    a, b = (Image.open(tmp_path / d / "00000_steps.png").tobytes() for d in "ab")
+    assert a != b
+
+
+def test_guidance_settings_without_guidance_are_said(tmp_path, capsys):
+    make(tmp_path, SD15, "--steps", 1, "--guidance-scale", 1, "--guidance-rescale", 0.5)
+    assert "--guidance-rescale does nothing" in capsys.readouterr().err
+
+
+def test_make_study_targets_know_flows():
+    import subprocess
+
+    from util import ROOT
+
+    lines = {}
+    for model in ("", "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-2-1"):
+        for target in ("study-schedulers", "study-steps", "study-negative", "study-guidance"):
+            done = subprocess.run(
+                ["make", "-n", target, f"MODEL={model}", "STAMP="], cwd=ROOT, capture_output=True, text=True, timeout=60
+            )
+            lines[model, target] = next(line for line in done.stdout.splitlines() if "sample.py" in line) + done.stdout
+    flow = "stabilityai/stable-diffusion-3.5-medium"
+    assert "scheduler=flow_euler,flow_heun" in lines[flow, "study-schedulers"]
+    assert "ddpm" not in lines[flow, "study-steps"] + lines[flow, "study-negative"] + lines[flow, "study-guidance"]
+    for model in ("", "stabilityai/stable-diffusion-2-1"):
+        assert (
+            'scheduler=ddpm,ddim"' in lines[model, "study-schedulers"]
+            and "scheduler=ddpm;steps=5,25" in lines[model, "study-steps"]
+        )
