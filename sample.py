@@ -434,7 +434,7 @@ def main(cfg):
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
     if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
         with record.timed("encode"):
-            sd.prepare(prompts, negative if scale > 1 else None, **more)
+            sd.prepare(prompts, negative, guided=scale > 1, **more)
     sheet, latents, made = [], [], 0
     try:
         batches = batches_of(jobs, cfg, sd)

@@ -63,7 +63,8 @@ RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
     "stabilityai/stable-diffusion-3.5-large-turbo": "SD 3.5 large",
 }
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "scheduler", "requires_safety_checker"}
-CACHE_BYTES = 1 << 30  # encoded prompts that are kept
+CACHE_BYTES = 1 << 30  # encoded prompts that are kept, in host memory
+GROUP = 32  # prompts that are encoded at a time
 
 
 def say(message):
@@ -464,6 +465,7 @@ class Pipeline:
                 library = "transformers" if name.startswith("text") else "diffusers"
                 index[name] = [library, module.class_name]
                 weights.save(module, folder / name, dtype)
+        index |= {name: [None, None] for name in self.tokenizer_names[len(self.tokenizers) :]}
         for name, tokenizer in zip(self.tokenizer_names, self.tokenizers, strict=False):
             index[name] = ["transformers", "T5TokenizerFast" if isinstance(tokenizer, T5Tokenizer) else "CLIPTokenizer"]
             tokenizer.save(folder / name)
@@ -499,7 +501,7 @@ class Pipeline:
         for k in dict.fromkeys(keys):
             if k not in self.kept:
                 missing.setdefault(self.chunks(k[: len(self.encoder_names)], long_prompts, weighted), []).append(k)
-        for group in [ks[i : i + 8] for ks in missing.values() for i in range(0, len(ks), 8)]:
+        for group in [ks[i : i + GROUP] for ks in missing.values() for i in range(0, len(ks), GROUP)]:
             encoded = self.encode_uniques([k[: len(self.encoder_names)] for k in group], *how)
             for i, k in enumerate(group):
                 fresh[k] = Text(*(None if part is None else part[i : i + 1].cpu() for part in encoded))
@@ -555,7 +557,7 @@ class Pipeline:
         """What stands against `text` when there is no negative prompt: the empty one."""
         return self.encode([""] * len(text.states), **how)
 
-    def prepare(
+    def conditions(
         self,
         prompts,
         negative_prompt=None,
@@ -567,13 +569,29 @@ class Pipeline:
         weighted=False,
         max_sequence_length=None,
         clip_skip=0,
+        guided=True,
         **_,
     ):
-        """Encode what generate() will need and keep it, so that the text encoders work once. Takes its arguments."""  # fmt: skip
-        how = {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256}
-        with torch.no_grad():
-            self.encode(_rows(len(prompts), list(prompts), prompt_2, prompt_3), clip_skip, **how)
-            self.encode(_rows(1, negative_prompt or "", negative_prompt_2, negative_prompt_3), **how)
+        """(text, negative) of a batch, as generate() takes the arguments; negative is None without guidance."""
+        n, how = (
+            len(prompts),
+            {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256},
+        )
+        text = self.encode(_rows(n, list(prompts), prompt_2, prompt_3), clip_skip, **how)
+        if not guided:
+            return text, None
+        if negative_prompt is None:
+            negative = self.nothing(text, how)
+        else:  # as in diffusers, clip_skip is the prompt's alone
+            negative = self.encode(_rows(n, negative_prompt, negative_prompt_2, negative_prompt_3), **how)
+        longest = max(text.states.shape[1], negative.states.shape[1])  # fill each with its own clip_skip
+        return self.filled(text, longest, clip_skip), self.filled(negative, longest, 0)
+
+    @torch.no_grad()
+    def prepare(self, prompts, *args, **options):
+        """Encode what generate() will need and keep it, so that the text encoders work once. Arguments of conditions()."""
+        for i in range(0, len(prompts), GROUP):
+            self.conditions(prompts[i : i + GROUP], *args, **options)
 
     def learn(self, path, allow_pickle=False):
         """Teach the text encoders the word of a textual-inversion file; returns the word. Raises UserError."""
@@ -727,15 +745,10 @@ class Pipeline:
         shape = (n, self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
 
-        how = {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256}
-        text, negative = self.encode(_rows(n, prompts, prompt_2, prompt_3), clip_skip, **how), None
-        if guidance_scale > 1:  # as in diffusers, clip_skip is the prompt's alone
-            if negative_prompt is None:
-                negative = self.nothing(text, how)
-            else:
-                negative = self.encode(_rows(n, negative_prompt, negative_prompt_2, negative_prompt_3), **how)
-            longest = max(text.states.shape[1], negative.states.shape[1])  # fill each with its own clip_skip
-            text, negative = self.filled(text, longest, clip_skip), self.filled(negative, longest, 0)
+        text, negative = self.conditions(
+            prompts, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3, long_prompts, weighted,
+            max_sequence_length, clip_skip, guided=guidance_scale > 1,
+        )  # fmt: skip
         sizes = self.size_ids(n, height, width, sizes)
 
         start, known = 0, None
