@@ -206,13 +206,14 @@ def cpu_name():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default="", help="python of an environment with diffusers")
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    usual = ",".join(name for name in CASES if not name.startswith(("sdxl", "sd35m")))
+    parser.add_argument("--cases", default=usual, help="comma-separated; all = also the large models")
     parser.add_argument("--pairs", type=int, default=0, help="pairs a case; 0 = each case's own number")
     parser.add_argument("--work", default="out/bench", help="where the random full-size model is made")
     parser.add_argument("--name", default="cpu", help="benchmarks/NAME.json")
     args = parser.parse_args()
     results = {}
-    for name in args.cases.split(","):
+    for name in CASES if args.cases == "all" else args.cases.split(","):
         program, model, kind, peer_kinds, pairs, figure = CASES[name]
         pairs = args.pairs or pairs
         folder = ROOT / "tests" / "golden" / model if model.startswith("tiny/") else ROOT / args.work / model
