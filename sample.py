@@ -323,7 +323,7 @@ def load(cfg, record, device, src=None):
             name=cfg.model or EMBEDDED,
         )
         if cfg.vae_checkpoint:
-            path, cls = Path(cfg.vae_checkpoint), pipeline.AutoencoderKL
+            path, cls = Path(cfg.vae_checkpoint), pipeline.BUILDERS["vae"]
             if sd.vae is None:
                 raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
             home = (dtype, device) if cfg.offload == "none" else (None, "cpu")
@@ -510,7 +510,7 @@ def study(cfg, device):
 
     import torch
 
-    from nanodiff import engine, images, samplers
+    from nanodiff import engine, images
     from nanodiff import study as grid
 
     for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
@@ -556,23 +556,10 @@ def study(cfg, device):
                         if device.type == "cuda":
                             torch.cuda.empty_cache()
                         base, loaded = load(variant, record, device), wanted
+                    path, began = record.out / finished.name(key), time.perf_counter()
                     sd = under(variant, base)
-                    steps, scale, negative = defaults(variant, sd)
-                    samplers.check_steps(sd.schedule, steps)
-                    size, start = inputs(variant, sd)
-                    began = time.perf_counter()
                     with record.timed("sample"):
-                        result = sd.generate(
-                            [prompt], negative, steps, scale, [seed], **size, **start, **options(variant),
-                            on_step=progress.step, decoder=sd.decoder,
-                        )  # fmt: skip
-                    (picture,) = images.to_pil(result.pixels)
-                    if variant.resize:
-                        picture = picture.resize(parse_size(variant.resize), images.Image.Resampling.LANCZOS)
-                    settings = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale}
-                    settings |= size | {"negative_prompt": negative, "prompt": prompt, "seed": seed}
-                    path = record.out / finished.name(key)
-                    images.save_png(picture, path, remembered(variant, settings, sd) if cfg.metadata else None)
+                        one_picture(variant, sd, prompt, seed, path, progress)
                     seconds = round(time.perf_counter() - began, 3)
                     rows[c, j] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
                     finished.add(key, rows[c, j])
@@ -588,11 +575,29 @@ def study(cfg, device):
     print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")
 
 
+def one_picture(cfg, sd, prompt, seed, path, progress):
+    """Make and write one picture of a study."""
+    from nanodiff import images, samplers
+
+    steps, scale, negative = defaults(cfg, sd)
+    size, start = inputs(cfg, sd)
+    result = sd.generate(
+        [prompt], negative, steps, scale, [seed], **size, **start, **options(cfg), on_step=progress.step,
+        decoder=sd.decoder,
+    )  # fmt: skip
+    (picture,) = images.to_pil(result.pixels)
+    if cfg.resize:
+        picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
+    facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
+    facts |= {"negative_prompt": negative, "prompt": prompt, "seed": seed}
+    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
+
+
 def dry_run(cfg, device):
     """Print what a run would take, from configurations alone."""
-    from nanodiff import memory, pipeline
+    from nanodiff import memory, pipeline, sources
 
-    src = pipeline.configs(
+    src = sources.configs(
         cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
         cfg.allow_pickle, not cfg.t5,
     )  # fmt: skip

@@ -19,50 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanodiff import hub, memory, prompt, quantize, samplers, singlefile, weights
-from nanodiff.config import UserError, printable, read_json
+from nanodiff import memory, prompt, quantize, samplers, singlefile, sources, weights
+from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
-from nanodiff.models.mmdit import SD3Transformer2DModel
-from nanodiff.models.t5 import T5EncoderModel
-from nanodiff.models.unet import UNet2DConditionModel
-from nanodiff.models.vae import AutoencoderKL
 from nanodiff.schedule import Schedule
+from nanodiff.sources import BUILDERS, Folder, source
 from nanodiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
-CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
-CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
-CLASSES = {  # what model_index.json may name; everything else there is optional (safety checker) or unsupported
-    "unet": ("UNet2DConditionModel",),
-    "transformer": ("SD3Transformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": CLIP,
-    "text_encoder_2": CLIP,
-    "text_encoder_3": ("T5EncoderModel",),
-    "tokenizer": CLIP_TOKENIZER,
-    "tokenizer_2": CLIP_TOKENIZER,
-    "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
-}
-BUILDERS = {
-    "unet": UNet2DConditionModel,
-    "transformer": SD3Transformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModel,
-    "text_encoder_3": T5EncoderModel,
-}
-RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
-    "CompVis/stable-diffusion-v1-4": "SD 1",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
-    "stabilityai/stable-diffusion-2-1": "SD 2",
-    "stabilityai/stable-diffusion-2-1-base": "SD 2 base",
-    "stabilityai/sd-turbo": "SD 2 turbo",
-    "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
-    "stabilityai/sdxl-turbo": "SDXL turbo",
-    "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
-    "stabilityai/stable-diffusion-3.5-large": "SD 3.5 large",
-    "stabilityai/stable-diffusion-3.5-large-turbo": "SD 3.5 large",
-}
-IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "scheduler", "requires_safety_checker"}
 CACHE_BYTES = 1 << 30  # encoded prompts that are kept, in host memory
 GROUP = 32  # prompts that are encoded at a time
 
@@ -102,85 +65,6 @@ class Noise:
 
 # ---------------------------------------------------------------------------------------------------------
 # Loading
-
-
-class Folder:
-    """A pipeline in Hub folder form: where its configs, weights and tokenizers come from."""
-
-    def __init__(self, path, variant=None):
-        self.path, self.variant = path, variant
-        self.index = read_json(path / "model_index.json")
-        self.kind, self.parts = check_index(self.index, path)
-
-    def folder(self, name):
-        return self.path / name
-
-    def config(self, name):
-        path = self.folder(name) / "config.json"
-        return BUILDERS[name].Config.from_json(read_json(path), str(path))
-
-    def module(self, name, dtype, device):
-        if name == "text_encoder_3" and not self.folder(name).is_dir():
-            raise UserError(f"{self.path}: {name} is missing; download it, or go without it with --no-t5")
-        return weights.load(BUILDERS[name], self.folder(name), dtype, device, self.variant)
-
-    def tokenizer(self, name):
-        return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
-
-    def scheduler(self):
-        path = self.path / "scheduler" / "scheduler_config.json"
-        return read_json(path), str(path)
-
-
-class Component(Folder):
-    """One component's folder in place of a pipeline's own, such as a UNet that was trained alone."""
-
-    def __init__(self, path, rest, variant=None):
-        kind = read_json(path / "config.json").get("_class_name")
-        part = next((n for n in ("unet", "transformer", "vae") if kind in CLASSES[n]), None)
-        if part is None:
-            raise UserError(
-                f"{path}: {kind!r} is no model that can stand in place of another (a UNet, transformer or VAE)"
-            )
-        if rest is None:
-            raise UserError(
-                f"{path}: one component ({part}), not a pipeline; name a pipeline for the rest with --components"
-            )
-        super().__init__(rest.path, variant)
-        if part not in self.parts:
-            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
-        self.part, self.own = part, path
-
-    def folder(self, name):
-        return self.own if name == self.part else self.path / name
-
-
-def source(
-    model,
-    variant=None,
-    revision=None,
-    token=None,
-    components=None,
-    prediction_type=None,
-    allow_pickle=False,
-    no_t5=False,
-    without=(),
-):
-    """The Folder, Component or singlefile.Single that `model` names. components: what a single file or a component
-    lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
-    skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
-    path = hub.resolve(model, revision, token, variant, skip)
-    rest = None
-    if components:  # the denoiser is what the file brings
-        skip = (*skip, "unet", "transformer")
-        rest = Folder(hub.resolve(components, None, token, variant, skip), variant)
-    if not path.is_file():
-        if prediction_type:
-            raise UserError(f"--prediction-type is for single-file checkpoints; {path} is a folder")
-        if (path / "model_index.json").exists() and rest:
-            raise UserError(f"--components is for single files and single components; {path} is a whole pipeline")
-        return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
-    return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
 
 
 def load(
@@ -250,38 +134,6 @@ def convert(model, target, allow_pickle=False, components=None, prediction_type=
     print(f"{target}: {', '.join(sd.models())}")
 
 
-def check_index(index, folder):
-    """(pipeline class, component names) of a model_index.json, all of classes that we have. Names are data, never
-    paths."""
-    kind = index.get("_class_name")
-    if kind not in FAMILIES:
-        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(FAMILIES)})")
-    if index.get("requires_aesthetics_score"):
-        raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
-    present = set()
-    for name, entry in index.items():
-        if name.startswith("_") or name in IGNORED or not isinstance(entry, list):
-            continue
-        if entry == [None, None]:
-            continue
-        if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
-            raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
-        present.add(name)
-    for name in FAMILIES[kind].required:
-        if name not in present:
-            raise UserError(f"{folder}/model_index.json: has no {name}")
-    return kind, present
-
-
-def configs(model, *args, **options):
-    """What `model` names as a source of configurations, as source() takes it: weights need not be there nor are they
-    downloaded, and the released models are known without any file."""
-    name = hub.ALIASES.get(str(model), str(model))
-    if name in RELEASED and not Path(model).exists():
-        return singlefile.Known(RELEASED[name], BUILDERS)
-    return source(model, *args, **options, without=hub.COMPONENTS)
-
-
 def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
     """[memory.Stage] of a run, predicted on the meta device."""
     family, stages = FAMILIES[src.kind], []
@@ -339,7 +191,6 @@ class Pipeline:
     denoiser_name = "unet"
     encoder_names = ("text_encoder",)
     tokenizer_names = ("tokenizer",)
-    required = ("unet", "text_encoder", "tokenizer")
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
@@ -385,7 +236,7 @@ class Pipeline:
     def check_tokenizers(self):
         pairs = [(t, e) for t, e in zip(self.tokenizers, self.encoders, strict=False) if isinstance(t, CLIPTokenizer)]
         for tokenizer, encoder in pairs:
-            text, vocabulary = encoder.cfg, max(tokenizer.eos, tokenizer.pad, tokenizer.bos) + 1
+            text, vocabulary = encoder.cfg, tokenizer.backend.get_vocab_size()
             if tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
                 sizes = f"{tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"
                 raise UserError(f"tokenizer has {sizes}: they are not of one model")
@@ -848,7 +699,6 @@ class SDXL(Pipeline):
     class_name = "StableDiffusionXLPipeline"
     encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
-    required = ("unet", "vae", *encoder_names, *tokenizer_names)
 
     def check_fit(self):
         self.check_latents()
@@ -918,7 +768,6 @@ class SD3(Pipeline):
     denoiser_name = "transformer"
     encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    required = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     turbo_steps, half, keeps_size = 4, torch.bfloat16, False
 
     # Its makers' settings; medium is the one with dual attention.
@@ -996,18 +845,7 @@ class SkipLayers(NamedTuple):
         return n * self.start < i < n * self.stop
 
 
-FAMILIES = {  # by what model_index.json calls them
-    "StableDiffusionPipeline": Pipeline,
-    "StableDiffusionImg2ImgPipeline": Pipeline,
-    "StableDiffusionInpaintPipeline": Pipeline,
-    "LatentConsistencyModelPipeline": Pipeline,
-    "StableDiffusionXLPipeline": SDXL,
-    "StableDiffusionXLImg2ImgPipeline": SDXL,
-    "StableDiffusionXLInpaintPipeline": SDXL,
-    "StableDiffusion3Pipeline": SD3,
-    "StableDiffusion3Img2ImgPipeline": SD3,
-    "StableDiffusion3InpaintPipeline": SD3,
-}
+FAMILIES = {kind: {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3}[family] for kind, family in sources.FAMILIES.items()}
 
 
 def is_turbo(raw, name):

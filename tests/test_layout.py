@@ -23,6 +23,7 @@ FLOORS = [  # a file may import from lower floors only (and from the same floor 
         "memory",
         "quantize",
         "study",
+        "sources",
     },
     {"pipeline", "captioner", "engine", "metrics", "report"},
 ]

@@ -1,0 +1,181 @@
+"""Where a pipeline's parts come from: a folder in Hub form, one component's folder, a single file, or nothing at all.
+
+    src = source("path/or/hub-id")                          # names, configurations and classes are checked here
+    unet = src.module("unet", torch.float16, "cpu")
+
+What model_index.json names is data: only classes that we have are built, names are never paths, no code is run.
+"""
+
+from pathlib import Path
+
+from nanodiff import hub, singlefile, weights
+from nanodiff.config import UserError, printable, read_json
+from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.mmdit import SD3Transformer2DModel
+from nanodiff.models.t5 import T5EncoderModel
+from nanodiff.models.unet import UNet2DConditionModel
+from nanodiff.models.vae import AutoencoderKL
+from nanodiff.tokenizer import CLIPTokenizer, T5Tokenizer
+
+CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLASSES = {  # what model_index.json may name; everything else there is optional (safety checker) or unsupported
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": CLIP,
+    "text_encoder_2": CLIP,
+    "text_encoder_3": ("T5EncoderModel",),
+    "tokenizer": CLIP_TOKENIZER,
+    "tokenizer_2": CLIP_TOKENIZER,
+    "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+}
+BUILDERS = {
+    "unet": UNet2DConditionModel,
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModel,
+    "text_encoder_3": T5EncoderModel,
+}
+RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
+    "CompVis/stable-diffusion-v1-4": "SD 1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
+    "stabilityai/stable-diffusion-2-1": "SD 2",
+    "stabilityai/stable-diffusion-2-1-base": "SD 2 base",
+    "stabilityai/sd-turbo": "SD 2 turbo",
+    "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
+    "stabilityai/sdxl-turbo": "SDXL turbo",
+    "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
+    "stabilityai/stable-diffusion-3.5-large": "SD 3.5 large",
+    "stabilityai/stable-diffusion-3.5-large-turbo": "SD 3.5 large",
+}
+IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "scheduler", "requires_safety_checker"}
+FAMILIES = {  # what model_index.json calls a pipeline -> the family whose class in pipeline.py runs it
+    "StableDiffusionPipeline": "SD",
+    "StableDiffusionImg2ImgPipeline": "SD",
+    "StableDiffusionInpaintPipeline": "SD",
+    "LatentConsistencyModelPipeline": "SD",
+    "StableDiffusionXLPipeline": "SDXL",
+    "StableDiffusionXLImg2ImgPipeline": "SDXL",
+    "StableDiffusionXLInpaintPipeline": "SDXL",
+    "StableDiffusion3Pipeline": "SD3",
+    "StableDiffusion3Img2ImgPipeline": "SD3",
+    "StableDiffusion3InpaintPipeline": "SD3",
+}
+REQUIRED = {  # components without which a family cannot run
+    "SD": ("unet", "text_encoder", "tokenizer"),
+    "SDXL": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "SD3": ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+}
+
+
+def check_index(index, folder):
+    """(pipeline class, component names) of a model_index.json, all of classes that we have. Names are data, never
+    paths."""
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(FAMILIES)})")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
+    present = set()
+    for name, entry in index.items():
+        if name.startswith("_") or name in IGNORED or not isinstance(entry, list):
+            continue
+        if entry == [None, None]:
+            continue
+        if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
+            raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
+        present.add(name)
+    for name in REQUIRED[FAMILIES[kind]]:
+        if name not in present:
+            raise UserError(f"{folder}/model_index.json: has no {name}")
+    return kind, present
+
+
+class Folder:
+    """A pipeline in Hub folder form: where its configs, weights and tokenizers come from."""
+
+    def __init__(self, path, variant=None):
+        self.path, self.variant = path, variant
+        self.index = read_json(path / "model_index.json")
+        self.kind, self.parts = check_index(self.index, path)
+
+    def folder(self, name):
+        return self.path / name
+
+    def config(self, name):
+        path = self.folder(name) / "config.json"
+        return BUILDERS[name].Config.from_json(read_json(path), str(path))
+
+    def module(self, name, dtype, device):
+        if name == "text_encoder_3" and not self.folder(name).is_dir():
+            raise UserError(f"{self.path}: {name} is missing; download it, or go without it with --no-t5")
+        return weights.load(BUILDERS[name], self.folder(name), dtype, device, self.variant)
+
+    def tokenizer(self, name):
+        return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
+
+    def scheduler(self):
+        path = self.path / "scheduler" / "scheduler_config.json"
+        return read_json(path), str(path)
+
+
+class Component(Folder):
+    """One component's folder in place of a pipeline's own, such as a UNet that was trained alone."""
+
+    def __init__(self, path, rest, variant=None):
+        kind = read_json(path / "config.json").get("_class_name")
+        part = next((n for n in ("unet", "transformer", "vae") if kind in CLASSES[n]), None)
+        if part is None:
+            raise UserError(
+                f"{path}: {kind!r} is no model that can stand in place of another (a UNet, transformer or VAE)"
+            )
+        if rest is None:
+            raise UserError(
+                f"{path}: one component ({part}), not a pipeline; name a pipeline for the rest with --components"
+            )
+        super().__init__(rest.path, variant)
+        if part not in self.parts:
+            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
+        self.part, self.own = part, path
+
+    def folder(self, name):
+        return self.own if name == self.part else self.path / name
+
+
+def source(
+    model,
+    variant=None,
+    revision=None,
+    token=None,
+    components=None,
+    prediction_type=None,
+    allow_pickle=False,
+    no_t5=False,
+    without=(),
+):
+    """The Folder, Component or singlefile.Single that `model` names. components: what a single file or a component
+    lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
+    skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
+    path = hub.resolve(model, revision, token, variant, skip)
+    rest = None
+    if components:  # the denoiser is what the file brings
+        skip = (*skip, "unet", "transformer")
+        rest = Folder(hub.resolve(components, None, token, variant, skip), variant)
+    if not path.is_file():
+        if prediction_type:
+            raise UserError(f"--prediction-type is for single-file checkpoints; {path} is a folder")
+        if (path / "model_index.json").exists() and rest:
+            raise UserError(f"--components is for single files and single components; {path} is a whole pipeline")
+        return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
+    return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
+
+
+def configs(model, *args, **options):
+    """What `model` names as a source of configurations, as source() takes it: weights need not be there nor are they
+    downloaded, and the released models are known without any file."""
+    name = hub.ALIASES.get(str(model), str(model))
+    if name in RELEASED and not Path(model).exists():
+        return singlefile.Known(RELEASED[name], BUILDERS)
+    return source(model, *args, **options, without=hub.COMPONENTS)
