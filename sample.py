@@ -386,11 +386,18 @@ def under(cfg, base):
     return sd
 
 
+def words(cfg):
+    """What Pipeline.conditions() takes as it stands on the command line."""
+    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "long_prompts", "max_sequence_length")
+    return {name: getattr(cfg, name) for name in (*names, "clip_skip")} | {"weighted": cfg.prompt_weights}
+
+
 def options(cfg):
     """What generate() takes as it stands on the command line."""
-    words = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "long_prompts", "max_sequence_length")
-    return {name: getattr(cfg, name) for name in (*words, "eta", "clip_skip", "guidance_rescale", "denoising_end")} | {
-        "weighted": cfg.prompt_weights,
+    return words(cfg) | {
+        "eta": cfg.eta,
+        "guidance_rescale": cfg.guidance_rescale,
+        "denoising_end": cfg.denoising_end,
         "sizes": sizes(cfg),
         "skip_layers": skip_layers(cfg),
         "tiled": cfg.vae_tiling,
@@ -434,7 +441,7 @@ def main(cfg):
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
     if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
         with record.timed("encode"):
-            sd.prepare(prompts, negative, guided=scale > 1, **more)
+            sd.prepare(prompts, negative, guided=scale > 1, **words(cfg))
     sheet, latents, made = [], [], 0
     try:
         batches = batches_of(jobs, cfg, sd)

@@ -421,13 +421,14 @@ class Pipeline:
         max_sequence_length=None,
         clip_skip=0,
         guided=True,
-        **_,
     ):
-        """(text, negative) of a batch, as generate() takes the arguments; negative is None without guidance."""
-        n, how = (
-            len(prompts),
-            {"long_prompts": long_prompts, "weighted": weighted, "length": max_sequence_length or 256},
-        )
+        """(text, negative) of a batch; negative is None without guidance.
+
+        prompts: n texts. negative_prompt, prompt_2 … negative_prompt_3 (for the further text encoders): one text for
+        all, or n. long_prompts, weighted: see prompt.py. max_sequence_length: tokens of T5. clip_skip: see pick().
+        """
+        n, how = len(prompts), {"long_prompts": long_prompts, "weighted": weighted}
+        how["length"] = max_sequence_length or 256
         text = self.encode(_rows(n, list(prompts), prompt_2, prompt_3), clip_skip, **how)
         if not guided:
             return text, None
@@ -465,24 +466,22 @@ class Pipeline:
         kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
         return lambda x, t: self.net(x, t, kvs)
 
-    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, total=0):
+    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=()):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
-        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None; total: how many calls there will be.
+        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`.
         """
         both = text if negative is None else self.joined([negative, text])
-        predict, calls = self.predictor(both, sizes, negative is not None), 0
+        predict = self.predictor(both, sizes, negative is not None)
 
         def model(x, t):
-            nonlocal calls
-            calls += 1
             x = x.to(self.dtype)
             if negative is None:
                 return predict(x, t).float()
             without, with_text = predict(torch.cat([x, x]), t).float().chunk(2)
             out = without + scale * (with_text - without)
-            if skip and skip.active(calls - 1, total):
+            if skip and skip.active(sum(u > t for u in times), len(times)):
                 blind = self.net(x, t, text.states, text.pooled, skip.layers).float()
                 out = out + skip.scale * (with_text - blind)
             if rescale:
@@ -544,7 +543,6 @@ class Pipeline:
         height=None,
         width=None,
         eta=0.0,
-        clip_skip=0,
         guidance_rescale=0.0,
         image=None,
         strength=0.8,
@@ -554,26 +552,20 @@ class Pipeline:
         keep_steps=False,
         on_step=None,
         generators=None,
-        prompt_2=None,
-        prompt_3=None,
-        negative_prompt_2=None,
-        negative_prompt_3=None,
-        long_prompts=False,
-        weighted=False,
-        max_sequence_length=None,
         sizes=None,
         skip_layers=None,
         denoising_end=None,
         decoder=None,
+        **words,
     ):
         """One batch of pictures, one per prompt; returns a Result.
 
-        negative_prompt: one text, or a list of one per prompt; prompt_2 … negative_prompt_3: the same for the further
-        text encoders. seeds: one per prompt (or `generators`, CPU ones). Guidance is on when guidance_scale > 1.
+        prompts, negative_prompt, words: see conditions(), which takes them. seeds: one per prompt (or `generators`, CPU
+        ones). Guidance is on when guidance_scale > 1.
         image [B or 1, 3, H, W] in [-1, 1]: start from it, noised by `strength` in (0, 1]; mask [1, 1, H, W] in {0, 1}:
-        repaint where 1. quirks: see samplers.ddim. long_prompts, weighted: see prompt.py. sizes: SDXL's, see
-        SDXL.size_ids. skip_layers: SD 3's, a SkipLayers. denoising_end: stop when this part of the noise is gone. on_step(i, n, Step)
-        is called after each step. decoder: in place of decode(). Raises UserError for settings that make no sense.
+        repaint where 1. quirks: see samplers.ddim. sizes: SDXL's, see SDXL.size_ids. skip_layers: SD 3's, a SkipLayers.
+        denoising_end: stop when this part of the noise is gone. on_step(i, n, Step) is called after each step. decoder:
+        in place of decode(). Raises UserError for settings that make no sense.
         """
         height, width = height or self.size[0], width or self.size[1]
         for name, value in (("height", height), ("width", width)):
@@ -581,12 +573,7 @@ class Pipeline:
                 raise UserError(f"--{name} {value} must be a positive multiple of {self.multiple}")
         self.check_size(height, width)
         samplers.check_steps(self.schedule, steps)
-        self.check_options(
-            {"prompt-2": prompt_2, "prompt-3": prompt_3, "negative-prompt-2": negative_prompt_2},
-            {"negative-prompt-3": negative_prompt_3, "max-sequence-length": max_sequence_length},
-            sizes,
-            skip_layers,
-        )
+        self.check_options(words, sizes, skip_layers)
         if mask is not None and image is None:
             raise UserError("--mask needs --init-image")
         n = len(prompts)
@@ -596,10 +583,7 @@ class Pipeline:
         shape = (n, self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
 
-        text, negative = self.conditions(
-            prompts, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3, long_prompts, weighted,
-            max_sequence_length, clip_skip, guided=guidance_scale > 1,
-        )  # fmt: skip
+        text, negative = self.conditions(prompts, negative_prompt, guided=guidance_scale > 1, **words)
         sizes = self.size_ids(n, height, width, sizes)
 
         start, known = 0, None
@@ -625,7 +609,8 @@ class Pipeline:
                 raise UserError(f"--denoising-end {denoising_end:g} leaves no step to take; it is between 0 and 1")
         result, kept = None, []
         with memory.at_work(self.net):
-            model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, total)
+            times = samplers.times(self.schedule, steps, **shift)
+            model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, times)
             for done, result in enumerate(sampler(model, x, self.schedule, steps, noise, start, **options), 1):
                 if mask is not None:  # in place: the sampler continues from what is written here
                     result.x.copy_(known(result.x, start + done))
@@ -643,14 +628,15 @@ class Pipeline:
         pixels = decoder(latents) if decoder else self.decode(latents, tiled)
         return Result(pixels.float(), latents, kept)
 
-    def check_options(self, words, more, sizes, skip_layers):
+    def check_options(self, words, sizes, skip_layers):
         """Raise UserError for settings of another family."""
-        for name, value in (words | more).items():
+        for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
             needs = name[-1] if name[-1] in "23" else "3"
-            if value is not None and f"text_encoder_{needs}" not in self.encoder_names:
-                raise UserError(f"--{name}: this model has no text encoder {needs}")
-        if more.get("max-sequence-length") is not None and not 1 <= more["max-sequence-length"] <= 512:
-            raise UserError(f"--max-sequence-length {more['max-sequence-length']} must be between 1 and 512")
+            if words.get(name) is not None and f"text_encoder_{needs}" not in self.encoder_names:
+                raise UserError(f"--{name.replace('_', '-')}: this model has no text encoder {needs}")
+        length = words.get("max_sequence_length")
+        if length is not None and not 1 <= length <= 512:
+            raise UserError(f"--max-sequence-length {length} must be between 1 and 512")
         if sizes and not isinstance(self, SDXL):
             raise UserError(f"--{next(iter(sizes)).replace('_', '-')}: only SDXL takes sizes as a condition")
         if skip_layers and not isinstance(self, SD3):

@@ -372,3 +372,27 @@ def test_absurd_depths_are_refused_at_once(name, part, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 10_000_000}))
     with pytest.raises(UserError, match="num_layers"):
         pipeline.load(folder)
+
+
+def test_skip_layers_follow_the_steps_whatever_the_sampler_asks(models):
+    """Heun asks twice a step: the window of skip-layer guidance is still one of steps."""
+    sd, asked = models["sd35-medium"], {}
+    for name in ("flow_euler", "flow_heun"):
+        asked[name] = []
+
+        def blind(m, args, out, name=name):
+            if len(args) > 4:  # the pass without some blocks
+                asked[name].append(round(float(args[1]), 3))
+
+        hook = sd.net.register_forward_hook(blind)
+        skip = pipeline.SkipLayers((1,), start=0.1, stop=0.5)
+        options = {"guidance_scale": 4.0, "skip_layers": skip, "max_sequence_length": 16}
+        sd.with_scheduler(name).generate(["a"], steps=8, seeds=[0], **options)
+        hook.remove()
+    assert len(set(asked["flow_euler"])) == len(asked["flow_euler"]) == 3  # steps 1, 2, 3 of 8
+    assert set(asked["flow_heun"]) == set(asked["flow_euler"])
+
+
+def test_unknown_words_are_an_error(models):
+    with pytest.raises(TypeError, match="promt_2"):
+        models["sdxl"].generate(["a"], steps=1, seeds=[0], promt_2="b")
