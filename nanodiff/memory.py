@@ -175,9 +175,9 @@ def let_go(tensors):
     when they are. Memory that is not a file's is left alone. Linux; elsewhere nothing."""
     if not hasattr(mmap, "MADV_DONTNEED") or not Path("/proc/self/maps").exists():
         return
-    mapped = []  # (start, end) of the mappings of safetensors files
+    mapped = []  # (start, end) of the mappings of safetensors files; in the Hub's cache those are called blobs/HASH
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(".safetensors"):
+        if line.endswith(".safetensors") or "/blobs/" in line:
             first, _, last = line.split()[0].partition("-")
             mapped.append((int(first, 16), int(last, 16)))
     madvise, page = ctypes.CDLL(None, use_errno=True).madvise, mmap.PAGESIZE

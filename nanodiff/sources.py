@@ -108,12 +108,17 @@ class Folder:
         path = self.folder(name) / "config.json"
         return BUILDERS[name].Config.from_json(read_json(path), str(path))
 
-    def module(self, name, dtype, device):
-        if name == "text_encoder_3" and not self.folder(name).is_dir():
+    def check_there(self, name):
+        """Raise UserError when a part that SD 3 could do without is missing."""
+        if name.endswith("_3") and not self.folder(name).is_dir():
             raise UserError(f"{self.path}: {name} is missing; download it, or go without it with --no-t5")
+
+    def module(self, name, dtype, device):
+        self.check_there(name)
         return weights.load(BUILDERS[name], self.folder(name), dtype, device, self.variant)
 
     def tokenizer(self, name):
+        self.check_there(name)
         return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
 
     def scheduler(self):

@@ -203,3 +203,18 @@ def test_wrong_component(tmp_path):
     (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     line = error_line(run("sample.py", "--model", folder, "--prompt", "x", "--output-dir", tmp_path / "o"))
     assert "vae" in line
+
+
+def test_weights_that_are_not_wanted_are_neither_fetched_nor_missed(tmp_path):
+    """--no-t5 saves 9.5 GB; --dry-run fetches configurations alone."""
+    chosen = hub.choose(SD15_FILES, skip=("text_encoder_3",))
+    assert not [f for f in chosen if f.startswith("text_encoder_3/model")] and "text_encoder_3/config.json" in chosen
+    assert "unet/diffusion_pytorch_model.safetensors" in chosen
+    assert not [f for f in hub.choose(SD15_FILES, skip=hub.COMPONENTS) if f.endswith(".safetensors")]
+    import shutil
+
+    folder = copy_model("sd35-medium", tmp_path / "m")
+    shutil.rmtree(folder / "text_encoder_3")
+    shutil.rmtree(folder / "tokenizer_3")
+    assert "text_encoder_3" in hub.incomplete(folder)
+    assert hub.incomplete(folder, ("text_encoder_3", "tokenizer_3")) == ""
