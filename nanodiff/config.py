@@ -223,6 +223,15 @@ def from_mapping(cls, mapping, where):
     return values
 
 
+def tool(run):
+    """The exit code of a `python -m nanodiff.…` tool: what run() returns (None = 0), or 2 with one line for a mistake."""
+    try:
+        return run() or 0
+    except UserError as e:
+        print(f"error: {printable(e)}", file=sys.stderr)
+        return 2
+
+
 def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     """Run a script: parse sys.argv, call its main(cfg), turn every expected failure into one line.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, printable, tool
 from nanodiff.images import fit, open_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -231,11 +231,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m nanodiff.data", description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=["check"])
     parser.add_argument("path")
-    try:
-        report, bad = check(parser.parse_args().path)
-    except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
-    print("\n".join(report))
-    print(f"faults: {bad}")
-    sys.exit(1 if bad else 0)
+    args = parser.parse_args()
+
+    def main():
+        report, bad = check(args.path)
+        print("\n".join(report))
+        print(f"faults: {bad}")
+        return 1 if bad else 0
+
+    sys.exit(tool(main))

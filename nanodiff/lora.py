@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff import singlefile, weights
-from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json, tool
 
 DOWN, UP = "down", "up"
 SUFFIXES = {  # the end of a key -> what the tensor is
@@ -173,7 +173,9 @@ def read(path, models, allow_partial=False):
             raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
         fused = len(targets[0]) == 3 and targets[0][2] in (0, 1, 2)
         for target in targets if fused else targets[:1]:
-            deltas.append(_delta(target, parts, models, _scale(name, target, parts, settings), file))
+            deltas.append(
+                _delta(target, parts, models, _scale(f"{file}: {printable(name)}", target, parts, settings), file)
+            )
     if absent and not allow_partial:
         few = ", ".join(printable(k) for k in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
@@ -230,11 +232,14 @@ def _settings(file, metadata):
 
 
 def _scale(name, target, parts, settings):
-    """alpha / rank of a layer (rank-stabilised: alpha / √rank)."""
+    """alpha / rank of a layer (rank-stabilised: alpha / √rank). name: of file and layer, for errors."""
     rank = parts[DOWN].shape[0] if parts[DOWN].dim() else 0
     told = settings.get(target[0], settings.get("", {}))
     alpha = told.get("lora_alpha", rank)
-    for pattern, value in (told.get("alpha_pattern") or {}).items():
+    patterns = told.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{name}: alpha_pattern is no JSON object")
+    for pattern, value in patterns.items():
         if target[1] == pattern or target[1].endswith(f".{pattern}"):
             alpha = value
         elif not re.fullmatch(r"[\w.]+", pattern):
@@ -246,7 +251,7 @@ def _scale(name, target, parts, settings):
     if isinstance(alpha, torch.Tensor):
         alpha = alpha.item() if alpha.numel() == 1 else None
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
-        raise UserError(f"{printable(name)}: alpha {alpha!r} with rank {rank} gives no strength")
+        raise UserError(f"{name}: alpha {alpha!r} with rank {rank} gives no strength")
     return alpha / rank**0.5 if stabilised else alpha / rank
 
 
@@ -325,9 +330,8 @@ class Fused:
             if keep:
                 self.before.append((weight, weight.data))
             delta = d.matrix(weight.shape).to(weight.device)
-            weight.data = (weight.data.float() + scale * delta).to(
-                weight.dtype
-            )  # never in place: it may be a mapped file
+            # never in place: it may be a mapped file
+            weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
 
     def remove(self):
         for weight, data in reversed(self.before):
@@ -372,12 +376,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("inspect", help="list the layers of a file").add_argument("path")
     args = parser.parse_args()
-    try:
-        inspect(args.path)
-    except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return tool(lambda: inspect(args.path))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def load(
     if family is SD3 and "text_encoder_3" not in src.parts | left_out:
         say("note: this model comes without T5; its part of the text is zeros")
         left_out = {"tokenizer_3"}
-    wanted = [p for p in src.parts if p in BUILDERS and p not in left_out]
+    wanted = [p for p in BUILDERS if p in src.parts - left_out]
     tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts - left_out]
     modules = {}
     for part in wanted:
@@ -123,10 +123,11 @@ def load(
 def convert(model, target, allow_pickle=False, components=None, prediction_type=None):
     """A single-file checkpoint as a Hub folder, or a Hub folder as one file in the original names. Types stay."""
     src = source(model, components=components, prediction_type=prediction_type, allow_pickle=allow_pickle)
-    sd, target = load(src, None), Path(target)
-    if isinstance(src, singlefile.Single):
-        if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target}: exists and is not empty")
+    single, target = isinstance(src, singlefile.Single), Path(target)
+    if single and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder")
+    sd = load(src, None)
+    if single:
         sd.save(target)
     else:
         family = singlefile.family_of_pipeline(sd.class_name, sd.net)

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json, tool
 
 # (pattern, replacement or None to drop), by the class whose files need it.
 RENAMES = {
@@ -452,15 +452,10 @@ def main():
     two.add_argument("--components", help="folder for what a single file lacks")
     two.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"), help="of a single file")
     args = parser.parse_args()
-    try:
-        if args.command == "inspect":
-            inspect(args.path)
-        else:
-            convert(args.source, args.target, args.allow_pickle, args.components, args.prediction_type)
-    except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
-    return 0
+    if args.command == "inspect":
+        return tool(lambda: inspect(args.path))
+    more = args.allow_pickle, args.components, args.prediction_type
+    return tool(lambda: convert(args.source, args.target, *more))
 
 
 if __name__ == "__main__":

@@ -365,7 +365,8 @@ def test_fused_for_good_keeps_no_second_copy(sd15):
         ({"up": torch.zeros(16)}, {}, "no matrices"),
         ({}, {"lora_adapter_metadata": "[1]"}, "no JSON object"),
         ({}, {"lora_adapter_metadata": "[" * 100_000}, "no JSON"),
-        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "alpha 'x'"),
+        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, r"x\.safetensors: unet.*alpha 'x'"),
+        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "alpha_pattern is no JSON object"),
         ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"^down.*q$": 2}}'}, "regular expression"),
     ],
 )

@@ -375,7 +375,10 @@ def test_convert_both_ways(name, tmp_path):
     first, second = (pipeline.load(f).generate(["a cat"], steps=1, seeds=[0]).latents for f in (TINY / name, folder))
     assert max_error(second, first) < 1e-5
     done = run("-m", "nanodiff.weights", "convert", one, folder, "--components", TINY / name)
-    assert "not empty" in error_line(done)
+    assert "not an empty folder" in error_line(done)
+    (tmp_path / "file").touch()
+    done = run("-m", "nanodiff.weights", "convert", one, tmp_path / "file", "--components", TINY / name)
+    assert "not an empty folder" in error_line(done)
 
 
 def test_sample_from_a_file(files, tmp_path):
