@@ -264,6 +264,9 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         print(f"error: {printable(e)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
+        if not debug and str(e).startswith("kernels: "):  # --kernels triton, and a kernel that cannot serve
+            print(f"error: {printable(e)}", file=sys.stderr)
+            return 2
         if debug or not (isinstance(e, MemoryError) or OUT_OF_MEMORY.search(f"{type(e).__name__}: {e}")):
             raise
         print(f"error: out of memory ({printable(str(e).splitlines()[0])}); {less_memory}", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
-from nanodiff.models.layers import attend
+from nanodiff.models.layers import LayerNorm, attend
 
 FIXED = {
     "attention_dropout": [0.0],
@@ -97,9 +97,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.self_attn = SelfAttention(cfg)
-        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
     def forward(self, x):
@@ -128,7 +128,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(cfg)
         self.encoder = Encoder(cfg)
-        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.final_layer_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
 
 
 class CLIPTextModel(nn.Module):

@@ -4,7 +4,8 @@ Shape letters, here and everywhere: B batch, C channels, H W height and width, L
 S context tokens, D width, N heads, K head size.
 
 Modules carry the names of the Hugging Face checkpoints, so a file loads without a translation.
-This is the one file of the library that decides how an operator is computed.
+This is the one file of the library that decides how an operator is computed: by a Triton kernel or by PyTorch
+(kernels/switch.py), and how a picture is enlarged.
 """
 
 import math
@@ -12,6 +13,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import kernels
+from kernels import geglu, layer_norm, qk_norm_rope, swiglu  # noqa: F401  the models take them from here
+from nanodiff.config import UserError
+
+
+def use_kernels(mode):
+    """`--kernels auto | triton | torch` for the rest of the process. Raises UserError where "triton" cannot be had."""
+    try:
+        kernels.set_backend(mode)
+    except RuntimeError as e:
+        raise UserError(f"--kernels triton: {e}") from None
 
 
 def timestep_embedding(t, dim, max_period=10000.0):
@@ -30,13 +43,12 @@ def attend(q, k, v, heads, causal=False, bias=None, scale=None):
 
     bias: [1 or B, N, L, S], added to the scores. scale: in place of 1/√K.
 
-    Scores and softmax are accumulated in fp32 by every backend of scaled_dot_product_attention, which is
-    all that the configs' `upcast_attention` asks for.
+    Scores and softmax are accumulated in fp32 by our kernel and by every backend of scaled_dot_product_attention,
+    which is all that the configs' `upcast_attention` asks for.
     """
     B, L, D = q.shape
-    q, k, v = (x.view(B, -1, heads, D // heads).transpose(1, 2) for x in (q, k, v))  # [B, N, L|S, K]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).reshape(B, L, D)
+    q, k, v = (x.view(B, -1, heads, D // heads) for x in (q, k, v))  # [B, L|S, N, K]
+    return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias).reshape(B, L, D)
 
 
 class TimeEmbedding(nn.Module):
@@ -50,16 +62,22 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by our kernel where there is a GPU."""
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, optionally followed by SiLU (Wu & He 2018)."""
+    """GroupNorm (Wu & He 2018), optionally of x + shift [B, C] and followed by SiLU."""
 
     def __init__(self, groups, channels, eps, silu=False):
         super().__init__(groups, channels, eps)
         self.silu = silu
 
-    def forward(self, x):
-        x = super().forward(x)
-        return F.silu(x, inplace=not torch.is_grad_enabled()) if self.silu else x
+    def forward(self, x, shift=None):
+        return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu, shift)
 
 
 class ResnetBlock(nn.Module):
@@ -80,9 +98,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, temb=None):
         h = self.conv1(self.norm1(x))
-        if temb is not None:
-            h = h + self.time_emb_proj(temb)[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        h = self.conv2(self.norm2(h, shift=None if temb is None else self.time_emb_proj(temb)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -98,15 +114,51 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the size (or to the `size` of a skip), then a 3×3 convolution."""
+    """Nearest neighbour to twice the size (or to the `size` of a skip), then a 3×3 convolution.
+
+    In the doubled picture a 3×3 window sees only 2×2 different pixels, so each of the four positions of a pixel among its
+    copies ("phases") is a 2×2 convolution of the small picture, with sums of the 3×3 weights: 4/9 of the work. Row 2i
+    sees rows i − 1, i, i and takes the weights w₀ and w₁ + w₂; row 2i + 1 sees i, i, i + 1 and takes w₀ + w₁ and w₂.
+    """
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.phases = ()  # (what the weight was, [the convolution]), not in the checkpoint
 
     def forward(self, x, size=None):
+        H, W = x.shape[-2:]
+        plain = type(self.conv).__name__ in ("Conv2d", "PackedConv2d")  # others (LoRA) have no weight of their own
+        doubled = size is None or tuple(size) == (2 * H, 2 * W)
+        if plain and doubled and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._by_phases(x)
         x = F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
         return self.conv(x)
+
+    def _by_phases(self, x):
+        B, C, H, W = x.shape
+        weight = self.conv.weight
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device, type(self.conv))
+        if not self.phases or self.phases[0] != state:
+            rows = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)  # sums rounded once
+            rows = ((rows[0], rows[1] + rows[2]), (rows[0] + rows[1], rows[2]))
+            parts = []
+            for r in rows:
+                w = torch.stack(r, dim=2).unbind(3)
+                parts += [torch.stack((w[0], w[1] + w[2]), dim=3), torch.stack((w[0] + w[1], w[2]), dim=3)]
+            conv = type(self.conv)(C, 4 * C, 2, padding=1, device="meta")
+            last = torch.channels_last
+            conv.weight = nn.Parameter(torch.cat(parts).to(weight.dtype, memory_format=last), requires_grad=False)
+            conv.bias = nn.Parameter(self.conv.bias.repeat(4), requires_grad=False)
+            self.phases = (state, [conv])
+        y = self.phases[1][0](x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
+        channels_last = x.stride(1) == 1 and C > 1
+        out = (
+            y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2) if channels_last else y.new_empty(B, C, 2 * H, 2 * W)
+        )
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            out[:, :, a::2, b::2] = y[:, 2 * a + b, :, a : a + H, b : b + W]
+        return out
 
 
 class Stage(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
-from nanodiff.models.layers import TimeEmbedding, attend, timestep_embedding
+from nanodiff.models.layers import TimeEmbedding, attend, layer_norm, qk_norm_rope, timestep_embedding
 
 FIXED = {}
 EPS = 1e-6
@@ -60,7 +60,7 @@ class Config:
 
 def modulate(x, shift, scale):
     """LayerNorm without weights, then scale and shift from the condition: x [B, L, D], shift, scale [B, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+    return layer_norm(x, eps=EPS, scale=scale, shift=shift)
 
 
 class AdaLN(nn.Module):
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         """x [B, L, N·K] through the RMS norm `name` over each head's K (or as it is)."""
         if not hasattr(self, name):
             return x
-        return getattr(self, name)(x.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return qk_norm_rope(x.unflatten(-1, (self.heads, -1)), getattr(self, name).weight, eps=EPS).flatten(-2)
 
     def forward(self, x, text=None):
         """x [B, L, D], text [B, S, D] -> (image [B, L, D], text [B, S, D] or None)."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import from_json
-from nanodiff.models.layers import attend
+from nanodiff.models.layers import attend, swiglu
 
 FIXED = {
     "classifier_dropout": [0.0],
@@ -105,7 +105,7 @@ class DenseReluDense(nn.Module):
         self.wo = WideLinear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x):
-        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        h = swiglu(self.wi_0(x), self.wi_1(x), "gelu_tanh")
         return self.wo(h.float() if h.dtype == torch.float16 else h)
 
 

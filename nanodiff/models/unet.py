@@ -19,11 +19,13 @@ from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import (
     Downsample,
     GroupNorm,
+    LayerNorm,
     ResnetBlock,
     Stage,
     TimeEmbedding,
     Upsample,
     attend,
+    geglu,
     timestep_embedding,
 )
 
@@ -146,8 +148,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -164,7 +165,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim, heads, context_dim):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(dim) for _ in range(3))
         self.attn1 = Attention(dim, heads)
         self.attn2 = Attention(dim, heads, context_dim)
         self.ff = FeedForward(dim)

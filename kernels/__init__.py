@@ -1,0 +1,14 @@
+"""Triton kernels: attention, GroupNorm, row norms, gated units and linear-cross-entropy, each beside its mathematics.
+
+Every file has five parts: the mathematics, a plain reference, the Triton code, autograd, and the public function with
+its fallback. `switch.py` says how the fallback is chosen; `python -m kernels.report` compiles everything without a GPU.
+"""
+
+from kernels.attention import attention
+from kernels.gated import geglu, linear_cross_entropy, swiglu
+from kernels.group_norm import group_norm
+from kernels.norms import layer_norm, qk_norm_rope, rms_norm
+from kernels.switch import backend, set_backend
+
+__all__ = ["attention", "backend", "geglu", "group_norm", "layer_norm", "linear_cross_entropy", "qk_norm_rope", "rms_norm",
+           "set_backend", "swiglu"]  # fmt: skip

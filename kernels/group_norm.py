@@ -1,0 +1,435 @@
+"""GroupNorm, with the shift that comes before it and the SiLU that follows, forward and backward, in one go.
+
+The mathematics (Wu & He 2018, arXiv 1803.08494 eq. 1–3), for one image b and one group g of C/G channels, n values:
+    u = x + t_c            (t: the time embedding of a residual block, one value per channel, or nothing)
+    μ = mean u,  σ² = mean (u − μ)²,  r = 1/√(σ² + ε),  û = r (u − μ)
+    z = γ_c û + β_c,  y = silu(z) = z·sig(z)   or   y = z
+
+Mean and variance are those of blocks, put together by Chan, Golub & LeVeque (1979): M₂ = Σ M₂ᵢ + Σ nᵢ (μᵢ − μ)². Nothing
+is ever the difference of two large sums, so an offset of 10⁴ standard deviations costs no digits that fp32 has.
+
+Backward, with dz = dy · sig(z)(1 + z(1 − sig(z))): per image and channel the sums over the n/C·G pixels
+    s₁ = Σ dz,   s₂ = Σ dz û,   s₃ = Σ û      give      dγ = Σ_b s₂,   dβ = Σ_b s₁,
+and per group A = Σ_c γ_c s₁, B = Σ_c γ_c s₂:
+    dx = r (γ dz − (A + û B)/n),      dt_c = Σ dx = r (γ_c s₁ − (P·A + s₃ B)/n),  P pixels.
+So dt costs no pass of its own.
+
+A group that fits on chip is read once and written once. A larger one is cut into chunks of pixels: one kernel for the
+chunks' statistics, a small one to join them, one that normalises, walking backwards because what was read last is still
+in cache. No atomics: every sum is taken in one order. One code serves both memory formats, [B, C, H, W] and channels
+last, since only the strides differ; a tile is [pixels, channels].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.switch import cdiv, power_of_2, tl, triton, tuned, use
+
+# 2. The plain reference ------------------------------------------------------------------------------------
+
+
+def group_norm_reference(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
+    """The formulas above, one after the other, in the type of the inputs: x [B, C, …] -> [B, C, …]."""
+    B, C = x.shape[:2]
+    per_channel = (1, C) + (1,) * (x.dim() - 2)
+    x = x if shift is None else x + shift.view(B, C, *per_channel[2:])
+    u = x.reshape(B, groups, -1)
+    mean = u.mean(-1, keepdim=True)
+    var = (u - mean).square().mean(-1, keepdim=True)
+    z = ((u - mean) * (var + eps).rsqrt()).view(x.shape) * weight.view(per_channel) + bias.view(per_channel)
+    return z * torch.sigmoid(z) if silu else z
+
+
+# 3. The Triton code ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shifted(p, p_shift, m, SHIFT: tl.constexpr):
+    """u = x + t of a tile [pixels, channels] in fp32; 0 where masked."""
+    u = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    if SHIFT:
+        u += tl.load(p_shift).to(tl.float32)[None, :]
+    return tl.where(m, u, 0.0)
+
+
+@triton.jit
+def _activated(u, weight, bias, SILU: tl.constexpr):
+    """(y, dy/dz) for z = weight·u + bias, of which a forward pass drops the second."""
+    z = u * weight + bias
+    y, slope = z, tl.full(z.shape, 1.0, tl.float32)
+    if SILU:
+        sig = 1 / (1 + tl.exp(-z))
+        y = z * sig
+        slope = sig * (1 + z * (1 - sig))
+    return y, slope
+
+
+@triton.jit
+def _channel(p, o_c, m_c):
+    return tl.load(p + o_c, mask=m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _whole_forward(p_x, p_shift, p_weight, p_bias, p_y, p_mean, p_rstd, s_b, s_c, s_p, C, P, eps, WIDTH: tl.constexpr,
+                   SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_C: tl.constexpr):  # fmt: skip
+    """One group of one image on chip: grid [G, B]. WIDTH = C/G channels, P pixels."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_p, o_w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
+    m = (o_p < P)[:, None] & m_c[None, :]
+    o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
+    u = _shifted(p_x + o, p_shift + b * C + tl.where(m_c, o_c, 0), m, SHIFT)
+    n = P * WIDTH
+    mean = tl.sum(u) / n
+    u = tl.where(m, u - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(u * u) / n + eps)
+    weight, bias = _channel(p_weight, o_c, m_c), _channel(p_bias, o_c, m_c)
+    y, _ = _activated(u, (rstd * weight)[None, :], bias[None, :], SILU)
+    tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
+    row = b * tl.num_programs(0) + g
+    tl.store(p_mean + row, mean)
+    tl.store(p_rstd + row, rstd)
+
+
+@triton.jit
+def _statistics(p_x, p_shift, p_mean, p_m2, s_b, s_c, s_p, C, P, per_chunk, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+                BLOCK_C: tl.constexpr):  # fmt: skip
+    """Mean and M₂ per channel of a chunk of pixels, block joined to block: grid [chunks, blocks of C, B]."""
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_shift += b * C + tl.where(m_c, o_c, 0)
+    mean, m2 = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, P)
+    for start in tl.range(first, last, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        m = (o_p < last)[:, None] & m_c[None, :]
+        u = _shifted(p_x + b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c, p_shift, m, SHIFT)
+        here, before = tl.minimum(last - start, BLOCK_P).to(tl.float32), (start - first).to(tl.float32)
+        block_mean = tl.sum(u, 0) / here
+        u = tl.where(m, u - block_mean[None, :], 0.0)
+        difference = block_mean - mean
+        mean += difference * (here / (before + here))
+        m2 += tl.sum(u * u, 0) + difference * difference * (before * here / (before + here))
+    o = (b * tl.num_programs(0) + chunk) * C + o_c
+    tl.store(p_mean + o, mean, mask=m_c)
+    tl.store(p_m2 + o, m2, mask=m_c)
+
+
+@triton.jit
+def _join(p_means, p_m2s, p_mean, p_rstd, C, P, chunks, per_chunk, eps, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+          BLOCK_C: tl.constexpr):  # fmt: skip
+    """The chunks' and channels' statistics into those of the group: grid [G, B]."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_k, o_w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_C)
+    m = (o_k < chunks)[:, None] & (o_w < WIDTH)[None, :]
+    o = (b * chunks + o_k[:, None]) * C + g * WIDTH + o_w[None, :]
+    count = tl.maximum(tl.minimum(P - o_k * per_chunk, per_chunk), 0).to(tl.float32)[:, None]
+    means = tl.load(p_means + o, mask=m, other=0.0)
+    n = P * WIDTH
+    mean = tl.sum(means * count) / n
+    off = means - mean
+    m2 = tl.sum(tl.where(m, tl.load(p_m2s + o, mask=m, other=0.0) + off * off * count, 0.0))
+    row = b * tl.num_programs(0) + g
+    tl.store(p_mean + row, mean)
+    tl.store(p_rstd + row, 1 / tl.sqrt(m2 / n + eps))
+
+
+@triton.jit
+def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_p, C, P, G, per_chunk,
+               WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+               BLOCK_C: tl.constexpr):  # fmt: skip
+    """y of a chunk of pixels, from the group's mean and rstd: grid [chunks, blocks of C, B], last chunk first."""
+    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
+    weight = _channel(p_weight, o_c, m_c) * rstd
+    bias = _channel(p_bias, o_c, m_c)
+    p_shift += b * C + tl.where(m_c, o_c, 0)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, P)
+    for start in tl.range(first, last, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        m = (o_p < last)[:, None] & m_c[None, :]
+        o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
+        u = _shifted(p_x + o, p_shift, m, SHIFT) - mean[None, :]
+        y, _ = _activated(u, weight[None, :], bias[None, :], SILU)
+        tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _whole_backward(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_dx, p_s1, p_s2, p_dshift, s_b, s_c, s_p,
+                    d_b, d_c, d_p, C, P, WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Everything of one group of one image that fits on chip: grid [G, B]. d_: strides of dy."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_p, o_w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
+    m = (o_p < P)[:, None] & m_c[None, :]
+    o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
+    row = b * tl.num_programs(0) + g
+    mean, rstd = tl.load(p_mean + row), tl.load(p_rstd + row)
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    u = _shifted(p_x + o, p_shift + b * C + tl.where(m_c, o_c, 0), m, SHIFT)
+    u = tl.where(m, (u - mean) * rstd, 0.0)
+    dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
+    _, slope = _activated(u, weight, bias, SILU)
+    dz = dy * slope
+    s1, s2, s3 = tl.sum(dz, 0), tl.sum(dz * u, 0), tl.sum(u, 0)
+    n = P * WIDTH
+    a, c = tl.sum(s1[None, :] * weight) / n, tl.sum(s2[None, :] * weight) / n
+    dx = rstd * (weight * dz - (a + u * c))
+    tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), mask=m)
+    tl.store(p_s1 + b * C + o_c, s1, mask=m_c)
+    tl.store(p_s2 + b * C + o_c, s2, mask=m_c)
+    if SHIFT:
+        dshift = rstd * (tl.sum(weight, 0) * s1 - (P * a + s3 * c))
+        tl.store(p_dshift + b * C + o_c, dshift.to(p_dshift.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def _sums(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_sums, s_b, s_c, s_p, d_b, d_c, d_p, C, P, G,
+          per_chunk, WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+          BLOCK_C: tl.constexpr):  # fmt: skip
+    """s₁, s₂, s₃ of a chunk of pixels: grid [chunks, blocks of C, B]."""
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    p_shift += b * C + tl.where(m_c, o_c, 0)
+    s1, s2, s3 = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, P)
+    for start in tl.range(first, last, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        m = (o_p < last)[:, None] & m_c[None, :]
+        u = _shifted(p_x + b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c, p_shift, m, SHIFT)
+        u = tl.where(m, (u - mean[None, :]) * rstd[None, :], 0.0)
+        dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
+        _, slope = _activated(u, weight, bias, SILU)
+        dz = dy * slope
+        s1 += tl.sum(dz, 0)
+        s2 += tl.sum(dz * u, 0)
+        s3 += tl.sum(u, 0)
+    o = ((b * tl.num_programs(0) + chunk) * 3) * C + o_c
+    tl.store(p_sums + o, s1, mask=m_c)
+    tl.store(p_sums + o + C, s2, mask=m_c)
+    tl.store(p_sums + o + 2 * C, s3, mask=m_c)
+
+
+@triton.jit
+def _join_sums(p_sums, p_weight, p_rstd, p_s1, p_s2, p_a, p_dshift, C, P, chunks, WIDTH: tl.constexpr,
+               SHIFT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """The chunks' sums into s₁, s₂ per channel, A/n and B/n per group (p_a: [B, G, 2]), and dt: grid [G, B]."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_k, o_w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_C)
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
+    m = (o_k < chunks)[:, None] & m_c[None, :]
+    p = p_sums + (b * chunks + o_k[:, None]) * 3 * C + o_c[None, :]
+    s1, s2 = tl.sum(tl.load(p, mask=m, other=0.0), 0), tl.sum(tl.load(p + C, mask=m, other=0.0), 0)
+    weight = _channel(p_weight, o_c, m_c)
+    n = P * WIDTH
+    a, c = tl.sum(s1 * weight) / n, tl.sum(s2 * weight) / n
+    row = b * tl.num_programs(0) + g
+    tl.store(p_a + 2 * row, a)
+    tl.store(p_a + 2 * row + 1, c)
+    tl.store(p_s1 + b * C + o_c, s1, mask=m_c)
+    tl.store(p_s2 + b * C + o_c, s2, mask=m_c)
+    if SHIFT:
+        s3 = tl.sum(tl.load(p + 2 * C, mask=m, other=0.0), 0)
+        dshift = tl.load(p_rstd + row) * (weight * s1 - (P * a + s3 * c))
+        tl.store(p_dshift + b * C + o_c, dshift.to(p_dshift.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def _backward_x(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_a, p_dy, p_dx, s_b, s_c, s_p, d_b, d_c, d_p, C, P, G,
+                per_chunk, WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+                BLOCK_C: tl.constexpr):  # fmt: skip
+    """dx of a chunk of pixels: grid [chunks, blocks of C, B], last chunk first."""
+    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_g = b * G + o_c // WIDTH
+    mean, rstd = _channel(p_mean, o_g, m_c)[None, :], _channel(p_rstd, o_g, m_c)[None, :]
+    a, c = _channel(p_a, 2 * o_g, m_c)[None, :], _channel(p_a, 2 * o_g + 1, m_c)[None, :]
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    p_shift += b * C + tl.where(m_c, o_c, 0)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, P)
+    for start in tl.range(first, last, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        m = (o_p < last)[:, None] & m_c[None, :]
+        o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
+        u = (_shifted(p_x + o, p_shift, m, SHIFT) - mean) * rstd
+        dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
+        _, slope = _activated(u, weight, bias, SILU)
+        dx = rstd * (weight * dy * slope - (a + u * c))
+        tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), mask=m)
+
+
+# 4. Autograd -----------------------------------------------------------------------------------------------
+
+ON_CHIP = 16384  # values of a group that one program holds in registers: 64 fp32 each for 256 threads
+ON_CHIP_BACKWARD = 8192  # … of two tensors
+CHUNKS = 128  # at most so many chunks of an image
+
+
+def plan(x, groups, on_chip):
+    """How the pixels of x [B, C, P] are cut: {"whole": …} for a group on chip, or chunks and tiles (table.json).
+
+    Tiles follow memory: a run of channels where channels are last, else a run of pixels.
+    """
+    B, C, P = x.shape
+    width = C // groups
+    block_c = power_of_2(width, 1)
+    last = x.stride(1) == 1
+    if power_of_2(P) * block_c <= on_chip:
+        tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
+        return {"whole": True, **tile, "num_warps": max(1, min(8, tile["BLOCK_P"] * block_c // 1024))}
+    key = f"{'channels_last' if last else 'contiguous'}/{x.element_size()}"
+    cfg = tuned("group_norm", (key,), {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4})
+    wide = min(cfg["WIDE"], power_of_2(C))
+    tile = {"BLOCK_P": cfg["BLOCK"] // wide, "BLOCK_C": wide}
+    # enough programs to fill a GPU, by the shapes alone: the sums are the same on every machine
+    chunks = max(1, min(CHUNKS, cdiv(cfg["PROGRAMS"], B * cdiv(C, wide)), cdiv(P, tile["BLOCK_P"])))
+    per_chunk = cdiv(cdiv(P, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    return {"whole": False, **tile, "chunks": cdiv(P, per_chunk), "per_chunk": per_chunk, "num_warps": cfg["num_warps"]}
+
+
+def _flat(x):
+    """x [B, C, …] as [B, C, P], a view."""
+    return x.view(*x.shape[:2], -1) if x.is_contiguous() else x.flatten(2)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean [B, G], rstd [B, G]) by the kernels; y in the memory format of x."""
+    y = torch.empty_like(x)
+    x, out = _flat(x), _flat(y)
+    (B, C, P), G = x.shape, groups
+    mean, rstd = (x.new_empty(B, G, dtype=torch.float32) for _ in range(2))
+    flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
+    shift = x if shift is None else shift.contiguous()
+    cfg = plan(x, G, ON_CHIP)
+    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
+    if cfg["whole"]:
+        _whole_forward[(G, B)](x, shift, weight, bias, out, mean, rstd, *x.stride(), C, P, eps, **flags, **tile)
+        return y, mean, rstd
+    chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
+    means, m2s = (x.new_empty(B, chunks, C, dtype=torch.float32) for _ in range(2))
+    grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
+    _statistics[grid](x, shift, means, m2s, *x.stride(), C, P, per_chunk, SHIFT=flags["SHIFT"], **tile)
+    _join[(G, B)](means, m2s, mean, rstd, C, P, chunks, per_chunk, eps, WIDTH=C // G, CHUNKS=power_of_2(chunks, 1),
+                  BLOCK_C=power_of_2(C // G, 1))  # fmt: skip
+    _normalise[grid](x, shift, weight, bias, mean, rstd, out, *x.stride(), C, P, G, per_chunk, **flags, **tile)
+    return y, mean, rstd
+
+
+op = torch.library.custom_op("nanodiff::group_norm", forward, mutates_args=())
+
+
+@op.register_fake
+def _(x, weight, bias, shift, groups, eps, silu):
+    stats = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), *stats
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dweight, dbias, dshift) by the kernels; dshift is empty where there was no shift."""
+    dx = torch.empty_like(x)
+    if not _flattens(dy):
+        dy = dy.contiguous()
+    x, dy, out = _flat(x), _flat(dy), _flat(dx)
+    (B, C, P), G = x.shape, groups
+    flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
+    dshift = x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
+    shift = x if shift is None else shift.contiguous()
+    s1, s2 = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
+    cfg = plan(x, G, ON_CHIP_BACKWARD)
+    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
+    inputs, strides = (x, shift, weight, bias, mean, rstd), (*x.stride(), *dy.stride())
+    if cfg["whole"]:
+        _whole_backward[(G, B)](*inputs, dy, out, s1, s2, dshift, *strides, C, P, **flags, **tile)
+    else:
+        chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
+        sums = x.new_empty(B, chunks, 3, C, dtype=torch.float32)
+        a = x.new_empty(B, G, 2, dtype=torch.float32)
+        grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
+        _sums[grid](*inputs, dy, sums, *strides, C, P, G, per_chunk, **flags, **tile)
+        _join_sums[(G, B)](sums, weight, rstd, s1, s2, a, dshift, C, P, chunks, WIDTH=C // G, SHIFT=flags["SHIFT"],
+                           CHUNKS=power_of_2(chunks, 1), BLOCK_C=power_of_2(C // G, 1))  # fmt: skip
+        _backward_x[grid](*inputs, a, dy, out, *strides, C, P, G, per_chunk, **flags, **tile)
+    return dx, s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype), dshift
+
+
+backward_op = torch.library.custom_op("nanodiff::group_norm_backward", backward, mutates_args=())
+
+
+@backward_op.register_fake
+def _(dy, x, weight, bias, shift, mean, rstd, groups, silu):
+    dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, shift, *output[1:])
+
+
+def _backward(ctx, dy, *_):
+    saved = ctx.saved_tensors  # once: with checkpointing, this is what computes them again
+    dx, dweight, dbias, dshift = backward_op(dy, *saved, ctx.groups, ctx.silu)
+    return dx, dweight, dbias, None if saved[3] is None else dshift, None, None, None
+
+
+op.register_autograd(_backward, setup_context=_setup)
+
+
+# 5. The public function ------------------------------------------------------------------------------------
+
+
+def _flattens(x):
+    """Whether [B, C, H, W, …] can be seen as [B, C, H·W·…]."""
+    shape, stride = x.shape[2:], x.stride()[2:]
+    return all(s == n * t for s, n, t in zip(stride, shape[1:], stride[1:], strict=False))
+
+
+def _why_not(x):
+    """Why the kernel cannot take these, or None."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"group_norm is in {x.dtype}"
+    if x.dim() < 3 or not _flattens(x):
+        return "group_norm's pixels are no single stride"
+    if x.numel() == 0 or x[0].numel() >= 2**31:
+        return "group_norm has an image of no or of more than 2³¹ values"
+    if not (x.is_contiguous() or x.transpose(1, -1).stride(-1) == 1):
+        return "group_norm's memory format is neither contiguous nor channels last"
+    return None
+
+
+def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
+    """silu(GroupNorm(x + shift)), or without SiLU: x [B, C, …] -> the same shape, type and memory format.
+
+    weight, bias: [C]. shift: [B, C] or None. Statistics in fp32 whatever the type. Differentiable in x, weight, bias
+    and shift.
+
+    Raises ValueError for shapes that do not fit, RuntimeError when the switch demands a kernel that cannot serve.
+    """
+    B, C = x.shape[:2]
+    if C % groups or weight.shape != (C,) or bias.shape != (C,) or (shift is not None and shift.shape != (B, C)):
+        raise ValueError(f"group_norm: {groups} groups, x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit")
+    if use("group_norm", x, _why_not, x):
+        return op(x, weight, bias, shift, groups, eps, silu)[0]
+    x = x if shift is None else x + shift.view(B, C, *[1] * (x.dim() - 2))
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x

@@ -1,0 +1,182 @@
+"""One switch for every kernel of this package: "auto" | "triton" | "torch", and the tables the kernels share.
+
+    auto     Triton where a kernel can be used, else PyTorch's own operator, and each reason for that is said once
+    triton   a reason not to use a kernel is an error, so a benchmark never measures the fallback unknowingly
+    torch    PyTorch's own operators
+
+The start value is that of the variable NANODIFF_KERNELS, read once; scripts set it from `--kernels`; `backend("torch")`
+sets it for a `with` block. Names in kernel code: p_ pointer, s_ stride, o_ offsets, m_ mask, and capitals for what is
+known when a kernel is compiled.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+MODES = ("auto", "triton", "torch")
+TABLE = Path(__file__).with_name("table.json")
+
+
+class _Absent:
+    """Stands for Triton where there is none or no GPU to use it on: the kernels can be read, not run."""
+
+    @staticmethod
+    def constexpr(value):
+        return value
+
+    @staticmethod
+    def jit(kernel):
+        return kernel
+
+
+def _import_triton():
+    """(triton, triton.language, why it cannot be used or None). A tenth of a second, so only where it can be of use."""
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (interpret or os.environ.get("NANODIFF_KERNELS") == "triton" or torch.cuda.is_available()):
+        return _Absent(), _Absent(), "there is no CUDA device"
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as e:
+        return _Absent(), _Absent(), f"Triton cannot be imported ({e})"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    lacking = None if compiler or interpret else "Triton needs a C compiler (gcc or clang), and there is none"
+    return triton, tl, lacking
+
+
+triton, tl, UNUSABLE = _import_triton()
+INTERPRET = UNUSABLE is None and triton.knobs.runtime.interpret  # kernels run on the CPU, slowly: for tests
+
+
+def _mode(name):
+    if name not in MODES:
+        raise ValueError(f"kernels: {name!r} is not one of {', '.join(MODES)}")
+    return name
+
+
+_state = {"mode": _mode(os.environ.get("NANODIFF_KERNELS", "auto"))}
+_said = set()
+
+
+def set_backend(mode):
+    """Set the switch for the rest of the process. Raises ValueError for another word, and RuntimeError for "triton"
+    where no kernel can run at all."""
+    _state["mode"] = _mode(mode)
+    if UNUSABLE and mode == "triton":
+        raise RuntimeError(f"kernels: no Triton kernels here: {UNUSABLE}")
+    if UNUSABLE and mode == "auto":
+        _say(UNUSABLE)
+
+
+@contextlib.contextmanager
+def backend(mode):
+    """The switch inside a `with` block."""
+    before, _state["mode"] = _state["mode"], _mode(mode)
+    try:
+        yield
+    finally:
+        _state["mode"] = before
+
+
+def _say(reason):
+    if reason not in _said and os.environ.get("RANK", "0") == "0":
+        print(f"kernels: PyTorch's own operators, since {reason}", file=sys.stderr)
+    _said.add(reason)
+    return True
+
+
+# What torch.compiler.assume_constant_result() does, which would import the compiler, a second's work: while
+# torch.compile traces, the reason is said then, and the graph does not break.
+_say._dynamo_marked_constant = True
+
+
+def use(name, x, why_not, *args):
+    """Whether the kernel `name` computes on tensor x now. why_not(*args): the kernel's own reason against it, or None.
+
+    Raises RuntimeError with the reason when the switch says "triton".
+    """
+    mode = _state["mode"]
+    if mode == "torch" or x.is_meta:  # on meta tensors nothing is computed
+        return False
+    if UNUSABLE is not None:
+        reason = UNUSABLE
+    elif not x.is_cuda and not (INTERPRET and mode == "triton"):
+        reason = f"tensors are on the {x.device.type}"
+    else:
+        reason = why_not(*args)
+    if reason is None:
+        return True
+    if mode == "triton":
+        raise RuntimeError(f"kernels: no Triton kernel for {name}: {reason}")
+    _say(reason)
+    return False
+
+
+_target = None
+
+
+def set_target(arch):
+    """Choose configurations for the architecture `arch` (such as sm_80) whatever this machine has; None undoes it."""
+    global _target
+    _target = arch
+
+
+def architecture():
+    """What the table calls the present GPU: sm_90, gfx942; "cpu" in the interpreter."""
+    if _target is not None:
+        return _target
+    if not torch.cuda.is_available():
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+@functools.cache
+def _table():
+    return json.loads(TABLE.read_text())
+
+
+_forced = {}
+
+
+@contextlib.contextmanager
+def forced(kernel, config):
+    """Launch `kernel` with `config` inside a `with` block, whatever the table says: for tuning and tests."""
+    before = _forced.get(kernel, {})
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        _forced[kernel] = before
+
+
+def tuned(kernel, keys, default):
+    """The configuration of `kernel`: `default` (a dict) with what table.json has for this GPU under the first of `keys`
+    that it knows."""
+    known = _table().get(architecture(), {}).get(kernel, {})
+    return default | next((known[key] for key in keys if key in known), {}) | _forced.get(kernel, {})
+
+
+def power_of_2(n, least=16):
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def halves(size):
+    """(a, b): powers of two whose sum covers `size` with little waste, as `tl.arange` wants: 40 = 32 + 16, 80 = 64 + 16,
+    77 = 64 + 16. b is 0 where one serves alone."""
+    a = max(16, 1 << (size.bit_length() - 1))
+    rest = size - a
+    b = power_of_2(rest) if rest > 0 else 0
+    return (2 * a, 0) if b == a else (a, b)
