@@ -8,7 +8,8 @@ MODEL  ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench clean
+.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-gpu tune \
+	kernels-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -81,6 +82,15 @@ format: $(STAMP)  ## ruff: mend what it can
 
 bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it)
 	$(PY) benchmarks/bench.py --peer "$(PEER)"
+
+bench-gpu: $(STAMP)  ## our kernels beside PyTorch's, on a GPU; writes benchmarks/GPU.json and .md
+	$(PY) -m kernels.bench
+
+tune: $(STAMP)  ## measure the kernels' configurations on this GPU and write kernels/table.json
+	$(PY) -m kernels.tune
+
+kernels-report: $(STAMP)  ## compile every kernel without a GPU: registers, shared memory, spills
+	$(PY) -m kernels.report --check
 
 clean:  ## remove .venv, caches and out/
 	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ LESS_MEMORY = (
     "try --batch-size 1, a smaller --height and --width, --dtype bf16, --vae-tiling, --offload model or --quantize nf4 "
     "(--dry-run predicts what fits)"
 )
+LARGE = 1024  # channels of a denoiser from which --dtype auto takes bf16 on a CPU that computes in it
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
 SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm", "flow_euler",
@@ -129,7 +130,14 @@ class Config:
     diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = arg(
-        "auto", "weights: auto is fp16 (SD 3: bf16) on a GPU, fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16")
+        "auto",
+        "weights: auto is fp16 (SD 3: bf16) on a GPU; on a CPU bf16 for large models where it is fast, else fp32",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    kernels: str = arg(
+        "auto",
+        "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",
+        choices=("auto", "triton", "torch"),
     )
 
 
@@ -306,7 +314,9 @@ def inputs(cfg, sd):
 def load(cfg, record, device, src=None):
     """The pipeline that cfg asks for, LoRAs and learned words included."""
     from nanodiff import lora, memory, pipeline, singlefile, weights
+    from nanodiff.models import layers
 
+    layers.use_kernels(cfg.kernels)
     with record.timed("load"):
         src = src or pipeline.source(
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
@@ -356,8 +366,16 @@ def pick_dtype(cfg, device, src):
     """The torch dtype of --dtype for a source of a model."""
     from nanodiff import engine, pipeline
 
-    auto = cfg.dtype == "auto" and device.type == "cuda"
-    return pipeline.FAMILIES[src.kind].half if auto else engine.pick_dtype(cfg.dtype, device)
+    family = pipeline.FAMILIES[src.kind]
+    if cfg.dtype == "auto" and device.type == "cuda":
+        return family.half
+    if cfg.dtype == "auto" and engine.computes_bf16():
+        net = src.config(family.denoiser_name)
+        widest = net.width if hasattr(net, "width") else max(net.block_out_channels)
+        if widest >= LARGE:
+            print("note: computing in bf16, which is twice as fast here; --dtype fp32 is exact", file=sys.stderr)
+            return pipeline.torch.bfloat16
+    return engine.pick_dtype(cfg.dtype, device)
 
 
 def tiny_decoder(path, sd, device):

@@ -44,6 +44,11 @@ class Common:
     ema_decay: float = arg(0.999, "largest decay of the average")
     seed: int = arg(0, "every random draw is a function of it")
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    kernels: str = arg(
+        "auto",
+        "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",
+        choices=("auto", "triton", "torch"),
+    )
     resume: str | None = arg(None, "continue from the newest checkpoint, or from this folder", const="auto")
     checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end")
     checkpoints_total_limit: int | None = arg(2, "checkpoints to keep")

@@ -28,6 +28,7 @@ import torch
 
 from nanodiff import checkpoint
 from nanodiff.config import SECRETS, Stopped, UserError, as_dict
+from nanodiff.models import layers
 from nanodiff.weights import DTYPES, write_bytes, write_json
 
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
@@ -43,7 +44,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a GPU, fp32 on a CPU (exact, and what the tests judge).
+    """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a GPU, fp32 on a CPU (exact, and what the tests judge;
+    sample.py takes bf16 for large models where computes_bf16()).
 
     fp16 on a CPU is refused: without AVX512-FP16 a matrix product is hundreds of times slower than in fp32.
     """
@@ -52,6 +54,12 @@ def pick_dtype(name, device):
     if name == "fp16" and device.type == "cpu":
         raise UserError("--dtype fp16 does not compute on a CPU at any useful speed; use fp32 or bf16")
     return DTYPES[name]
+
+
+def computes_bf16():
+    """Whether this CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def out_dir(path):
@@ -176,11 +184,12 @@ def learning_rate(step, peak, total, warmup, kind):
 
 class Run:
     """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps
-    max_grad_norm grad_accum resume checkpointing_steps checkpoints_total_limit."""
+    max_grad_norm grad_accum resume checkpointing_steps checkpoints_total_limit kernels."""
 
     def __init__(self, cfg, total_steps):
         self.cfg, self.total = cfg, total_steps
         self.device = pick_device(cfg.device)
+        layers.use_kernels(cfg.kernels)
         self.out = out_dir(cfg.output_dir)
         self.record = Record(cfg, self.device)
         precision = cfg.mixed_precision

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import singlefile, weights
+from nanodiff import onednn, singlefile, weights
 from nanodiff.config import UserError, nearest, printable, read_json, tool
 
 DOWN, UP = "down", "up"
@@ -161,6 +161,8 @@ def read(path, models, allow_partial=False):
             f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT --allow-pickle`"
         )
     tensors, metadata = weights.load_tensors(file), weights.metadata(file)
+    for model in models.values():  # their layers' shapes are asked for
+        onednn.undo(model)
     groups, strange = _grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent = [], list(strange)
@@ -322,6 +324,8 @@ class Fused:
 
     def __init__(self, models, lora, scale, keep=True):
         self.before = []
+        for model in models.values():
+            onednn.undo(model)
         layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
         if any(hasattr(layer, "codes") for layer in layers):
             raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out --lora-fuse")

@@ -1,18 +1,21 @@
-"""Weights in oneDNN's own blocked layout: what makes a denoiser faster on a CPU.
+"""How the layers of a model compute on a CPU: by oneDNN, with weights in its own layout where that pays.
 
 PyTorch hands oneDNN plain weights, and oneDNN reorders them at every call of a layer; with a 3×3 convolution of 1280
-channels on an 8×8 picture that takes longer than the convolution. Here the reordering is done once, at a layer's first
-call (when the size of its input, on which the layout depends, is known), and the plain weights are given back to the
-system. It costs a second or two for a large UNet, so it pays from about four steps on.
+channels on an 8×8 picture that takes twice as long as the convolution. A packed layer does it once, at its first call
+(when the size of its input, on which the layout depends, is known), and gives the plain weight back to the system. That
+costs seconds for a large UNet, so it pays from about four steps on. And PyTorch multiplies fp32 matrices by MKL, which on
+some processors is half as fast as oneDNN; which one it is here is measured once.
 
-These are the operators that torch.compile uses on a CPU (torch._inductor's mkldnn passes); they are private to PyTorch,
-so `usable()` tries them on a small layer first, and says why when it cannot.
+These are the operators that torch.compile uses on a CPU (torch._inductor's mkldnn passes). They are private to PyTorch,
+so `unusable()` tries them on small layers first and gives the reason when they cannot be had. They are for inference: a
+layer that is asked for a gradient says so.
 """
 
 import ctypes
 import functools
 import mmap
 import sys
+import time
 
 import torch
 from torch import nn
@@ -21,20 +24,19 @@ FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 
 
-class PackedConv2d(nn.Conv2d):
-    """A convolution whose weight is in oneDNN's layout after the first call; `packed` is None until then."""
+def _for_inference(module, x):
+    if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
+        raise RuntimeError(
+            "this model was prepared for inference on a CPU; call nanodiff.onednn.undo(model) to train it"
+        )
 
-    packed = None
+
+class DirectLinear(nn.Linear):
+    """A linear layer by oneDNN instead of MKL."""
 
     def forward(self, x):
-        if self.packed is None:
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, tuple(x.shape)
-            )
-            release(self)
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-        )
+        _for_inference(self, x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class PackedLinear(nn.Linear):
@@ -43,82 +45,116 @@ class PackedLinear(nn.Linear):
     packed = None
 
     def forward(self, x):
+        _for_inference(self, x)
         if self.packed is None:
-            self.packed = torch._C._nn.mkldnn_reorder_linear_weight(
-                self.weight.detach().to_mkldnn(), x.numel() // x.shape[-1]
-            )
-            release(self)
+            rows = x.numel() // x.shape[-1]
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
+            _release(self)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+class PackedConv2d(nn.Conv2d):
+    """A convolution whose weight is in oneDNN's layout after the first call; `packed` is None until then."""
+
+    packed = None
+
+    def forward(self, x):
+        _for_inference(self, x)
+        where = (self.padding, self.stride, self.dilation, self.groups)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *where, tuple(x.shape))
+            _release(self)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *where, "none", [], "")
 
 
-def release(module):
+PLAIN = {DirectLinear: nn.Linear, PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d}
+
+
+def _release(module):
     """Give the memory of a plain weight that has been packed back to the system; an empty tensor stays in its place.
 
     Weights of a model lie in one large mapping, of which pieces cannot be freed, but their pages can.
     """
     weight = module.weight.data
     module.shape, module.layout = weight.shape, weight.stride()
-    page = mmap.PAGESIZE
-    start = -(-weight.data_ptr() // page) * page
-    end = weight.data_ptr() + weight.untyped_storage().nbytes() - weight.storage_offset() * weight.element_size()
-    end = min(end, weight.data_ptr() + weight.numel() * weight.element_size()) // page * page
+    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the weight only
+    end = (weight.data_ptr() + weight.numel() * weight.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start and hasattr(mmap, "MADV_DONTNEED"):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
     module.weight.data = weight.new_empty(0)
 
 
 @functools.cache
-def usable(dtype=torch.float32):
-    """None where these operators work as meant, else the reason why not. Tried on one layer of each kind."""
+def unusable(dtype):
+    """None where these operators work as meant, else the reason why not: tried on one layer of each kind."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch has no oneDNN"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"oneDNN's layouts are for fp32 and bf16, not {dtype}"
     try:
-        for layer, x in (
-            (nn.Conv2d(16, 32, 3, padding=1), torch.randn(2, 16, 5, 5)),
-            (nn.Linear(16, 32), torch.randn(2, 3, 16)),
-        ):
-            layer, x = layer.to(dtype).requires_grad_(False), x.to(dtype)
+        for kind, plain in PLAIN.items():
+            layer = (
+                (plain(16, 32, 3, padding=1) if plain is nn.Conv2d else plain(16, 32)).to(dtype).requires_grad_(False)
+            )
+            x = torch.randn((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16)).to(dtype)
             want = layer(x)
-            layer.__class__ = KINDS[type(layer)]
-            got = layer(x)
-            if not torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2):
-                return "oneDNN's packed layers give other numbers here"
+            layer.__class__ = kind
+            if not torch.allclose(layer(x).float(), want.float(), rtol=2e-2, atol=2e-2):
+                return f"{kind.__name__} gives other numbers than {plain.__name__}"
     except (AttributeError, RuntimeError, TypeError) as e:
-        return f"this PyTorch packs no weights ({str(e).splitlines()[0][:100]})"
+        return f"this PyTorch refuses ({str(e).splitlines()[0][:100]})"
     return None
 
 
-def pack(model):
-    """Let the plain convolutions and linear layers of `model`, fp32 or bf16 on a CPU, be packed at their first call.
+@functools.cache
+def beats_mkl():
+    """Whether oneDNN multiplies fp32 matrices at least a tenth faster than what PyTorch uses: measured, in some ms."""
+    layer, x = nn.Linear(512, 512).requires_grad_(False), torch.randn(256, 512)
+    taken = []
+    for kind in (nn.Linear, DirectLinear):
+        layer.__class__ = kind
+        layer(x)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - start)
+        taken.append(min(times))
+    return taken[0] > 1.1 * taken[1]
 
-    For inference: a packed layer has no gradient, and its weight is empty until unpack(). Layers with a LoRA or with
-    quantized weights stay as they are. Returns how many layers it took; says why when it takes none.
+
+def prepare(model, calls=1):
+    """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: packed when `calls` of
+    the model are to come and are enough for it, else only the fp32 linear layers, where that is faster.
+
+    Layers that are being trained (whose weights require a gradient), and those of other kinds, such as quantized ones,
+    stay as they are. undo() makes plain layers again; until then packed weights are empty, and so is what shared their
+    memory, such as a state_dict() taken before. Says why when oneDNN cannot be used; then nothing changes.
     """
-    layers = [
-        m for m in model.modules() if type(m) in KINDS and m.weight.device.type == "cpu" and m.weight.numel() >= LEAST
-    ]
-    layers = [m for m in layers if m.weight.dtype in (torch.float32, torch.bfloat16)]
-    if layers and (reason := usable(layers[0].weight.dtype)):
-        print(f"note: weights are not packed for the CPU: {reason}", file=sys.stderr)
-        return 0
-    for m in layers:
-        m.__class__ = KINDS[type(m)]
-    return len(layers)
-
-
-def unpack(model):
-    """Undo pack(): plain layers with their weights."""
+    pack = calls >= FEWEST_STEPS
     for m in model.modules():
-        plain = next((k for k, packed in KINDS.items() if type(m) is packed), None)
-        if plain is None:
+        plain = PLAIN.get(type(m), type(m))
+        if plain not in (nn.Linear, nn.Conv2d) or m.weight.device.type != "cpu" or m.weight.numel() < LEAST:
             continue
-        if m.packed is not None:
-            dense = m.packed.to_dense().view(m.shape)
+        dtype = m.weight.dtype
+        if m.weight.requires_grad:  # it is being trained
+            continue
+        if dtype not in (torch.float32, torch.bfloat16) or isinstance(getattr(m, "padding", ()), str):
+            continue
+        if reason := unusable(dtype):
+            print(f"note: the CPU computes with PyTorch's plain layers: {reason}", file=sys.stderr)
+            return
+        if pack:
+            m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear
+        elif type(m) is nn.Linear and dtype == torch.float32 and beats_mkl():
+            m.__class__ = DirectLinear
+
+
+def undo(model):
+    """Plain layers with their weights, as they were before prepare()."""
+    for m in model.modules():
+        if type(m) not in PLAIN:
+            continue
+        packed = m.__dict__.pop("packed", None)
+        if packed is not None:
+            dense = packed.to_dense().view(m.shape)
             m.weight.data = torch.empty_strided(m.shape, m.layout, dtype=dense.dtype).copy_(dense)
-            m.packed = None
-        m.__class__ = plain
+        m.__class__ = PLAIN[type(m)]

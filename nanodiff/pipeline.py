@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanodiff import memory, prompt, quantize, samplers, singlefile, sources, weights
+from nanodiff import memory, onednn, prompt, quantize, samplers, singlefile, sources, weights
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.schedule import Schedule
@@ -202,6 +202,7 @@ class Pipeline:
         self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
+        self.calls = 0  # of the denoiser, so far: what packing its weights for a CPU depends on
         self.check_fit()
 
     unet = property(lambda self: self.net)
@@ -314,6 +315,7 @@ class Pipeline:
             module = self.models().get(name)
             index[name] = [None, None]
             if module is not None:
+                onednn.undo(module)
                 library = "transformers" if name.startswith("text") else "diffusers"
                 index[name] = [library, module.class_name]
                 weights.save(module, folder / name, dtype)
@@ -324,6 +326,12 @@ class Pipeline:
         (folder / "scheduler").mkdir(exist_ok=True)
         weights.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_json())
         weights.write_json(folder / "model_index.json", index)
+
+    def _for_cpu(self, module, calls=1):
+        """Prepare a module for `calls` calls on a CPU, if that is where it stays and it is not compiled."""
+        stays = module is not None and self.device.type == "cpu" and not hasattr(module, "resident")
+        if stays and module._compiled_call_impl is None:
+            onednn.prepare(module, calls)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -428,6 +436,8 @@ class Pipeline:
         prompts: n texts. negative_prompt, prompt_2 … negative_prompt_3 (for the further text encoders): one text for
         all, or n. long_prompts, weighted: see prompt.py. max_sequence_length: tokens of T5. clip_skip: see pick().
         """
+        for encoder in self.encoders:
+            self._for_cpu(encoder)
         n, how = len(prompts), {"long_prompts": long_prompts, "weighted": weighted}
         how["length"] = max_sequence_length or 256
         text = self.encode(_rows(n, list(prompts), prompt_2, prompt_3), clip_skip, **how)
@@ -609,6 +619,8 @@ class Pipeline:
             if not total or not 0 < denoising_end < 1:
                 raise UserError(f"--denoising-end {denoising_end:g} leaves no step to take; it is between 0 and 1")
         result, kept = None, []
+        self.calls += total
+        self._for_cpu(self.net, self.calls)
         with memory.at_work(self.net):
             times = samplers.times(self.schedule, steps, **shift)
             model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, times)

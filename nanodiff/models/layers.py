@@ -8,6 +8,7 @@ This is the one file of the library that decides how an operator is computed: by
 (kernels/switch.py), and how a picture is enlarged.
 """
 
+import itertools
 import math
 
 import torch
@@ -128,7 +129,8 @@ class Upsample(nn.Module):
 
     def forward(self, x, size=None):
         H, W = x.shape[-2:]
-        plain = type(self.conv).__name__ in ("Conv2d", "PackedConv2d")  # others (LoRA) have no weight of their own
+        # A LoRA hangs on the convolution's call (a hook), or it is another kind of layer.
+        plain = type(self.conv).__name__ in ("Conv2d", "PackedConv2d") and not self.conv._forward_hooks
         doubled = size is None or tuple(size) == (2 * H, 2 * W)
         if plain and doubled and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._by_phases(x)
@@ -140,15 +142,14 @@ class Upsample(nn.Module):
         weight = self.conv.weight
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device, type(self.conv))
         if not self.phases or self.phases[0] != state:
-            rows = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)  # sums rounded once
-            rows = ((rows[0], rows[1] + rows[2]), (rows[0] + rows[1], rows[2]))
-            parts = []
-            for r in rows:
-                w = torch.stack(r, dim=2).unbind(3)
-                parts += [torch.stack((w[0], w[1] + w[2]), dim=3), torch.stack((w[0] + w[1], w[2]), dim=3)]
             conv = type(self.conv)(C, 4 * C, 2, padding=1, device="meta")
-            last = torch.channels_last
-            conv.weight = nn.Parameter(torch.cat(parts).to(weight.dtype, memory_format=last), requires_grad=False)
+            sums = weight.new_empty(4 * C, 2, 2, C).permute(0, 3, 1, 2)  # channels last
+            taken = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+            wide = torch.promote_types(weight.dtype, torch.float32)  # summed in fp32, rounded once
+            for a, b, i, j in itertools.product(range(2), repeat=4):
+                part = weight[:, :, taken[a][i], taken[b][j]].sum((2, 3), dtype=wide)
+                sums[(2 * a + b) * C : (2 * a + b + 1) * C, :, i, j] = part
+            conv.weight = nn.Parameter(sums, requires_grad=False)
             conv.bias = nn.Parameter(self.conv.bias.repeat(4), requires_grad=False)
             self.phases = (state, [conv])
         y = self.phases[1][0](x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
