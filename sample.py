@@ -357,6 +357,7 @@ def load(cfg, record, device, src=None):
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
+    sd.packs = True  # nothing but pictures is asked of this pipeline
     if cfg.compile:
         sd.net.compile()
     return sd

@@ -69,6 +69,7 @@ OURS["image"] = """
 import torch; from nanodiff import pipeline
 dtype, side, steps, offload = kind.split("-")
 sd = pipeline.load(folder, getattr(torch, dtype), offload=offload)
+sd.packs = True  # as sample.py has it
 at = {"height": int(side), "width": int(side)} if int(side) else {}
 started = time.time()
 sd.generate(["a corgi on a beach"], steps=int(steps), seeds=[0], guidance_scale=5.0, **at)

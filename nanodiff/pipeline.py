@@ -194,6 +194,7 @@ class Pipeline:
     tokenizer_names = ("tokenizer",)
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
+    packs = False  # may the denoiser's weights be packed for a CPU (onednn.prepare), which empties the plain ones?
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
     def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
@@ -202,7 +203,7 @@ class Pipeline:
         self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
-        self.calls = 0  # of the denoiser, so far: what packing its weights for a CPU depends on
+        self.calls = 0  # of the denoiser, so far: packing must be worth it
         self.check_fit()
 
     unet = property(lambda self: self.net)
@@ -620,7 +621,7 @@ class Pipeline:
                 raise UserError(f"--denoising-end {denoising_end:g} leaves no step to take; it is between 0 and 1")
         result, kept = None, []
         self.calls += total
-        self._for_cpu(self.net, self.calls)
+        self._for_cpu(self.net, self.calls if self.packs else 1)
         with memory.at_work(self.net):
             times = samplers.times(self.schedule, steps, **shift)
             model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, times)

@@ -26,6 +26,7 @@ class Config:
     checkpointing_steps: int = 3
     checkpoints_total_limit: int | None = None
     token: str = "secret-token"
+    kernels: str = "torch"
 
 
 def train(out, total=10, stop=None, resume=None, poison=None, **more):

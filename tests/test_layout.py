@@ -8,7 +8,7 @@ import pytest
 from util import ROOT
 
 FLOORS = [  # a file may import from lower floors only (and from the same floor where ALLOWED says so)
-    {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images"},
+    {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images", "onednn"},
     {"models"},
     {
         "schedule",
@@ -36,6 +36,7 @@ GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom ther
     "checkpoint": {"config", "weights"},
     "singlefile": {"config", "weights", "tokenizer"},
     "dist": {"config"},
+    "onednn": set(),
 }
 ALLOWED = {("samplers", "schedule"), ("objective", "schedule")}
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
