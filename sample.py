@@ -127,6 +127,7 @@ class Config:
     preview: str | None = arg(None, "write preview.png after every step with this TAESD decoder (file or folder)")
     dry_run: bool = arg(False, "print parameters, bytes and peak memory, and make nothing (needs no weights)")
     compile: bool = arg(False, "torch.compile the denoiser: slow first step, faster many steps")
+    cuda_graph: bool = arg(False, "record a denoising step once and replay it: faster small batches on a large GPU")
     diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = arg(
@@ -152,7 +153,7 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
 PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
-           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "fast_vae")  # fmt: skip
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae")  # fmt: skip
 
 
 def prompts_of(cfg):
@@ -224,6 +225,8 @@ def check(cfg):
     for name, needs in (*needed, ("lora_scale", "lora")):
         if getattr(cfg, name) not in (None, False, defaults[name]) and getattr(cfg, needs) in (None, []):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+    if cfg.cuda_graph and (cfg.compile or cfg.offload != "none" or cfg.quantize):
+        raise UserError("--cuda-graph is not for --compile, --offload or --quantize")
     if cfg.compile and cfg.offload == "sequential":
         raise UserError("--compile needs the whole model in one place; use --offload model or none")
     if cfg.fast_vae and cfg.vae_tiling:
@@ -317,6 +320,8 @@ def load(cfg, record, device, src=None):
     from nanodiff.models import layers
 
     layers.use_kernels(cfg.kernels)
+    if cfg.cuda_graph and device.type != "cuda":
+        raise UserError("--cuda-graph needs a CUDA device")
     with record.timed("load"):
         src = src or pipeline.source(
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
@@ -357,6 +362,7 @@ def load(cfg, record, device, src=None):
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
+    sd.replays = cfg.cuda_graph
     sd.packs = True  # nothing but pictures is asked of this pipeline
     if cfg.compile:
         sd.net.compile()

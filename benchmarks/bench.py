@@ -5,10 +5,12 @@ printed. Every measurement is a fresh process; ours and the peer's alternate (A 
 the ratios peer / ours of neighbouring runs, with the smallest and the largest beside it, because on a shared machine
 only neighbours can be compared. Weights are random, in the real sizes, made once under --work (2 to 7 GB a model).
 
-Cases: import (the pipeline module), load (process start to a ready SD 1.5 from an fp16 folder), unet32 and unet64 (one
-guided step at 256 and 512 px), vae (one decode at 512 px), image (process start to a 512 px picture in 2 steps), tiny (a
-denoiser call of the test pipelines), picture-NAME (ten steps of a whole test pipeline), sdxl… and sd35m… (SDXL and SD
-3.5 medium without T5: a guided step, a whole picture). Results go to benchmarks/NAME.json.
+Cases: import (the pipeline module), load (process start to a ready SD 1.5 from an fp16 folder), unet16, unet32 and unet64
+(one guided step at 128, 256 and 512 px, weights packed as for a run of four steps or more), clip (two prompts), vae (one
+decode at 512 px), train (an update of a small UNet, 16 images), error-bf16 (not a time: the relative error of a bf16 step
+against fp32), image (process start to a 512 px picture in 2 steps) and default (in 4 steps, each side in the type it takes
+by itself), tiny (a denoiser call of the test pipelines), picture-NAME (ten steps of a whole test pipeline), sdxl… and
+sd35m… (SDXL and SD 3.5 medium without T5: a guided step, a whole picture). Results go to benchmarks/NAME.json.
 """
 
 import argparse
@@ -34,7 +36,7 @@ def timed(call, n):
     for _ in range(n):
         start = time.perf_counter(); call(); times.append(time.perf_counter() - start)
     return min(times)
-folder, kind = sys.argv[2], sys.argv[3]
+STARTED, folder, kind = sys.argv[1], sys.argv[2], sys.argv[3]
 """
 OURS = {
     "import": "import nanodiff.pipeline; report()",
@@ -42,7 +44,7 @@ OURS = {
 import torch; from nanodiff import pipeline
 sd = pipeline.load(folder, getattr(torch, kind)); report()""",
     "net": """
-import torch; from nanodiff import memory, pipeline, weights
+import torch; from nanodiff import onednn, pipeline, weights
 name = "transformer" if os.path.isdir(folder + "/transformer") else "unet"
 size, dtype = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0])
 net = weights.load(pipeline.BUILDERS[name], folder + "/" + name, dtype)
@@ -58,8 +60,47 @@ with torch.no_grad():
             pooled = net.cfg.projection_class_embeddings_input_dim - 6 * net.cfg.addition_time_embed_dim
             added = r(2, pooled), torch.full((2, 6), 512.0)
         call = lambda: net(x, 500, kv, added)
-    report(seconds=timed(call, int(kind.split("-")[2])))""",
+    onednn.prepare(net, 50)  # as sample.py does for a run of 4 steps or more
+    start = time.perf_counter(); call(); first = time.perf_counter() - start
+    report(seconds=timed(call, int(kind.split("-")[2])), first=first)""",
 }
+OURS["clip"] = """
+import torch; from nanodiff import onednn, weights; from nanodiff.models.clip import CLIPTextModel
+net = weights.load(CLIPTextModel, folder + "/text_encoder", getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
+onednn.prepare(net)
+with torch.no_grad():
+    report(seconds=timed(lambda: net(ids), 7))"""
+TRAIN = """
+net.train().requires_grad_(True)
+opt = torch.optim.AdamW(net.parameters(), lr=1e-4)
+x, t, text = torch.randn(16, 4, 32, 32), torch.randint(0, 1000, (16,)), torch.randn(16, 77, 256)
+def step():
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
+        loss = (call(x, t, text).float() - x).square().mean()
+    loss.backward(); opt.step(); opt.zero_grad()
+report(seconds=timed(step, 3))"""
+SMALL = """dict(block_out_channels=(128, 256, 256), layers_per_block=2, cross_attention_dim=256, attention_head_dim=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))"""
+OURS["train"] = f"""
+import torch; from nanodiff import weights; from nanodiff.models.unet import UNet2DConditionModel as UNet
+weights.keep_freed_memory(); torch.manual_seed(0)
+net = UNet(UNet.Config.from_json({SMALL})); call = lambda x, t, text: net(x, t, text){TRAIN}"""
+ERROR = """
+x, text = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 4, 64, 64), (2, 77, 768)))
+out = {}
+for dtype in (torch.float32, torch.bfloat16):
+    net = load(dtype)
+    with torch.no_grad():
+        out[dtype] = run(net, x.to(dtype), text.to(dtype)).double()
+    del net
+a, b = out.values()
+report(seconds=((a - b).pow(2).mean() / a.pow(2).mean()).sqrt().item())"""
+OURS["error"] = f"""
+import torch; from nanodiff import onednn, weights; from nanodiff.models.unet import UNet2DConditionModel as UNet
+def load(dtype):
+    net = weights.load(UNet, folder + "/unet", dtype); onednn.prepare(net, 50); return net
+run = lambda net, x, text: net(x, 500, text){ERROR}"""
 OURS["vae"] = """
 import torch; from nanodiff import weights; from nanodiff.models.vae import AutoencoderKL
 net = weights.load(AutoencoderKL, folder + "/vae", getattr(torch, kind)); z = torch.randn(1, 4, 64, 64).to(getattr(torch, kind))
@@ -74,6 +115,14 @@ at = {"height": int(side), "width": int(side)} if int(side) else {}
 started = time.time()
 sd.generate(["a corgi on a beach"], steps=int(steps), seeds=[0], guidance_scale=5.0, **at)
 report(seconds=time.time() - started)"""
+OURS["default"] = """
+import runpy; sys.argv = ["sample.py", "--model", folder, "--prompt", "a corgi on a beach", "--seed", "0", "--steps", kind,
+                          "--output-dir", "out/bench/default"]
+try:
+    runpy.run_path("sample.py", run_name="__main__")
+except SystemExit:
+    pass
+sys.argv = ["", STARTED]; report()"""
 # The peer's side, run by another interpreter: this project itself never imports these packages.
 PEER = {
     "import": "from diffusers import StableDiffusionPipeline; report()",
@@ -104,7 +153,10 @@ with torch.no_grad():
 }
 PEER["vae"] = """
 import torch; from diffusers import AutoencoderKL
-net = AutoencoderKL.from_pretrained(folder + "/vae", torch_dtype=getattr(torch, kind)); z = torch.randn(1, 4, 64, 64).to(getattr(torch, kind))
+kind, cl, _ = (kind + "--").split("-", 2); dtype = getattr(torch, kind)
+net = AutoencoderKL.from_pretrained(folder + "/vae", torch_dtype=dtype); z = torch.randn(1, 4, 64, 64).to(dtype)
+if cl:
+    net, z = net.to(memory_format=torch.channels_last), z.to(memory_format=torch.channels_last)
 with torch.no_grad():
     report(seconds=timed(lambda: net.decode(z, return_dict=False), 1))"""
 PEER["image"] = """
@@ -116,6 +168,23 @@ at = {"height": int(side), "width": int(side)} if int(side) else {}
 started = time.time()
 sd("a corgi on a beach", num_inference_steps=int(steps), generator=torch.Generator().manual_seed(0), guidance_scale=5.0, **at)
 report(seconds=time.time() - started)"""
+PEER["default"] = """
+import torch; from diffusers import StableDiffusionPipeline
+sd = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+sd("a corgi on a beach", num_inference_steps=int(kind), generator=torch.Generator().manual_seed(0)).images[0].save("/dev/null", "PNG")
+report()"""
+PEER["clip"] = """
+import torch; from transformers import CLIPTextModel
+net = CLIPTextModel.from_pretrained(folder + "/text_encoder", torch_dtype=getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
+with torch.no_grad():
+    report(seconds=timed(lambda: net(ids), 7))"""
+PEER["train"] = f"""
+import torch; from diffusers import UNet2DConditionModel
+torch.manual_seed(0); net = UNet2DConditionModel(**{SMALL}); call = lambda x, t, text: net(x, t, text).sample{TRAIN}"""
+PEER["error"] = f"""
+import torch; from diffusers import UNet2DConditionModel
+load = lambda dtype: UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype)
+run = lambda net, x, text: net(x, 500, text).sample{ERROR}"""
 CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "import": ("import", "sd15", "-", ["-"], 7, "total_s"),
     "load-fp16": ("load", "sd15", "float16", ["float16"], 5, "total_s"),
@@ -124,10 +193,20 @@ CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "tiny": ("net", "tiny/sd15", "float32-16-20", ["float32-16-20"], 5, "seconds"),
     "tiny-sdxl": ("net", "tiny/sdxl", "float32-16-20", ["float32-16-20"], 5, "seconds"),
     "tiny-sd35": ("net", "tiny/sd35-medium", "float32-16-20", ["float32-16-20"], 5, "seconds"),
-    "unet32-fp32": ("net", "sd15", "float32-32-2", ["float32-32-2", "float32-32-2-cl"], 3, "seconds"),
+    "unet16-fp32": ("net", "sd15", "float32-16-3", ["float32-16-3", "float32-16-3-cl"], 3, "seconds"),
+    "unet16-bf16": ("net", "sd15", "bfloat16-16-3", ["bfloat16-16-3", "bfloat16-16-3-cl"], 3, "seconds"),
+    "unet32-bf16": ("net", "sd15", "bfloat16-32-3", ["bfloat16-32-3", "bfloat16-32-3-cl"], 5, "seconds"),
+    "clip-fp32": ("clip", "sd15", "float32", ["float32"], 5, "seconds"),
+    "clip-bf16": ("clip", "sd15", "bfloat16", ["bfloat16"], 5, "seconds"),
+    "train-fp32": ("train", "sd15", "float32", ["float32"], 5, "seconds"),
+    "train-bf16": ("train", "sd15", "bfloat16", ["bfloat16"], 5, "seconds"),
+    "vae-fp32": ("vae", "sd15", "float32", ["float32", "float32-cl"], 3, "seconds"),
+    "error-bf16": ("error", "sd15", "-", ["-"], 1, "seconds"),
+    "unet32-fp32": ("net", "sd15", "float32-32-3", ["float32-32-3", "float32-32-3-cl"], 5, "seconds"),
     "unet64-fp32": ("net", "sd15", "float32-64-1", ["float32-64-1", "float32-64-1-cl"], 3, "seconds"),
-    "vae-bf16": ("vae", "sd15", "bfloat16", ["bfloat16"], 3, "seconds"),
+    "vae-bf16": ("vae", "sd15", "bfloat16", ["bfloat16", "bfloat16-cl"], 3, "seconds"),
     "image-bf16": ("image", "sd15", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 3, "total_s"),
+    "default": ("default", "sd15", "4", ["4"], 1, "total_s"),
     "unet64-bf16": ("net", "sd15", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
     "sdxl64-bf16": ("net", "sdxl", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
     "sd35m64-bf16": ("net", "sd35-medium", "bfloat16-64-1", ["bfloat16-64-1"], 3, "seconds"),

@@ -32,7 +32,7 @@ from torch import Tensor
 from kernels.switch import architecture, cdiv, halves, power_of_2, tl, triton, tuned, use
 
 LOG2E = tl.constexpr(math.log2(math.e))
-SHORT = 128  # up to so many keys are held on chip whole
+SHORT = 128  # up to so many keys are held on chip whole (16-bit types, heads up to 256)
 
 
 # 2. The plain reference ------------------------------------------------------------------------------------
@@ -500,9 +500,10 @@ def _backward_bias(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dbia
 
 
 def columns(K, itemsize):
-    """(D0, D1, parts): how a head is held. fp32 heads above 128 are too wide for the registers: they come in parts of
-    128 columns, a program for each, and the scores are computed for every part again."""
-    return (128, 0, cdiv(K, 128)) if itemsize == 4 and K > 128 else (*halves(K), 1)
+    """(D0, D1, parts, wide): how a head is held. fp32 heads above 64 are too wide for the registers: scores take their
+    operands 32 columns at a time, and above 128 the result comes in parts of 128 columns, a program for each, which
+    computes the scores again."""
+    return (128, 0, cdiv(K, 128), True) if itemsize == 4 and K > 64 else (*halves(K), 1, False)
 
 
 def config(kind, K, itemsize):
@@ -584,7 +585,7 @@ def forward(
     out, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
     if L == 0 or B == 0:
         return out, lse
-    D0, D1, parts = columns(K, q.element_size())
+    D0, D1, parts, wide = columns(K, q.element_size())
     masked = causal or window > 0 or bias is not None or key_mask is not None
     flags = {"K": K, "D0": D0, "D1": D1, "BIAS": bias is not None, "MASK": key_mask is not None, "CAUSAL": causal,
              "WINDOW": window, "PRECISION": precision()}  # fmt: skip
@@ -608,7 +609,7 @@ def forward(
         S,
         scale,
     )
-    if S <= SHORT and parts == 1:
+    if S <= SHORT and K <= 256 and q.element_size() == 2:
         cfg = _config("short", q, k)
         S0, S1 = halves(S)
         rows = min(cfg["BLOCK_L"], power_of_2(L))
@@ -620,7 +621,7 @@ def forward(
         cfg = cfg | {"TMA": _tma(k, v)}
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
     edge = causal or window > 0 or S % cfg["BLOCK_S"] != 0
-    _forward[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*args, **flags, **cfg, EDGE=edge, WIDE=parts > 1)
+    _forward[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*args, **flags, **cfg, EDGE=edge, WIDE=wide)
     return out, lse
 
 
@@ -648,14 +649,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias) by the kernels; dbias is empty unless `want_bias`."""
     (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
-    D0, D1, parts = columns(K, q.element_size())
+    D0, D1, parts, wide = columns(K, q.element_size())
     dq = q.new_empty(B, L, N, K)
     dbias = bias.new_empty(bias.shape) if want_bias else q.new_empty(0)
     if L == 0 or B == 0:
         return dq, k.new_zeros(B, S, M, K), v.new_zeros(B, S, M, K), dbias.zero_()
     delta = torch.empty_like(lse)
-    rows = min(power_of_2(L), max(16, 8192 // (D0 * parts)))
     H0, H1 = halves(K)
+    rows = min(power_of_2(L), max(16, 2048 // H0))
     _delta[(cdiv(L, rows), B * N)](out, dout, torch.zeros_like(lse) if dlse is None else dlse.contiguous(), delta,
                                    *dout.stride(), N, L, K=K, D0=H0, D1=H1, BLOCK_L=rows)  # fmt: skip
     masked = causal or window > 0 or bias is not None or key_mask is not None
@@ -674,20 +675,20 @@ def backward(
     edge = S % cfg["BLOCK_S"] != 0
     _backward_kv[(cdiv(S, cfg["BLOCK_S"]) * parts, B * M, cuts)](*inputs, dk, dv, *strides, B, N, M, L, S, scale,
                                                                  per_split, parts, **flags, **cfg, EDGE=edge,
-                                                                 WIDE=parts > 1)  # fmt: skip
+                                                                 WIDE=wide)  # fmt: skip
     dk, dv = (x[0] if cuts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
 
     cfg = _config("backward_q", q, k, masked)
     edge = S % cfg["BLOCK_S"] != 0
     _backward_q[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*inputs, dq, *strides, N, M, L, S, scale, **flags, **cfg,
-                                                         EDGE=edge, WIDE=parts > 1)  # fmt: skip
+                                                         EDGE=edge, WIDE=wide)  # fmt: skip
 
     if want_bias:
         cfg = _config("backward_bias", q, k)
         flags.pop("BIAS")
         grid = (cdiv(L, cfg["BLOCK_L"]), cdiv(S, cfg["BLOCK_S"]), shape[0] * shape[1])
         _backward_bias[grid](*inputs, dbias, *strides, N, M, L, S, scale, B // shape[0], N // shape[1], shape[1],
-                             **flags, **cfg, WIDE=parts > 1)  # fmt: skip
+                             **flags, **cfg, WIDE=wide or K > 128)  # fmt: skip
     return dq, dk, dv, dbias
 
 

@@ -72,34 +72,41 @@ def candidates(kind, K, itemsize, shared):
     return found
 
 
-def call_of(kind, calls):
-    """The one of report.attention_calls() that launches the kernels of `kind`, and the name of that kernel."""
+def calls_of(kind, calls):
+    """Those of report.attention_calls() that launch the kernels of `kind`, and the name of that kernel."""
     masked = kind.endswith("_masked") or kind == "backward_bias"
     name = kind.removesuffix("_masked")
     if name == "short":
-        return calls["77 keys"], "forward_short"
+        return [calls["77 keys"]], "forward_short"
     if name == "forward":
-        return calls["masked" if masked else "plain"], "forward"
-    return calls["backward masked" if masked else "backward"], name
+        return [calls[c] for c in (("masked",) if masked else ("plain", "odd length"))], "forward"
+    return [calls[c] for c in (("backward masked",) if masked else ("backward", "backward odd"))], name
 
 
 def static(arch, dtype, K):
     """{kind: configuration} for one head size, by the compiler's report."""
     import torch
 
-    calls = report.attention_calls(K, getattr(torch, dtype))
+    forward_only = not arch.startswith("sm_")
+    types = ("bfloat16", "float16") if dtype == "bfloat16" else (dtype,)
+    calls = [report.attention_calls(K, getattr(torch, t), forward_only) for t in types]
     chosen = {}
-    for kind in KINDS:
-        call, name = call_of(kind, calls)
+    for kind in KINDS[:3] if forward_only else KINDS:
+        sames, name = [call for c in calls for call in calls_of(kind, c)[0]], calls_of(kind, calls[0])[1]
         best = None
         tried = candidates(kind, K, 4 if dtype == "float32" else 2, report.SHARED[arch])
         plain = chosen.get(kind.removesuffix("_masked"))
         for config in tried[tried.index(plain) if plain else 0 :]:  # what masks takes no larger a tile
-            with switch.forced(f"attention.{kind}", config):
-                compiled = report.collect(arch, [call], only=name)
+            shared = spilled = 0
+            for call in sames:
+                with switch.forced(f"attention.{kind}", config):
+                    compiled = report.collect(arch, [call], only=name)
+                used = report.resources(arch, compiled[0][2]) if compiled else (0, 0, 0)
+                shared, spilled = max(shared, used[1]), max(spilled, used[2])
+                if spilled:
+                    break
             if not compiled:  # heads of this type and size take another kernel
                 break
-            _, shared, spilled = report.resources(arch, compiled[0][2])
             if shared > report.SHARED[arch]:
                 continue
             if best is None or spilled < best[0]:
@@ -112,7 +119,7 @@ def static(arch, dtype, K):
 
 
 def static_table(archs):
-    """The static choice for every head size and type; fp16 takes what bf16 takes."""
+    """The static choice for every head size and type; bf16 and fp16 take the same."""
     jobs = [(a, d, K) for K in reversed(report.HEAD_SIZES) for a in archs for d in ("bfloat16", "float32")]
     table = {arch: {"chosen": "by the compiler's report, not measured"} for arch in archs}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

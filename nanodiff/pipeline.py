@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanodiff import memory, onednn, prompt, quantize, samplers, singlefile, sources, weights
+from nanodiff import cudagraph, memory, onednn, prompt, quantize, samplers, singlefile, sources, weights
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.schedule import Schedule
@@ -194,6 +194,7 @@ class Pipeline:
     tokenizer_names = ("tokenizer",)
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
+    replays = False  # is a denoising step recorded as a CUDA graph (cudagraph.Replayed)?
     packs = False  # may the denoiser's weights be packed for a CPU (onednn.prepare), which empties the plain ones?
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
@@ -486,6 +487,7 @@ class Pipeline:
         """
         both = text if negative is None else self.joined([negative, text])
         predict = self.predictor(both, sizes, negative is not None)
+        predict = cudagraph.Replayed(predict) if self.replays else predict
 
         def model(x, t):
             x = x.to(self.dtype)

@@ -24,7 +24,13 @@ FIXED = {  # settings that do not change the picture, or that a study sets itsel
     "study", "output_dir", "output", "base_dir", "nrow", "named", "labels", "save_latents", "progress_strip", "metadata",
     "from_image", "prompts_file", "num_images", "batch_size", "device", "token", "dry_run", "preview",
 }  # fmt: skip
-SAME = {"offload", "vae_tiling", "compile", "kernels"}  # settings that change how a picture is made, not the picture
+SAME = {
+    "offload",
+    "vae_tiling",
+    "compile",
+    "cuda_graph",
+    "kernels",
+}  # settings that change how a picture is made, not the picture
 NONE = ("", "none", "None")
 
 

@@ -8,7 +8,7 @@ import pytest
 from util import ROOT
 
 FLOORS = [  # a file may import from lower floors only (and from the same floor where ALLOWED says so)
-    {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images", "onednn"},
+    {"config", "hub", "weights", "singlefile", "checkpoint", "tokenizer", "dist", "images", "onednn", "cudagraph"},
     {"models"},
     {
         "schedule",
@@ -37,6 +37,7 @@ GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom ther
     "singlefile": {"config", "weights", "tokenizer"},
     "dist": {"config"},
     "onednn": set(),
+    "cudagraph": set(),
 }
 ALLOWED = {("samplers", "schedule"), ("objective", "schedule")}
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
@@ -49,6 +50,7 @@ ONLY_IN = {
 }
 LIBRARY = sorted((ROOT / "nanodiff").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 SKIPPED = {".git", ".venv", "out", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 EVERY = [p for p in sorted(ROOT.rglob("*.py")) if ".venv" not in p.parts and "out" not in p.relative_to(ROOT).parts]
 
@@ -113,7 +115,22 @@ def test_scripts_import_no_torch_before_parsing(path):
             assert name.startswith("nanodiff.config"), f"{path}: imports {name} at the top"
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+def test_kernels_know_torch_and_triton_alone(path):
+    """The lowest floor: torch and triton, and triton by the switch only, so that machines without it can read the rest."""
+    for package, name, at_top in imports(path):
+        assert package != "nanodiff", f"{path.name} imports {name}"
+        if package == "triton" and at_top:
+            assert path.stem == "switch", f"{path.name} imports triton at its top"
+
+
+def test_only_layers_enters_the_kernels():
+    for path in [*LIBRARY, *SCRIPTS]:
+        entered = [name for package, name, _ in imports(path) if package == "kernels"]
+        assert not entered or path.name == "layers.py", f"{path.name} imports {entered}"
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS, *KERNELS], ids=lambda p: p.stem)
 def test_nothing_unsafe(path):
     text = path.read_text()
     for pattern in (
@@ -131,13 +148,13 @@ def test_nothing_unsafe(path):
 
 def test_readme_tree_names_every_file():
     readme = (ROOT / "README.md").read_text()
-    for path in [*LIBRARY, *SCRIPTS]:
+    for path in [*LIBRARY, *SCRIPTS, *KERNELS]:
         if path.name != "__init__.py":
             assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"README does not mention {path.name}"
 
 
 def test_every_library_file_opens_with_a_docstring():
-    for path in [*LIBRARY, *SCRIPTS]:
+    for path in [*LIBRARY, *SCRIPTS, *KERNELS]:
         if path.name != "__init__.py":
             assert ast.get_docstring(ast.parse(path.read_text())), path
 

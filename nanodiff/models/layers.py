@@ -153,7 +153,7 @@ class Upsample(nn.Module):
             conv.bias = nn.Parameter(self.conv.bias.repeat(4), requires_grad=False)
             self.phases = (state, [conv])
         y = self.phases[1][0](x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
-        channels_last = x.stride(1) == 1 and C > 1
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         out = (
             y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2) if channels_last else y.new_empty(B, C, 2 * H, 2 * W)
         )

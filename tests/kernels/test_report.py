@@ -1,0 +1,81 @@
+"""Every kernel compiles for the GPUs we name, and none spills without a reason: proven without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from util import ROOT
+
+from kernels import report, tune
+
+
+def module(name, *argv, **kwargs):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANODIFF_KERNELS")}
+    return subprocess.run(
+        [sys.executable, "-m", f"kernels.{name}", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=800,
+        **kwargs,
+    )
+
+
+def test_every_kernel_compiles(tmp_path):
+    """Every kernel × dtype × head size for sm_80 and sm_90, every forward one for gfx942; `make kernels-report`."""
+    done = module("report", "--check", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    compiled = {(r["arch"], r["dtype"], r["head"]) for r in rows if r["kernel"] == "forward"}
+    assert compiled == {(a, d, k) for a in report.SHARED for d in report.DTYPES for k in report.HEAD_SIZES}
+    trained = {(r["arch"], r["kernel"]) for r in rows if r["dtype"] == "bfloat16"}
+    for kernel in ("backward_kv", "backward_q", "backward_bias", "delta", "whole_backward", "sums", "backward_x", "norm_backward",
+                   "rope_backward", "gated_backward", "gradient", "forward_short"):  # fmt: skip
+        assert {("sm_80", kernel), ("sm_90", kernel)} <= trained
+    # what the compiler's targets really are: another one gives other code
+    sizes = {
+        a: [r["registers"] for r in rows if r["arch"] == a and r["kernel"] == "forward"] for a in ("sm_80", "sm_90")
+    }
+    assert sizes["sm_80"] != sizes["sm_90"]
+
+
+def test_the_table_knows_what_the_issue_names():
+    table = json.loads((ROOT / "kernels" / "table.json").read_text())
+    for arch in ("sm_80", "sm_90"):
+        assert table[arch]["chosen"]
+        for kind in ("forward", "forward_masked", "backward_kv", "backward_q", "backward_bias"):
+            for K in report.HEAD_SIZES:
+                for dtype in report.DTYPES:
+                    assert table[arch][f"attention.{kind}"][f"{K}/{dtype}"]["num_warps"] in (4, 8)
+
+
+def test_faults_are_found():
+    row = {"kernel": "forward", "dtype": "bfloat16", "head": 64, "arch": "sm_80", "spilled": 0, "shared": 1000}
+    assert report.faults([row]) == []
+    assert report.faults([row | {"spilled": 8}]) and report.faults([row | {"shared": 200 << 10}])
+    assert not report.faults([row | {"shared": 200 << 10, "arch": "sm_90"}])
+
+
+@pytest.mark.skipif("torch" not in sys.modules or sys.modules["torch"].cuda.is_available(), reason="without a GPU")
+def test_without_a_gpu_tuning_and_timing_say_so():
+    for name in ("tune", "bench"):
+        done = module(name)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+        assert "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_candidates_go_from_large_to_small():
+    for kind in tune.KINDS:
+        for K in report.HEAD_SIZES:
+            found = tune.candidates(kind, K, 2, 163 << 10)
+            assert found and all(c["num_warps"] in (4, 8) for c in found)
+    few, many = (tune.candidates("forward", 512, size, 163 << 10) for size in (2, 2))
+    assert few == many and {"BLOCK_L": 128, "BLOCK_S": 128, "num_warps": 8, "num_stages": 3} not in few
+
+
+def test_a_table_has_a_line_for_each_kernel_and_reads_back():
+    table = json.loads((ROOT / "kernels" / "table.json").read_text())
+    assert json.loads(tune._lines(table)) == table

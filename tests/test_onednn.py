@@ -1,0 +1,175 @@
+"""Layers by oneDNN: the same numbers, and the way back."""
+
+import pytest
+import torch
+from torch import nn
+from util import TINY, max_error, rms_ratio
+
+from nanodiff import lora, onednn, pipeline
+from nanodiff.models.layers import Upsample
+
+pytestmark = pytest.mark.skipif(bool(onednn.unusable(torch.float32)), reason=str(onednn.unusable(torch.float32)))
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST", 0)
+
+
+def layers(dtype):
+    net = nn.Sequential(
+        nn.Conv2d(24, 40, 3, padding=1, stride=2), nn.Conv2d(40, 16, 1, bias=False), nn.Flatten(2), nn.Linear(20, 33)
+    )
+    return net.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_and_back(dtype):
+    net, x = layers(dtype), torch.randn(3, 24, 8, 10).to(dtype)
+    weights, want = [p.clone() for p in net.parameters()], net(x)
+    onednn.prepare(net, calls=4)
+    assert [type(m).__name__ for m in net] == ["PackedConv2d", "PackedConv2d", "Flatten", "PackedLinear"]
+    for _ in range(2):
+        assert rms_ratio(net(x), want) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert net[0].weight.numel() == 0, "the plain weight was given back"
+    onednn.undo(net)
+    for a, b in zip(weights, net.parameters(), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    assert torch.equal(net(x), want)
+
+
+def test_another_size_after_packing():
+    net = layers(torch.float32)[:2]
+    sizes = [torch.randn(1, 24, 8, 10), torch.randn(2, 24, 31, 7)]
+    want = [net(x) for x in sizes]
+    onednn.prepare(net, calls=4)
+    for x, y in zip(sizes, want, strict=True):
+        torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_few_calls_are_not_packed(monkeypatch):
+    monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
+    net, x = layers(torch.float32), torch.randn(1, 24, 8, 10)
+    want = net(x)
+    onednn.prepare(net, calls=3)
+    assert [type(m).__name__ for m in net] == ["Conv2d", "Conv2d", "Flatten", "DirectLinear"]
+    torch.testing.assert_close(net(x), want)
+    assert net[3].weight.numel()
+    onednn.prepare(net, calls=4)  # more are to come after all
+    assert type(net[3]).__name__ == "PackedLinear"
+    torch.testing.assert_close(net(x), want)
+
+
+def test_where_mkl_is_as_fast_it_stays(monkeypatch):
+    monkeypatch.setattr(onednn, "beats_mkl", lambda: False)
+    net = layers(torch.float32)
+    onednn.prepare(net)
+    assert type(net[3]) is nn.Linear
+    assert onednn.beats_mkl.__name__ == "<lambda>"
+
+
+def test_beats_mkl_is_a_measurement():
+    assert onednn.beats_mkl() in (True, False)
+
+
+def test_what_is_trained_stays_plain():
+    net = layers(torch.float32)
+    net[0].weight.requires_grad_(True)
+    onednn.prepare(net, calls=9)
+    assert type(net[0]) is nn.Conv2d and type(net[1]) is onednn.PackedConv2d
+
+
+def test_a_gradient_is_refused_not_lost():
+    net = layers(torch.float32)
+    onednn.prepare(net, calls=9)
+    with pytest.raises(RuntimeError, match="prepared for inference"):
+        net(torch.randn(1, 24, 8, 10, requires_grad=True))
+
+
+def test_the_reason_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(onednn, "unusable", lambda dtype: "the moon is full")
+    net = layers(torch.float32)
+    onednn.prepare(net, calls=9)
+    assert type(net[0]) is nn.Conv2d and "the moon is full" in capsys.readouterr().err
+
+
+def test_unusable_names_what_fails(monkeypatch):
+    onednn.unusable.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    assert "refuses" in onednn.unusable(torch.float32)
+    onednn.unusable.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
+def test_pictures_are_the_same(name):
+    """A pipeline that may pack gives the picture of one that may not, twice, and can still be saved."""
+    plain, packing = pipeline.load(TINY / name), pipeline.load(TINY / name)
+    packing.packs = True
+    want = plain.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
+    for _ in range(2):
+        got = packing.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
+        assert max_error(got.latents, want.latents) < 1e-4
+    assert any(type(m) in (onednn.PackedConv2d, onednn.PackedLinear) for m in packing.net.modules())
+    assert not any(type(m) in onednn.PLAIN and type(m) is not onednn.DirectLinear for m in plain.net.modules())
+
+
+def test_saving_and_loras_see_plain_weights(tmp_path):
+    from util import GOLDEN
+
+    sd = pipeline.load(TINY / "sd15")
+    before = {k: v.clone() for k, v in sd.net.state_dict().items()}
+    sd.packs = True
+    sd.generate(["a corgi"], steps=4, seeds=[1])
+    sd.save(tmp_path / "saved")
+    again = pipeline.load(tmp_path / "saved").net.state_dict()
+    assert all(torch.equal(before[k], again[k]) for k in before)
+    sd.generate(["a corgi"], steps=4, seeds=[1])
+    found = lora.read(next((GOLDEN / "lora").glob("sd15.kohya*.safetensors")), sd.models(), allow_partial=True)
+    lora.fuse(sd.models(), found).remove()
+    assert all(torch.equal(v, before[k]) for k, v in sd.net.state_dict().items())
+
+
+# Upsampling by phases -------------------------------------------------------------------------------------------
+
+
+def enlarged(up, x, size=None):
+    x = torch.nn.functional.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
+    return up.conv(x)
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(1, 2), (5, 7), (8, 8)])
+def test_four_small_convolutions_are_the_large_one(size, fmt):
+    up = Upsample(12).double().requires_grad_(False)
+    x = torch.randn(2, 12, *size, dtype=torch.float64).to(memory_format=fmt)
+    with torch.no_grad():
+        got = up(x)
+        torch.testing.assert_close(got, enlarged(up, x), rtol=1e-12, atol=1e-12)
+        assert up.phases and got.is_contiguous(memory_format=fmt)
+        torch.testing.assert_close(up(x, (2 * size[0], 2 * size[1])), enlarged(up, x), rtol=1e-12, atol=1e-12)
+        odd = (2 * size[0] - 1, 2 * size[1])
+        torch.testing.assert_close(up(x, odd), enlarged(up, x, odd), rtol=1e-12, atol=1e-12)
+
+
+def test_phases_follow_the_weights():
+    up, x = Upsample(8).requires_grad_(False), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        up(x)
+        up.conv.weight.mul_(2)
+        torch.testing.assert_close(up(x), enlarged(up, x))
+        up.conv.weight.data = torch.randn(8, 8, 3, 3)
+        torch.testing.assert_close(up(x), enlarged(up, x))
+    assert [k for k, _ in up.named_parameters()] == ["conv.weight", "conv.bias"], "phases are not in a checkpoint"
+
+
+def test_phases_stand_aside_for_hooks_and_gradients():
+    up, x = Upsample(8), torch.randn(1, 8, 4, 4)
+    up(x).sum().backward()
+    assert up.conv.weight.grad is not None and not up.phases
+    up.requires_grad_(False)
+    handle = up.conv.register_forward_hook(lambda m, args, out: out + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(up(x), enlarged(up, x))
+        handle.remove()
+        torch.testing.assert_close(up(x), enlarged(up, x))
+    assert up.phases
