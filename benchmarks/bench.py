@@ -67,7 +67,7 @@ with torch.no_grad():
 OURS["clip"] = """
 import torch; from nanodiff import onednn, weights; from nanodiff.models.clip import CLIPTextModel
 net = weights.load(CLIPTextModel, folder + "/text_encoder", getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
-onednn.prepare(net)
+onednn.prepare(net, 50)  # as sample.py does from the fourth text on
 with torch.no_grad():
     report(seconds=timed(lambda: net(ids), 7))"""
 TRAIN = """

@@ -195,7 +195,7 @@ class Pipeline:
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
     replays = False  # is a denoising step recorded as a CUDA graph (cudagraph.Replayed)?
-    packs = False  # may the denoiser's weights be packed for a CPU (onednn.prepare), which empties the plain ones?
+    packs = False  # may weights be packed for a CPU (onednn.prepare), which empties the plain ones?
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
     def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
@@ -204,7 +204,7 @@ class Pipeline:
         self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
-        self.calls = 0  # of the denoiser, so far: packing must be worth it
+        self.calls = self.texts = 0  # of the denoiser and the text encoders, so far: packing must be worth it
         self.check_fit()
 
     unet = property(lambda self: self.net)
@@ -438,8 +438,9 @@ class Pipeline:
         prompts: n texts. negative_prompt, prompt_2 … negative_prompt_3 (for the further text encoders): one text for
         all, or n. long_prompts, weighted: see prompt.py. max_sequence_length: tokens of T5. clip_skip: see pick().
         """
+        self.texts += 1
         for encoder in self.encoders:
-            self._for_cpu(encoder)
+            self._for_cpu(encoder, self.texts if self.packs else 1)
         n, how = len(prompts), {"long_prompts": long_prompts, "weighted": weighted}
         how["length"] = max_sequence_length or 256
         text = self.encode(_rows(n, list(prompts), prompt_2, prompt_3), clip_skip, **how)
