@@ -1,6 +1,6 @@
 """Triton kernels: attention, GroupNorm, row norms, gated units and linear-cross-entropy, each beside its mathematics.
 
-Every file has five parts: the mathematics, a plain reference, the Triton code, autograd, and the public function with
+Each of these files has five parts: the mathematics, a plain reference, the Triton code, autograd, and the public function with
 its fallback. `switch.py` says how the fallback is chosen; `python -m kernels.report` compiles everything without a GPU.
 """
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.switch import architecture, cdiv, halves, power_of_2, tl, triton, tuned, use
+from kernels.switch import architecture, cdiv, halves, on_device, power_of_2, span, tl, triton, tuned, use
 
 LOG2E = tl.constexpr(math.log2(math.e))
 SHORT = 128  # up to so many keys are held on chip whole (16-bit types, heads up to 256)
@@ -218,7 +218,7 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
     o_l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     p_k += b * s_kb + n_k * s_kn
     p_v += b * s_vb + n_k * s_vn + first * s_vd
-    p_bias += b * s_bb + n * s_bn
+    p_bias += b * s_bb + n.to(tl.int64) * s_bn
     p_mask += b * s_mb
     p_q += b * s_qb + n.to(tl.int64) * s_qn
     q0, q1 = _heads(p_q, o_l, s_ql, s_qd, L, cols, True, HELD, D0, D1)
@@ -236,7 +236,7 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
 
     acc0 = tl.zeros([BLOCK_L, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_L, D1 if D1 > 0 else 16], tl.float32)
-    # Finite, so that nothing needs a guard against ∞ − ∞; no score lies below it.
+    # Finite, so that nothing needs a guard against ∞ − ∞; what lies below it counts as hidden.
     m_i, l_i = tl.full([BLOCK_L], -1e30, tl.float32), tl.zeros([BLOCK_L], tl.float32)
     lo, full_lo, full_hi, hi = _keys_range(block * BLOCK_L, BLOCK_L, L, S, CAUSAL, WINDOW, BLOCK_S)
     for part in tl.static_range(3):  # keys that are partly seen, wholly seen, partly seen
@@ -278,7 +278,7 @@ def _forward_short(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn
     p_q += b * s_qb + n.to(tl.int64) * s_qn
     p_k += b * s_kb + n_k * s_kn
     p_v += b * s_vb + n_k * s_vn
-    p_bias += b * s_bb + n * s_bn
+    p_bias += b * s_bb + n.to(tl.int64) * s_bn
     p_mask += b * s_mb
     o_s = tl.arange(0, S0)
     k0, k1 = _heads(p_k, o_s, s_ks, s_kd, S, K, True, K, D0, D1)
@@ -461,7 +461,7 @@ def _backward_q(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dq, s_q
     for start in tl.range(lo, hi, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
         ds = _gradient(p_q, s_ql, s_qd, p_k, s_ks, s_kd, p_v, s_vs, s_vd, p_dout, s_gl, s_gd, lse, delta,
-                       p_bias + b * s_bb + n * s_bn, s_bl, s_bs, p_mask + b * s_mb, s_ms, o_l, o_s, L, S, scale, K, D0,
+                       p_bias + b * s_bb + n.to(tl.int64) * s_bn, s_bl, s_bs, p_mask + b * s_mb, s_ms, o_l, o_s, L, S, scale, K, D0,
                        D1, BIAS, MASK, CAUSAL, WINDOW, EDGE, PRECISION, WIDE)  # fmt: skip
         k0, k1 = _heads(p_k + col * s_kd, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)
         ds = ds.to(k0.dtype)
@@ -547,7 +547,7 @@ def precision():
     been told that one is enough."""
     if not architecture().startswith("sm_"):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _tma(k, v):
@@ -570,6 +570,7 @@ def _strides(bias, key_mask, like):
     return bias, of_bias, key_mask.view(torch.uint8), key_mask.stride()
 
 
+@on_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -618,8 +619,8 @@ def forward(
         return out, lse
     cfg = _config("forward", q, k, masked)
     if cfg["TMA"]:
-        cfg = cfg | {"TMA": _tma(k, v)}
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+        cfg, device = cfg | {"TMA": _tma(k, v) and not wide}, q.device
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     edge = causal or window > 0 or S % cfg["BLOCK_S"] != 0
     _forward[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*args, **flags, **cfg, EDGE=edge, WIDE=wide)
     return out, lse
@@ -635,14 +636,13 @@ def _(q, k, v, bias, key_mask, scale, causal, window):
 
 
 def splits(L, S, BLOCK_L, BLOCK_S, members):
-    """Into how many parts the queries are cut for dk and dv, so that few keys (a prompt's 77) still fill a GPU.
-
-    A rule of the shapes alone: the same sums in the same order on every machine.
-    """
+    """Into how many parts the queries are cut for dk and dv, so that few keys (a prompt's 77) still fill a GPU: a rule of
+    shapes and tiles alone, so the sums keep their order from call to call."""
     programs = cdiv(S, BLOCK_S) * members
     return max(1, min(256 // programs, cdiv(L, 4 * BLOCK_L)))
 
 
+@on_device
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor,
     dlse: Tensor | None, scale: float, causal: bool, window: int, want_bias: bool
@@ -733,25 +733,38 @@ def _why_not(q, k, v, scale, bias):
         return "attention has a negative scale"
     if k.shape[1] == 0:
         return "attention has no keys"
-    if any(x.shape[1] * max(x.stride(1), 1) >= 2**31 for x in (q, k, v)):
+    if any(span(x, 1, 3) >= 2**31 for x in (q, k, v)) or math.prod(q.shape[1:]) >= 2**31:
         return "one head spans more than 2³¹ elements"
-    if bias is not None and bias.shape[-1] * bias.shape[-2] >= 2**31:
+    if bias is not None and max(span(bias, 2, 3), bias.shape[2] * bias.shape[3]) >= 2**31:
         return "the bias spans more than 2³¹ elements"
+    if q.shape[0] * q.shape[2] > 65535:
+        return "there are more than 65535 heads, batch included"
     return None
+
+
+def _check(q, k, v, bias, key_mask):
+    B, L, N, K = q.shape
+    _, S, M, _ = k.shape
+    if k.shape != (B, S, M, K) or v.shape != k.shape or N % M:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if bias is not None and (bias.shape[0] not in (1, B) or bias.shape[1] not in (1, N) or bias.shape[2:] != (L, S)):
+        raise ValueError(f"attention: bias {tuple(bias.shape)}, expected [1 or {B}, 1 or {N}, {L}, {S}]")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"attention: bias is {bias.dtype}; a boolean mask is no bias (key_mask, or 0 and -inf)")
+    if key_mask is not None and (key_mask.shape != (B, S) or key_mask.dtype != torch.bool):
+        raise ValueError(f"attention: key_mask {tuple(key_mask.shape)} {key_mask.dtype}, expected bool [{B}, {S}]")
 
 
 def _plain(q, k, v, causal, scale, bias, key_mask, window):
     """PyTorch's own fused attention."""
-    seen = visible(q.shape[1], k.shape[1], causal, window, key_mask, q.device)
-    if causal and not window and key_mask is None and bias is None and q.shape[1] == k.shape[1]:
-        seen = None
-    else:
+    own_mask = window or key_mask is not None or (causal and (bias is not None or q.shape[1] != k.shape[1]))
+    if own_mask:  # PyTorch knows causal masks of squares, alone
+        seen = visible(q.shape[1], k.shape[1], causal, window, key_mask, q.device)
+        bias = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
         causal = False
-    if bias is not None:
-        seen = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale, **grouped)
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
 
 
@@ -761,18 +774,13 @@ def attention(q, k, v, causal=False, scale=None, bias=None, key_mask=None, windo
     q [B, L, N, K], k v [B, S, M, K], N a multiple of M; fp32, fp16 or bf16, any strides. Differentiable in q, k, v and
     bias, and through lse. causal: query i sees key j ≤ i + S − L. scale: default 1/√K. bias: [1 or B, 1 or N, L, S],
     −∞ hides. key_mask: bool [B, S], true where a key may be seen. window: |i + S − L − j| < window; 0 is no window.
-    A query that sees no key gives zeros and lse −∞ in the kernel; PyTorch's fallback leaves that case undefined.
+    A query that sees no key (or only scores below −1e30 / log 2, as a bias of finfo.min makes them) gives zeros and lse
+    −∞ in the kernel; PyTorch's fallback leaves that case undefined.
 
     Raises ValueError for shapes that do not fit, RuntimeError when the switch demands a kernel that cannot serve.
     """
-    (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
-    if k.shape != (B, S, M, K) or v.shape != k.shape or N % M:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if bias is not None and (bias.shape[0] not in (1, B) or bias.shape[1] not in (1, N) or bias.shape[2:] != (L, S)):
-        raise ValueError(f"attention: bias {tuple(bias.shape)}, expected [1 or {B}, 1 or {N}, {L}, {S}]")
-    if key_mask is not None and (key_mask.shape != (B, S) or key_mask.dtype != torch.bool):
-        raise ValueError(f"attention: key_mask {tuple(key_mask.shape)} {key_mask.dtype}, expected bool [{B}, {S}]")
-    scale = K**-0.5 if scale is None else float(scale)
+    _check(q, k, v, bias, key_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if use("attention", q, _why_not, q, k, v, scale, bias):
         out, lse = op(q, k, v, bias, key_mask, scale, causal, window)
     elif return_lse:

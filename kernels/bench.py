@@ -19,11 +19,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from kernels import switch
 
+functorch_config.donated_buffer = False  # a backward pass is timed many times over one forward
+dynamo_config.fail_on_recompile_limit_hit = True  # or eager PyTorch would be timed as "compiled"
 FUSED = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -143,11 +147,17 @@ def ceilings():
     return flops, 2 * source.numel() * 4 / median(lambda: target.copy_(source), 20) / 1e6
 
 
+def compiled(call):
+    """torch.compile(call), for one shape."""
+    torch._dynamo.reset()
+    return torch.compile(call, dynamic=False)
+
+
 def attempt(timed, run, inputs):
     """Milliseconds of run, or None with a line where this GPU or PyTorch refuses."""
     try:
         return timed(run, inputs)
-    except (RuntimeError, torch.OutOfMemoryError) as e:
+    except (RuntimeError, switch.triton.errors.TritonError) as e:
         print(f"    refused: {str(e).splitlines()[0][:100]}")
         return None
 
@@ -198,7 +208,7 @@ def attention_rows(dtype):
                 "shape": f"{a.B}x{a.L}x{a.N}x{a.K}" + (f", {S} keys" if a.S else ""), "work": flops * times, "unit": "TFLOP/s",
                 "ours": attempt(timed, ours, inputs), "best": peers.get(best), "best_is": best, "fused": peers,
                 "eager": attempt(timed, eager, inputs) if small else None,
-                "compiled": attempt(timed, torch.compile(eager), inputs) if small else None,
+                "compiled": attempt(timed, compiled(eager), inputs) if small else None,
             }  # fmt: skip
 
 
@@ -213,11 +223,11 @@ def elementwise(kernel, where, shape, make, call, forward_bytes, backward_bytes,
         return run
 
     inputs = sets(make)
-    compiled = torch.compile(under("torch"), dynamic=False)
+    with_compiler = compiled(under("torch"))
     for direction, timed, moved in (("forward", graphed, forward_bytes), ("backward", backward, backward_bytes)):
         row = {"kernel": kernel, "direction": direction, "where": where, "shape": shape, "dtype": str(dtype)[6:],
                "work": moved, "unit": "GB/s", "best": None, "best_is": None}  # fmt: skip
-        for name, run in (("ours", under("triton")), ("eager", under("torch")), ("compiled", compiled)):
+        for name, run in (("ours", under("triton")), ("eager", under("torch")), ("compiled", with_compiler)):
             row[name] = attempt(timed, run, inputs)
         yield row
 
@@ -266,13 +276,13 @@ def loss_rows(dtype):
     weight, target = torch.randn(V, D, device="cuda", dtype=dtype) * D**-0.5, torch.randint(0, V, (T,), device="cuda")
 
     def make():
-        return (torch.randn(T, D, device="cuda", dtype=dtype),)
+        return torch.randn(T, D, device="cuda", dtype=dtype), weight
 
-    def ours(x):
+    def ours(x, weight):
         with kernels.backend("triton"):
             return kernels.linear_cross_entropy(x, weight, target)
 
-    def eager(x):
+    def eager(x, weight):
         return F.cross_entropy((x @ weight.T).float(), target)
 
     inputs = sets(make, at_least=2)[:2]
@@ -284,7 +294,7 @@ def loss_rows(dtype):
             "kernel": "linear_cross_entropy", "direction": direction, "where": "LLaMA 1B", "shape": f"{T}x{D}, {V} words",
             "dtype": str(dtype)[6:], "work": 2 * T * D * V * products, "unit": "TFLOP/s", "ours": took, "best": None,
             "best_is": None, "eager": attempt(timed, eager, inputs), "peak_memory": peak,
-            "compiled": attempt(timed, torch.compile(eager), inputs),
+            "compiled": attempt(timed, compiled(eager), inputs),
         }  # fmt: skip
 
 
@@ -330,19 +340,25 @@ def main(argv=None):
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines))
     everything, began = [], time.time()
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
     for family in args.only:
         for row in FAMILIES[family](getattr(torch, args.dtype)):
             everything.append(row)
             lines.append(line(row, flops if row["unit"] == "TFLOP/s" else bandwidth))
             print(lines[-1], flush=True)
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": switch.triton.__version__,
-             "command": "python -m kernels.bench " + " ".join(argv or sys.argv[1:]), "tflops": flops, "copy_gb_s": bandwidth,
-             "seconds": round(time.time() - began), "rows": everything}  # fmt: skip
-    folder = Path(args.output)
-    (folder / f"{gpu}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (folder / f"{gpu}.md").write_text("\n".join(lines) + "\n")
-    print(f"{folder / gpu}.json and .md, {facts['seconds']} s")
+        write(folder / gpu, lines, everything, flops, bandwidth, argv or sys.argv[1:], time.time() - began)
+    print(f"{folder / gpu}.json and .md, {time.time() - began:.0f} s")
     return 0
+
+
+def write(stem, lines, rows, flops, bandwidth, argv, seconds):
+    """What is known so far, as JSON and as a table."""
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": switch.triton.__version__,
+             "command": " ".join(["python -m kernels.bench", *argv]), "tflops": flops, "copy_gb_s": bandwidth,
+             "seconds": round(seconds), "rows": rows}  # fmt: skip
+    Path(f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    Path(f"{stem}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import precision
-from kernels.switch import cdiv, power_of_2, tl, triton, tuned, use
+from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
 WORDS = 8192  # of the vocabulary at a time, in the backward pass
@@ -144,6 +144,7 @@ def _gated_tile(D):
     return cfg["BLOCK"], cfg["num_warps"]
 
 
+@on_device
 def gated_forward(value: Tensor, gate: Tensor, activation: str) -> Tensor:
     """value · act(gate) of [rows, D] by the kernel."""
     rows, D = value.shape
@@ -158,6 +159,7 @@ gated_op = torch.library.custom_op("nanodiff::gated", gated_forward, mutates_arg
 gated_op.register_fake(lambda value, gate, activation: value.new_empty(value.shape))
 
 
+@on_device
 def gated_backward(dy: Tensor, value: Tensor, gate: Tensor, activation: str) -> Tensor:
     """[rows, 2, D]: dvalue and dgate side by side by the kernel, so that the halves of one projection need no joining."""
     rows, D = value.shape
@@ -190,6 +192,7 @@ gated_op.register_autograd(_gated_gradients, setup_context=_gated_setup)
 # The two halves of one projection: the same kernels, and a gradient that is one tensor.
 
 
+@on_device
 def halves_forward(x: Tensor, activation: str) -> Tensor:
     """value · act(gate) of x [rows, 2 D] = (value, gate) by the kernel."""
     return gated_forward(*x.chunk(2, dim=-1), activation)
@@ -218,6 +221,7 @@ def _product_tile(x):
     return tuned("linear_cross_entropy", (str(x.dtype).removeprefix("torch."),), default)
 
 
+@on_device
 def losses(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, fused: bool) -> tuple[Tensor, Tensor]:
     """(losses [T], lse [T]) in fp32: by the kernel, or with `fused` false by PyTorch, WORDS words at a time."""
     (T, D), V = x.shape, len(weight)
@@ -243,12 +247,13 @@ losses_op.register_fake(
 )
 
 
+@on_device
 def losses_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, ignore_index: int, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), with G for WORDS words at a time."""
     (T, D), V = x.shape, len(weight)
-    dloss = dloss.masked_fill(target == ignore_index, 0.0).float()
+    dloss = dloss.masked_fill(target == ignore_index, 0.0).float().contiguous()
     dx, dweight = x.new_zeros(T, D, dtype=torch.float32), weight.new_empty(V, D)
     for first in range(0, V, WORDS):
         w = weight[first : first + WORDS]
@@ -320,6 +325,8 @@ def geglu(x, activation="gelu"):
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"geglu: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if x.shape[-1] % 2:
+        raise ValueError(f"geglu: the last axis has {x.shape[-1]} values, no two halves")
     if use("geglu", x, _why_not, "geglu", x):
         return halves_op(x.reshape(-1, x.shape[-1]), activation).view(*x.shape[:-1], -1)
     value, gate = x.chunk(2, dim=-1)
@@ -333,7 +340,8 @@ def swiglu(gate, value, activation="silu"):
 
 def linear_cross_entropy(x, weight, target, ignore_index=-100, reduction="mean"):
     """Cross-entropy of the logits x weightᵀ, which are never stored: x [T, D], weight [V, D], target [T] -> a number, or
-    [T] with reduction "none", in fp32. Targets equal to ignore_index count neither in the sum nor in the mean.
+    [T] with reduction "none", in fp32. Targets equal to ignore_index count neither in the sum nor in the mean; others must
+    lie in [0, V), which is not checked on a GPU. Under autocast both operands are cast, as a linear layer's are.
 
     Differentiable in x and weight. Raises ValueError for shapes that do not fit, RuntimeError as the switch says.
     """
@@ -342,6 +350,12 @@ def linear_cross_entropy(x, weight, target, ignore_index=-100, reduction="mean")
         raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction {reduction!r} is not one of mean, sum, none")
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(kind), weight.to(kind)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"linear_cross_entropy: x is {x.dtype}, weight {weight.dtype}")
+    target = target.contiguous()
     fused = use("linear_cross_entropy", x, _why_not, "linear_cross_entropy", x, weight)
     loss = losses_op(x, weight, target, ignore_index, fused)[0]
     if reduction == "none":

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.switch import cdiv, power_of_2, tl, triton, tuned, use
+from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 # 2. The plain reference ------------------------------------------------------------------------------------
 
@@ -277,6 +277,7 @@ def _backward_x(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_a, p_dy, p_dx,
 ON_CHIP = 16384  # values of a group that one program holds in registers: 64 fp32 each for 256 threads
 ON_CHIP_BACKWARD = 8192  # … of two tensors
 CHUNKS = 128  # at most so many chunks of an image
+JOINED = 65536  # values that a program which joins chunks can hold
 
 
 def plan(x, groups, on_chip):
@@ -295,10 +296,15 @@ def plan(x, groups, on_chip):
     cfg = tuned("group_norm", (key,), {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4})
     wide = min(cfg["WIDE"], power_of_2(C))
     tile = {"BLOCK_P": cfg["BLOCK"] // wide, "BLOCK_C": wide}
-    # enough programs to fill a GPU, by the shapes alone: the sums are the same on every machine
-    chunks = max(1, min(CHUNKS, cdiv(cfg["PROGRAMS"], B * cdiv(C, wide)), cdiv(P, tile["BLOCK_P"])))
+    # enough programs to fill a GPU, but no more chunks than _join() can hold; a rule of the shapes, the same at every call
+    chunks = max(1, min(CHUNKS, JOINED // block_c, cdiv(cfg["PROGRAMS"], B * cdiv(C, wide)), cdiv(P, tile["BLOCK_P"])))
     per_chunk = cdiv(cdiv(P, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
     return {"whole": False, **tile, "chunks": cdiv(P, per_chunk), "per_chunk": per_chunk, "num_warps": cfg["num_warps"]}
+
+
+def _join_warps(chunks, width):
+    """Warps of a program that joins chunks: 64 values a thread, up to 128."""
+    return max(1, min(16, power_of_2(chunks, 1) * power_of_2(width, 1) // 2048))
 
 
 def _flat(x):
@@ -306,6 +312,7 @@ def _flat(x):
     return x.view(*x.shape[:2], -1) if x.is_contiguous() else x.flatten(2)
 
 
+@on_device
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,6 +320,7 @@ def forward(
     y = torch.empty_like(x)
     x, out = _flat(x), _flat(y)
     (B, C, P), G = x.shape, groups
+    weight, bias = weight.contiguous(), bias.contiguous()
     mean, rstd = (x.new_empty(B, G, dtype=torch.float32) for _ in range(2))
     flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
     shift = x if shift is None else shift.contiguous()
@@ -326,7 +334,7 @@ def forward(
     grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
     _statistics[grid](x, shift, means, m2s, *x.stride(), C, P, per_chunk, SHIFT=flags["SHIFT"], **tile)
     _join[(G, B)](means, m2s, mean, rstd, C, P, chunks, per_chunk, eps, WIDTH=C // G, CHUNKS=power_of_2(chunks, 1),
-                  BLOCK_C=power_of_2(C // G, 1))  # fmt: skip
+                  BLOCK_C=power_of_2(C // G, 1), num_warps=_join_warps(chunks, C // G))  # fmt: skip
     _normalise[grid](x, shift, weight, bias, mean, rstd, out, *x.stride(), C, P, G, per_chunk, **flags, **tile)
     return y, mean, rstd
 
@@ -340,6 +348,7 @@ def _(x, weight, bias, shift, groups, eps, silu):
     return torch.empty_like(x), *stats
 
 
+@on_device
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, groups: int,
     silu: bool,
@@ -350,6 +359,7 @@ def backward(
         dy = dy.contiguous()
     x, dy, out = _flat(x), _flat(dy), _flat(dx)
     (B, C, P), G = x.shape, groups
+    weight, bias = weight.contiguous(), bias.contiguous()
     flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
     shift = x if shift is None else shift.contiguous()
@@ -366,7 +376,8 @@ def backward(
         grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
         _sums[grid](*inputs, dy, sums, *strides, C, P, G, per_chunk, **flags, **tile)
         _join_sums[(G, B)](sums, weight, rstd, s1, s2, a, dshift, C, P, chunks, WIDTH=C // G, SHIFT=flags["SHIFT"],
-                           CHUNKS=power_of_2(chunks, 1), BLOCK_C=power_of_2(C // G, 1))  # fmt: skip
+                           CHUNKS=power_of_2(chunks, 1), BLOCK_C=power_of_2(C // G, 1),
+                           num_warps=_join_warps(chunks, C // G))  # fmt: skip
         _backward_x[grid](*inputs, a, dy, out, *strides, C, P, G, per_chunk, **flags, **tile)
     return dx, s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype), dshift
 
@@ -412,9 +423,9 @@ def _why_not(x):
         return "group_norm's pixels are no single stride"
     if x.numel() == 0 or x[0].numel() >= 2**31:
         return "group_norm has an image of no or of more than 2³¹ values"
-    if not (x.is_contiguous() or x.transpose(1, -1).stride(-1) == 1):
+    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         return "group_norm's memory format is neither contiguous nor channels last"
-    return None
+    return "group_norm has more than 65535 images" if len(x) > 65535 else None
 
 
 def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.switch import cdiv, power_of_2, tl, triton, tuned, use
+from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 WIDEST = 16384  # values of a row that one program can hold
 
@@ -209,7 +209,7 @@ def _rows(kernel, width):
 
 
 def _programs(B, rows, each):
-    """(programs, rows of each): about 512 programs, a rule of the shapes alone."""
+    """(programs, rows of each): about 512 programs, a rule of the shapes, the same at every call."""
     per_program = cdiv(cdiv(rows, max(1, 512 // B)), each) * each
     return cdiv(rows, per_program), per_program
 
@@ -219,6 +219,7 @@ def _per_image(t):
     return t.stride(0) if t is not None and t.dim() == 2 else 0
 
 
+@on_device
 def norm_forward(
     x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, rms: bool, plus_one: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,6 +243,7 @@ def _(x, gain, offset, eps, rms, plus_one):
     return x.new_empty(x.shape), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
 
 
+@on_device
 def norm_backward(
     dy: Tensor, x: Tensor, gain: Tensor | None, offset: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool,
     plus_one: bool,
@@ -289,6 +291,7 @@ def _norm_gradients(ctx, dy, *_):
 norm_op.register_autograd(_norm_gradients, setup_context=_norm_setup)
 
 
+@on_device
 def rope_forward(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor]:
@@ -313,6 +316,7 @@ def _(x, weight, cos, sin, eps, plus_one):
     return x.new_empty(x.shape), x.new_empty(x.shape[:3] if weight is not None else 0, dtype=torch.float32)
 
 
+@on_device
 def rope_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, rstd: Tensor, plus_one: bool
 ) -> tuple[Tensor, Tensor]:
@@ -367,6 +371,8 @@ def _why_not(x, name, *more):
         return f"{name}'s last axis is not contiguous"
     if name == "qk_norm_rope" and x.shape[-1] % 2:
         return "a head has an odd size"
+    if x.shape[0] > 65535:
+        return f"{name} has more than 65535 images"
     return "a tensor is empty" if x.numel() == 0 else None
 
 
@@ -387,8 +393,8 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, scale=None, shift=None):
     Either weight and bias [D] (or neither), or AdaLN's scale and shift [B, D]: û (1 + scale) + shift. Differentiable
     in all of them. Raises ValueError for shapes that do not fit, RuntimeError as the switch says.
     """
-    if scale is not None and (weight is not None or bias is not None):
-        raise ValueError("layer_norm: either weight and bias, or scale and shift")
+    if (scale is None) != (shift is None) or (scale is not None and (weight is not None or bias is not None)):
+        raise ValueError("layer_norm: either weight and bias, or scale and shift, both of them")
     adaptive = scale is not None
     y = _norm("layer_norm", x, *((scale, shift) if adaptive else (weight, bias)), eps, rms=False, plus_one=adaptive)
     if y is not None:

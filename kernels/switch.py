@@ -4,7 +4,7 @@
     triton   a reason not to use a kernel is an error, so a benchmark never measures the fallback unknowingly
     torch    PyTorch's own operators
 
-The start value is that of the variable NANODIFF_KERNELS, read once; scripts set it from `--kernels`; `backend("torch")`
+The start value is that of the variable NANODIFF_KERNELS, read at import; scripts set it from `--kernels`; `backend("torch")`
 sets it for a `with` block. Names in kernel code: p_ pointer, s_ stride, o_ offsets, m_ mask, and capitals for what is
 known when a kernel is compiled.
 """
@@ -15,10 +15,12 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 
+KNOWN_AMD = ("gfx942",)
 MODES = ("auto", "triton", "torch")
 TABLE = Path(__file__).with_name("table.json")
 
@@ -45,9 +47,13 @@ def _import_triton():
         import triton.language as tl
     except ImportError as e:
         return _Absent(), _Absent(), f"Triton cannot be imported ({e})"
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    lacking = None if compiler or interpret else "Triton needs a C compiler (gcc or clang), and there is none"
-    return triton, tl, lacking
+    if interpret:
+        return triton, tl, None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+        return triton, tl, "Triton needs a C compiler (gcc or clang), and there is none"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return triton, tl, "Triton needs Python's header files (the package python3-dev), and there are none"
+    return triton, tl, None
 
 
 triton, tl, UNUSABLE = _import_triton()
@@ -62,14 +68,15 @@ def _mode(name):
 
 _state = {"mode": _mode(os.environ.get("NANODIFF_KERNELS", "auto"))}
 _said = set()
+SPEAKS = os.environ.get("RANK", "0") == "0"
 
 
 def set_backend(mode):
     """Set the switch for the rest of the process. Raises ValueError for another word, and RuntimeError for "triton"
     where no kernel can run at all."""
-    _state["mode"] = _mode(mode)
     if UNUSABLE and mode == "triton":
         raise RuntimeError(f"kernels: no Triton kernels here: {UNUSABLE}")
+    _state["mode"] = _mode(mode)
     if UNUSABLE and mode == "auto":
         _say(UNUSABLE)
 
@@ -85,7 +92,7 @@ def backend(mode):
 
 
 def _say(reason):
-    if reason not in _said and os.environ.get("RANK", "0") == "0":
+    if reason not in _said and SPEAKS:
         print(f"kernels: PyTorch's own operators, since {reason}", file=sys.stderr)
     _said.add(reason)
     return True
@@ -94,6 +101,18 @@ def _say(reason):
 # What torch.compiler.assume_constant_result() does, which would import the compiler, a second's work: while
 # torch.compile traces, the reason is said then, and the graph does not break.
 _say._dynamo_marked_constant = True
+
+
+@functools.cache
+def _old_gpu(device):
+    """Why no kernel is for this GPU, or None: older ones than sm_80, and AMD's other than gfx942, were never tried."""
+    arch = architecture()
+    if torch.version.hip:
+        return None if arch in KNOWN_AMD else f"the GPU is {arch}"
+    return "the GPU is older than sm_80" if torch.cuda.get_device_capability(device) < (8, 0) else None
+
+
+_old_gpu._dynamo_marked_constant = True
 
 
 def use(name, x, why_not, *args):
@@ -109,7 +128,7 @@ def use(name, x, why_not, *args):
     elif not x.is_cuda and not (INTERPRET and mode == "triton"):
         reason = f"tensors are on the {x.device.type}"
     else:
-        reason = why_not(*args)
+        reason = (_old_gpu(x.device) if x.is_cuda else None) or why_not(*args)
     if reason is None:
         return True
     if mode == "triton":
@@ -164,12 +183,31 @@ def tuned(kernel, keys, default):
     return default | next((known[key] for key in keys if key in known), {}) | _forced.get(kernel, {})
 
 
+def on_device(launch):
+    """Make the GPU of the first argument the current one while `launch` runs: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def launched(first, *args):
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launch(first, *args)
+        with torch.cuda.device(first.device):
+            return launch(first, *args)
+
+    return launched
+
+
+def span(x, *dims):
+    """How many elements lie between the first and the last one along some axes: what an offset must be able to hold."""
+    return sum((x.shape[d] - 1) * abs(x.stride(d)) for d in dims) + 1
+
+
 def power_of_2(n, least=16):
     """The smallest power of two that is at least n and `least`."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def cdiv(a, b):
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -35,6 +35,7 @@ CANDIDATES = {
 }  # fmt: skip
 KINDS = ("forward", "forward_masked", "short", "backward_kv", "backward_kv_masked", "backward_q", "backward_q_masked",
          "backward_bias")  # fmt: skip
+TUNED = ("sm_80", "sm_90", "gfx942")  # what can be chosen without a GPU
 LOOPS = 2  # blocks of queries that share keys on chip
 
 
@@ -135,15 +136,14 @@ def static_table(archs):
 # On a GPU ----------------------------------------------------------------------------------------------------
 
 
-def measured_table(heads, lengths, dtypes):
-    """The fastest candidates on this GPU, for each head size, length and type."""
+def measured(table, heads, lengths, dtypes):
+    """Put the fastest candidates on this GPU, for each head size, length and type, into its part of the table, in place;
+    yields after each, so that what was found can be saved."""
     import torch
     import triton
 
     attention = importlib.import_module("kernels.attention")
-    table = {
-        "chosen": f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
-    }
+    table["measured"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     for dtype in dtypes:
         for K in heads:
             for length in lengths:
@@ -155,7 +155,7 @@ def measured_table(heads, lengths, dtypes):
                         table.setdefault(f"attention.{kind}", {})[keys[0]] = config
                         table[f"attention.{kind}"][keys[1]] = config  # the longest length serves the unknown ones
                         print(f"{keys[0]} {kind}: {config} {took * 1e3:.0f} µs", flush=True)
-    return table
+                yield
 
 
 def timed_calls(attention, K, length, dtype):
@@ -177,7 +177,9 @@ def timed_calls(attention, K, length, dtype):
         "backward_kv_masked": lambda: attention.backward(*back, True, 0, False),
         "backward_q_masked": lambda: attention.backward(*back, True, 0, False),
     }
-    return calls if length > attention.SHORT else {"short": calls["short"]}
+    if K > 256 or dtype == torch.float32:  # such heads are never held on chip
+        calls.pop("short")
+    return calls
 
 
 def fastest(kind, call, attention, K, dtype):
@@ -186,14 +188,15 @@ def fastest(kind, call, attention, K, dtype):
     import triton
 
     tried = candidates(kind, K, 4 if dtype == "float32" else 2, 227 << 10)
-    if kind.startswith("forward") and torch.cuda.get_device_capability()[0] >= 9:
-        tried += [config | {"TMA": True} for config in tried]
+    if kind.startswith("forward"):  # the copy engine is Hopper's and its successors'
+        engines = (False, True) if not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9 else (False,)
+        tried = [config | {"TMA": tma} for config in tried for tma in engines]
     best = None
     for config in tried:
         try:
             with switch.forced(f"attention.{kind}", config):
                 took = triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as e:
+        except (triton.errors.TritonError, RuntimeError) as e:  # too large a tile, or one that the compiler refuses
             print(f"  {kind} {config}: {str(e).splitlines()[0]}")
             continue
         if best is None or took < best[1]:
@@ -205,12 +208,10 @@ def fastest(kind, call, attention, K, dtype):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--static", nargs="+", metavar="ARCH", choices=sorted(report.SHARED), help="choose without a GPU"
-    )
+    parser.add_argument("--static", nargs="+", metavar="ARCH", choices=TUNED, help="choose without a GPU")
     parser.add_argument("--head", nargs="+", type=int, default=report.HEAD_SIZES, help="head sizes (on a GPU)")
     parser.add_argument("--length", nargs="+", type=int, default=(256, 1024, 4096), help="lengths (on a GPU)")
-    parser.add_argument("--dtype", nargs="+", choices=report.DTYPES, default=("bfloat16",), help="types (on a GPU)")
+    parser.add_argument("--dtype", nargs="+", choices=report.DTYPES, default=report.DTYPES[:2], help="types (on a GPU)")
     args = parser.parse_args(argv)
     table = json.loads(switch.TABLE.read_text())
     if args.static:
@@ -221,7 +222,8 @@ def main(argv=None):
         if switch.UNUSABLE:
             print(f"error: tuning needs a GPU ({switch.UNUSABLE}); --static sm_90 chooses without one", file=sys.stderr)
             return 2
-        table.setdefault(switch.architecture(), {}).update(measured_table(args.head, sorted(args.length), args.dtype))
+        for _ in measured(table.setdefault(switch.architecture(), {}), args.head, sorted(args.length), args.dtype):
+            switch.TABLE.write_text(_lines(table))
     switch.TABLE.write_text(_lines(table))
     return 0
 

@@ -13,7 +13,8 @@ WARM_UP = 2  # calls before recording: kernels are compiled and libraries choose
 
 
 class Replayed:
-    """f(x, t) recorded at its third call and replayed from then on. x: a tensor of one shape; t: a number.
+    """f(x, t) recorded at its third call and replayed from then on (a shorter run is not recorded). x: a tensor of one
+    shape; t: a number.
 
     f is called with t as a tensor [1] on x's device, must not wait for the GPU, and must depend on nothing else that
     changes. If it cannot be recorded, that is said once and f is called as it is.
@@ -37,7 +38,7 @@ class Replayed:
         self.x, self.t = x.clone(), torch.full((1,), float(t), device=x.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(x.device), torch.cuda.graph(graph):
                 self.out = self.f(self.x, self.t)
         except RuntimeError as e:
             print(

@@ -323,7 +323,7 @@ class Fused:
     """A LoRA added into the weights. remove() puts back the very weights that were there before, if they were kept."""
 
     def __init__(self, models, lora, scale, keep=True):
-        self.before = []
+        self.before, self.models = [], models
         for model in models.values():
             onednn.undo(model)
         layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
@@ -336,10 +336,20 @@ class Fused:
             delta = d.matrix(weight.shape).to(weight.device)
             # never in place: it may be a mapped file
             weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
+        self._weights_changed()
 
     def remove(self):
+        for model in self.models.values():
+            onednn.undo(model)
         for weight, data in reversed(self.before):
             weight.data = data
+        self._weights_changed()
+
+    def _weights_changed(self):
+        """Let what was derived from the weights (layers.Upsample) be derived again."""
+        for m in (m for model in self.models.values() for m in model.modules()):
+            if getattr(m, "phases", None):
+                m.phases = ()
 
 
 def fuse(models, lora, scale=1.0, keep=True):

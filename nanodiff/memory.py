@@ -93,6 +93,9 @@ class Resident:
         if self.stream is not None:
             for u in self.units.values():
                 _pin(u)
+        for m in module.modules():
+            if hasattr(m, "phases"):  # weights derived from others (Upsample) would stay where those leave
+                m.phases = None
         module.resident = self
 
     def enter(self, dtype=None):

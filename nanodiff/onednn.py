@@ -16,6 +16,7 @@ import functools
 import mmap
 import sys
 import time
+from collections import Counter
 
 import torch
 from torch import nn
@@ -106,7 +107,8 @@ def unusable(dtype):
 
 @functools.cache
 def beats_mkl():
-    """Whether oneDNN multiplies fp32 matrices at least a tenth faster than what PyTorch uses: measured, in some ms."""
+    """Whether oneDNN multiplies fp32 matrices at least a tenth faster than what PyTorch uses: measured, in some ms. (The
+    two differ in the last bits of a sum, so runs of fewer than FEWEST_STEPS steps may too, where it is a close race.)"""
     layer, x = nn.Linear(512, 512).requires_grad_(False), torch.randn(256, 512)
     taken = []
     for kind in (nn.Linear, DirectLinear):
@@ -121,6 +123,22 @@ def beats_mkl():
     return taken[0] > 1.1 * taken[1]
 
 
+def _ordinary(module):
+    """Whether a layer is padded with zeros by numbers, and its weight lies in one piece of memory."""
+    weight = module.weight
+    dense = weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    return (
+        dense
+        and not isinstance(getattr(module, "padding", 0), str)
+        and getattr(module, "padding_mode", "zeros") == "zeros"
+    )
+
+
+@functools.cache
+def _note(text):
+    print(text, file=sys.stderr)
+
+
 def prepare(model, calls=1):
     """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: packed when `calls` of
     the model are to come and are enough for it, else only the fp32 linear layers, where that is faster.
@@ -130,17 +148,18 @@ def prepare(model, calls=1):
     memory, such as a state_dict() taken before. Says why when oneDNN cannot be used; then nothing changes.
     """
     pack = calls >= FEWEST_STEPS
+    owners = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
     for m in model.modules():
         plain = PLAIN.get(type(m), type(m))
         if plain not in (nn.Linear, nn.Conv2d) or m.weight.device.type != "cpu" or m.weight.numel() < LEAST:
             continue
         dtype = m.weight.dtype
-        if m.weight.requires_grad:  # it is being trained
+        if m.weight.requires_grad or owners[id(m.weight)] > 1:  # it is being trained, or another module's too
             continue
-        if dtype not in (torch.float32, torch.bfloat16) or isinstance(getattr(m, "padding", ()), str):
+        if dtype not in (torch.float32, torch.bfloat16) or not _ordinary(m):
             continue
         if reason := unusable(dtype):
-            print(f"note: the CPU computes with PyTorch's plain layers: {reason}", file=sys.stderr)
+            _note(f"note: the CPU computes with PyTorch's plain layers: {reason}")
             return
         if pack:
             m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear

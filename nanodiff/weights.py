@@ -300,7 +300,8 @@ def _allocate(wanted, device):
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in wanted}
     align = 64
     sizes = [-(-torch.Size(shape).numel() * dtype.itemsize // align) * align for _, shape, dtype in wanted]
-    region = mmap.mmap(-1, max(sum(sizes), align))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    region = mmap.mmap(-1, max(sum(sizes), align), **private)  # private: pages can be given back (onednn.py)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: the same, slower
             region.madvise(mmap.MADV_HUGEPAGE)

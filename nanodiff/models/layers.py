@@ -125,14 +125,14 @@ class Upsample(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.phases = ()  # (what the weight was, [the convolution]), not in the checkpoint
+        self.phases = ()  # (what the weight was, [the convolution]), not in the checkpoint; None: do without
 
     def forward(self, x, size=None):
         H, W = x.shape[-2:]
-        # A LoRA hangs on the convolution's call (a hook), or it is another kind of layer.
-        plain = type(self.conv).__name__ in ("Conv2d", "PackedConv2d") and not self.conv._forward_hooks
+        # A LoRA hangs on the convolution's call, and a weight that was packed (onednn.py) is empty.
+        usable = self.phases is not None and not self.conv._forward_hooks and self.conv.weight.numel()
         doubled = size is None or tuple(size) == (2 * H, 2 * W)
-        if plain and doubled and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if usable and doubled and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._by_phases(x)
         x = F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
         return self.conv(x)

@@ -155,6 +155,7 @@ def test_it_is_pytorchs_attention():
 
 def test_empty():
     with kernels.backend("triton"):
+        assert kernels.attention(normal(0, 3, 1, 16), normal(0, 5, 1, 16), normal(0, 5, 1, 16)).shape == (0, 3, 1, 16)
         assert kernels.attention(normal(2, 0, 1, 16), normal(2, 5, 1, 16), normal(2, 5, 1, 16)).shape == (2, 0, 1, 16)
 
 
@@ -166,6 +167,8 @@ def test_empty():
         ({"k": normal(1, 4, 1, 16).half()}, "mixes types"),
         ({"scale": -1.0}, "negative scale"),
         ({"k": normal(1, 0, 1, 16), "v": normal(1, 0, 1, 16)}, "no keys"),
+        (dict.fromkeys("qkv", torch.empty(1).expand(1, 1 << 22, 1, 512)), "2³¹"),
+        (dict.fromkeys("qkv", torch.empty(1).expand(70000, 1, 1, 16)), "65535"),
     ],
 )
 def test_reasons(change, said):
@@ -181,6 +184,7 @@ def test_reasons(change, said):
         {"k": normal(1, 4, 1, 24)},
         {"v": normal(1, 5, 1, 16)},
         {"bias": normal(1, 1, 4, 5)},
+        {"bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)},
         {"key_mask": torch.ones(1, 4)},
         {"key_mask": torch.ones(1, 5, dtype=torch.bool)},
     ],

@@ -73,6 +73,22 @@ def test_it_is_cross_entropy(mode):
             torch.testing.assert_close(got, F.cross_entropy(x @ w.T, target, reduction=reduction))
 
 
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_strided_targets_and_autocast(mode):
+    """A column of labels; and under autocast, fp32 weights with bf16 activations."""
+    x, w, labels = normal(30, 16).requires_grad_(), normal(50, 16).requires_grad_(), torch.randint(0, 50, (30, 2))
+    with kernels.backend(mode):
+        torch.testing.assert_close(
+            kernels.linear_cross_entropy(x, w, labels[:, 1]), F.cross_entropy(x @ w.T, labels[:, 1])
+        )
+    with kernels.backend("torch"), torch.autocast("cpu", torch.bfloat16):
+        loss = kernels.linear_cross_entropy(x.bfloat16(), w, labels[:, 0])
+        loss.backward()
+    assert w.grad.dtype == torch.float32 and x.grad is not None
+    with pytest.raises(ValueError, match=r"weight torch\.float32"):
+        kernels.linear_cross_entropy(x.detach().half(), w, labels[:, 0])
+
+
 def test_logits_never_exist():
     """Neither forward nor backward holds a tensor as large as the logits: 4,000 tokens by 50,000 words would be 800 MB."""
     x, w = normal(64, 16), normal(50000, 16)
@@ -107,6 +123,8 @@ def test_reasons():
             kernels.geglu(normal(0, 4))
     with pytest.raises(ValueError, match="relu"):
         kernels.geglu(normal(2, 4), "relu")
+    with pytest.raises(ValueError, match="no two halves"):
+        kernels.geglu(normal(2, 5))
     with pytest.raises(ValueError, match="swiglu: value"):
         kernels.swiglu(normal(2, 4), normal(2, 5))
     with pytest.raises(ValueError, match="do not fit"):

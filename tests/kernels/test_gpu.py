@@ -43,9 +43,14 @@ def attend(B, L, S, N, M, K, dtype, bias=None, masked=False, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("K", [40, 64, 80, 96, 128, 160, 256, 512])
-@pytest.mark.parametrize(("L", "S"), [(1, 1), (77, 77), (333, 77), (130, 1030), (1030, 1030)])
+@pytest.mark.parametrize(("L", "S"), [(77, 77), (333, 77), (130, 1030), (1030, 1030)])
 def test_attention(K, L, S, dtype):
     attend(2, L, S, 2, 2, K, dtype)
+
+
+def test_one_query_and_one_key():
+    attend(1, 1, 1, 1, 1, 64, torch.bfloat16)
+    attend(1, 1, 300, 2, 1, 64, torch.bfloat16, causal=True)  # a step of a language model
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
@@ -55,7 +60,7 @@ def test_attention(K, L, S, dtype):
      {"masked": True}, {"masked": True, "causal": True, "bias": (1, 1)}],
     ids=lambda o: "-".join(o),
 )  # fmt: skip
-@pytest.mark.parametrize("K", [64, 128, 256])
+@pytest.mark.parametrize("K", [64, 256])
 def test_attention_masks_and_groups(K, options, dtype):
     attend(2, 333, 333, 4, 2, K, dtype, **options)
 
@@ -228,3 +233,25 @@ def test_in_a_cuda_graph():
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35-medium"])
+def test_recorded_steps_make_the_same_picture(name):
+    """`--cuda-graph`: latents of a run with and without."""
+    from nanodiff import pipeline
+
+    sd = pipeline.load(TINY / name, torch.float32, "cuda")
+    with kernels.backend("auto"):
+        want = sd.generate(["a corgi"], steps=8, seeds=[1]).latents
+        sd.replays = True
+        got = sd.generate(["a corgi"], steps=8, seeds=[1]).latents
+    assert rms_ratio(got, want) < 1e-4
+
+
+def test_channel_slices_fall_back():
+    """A tensor that is not dense is PyTorch's, with a reason, and right."""
+    x = cuda(2, 64, 8, 8, dtype=torch.float16).to(memory_format=torch.channels_last)[:, :32]
+    w = cuda(32, dtype=torch.float16)
+    with kernels.backend("auto"):
+        got = kernels.group_norm(x, 4, w, w)
+    torch.testing.assert_close(got, torch.nn.functional.group_norm(x, 4, w, w))

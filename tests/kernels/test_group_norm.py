@@ -96,12 +96,25 @@ def test_gradients_of_other_formats():
         torch.testing.assert_close(got, want)
 
 
+def test_strided_weights():
+    x, w = normal(1, 8, 4, 4), normal(8, 2)
+    with kernels.backend("triton"):
+        got = kernels.group_norm(x, 2, w[:, 0], w[:, 1])
+    torch.testing.assert_close(got, F.group_norm(x, 2, w[:, 0], w[:, 1]))
+
+
+def test_many_channels_in_a_group(in_chunks):
+    """Joining chunks of wide groups must fit one program."""
+    run((1, 600, 5, 40), 1)
+
+
 def test_reasons():
     x, w = normal(1, 8, 4, 4), normal(8)
     with kernels.backend("triton"):
         for bad, said in (
             (x.double(), "float64"),
             (normal(1, 8, 4, 8)[..., ::2], "neither contiguous nor channels last"),
+            (normal(1, 16, 4, 4).to(memory_format=torch.channels_last)[:, :8], "neither contiguous nor channels last"),
             (normal(1, 8, 5, 4)[:, :, :4].transpose(2, 3), "no single stride"),
             (normal(0, 8, 4, 4), "no or of more"),
         ):

@@ -123,5 +123,8 @@ def test_reasons():
         kernels.layer_norm(x, normal(9))
     with pytest.raises(ValueError, match="either"):
         kernels.layer_norm(x, w, scale=normal(1, 8), shift=normal(1, 8))
+    for half in ({"scale": normal(1, 8)}, {"shift": normal(1, 8)}):
+        with pytest.raises(ValueError, match="both of them"):
+            kernels.layer_norm(x, **half)
     with pytest.raises(ValueError, match="does not fit"):
         kernels.qk_norm_rope(normal(1, 4, 1, 8), None, normal(1, 5, 4), normal(1, 5, 4))

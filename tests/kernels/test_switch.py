@@ -87,6 +87,18 @@ def test_meta_tensors_need_no_kernel(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_old_gpus_have_a_reason(monkeypatch):
+    """Kernels are compiled for sm_80 and later, and AMD's gfx942: others are told, not tried."""
+    switch._old_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "older than sm_80" in switch._old_gpu(torch.device("cuda", 0))
+    switch._old_gpu.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(switch, "architecture", lambda: "gfx1100")
+    assert "gfx1100" in switch._old_gpu(torch.device("cuda", 0))
+    switch._old_gpu.cache_clear()
+
+
 @interpreter
 def test_the_table_is_asked_special_rows_first(monkeypatch):
     table = {"sm_90": {"k": {"64/256/bfloat16": {"BLOCK_L": 1}, "64/bfloat16": {"BLOCK_L": 2}}}}
@@ -176,9 +188,13 @@ def test_compile_follows_the_switch(capfd):
     switch._said.clear()
     block, x = Block(), normal(2, 16, 3, 4)
     torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     with kernels.backend("auto"):
-        torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+        compiled(x)
     assert capfd.readouterr().err.count("PyTorch's own operators") == 1
+    with kernels.backend("torch"):  # traced again, for this mode
+        compiled(x)
+    assert capfd.readouterr().err == ""
 
 
 @interpreter
