@@ -60,14 +60,14 @@ with torch.no_grad():
             pooled = net.cfg.projection_class_embeddings_input_dim - 6 * net.cfg.addition_time_embed_dim
             added = r(2, pooled), torch.full((2, 6), 512.0)
         call = lambda: net(x, 500, kv, added)
-    onednn.prepare(net, 50)  # as sample.py does for a run of 4 steps or more
+    onednn.prepare(net, pack=True)  # as sample.py does for a run of 4 steps or more
     start = time.perf_counter(); call(); first = time.perf_counter() - start
     report(seconds=timed(call, int(kind.split("-")[2])), first=first)""",
 }
 OURS["clip"] = """
 import torch; from nanodiff import onednn, weights; from nanodiff.models.clip import CLIPTextModel
 net = weights.load(CLIPTextModel, folder + "/text_encoder", getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
-onednn.prepare(net, 50)  # as sample.py does from the fourth text on
+onednn.prepare(net, pack=True)  # as sample.py does
 with torch.no_grad():
     report(seconds=timed(lambda: net(ids), 7))"""
 TRAIN = """
@@ -99,7 +99,7 @@ report(seconds=((a - b).pow(2).mean() / a.pow(2).mean()).sqrt().item())"""
 OURS["error"] = f"""
 import torch; from nanodiff import onednn, weights; from nanodiff.models.unet import UNet2DConditionModel as UNet
 def load(dtype):
-    net = weights.load(UNet, folder + "/unet", dtype); onednn.prepare(net, 50); return net
+    net = weights.load(UNet, folder + "/unet", dtype); onednn.prepare(net, pack=True); return net
 run = lambda net, x, text: net(x, 500, text){ERROR}"""
 OURS["vae"] = """
 import torch; from nanodiff import weights; from nanodiff.models.vae import AutoencoderKL

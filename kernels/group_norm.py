@@ -291,7 +291,7 @@ def plan(x, groups, on_chip):
     last = x.stride(1) == 1
     if power_of_2(P) * block_c <= on_chip:
         tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
-        return {"whole": True, **tile, "num_warps": max(1, min(8, tile["BLOCK_P"] * block_c // 1024))}
+        return {"whole": True, **tile, "num_warps": max(1, min(16, tile["BLOCK_P"] * block_c // 512))}
     key = f"{'channels_last' if last else 'contiguous'}/{x.element_size()}"
     cfg = tuned("group_norm", (key,), {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4})
     wide = min(cfg["WIDE"], power_of_2(C))

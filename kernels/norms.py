@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
-WIDEST = 16384  # values of a row that one program can hold
+WIDEST = 8192  # values of a row that one program can hold
 
 # 2. The plain reference ------------------------------------------------------------------------------------
 

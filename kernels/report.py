@@ -136,7 +136,7 @@ def other_calls(dtype, forward_only=False):
     groups, norms, gated = (importlib.import_module(f"kernels.{n}") for n in ("group_norm", "norms", "gated"))
     calls = {}
     for layout in ("contiguous", "channels last"):
-        for C, side in ((1280, 16), (320, 64), (128, 512)):
+        for C, side in ((2560, 8), (1280, 16), (320, 64), (128, 512)):
             fmt = torch.channels_last if layout == "channels last" else torch.contiguous_format
             x = _empty(2, C, side, side, dtype=dtype).to(memory_format=fmt)
             w, t = _empty(C, dtype=dtype), _empty(2, C, dtype=dtype)
@@ -145,7 +145,7 @@ def other_calls(dtype, forward_only=False):
             calls[label] = lambda x=x, w=w, t=t: groups.forward(x, w, w, t, 32, 1e-5, True)
             if not forward_only:
                 calls[f"{label} backward"] = lambda x=x, w=w, t=t, s=s: groups.backward(x, x, w, w, t, s, s, 32, True)
-    for D in (320, 1280, 4096):
+    for D in (320, 1280, 4096, 8192):
         x, w, m = _empty(2, 4096, D, dtype=dtype), _empty(D, dtype=dtype), _empty(2, D, dtype=dtype)
         s = _empty(2, 4096, dtype=torch.float32)
         calls[f"layer {D}"] = lambda x=x, w=w: norms.norm_forward(x, w, w, 1e-5, False, False)

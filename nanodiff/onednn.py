@@ -139,15 +139,16 @@ def _note(text):
     print(text, file=sys.stderr)
 
 
-def prepare(model, calls=1):
-    """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: packed when `calls` of
-    the model are to come and are enough for it, else only the fp32 linear layers, where that is faster.
+def prepare(model, pack=False):
+    """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: all of them packed, or
+    only the fp32 linear layers, where that is faster.
 
     Layers that are being trained (whose weights require a gradient), and those of other kinds, such as quantized ones,
     stay as they are. undo() makes plain layers again; until then packed weights are empty, and so is what shared their
     memory, such as a state_dict() taken before. Says why when oneDNN cannot be used; then nothing changes.
     """
-    pack = calls >= FEWEST_STEPS
+    if not pack and any(isinstance(m, PackedLinear | PackedConv2d) for m in model.modules()):
+        undo(model)  # so that what a picture looks like, to the last bit, depends on its own settings alone
     owners = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
     for m in model.modules():
         plain = PLAIN.get(type(m), type(m))

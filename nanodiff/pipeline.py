@@ -11,7 +11,7 @@ A model without a VAE works in pixels: its "latents" are the picture.
 """
 
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -204,7 +204,6 @@ class Pipeline:
         self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
-        self.counts = Counter()  # calls of the denoiser and of the text encoders so far: packing must be worth it
         self.check_fit()
 
     unet = property(lambda self: self.net)
@@ -299,7 +298,7 @@ class Pipeline:
             return self
         schedule = samplers.rescheduled(self.schedule, name, **fields)
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
-        other.index, other.kept, other.counts = self.index, self.kept, self.counts
+        other.index, other.kept = self.index, self.kept
         other.packs, other.replays = self.packs, self.replays
         return other
 
@@ -330,11 +329,11 @@ class Pipeline:
         weights.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_json())
         weights.write_json(folder / "model_index.json", index)
 
-    def _for_cpu(self, module, calls):
-        """Prepare a module of which `calls` calls are known on a CPU, if that is where it stays and it is not compiled."""
+    def _for_cpu(self, module, pack):
+        """Prepare a module for a CPU, if that is where it stays and it is not compiled."""
         stays = module is not None and self.device.type == "cpu" and not hasattr(module, "resident")
         if stays and module._compiled_call_impl is None:
-            onednn.prepare(module, calls if self.packs else 1)
+            onednn.prepare(module, pack)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -439,9 +438,8 @@ class Pipeline:
         prompts: n texts. negative_prompt, prompt_2 … negative_prompt_3 (for the further text encoders): one text for
         all, or n. long_prompts, weighted: see prompt.py. max_sequence_length: tokens of T5. clip_skip: see pick().
         """
-        self.counts["texts"] += 1
         for encoder in self.encoders:
-            self._for_cpu(encoder, self.counts["texts"])
+            self._for_cpu(encoder, self.packs)
         n, how = len(prompts), {"long_prompts": long_prompts, "weighted": weighted}
         how["length"] = max_sequence_length or 256
         text = self.encode(_rows(n, list(prompts), prompt_2, prompt_3), clip_skip, **how)
@@ -624,8 +622,7 @@ class Pipeline:
             if not total or not 0 < denoising_end < 1:
                 raise UserError(f"--denoising-end {denoising_end:g} leaves no step to take; it is between 0 and 1")
         result, kept = None, []
-        self.counts["steps"] += total
-        self._for_cpu(self.net, self.counts["steps"])
+        self._for_cpu(self.net, self.packs and total >= onednn.FEWEST_STEPS)
         with memory.at_work(self.net):
             times = samplers.times(self.schedule, steps, **shift)
             model = self.denoiser(text, negative, guidance_scale, guidance_rescale, sizes, skip_layers, times)

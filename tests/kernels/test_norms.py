@@ -114,7 +114,7 @@ def test_reasons():
     x, w = normal(1, 4, 8), normal(8)
     with kernels.backend("triton"):
         for bad, said in ((x.double(), "float64"), (normal(1, 8, 4).transpose(1, 2), "not contiguous"),
-                          (normal(1, 0, 8), "empty"), (normal(1, 1, 20000), "more than 16384")):  # fmt: skip
+                          (normal(1, 0, 8), "empty"), (normal(1, 1, 20000), "more than 8192")):  # fmt: skip
             with pytest.raises(RuntimeError, match=said):
                 kernels.rms_norm(bad)
         with pytest.raises(RuntimeError, match="odd size"):
