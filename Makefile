@@ -8,7 +8,7 @@ MODEL  ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-gpu tune \
+.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -82,6 +82,9 @@ format: $(STAMP)  ## ruff: mend what it can
 
 bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it)
 	$(PY) benchmarks/bench.py --peer "$(PEER)"
+
+bench-small: $(STAMP)  ## the quick part of it, printed only: import, a call of a test model (what CI reports)
+	$(PY) benchmarks/bench.py --peer "$(PEER)" --cases import,tiny --pairs 3 --name ""
 
 bench-gpu: $(STAMP)  ## our kernels beside PyTorch's, on a GPU; writes benchmarks/GPU.json and .md
 	$(PY) -m kernels.bench

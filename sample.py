@@ -381,7 +381,7 @@ def pick_dtype(cfg, device, src):
         widest = net.width if hasattr(net, "width") else max(net.block_out_channels)
         if widest >= LARGE:
             print("note: computing in bf16, which is twice as fast here; --dtype fp32 is exact", file=sys.stderr)
-            return pipeline.torch.bfloat16
+            return engine.DTYPES["bf16"]
     return engine.pick_dtype(cfg.dtype, device)
 
 

@@ -290,7 +290,7 @@ def main():
     parser.add_argument("--cases", default=usual, help="comma-separated; all = also the large models")
     parser.add_argument("--pairs", type=int, default=0, help="pairs a case; 0 = each case's own number")
     parser.add_argument("--work", default="out/bench", help="where the random full-size model is made")
-    parser.add_argument("--name", default="cpu", help="benchmarks/NAME.json")
+    parser.add_argument("--name", default="cpu", help="benchmarks/NAME.json; empty: print only")
     args = parser.parse_args()
     results = {}
     for name in CASES if args.cases == "all" else args.cases.split(","):
@@ -319,7 +319,8 @@ def main():
                     "ratio_min": min(ratios), "ratio_max": max(ratios)}  # fmt: skip
         results[name] = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         print(f"{name:12s}", " ".join(f"{k}={v}" for k, v in results[name].items()), flush=True)
-        write(args.name, results)
+        if args.name:
+            write(args.name, results)
 
 
 def write(name, results):

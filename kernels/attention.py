@@ -720,8 +720,9 @@ op.register_autograd(_backward, setup_context=_setup)
 # 5. The public function ------------------------------------------------------------------------------------
 
 
-def _why_not(q, k, v, scale, bias):
-    """Why the kernel cannot take these, or None."""
+def _why_not(q, k, v, scale, bias, key_mask):
+    """Why the kernel cannot take these, or None. Raises ValueError for what nobody can take."""
+    _check(q, k, v, bias, key_mask)
     K = q.shape[-1]
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"attention is in {q.dtype}"
@@ -729,7 +730,7 @@ def _why_not(q, k, v, scale, bias):
         return "attention mixes types"
     if not 1 <= K <= 512:
         return f"the head size is {K}, more than 512"
-    if scale <= 0:
+    if scale is not None and scale <= 0:
         return "attention has a negative scale"
     if k.shape[1] == 0:
         return "attention has no keys"
@@ -749,14 +750,12 @@ def _check(q, k, v, bias, key_mask):
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if bias is not None and (bias.shape[0] not in (1, B) or bias.shape[1] not in (1, N) or bias.shape[2:] != (L, S)):
         raise ValueError(f"attention: bias {tuple(bias.shape)}, expected [1 or {B}, 1 or {N}, {L}, {S}]")
-    if bias is not None and not bias.is_floating_point():
-        raise ValueError(f"attention: bias is {bias.dtype}; a boolean mask is no bias (key_mask, or 0 and -inf)")
     if key_mask is not None and (key_mask.shape != (B, S) or key_mask.dtype != torch.bool):
         raise ValueError(f"attention: key_mask {tuple(key_mask.shape)} {key_mask.dtype}, expected bool [{B}, {S}]")
 
 
 def _plain(q, k, v, causal, scale, bias, key_mask, window):
-    """PyTorch's own fused attention."""
+    """PyTorch's own fused attention, with as little around it as can be: small models wait for Python."""
     own_mask = window or key_mask is not None or (causal and (bias is not None or q.shape[1] != k.shape[1]))
     if own_mask:  # PyTorch knows causal masks of squares, alone
         seen = visible(q.shape[1], k.shape[1], causal, window, key_mask, q.device)
@@ -777,11 +776,13 @@ def attention(q, k, v, causal=False, scale=None, bias=None, key_mask=None, windo
     A query that sees no key (or only scores below −1e30 / log 2, as a bias of finfo.min makes them) gives zeros and lse
     −∞ in the kernel; PyTorch's fallback leaves that case undefined.
 
-    Raises ValueError for shapes that do not fit, RuntimeError when the switch demands a kernel that cannot serve.
+    Raises ValueError for shapes that do not fit (the fallback: PyTorch's own errors) and for a bias that is no number,
+    RuntimeError when the switch demands a kernel that cannot serve.
     """
-    _check(q, k, v, bias, key_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if use("attention", q, _why_not, q, k, v, scale, bias):
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"attention: bias is {bias.dtype}; a boolean mask is no bias (key_mask, or 0 and -inf)")
+    if use("attention", q, _why_not, q, k, v, scale, bias, key_mask):
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         out, lse = op(q, k, v, bias, key_mask, scale, causal, window)
     elif return_lse:
         out, lse = attention_reference(q, k, v, causal, scale, bias, key_mask, window)

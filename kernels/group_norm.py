@@ -291,7 +291,7 @@ def plan(x, groups, on_chip):
     last = x.stride(1) == 1
     if power_of_2(P) * block_c <= on_chip:
         tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
-        return {"whole": True, **tile, "num_warps": max(1, min(16, tile["BLOCK_P"] * block_c // 512))}
+        return {"whole": True, **tile, "num_warps": max(1, min(8, tile["BLOCK_P"] * block_c // 1024))}
     key = f"{'channels_last' if last else 'contiguous'}/{x.element_size()}"
     cfg = tuned("group_norm", (key,), {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4})
     wide = min(cfg["WIDE"], power_of_2(C))
@@ -415,8 +415,11 @@ def _flattens(x):
     return all(s == n * t for s, n, t in zip(stride, shape[1:], stride[1:], strict=False))
 
 
-def _why_not(x):
-    """Why the kernel cannot take these, or None."""
+def _why_not(x, groups, weight, bias, shift):
+    """Why the kernel cannot take these, or None. Raises ValueError for what nobody can take."""
+    B, C = x.shape[:2]
+    if C % groups or weight.shape != (C,) or bias.shape != (C,) or (shift is not None and shift.shape != (B, C)):
+        raise ValueError(f"group_norm: {groups} groups, x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"group_norm is in {x.dtype}"
     if x.dim() < 3 or not _flattens(x):
@@ -434,13 +437,11 @@ def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
     weight, bias: [C]. shift: [B, C] or None. Statistics in fp32 whatever the type. Differentiable in x, weight, bias
     and shift.
 
-    Raises ValueError for shapes that do not fit, RuntimeError when the switch demands a kernel that cannot serve.
+    Raises ValueError for shapes that do not fit (the fallback: PyTorch's own errors), RuntimeError when the switch
+    demands a kernel that cannot serve.
     """
-    B, C = x.shape[:2]
-    if C % groups or weight.shape != (C,) or bias.shape != (C,) or (shift is not None and shift.shape != (B, C)):
-        raise ValueError(f"group_norm: {groups} groups, x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit")
-    if use("group_norm", x, _why_not, x):
+    if use("group_norm", x, _why_not, x, groups, weight, bias, shift):
         return op(x, weight, bias, shift, groups, eps, silu)[0]
-    x = x if shift is None else x + shift.view(B, C, *[1] * (x.dim() - 2))
-    x = F.group_norm(x, groups, weight, bias, eps)
+    x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.dim() - 2))
+    x = torch.group_norm(x, groups, weight, bias, eps)
     return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x

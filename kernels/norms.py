@@ -376,12 +376,16 @@ def _why_not(x, name, *more):
     return "a tensor is empty" if x.numel() == 0 else None
 
 
-def _norm(name, x, gain, offset, eps, rms, plus_one=False):
-    """y in the shape of x by the kernel, or None where PyTorch must."""
+def _why_not_rows(name, x, gain, offset):
     for t in (gain, offset):
         if t is not None and t.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])):
             raise ValueError(f"{name}: gain or offset {tuple(t.shape)} does not fit x {tuple(x.shape)}")
-    if not use(name, x, _why_not, x, name, gain, offset):
+    return _why_not(x, name, gain, offset)
+
+
+def _norm(name, x, gain, offset, eps, rms, plus_one=False):
+    """y in the shape of x by the kernel, or None where PyTorch must."""
+    if not use(name, x, _why_not_rows, name, x, gain, offset):
         return None
     rows = x if x.dim() == 3 else x.reshape(x.shape[0] if gain is not None and gain.dim() == 2 else 1, -1, x.shape[-1])
     return norm_op(rows, gain, offset, eps, rms, plus_one)[0].view(x.shape)
@@ -391,7 +395,8 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, scale=None, shift=None):
     """LayerNorm over the last axis: x [B, …, D] -> the same shape and type.
 
     Either weight and bias [D] (or neither), or AdaLN's scale and shift [B, D]: û (1 + scale) + shift. Differentiable
-    in all of them. Raises ValueError for shapes that do not fit, RuntimeError as the switch says.
+    in all of them. Raises ValueError for shapes that do not fit (the fallback: PyTorch's own errors), RuntimeError as the
+    switch says.
     """
     if (scale is None) != (shift is None) or (scale is not None and (weight is not None or bias is not None)):
         raise ValueError("layer_norm: either weight and bias, or scale and shift, both of them")

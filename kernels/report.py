@@ -204,6 +204,8 @@ SPILLS = {
     # 77 keys have no strides that are multiples of 16, which costs four registers; no model has such heads for a prompt.
     ("forward", "bfloat16", (512,)): 16,
     ("forward", "float16", (512,)): 16,
+    # Two registers on sm_80, for a group of 80 channels on 8×8 pixels; twice the warps move the spill to another size.
+    ("whole_forward", "float16", ("",)): 8,
 }
 
 

@@ -120,7 +120,7 @@ def test_reasons():
         ):
             with pytest.raises(RuntimeError, match=said):
                 kernels.group_norm(bad, 2, w.to(bad.dtype), w.to(bad.dtype))
-    with pytest.raises(ValueError, match="3 groups"):
-        kernels.group_norm(x, 3, w, w)
-    with pytest.raises(ValueError, match="do not fit"):
-        kernels.group_norm(x, 2, w, w, shift=normal(2, 8))
+        with pytest.raises(ValueError, match="3 groups"):
+            kernels.group_norm(x, 3, w, w)
+        with pytest.raises(ValueError, match="do not fit"):
+            kernels.group_norm(x, 2, w, w, shift=normal(2, 8))

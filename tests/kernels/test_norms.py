@@ -119,8 +119,8 @@ def test_reasons():
                 kernels.rms_norm(bad)
         with pytest.raises(RuntimeError, match="odd size"):
             kernels.qk_norm_rope(normal(1, 4, 1, 7), normal(7))
-    with pytest.raises(ValueError, match="does not fit"):
-        kernels.layer_norm(x, normal(9))
+        with pytest.raises(ValueError, match="does not fit"):
+            kernels.layer_norm(x, normal(9))
     with pytest.raises(ValueError, match="either"):
         kernels.layer_norm(x, w, scale=normal(1, 8), shift=normal(1, 8))
     for half in ({"scale": normal(1, 8)}, {"shift": normal(1, 8)}):

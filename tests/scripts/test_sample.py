@@ -253,6 +253,9 @@ BAD = {
     "config key": (["--prompt", "a", "--config", "c.json"], "unknown key 'step_count'"),
     "sheet nowhere": (["--prompt", "a", "--output", "no/such/folder/x.png"], "--output"),
     "no images": (["--prompt", "a", "--num-images", "0"], "--num-images"),
+    "unknown kernels": (["--prompt", "a", "--kernels", "cuda"], "--kernels"),
+    "graph on a CPU": (["--prompt", "a", "--device", "cpu", "--cuda-graph"], "--cuda-graph needs a CUDA device"),
+    "graph and compile": (["--prompt", "a", "--cuda-graph", "--compile"], "--cuda-graph is not for --compile"),
 }
 
 
@@ -263,6 +266,64 @@ def test_bad_input_is_one_line(tmp_path, name):
         (tmp_path / "c.json").write_text('{"step_count": 3}')
         argv = [str(tmp_path / a) if a == "c.json" else a for a in argv]
     assert says in error_line(sample(tmp_path / "o", *argv, model=("--model", str(TINY / "sd15"))))
+
+
+def test_kernels_say_why_not_or_nothing(tmp_path):
+    """One line in auto mode, none with torch, the same picture."""
+    said = {}
+    for mode in ("auto", "torch"):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = run(
+            "sample.py",
+            *MODEL,
+            "--output-dir",
+            tmp_path / mode,
+            "--prompt",
+            "a",
+            "--device",
+            "cpu",
+            "--kernels",
+            mode,
+            env=env,
+        )
+        assert done.returncode == 0, done.stderr
+        said[mode] = [line for line in done.stderr.splitlines() if line.startswith("kernels:")]
+    done = run(
+        "sample.py",
+        *MODEL,
+        "--output-dir",
+        tmp_path / "o",
+        "--prompt",
+        "a",
+        "--device",
+        "cpu",
+        "--kernels",
+        "triton",
+        env=env,
+    )
+    assert "kernels: " in error_line(done)
+    assert len(said["auto"]) == 1 and "PyTorch's own operators" in said["auto"][0] and said["torch"] == []
+    assert (pixels(tmp_path / "auto" / "00000.png") == pixels(tmp_path / "torch" / "00000.png")).all()
+
+
+def test_large_models_compute_in_bf16_where_the_cpu_does(monkeypatch, capsys):
+    """--dtype auto: by the width of the denoiser and the CPU; small models, and other CPUs, stay exact."""
+    import torch
+
+    import sample as script
+    from nanodiff import engine, sources
+
+    cpu, cfg = torch.device("cpu"), script.Config()
+    large = sources.configs("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    flow = sources.configs("stable-diffusion-3.5-medium")
+    small = sources.configs(TINY / "sd15")
+    monkeypatch.setattr(engine, "computes_bf16", lambda: True)
+    assert script.pick_dtype(cfg, cpu, large) == script.pick_dtype(cfg, cpu, flow) == torch.bfloat16
+    assert "--dtype fp32 is exact" in capsys.readouterr().err
+    assert script.pick_dtype(cfg, cpu, small) == torch.float32
+    assert script.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
+    monkeypatch.setattr(engine, "computes_bf16", lambda: False)
+    assert script.pick_dtype(cfg, cpu, large) == torch.float32
 
 
 def test_vae_of_another_model(tmp_path):
