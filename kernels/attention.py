@@ -509,7 +509,7 @@ def columns(K, itemsize):
 def config(kind, K, itemsize):
     """A configuration for GPUs that table.json does not know: at most 96 KB of shared memory.
 
-    kind: forward, short, backward_kv, backward_q or backward_bias, the last three and the first also with "_masked"
+    kind: forward, short, backward_kv, backward_q or backward_bias; forward, backward_kv and backward_q also with "_masked"
     (causal, window, bias or key mask). itemsize: bytes of an element.
     """
     D = sum(columns(K, itemsize)[:2])
@@ -591,25 +591,8 @@ def forward(
     flags = {"K": K, "D0": D0, "D1": D1, "BIAS": bias is not None, "MASK": key_mask is not None, "CAUSAL": causal,
              "WINDOW": window, "PRECISION": precision()}  # fmt: skip
     bias, of_bias, key_mask, of_mask = _strides(bias, key_mask, q)
-    args = (
-        q,
-        k,
-        v,
-        bias,
-        key_mask,
-        out,
-        lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *of_bias,
-        *of_mask,
-        N,
-        M,
-        L,
-        S,
-        scale,
-    )
+    args = (q, k, v, bias, key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(), *of_bias, *of_mask, N, M, L, S,
+            scale)  # fmt: skip
     if S <= SHORT and K <= 256 and q.element_size() == 2:
         cfg = _config("short", q, k)
         S0, S1 = halves(S)

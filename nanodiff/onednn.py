@@ -7,8 +7,8 @@ costs seconds for a large UNet, so it pays from about four steps on. And PyTorch
 some processors is half as fast as oneDNN; which one it is here is measured once.
 
 These are the operators that torch.compile uses on a CPU (torch._inductor's mkldnn passes). They are private to PyTorch,
-so `unusable()` tries them on small layers first and gives the reason when they cannot be had. They are for inference: a
-layer that is asked for a gradient says so.
+so `unusable()` tries them on small layers first and gives the reason when they cannot be had. They have no gradient: where
+one is wanted a direct layer takes PyTorch's way, and a packed one, which has no plain weight left, says so.
 """
 
 import ctypes
@@ -25,18 +25,23 @@ FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 
 
+def _differentiated(module, x):
+    return torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+
+
 def _for_inference(module, x):
-    if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
+    if _differentiated(module, x):
         raise RuntimeError(
             "this model was prepared for inference on a CPU; call nanodiff.onednn.undo(model) to train it"
         )
 
 
 class DirectLinear(nn.Linear):
-    """A linear layer by oneDNN instead of MKL."""
+    """A linear layer by oneDNN instead of MKL, unless a gradient is wanted (a LoRA trained around frozen weights)."""
 
     def forward(self, x):
-        _for_inference(self, x)
+        if _differentiated(self, x):
+            return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

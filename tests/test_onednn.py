@@ -124,6 +124,20 @@ def test_a_gradient_is_refused_not_lost():
         net(torch.randn(1, 24, 8, 10, requires_grad=True))
 
 
+def test_direct_layers_have_a_gradient(monkeypatch):
+    """A model that was sampled from can go on being trained, around or through its frozen layers."""
+    monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
+    layer, x = nn.Linear(20, 33).requires_grad_(False), torch.randn(3, 20)
+    want = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    onednn.prepare(layer)
+    assert type(layer) is onednn.DirectLinear
+    got = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    assert torch.equal(got, want)
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_the_reason_is_said(monkeypatch, capsys):
     monkeypatch.setattr(onednn, "unusable", lambda dtype: "the moon is full")
     net = layers(torch.float32)
