@@ -8,7 +8,7 @@ MODEL  ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-train bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -63,6 +63,47 @@ nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and
 	$(PY) train.py diffusion --data assets/emoji/emoji.tar --preset nano --vae $(OUT)/nano-vae/model \
 		--output-dir $(OUT)/nano --resume auto
 
+ablate: $(STAMP)  ## what the embedded model's recipe owes to its parts: short runs, a table, curves (an hour)
+	$(PY) -m assets.nano.ablate --output-dir $(OUT)/ablate
+
+train-tiny: $(STAMP)  ## VAE, then diffusion, then samples, on 32 of the embedded pictures (under 5 minutes on two cores)
+	$(PY) train.py vae --data assets/emoji/emoji.tar --preset nano --max-steps 380 --lr 2e-3 --sample-every 190 --overwrite-output-dir \
+		--output-dir $(OUT)/train-tiny/vae
+	$(PY) train.py diffusion --data assets/emoji/emoji.tar --max-samples 32 --preset nano --vae $(OUT)/train-tiny/vae/model \
+		--max-steps 640 --batch-size 24 --lr-warmup-steps 50 --sample-every 160 --ema-decay 0.99 --overwrite-output-dir \
+		--output-dir $(OUT)/train-tiny/model
+	$(PY) sample.py --model $(OUT)/train-tiny/model/model --prompt cyclone --prompt 'shooting star' --prompt sunflower --prompt 'maple leaf' \
+		--seed 1 --resize 128x128 --labels --nrow 4 --output-dir $(OUT)/train-tiny --output $(OUT)/train-tiny/sheet.png
+	@echo "how it learned: $(OUT)/train-tiny/model/samples/progress.gif; the sheet: $(OUT)/train-tiny/sheet.png"
+
+# The document's four commands, on drawn stand-ins in the Corel layout. COREL=folder: your own; QUICK= : at full length
+COREL  ?= $(OUT)/corel/data
+QUICK  ?= --resolution 64 --num-workers 2
+corel-workflow: $(STAMP)  ## prepare, train the VAE, train diffusion in its latents, generate (COREL=folder of XXXX_YYYY.png)
+	test -d $(COREL) || $(PY) -m nanodiff.corel stand-in $(COREL)
+	$(PY) -m nanodiff.data prepare-corel --data-dir $(COREL) --output-dir $(OUT)/corel/training_data --figs-dir $(OUT)/corel/figs
+	$(PY) train.py vae --preset corel --data-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/vae_models \
+		--no-perceptual $(QUICK) $(if $(QUICK),--epochs 40 --kl-warmup 10 --lr 1e-3 --kl-target 60) --overwrite-output-dir
+	$(PY) train.py diffusion --preset corel --vae-checkpoint $(OUT)/corel/vae_models/best_model.pt \
+		--image-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/diffusion_models $(QUICK) \
+		$(if $(QUICK),--epochs 200 --lr 1e-3 --save-images-epochs 50 --checkpoint-epochs 50 --early-stopping-patience 0 --oscillation-window 0) \
+		--overwrite-output-dir
+	$(PY) sample.py --diffusion-checkpoint $(OUT)/corel/diffusion_models/best_model.pt \
+		--vae-checkpoint $(OUT)/corel/vae_models/best_model.pt --num-images 16 --ddim-steps 50 --nrow 4 --seed 1 \
+		--output-dir $(OUT)/corel/generated --output $(OUT)/corel/corel_generated.png
+
+# The document's command; TEXT= another frozen text encoder (folder or Hub id), MORE= further flags
+TEXT   ?= openai/clip-vit-large-patch14
+pokemon-workflow: $(STAMP)  ## the Pokémon script's command in one process: DATA=an image folder with metadata.jsonl, or parquet files
+	$(PY) train.py diffusion --preset pokemon --text-encoder $(TEXT) --train_data_dir "$(DATA)" --resolution=32 --output_dir=$(OUT)/pokemon \
+		--train_batch_size=3 --dataloader_num_workers=4 --eval_batch_size=1 --num_epochs=20000000 --use_ema \
+		--gradient_accumulation_steps=4 --learning_rate=1e-4 --lr_warmup_steps=1000 --mixed_precision="no" --save_images_epoch=7 \
+		--ddpm_beta_schedule="squaredcos_cap_v2" --checkpointing_steps=2000 --resume_from_checkpoint="latest" \
+		--prediction_type="sample" --logger="none" --image_column="image" --caption_column="text" $(MORE)
+
+chaos: $(STAMP)  ## a short run, killed at 50 random moments and resumed each time, ends in the undisturbed run's bytes
+	$(PY) -m tests.chaos --kills 50 --output-dir $(OUT)/chaos
+
 test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
 
@@ -82,6 +123,9 @@ format: $(STAMP)  ## ruff: mend what it can
 
 bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it)
 	$(PY) benchmarks/bench.py --peer "$(PEER)"
+
+bench-train: $(STAMP)  ## whole training runs beside diffusers' own loop: images a second, memory, quality (PEER=…)
+	$(PY) benchmarks/recipe.py --peer "$(PEER)"
 
 bench-small: $(STAMP)  ## the quick part of it, printed only: import, a call of a test model (what CI reports)
 	$(PY) benchmarks/bench.py --peer "$(PEER)" --cases import,tiny --pairs 3 --name ""

@@ -156,7 +156,8 @@ LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "pred
            "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae")  # fmt: skip
 
 
-def prompts_of(cfg):
+def prompts_of(cfg, optional=False):
+    """The prompts; [] where none is given and they are optional (some models draw without)."""
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
         try:
@@ -165,6 +166,8 @@ def prompts_of(cfg):
             raise UserError(f"--prompts-file {cfg.prompts_file}: {e}") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
+        if optional and cfg.model:
+            return []
         raise UserError('--prompt is required, such as --prompt "red apple"')
     for prompt in prompts:
         if not prompt.strip():
@@ -176,9 +179,12 @@ def defaults(cfg, sd):
     """Fill what was left open from the kind of model. Returns (steps, guidance scale, negative prompt)."""
     embedded = cfg.model is None
     steps = cfg.ddim_steps or cfg.steps
-    steps = steps if steps is not None else sd.turbo_steps if sd.turbo else 25 if embedded else sd.steps
+    own = sd.sampling("steps") or (25 if embedded else sd.steps)
+    steps = steps if steps is not None else sd.turbo_steps if sd.turbo else own
     scale = cfg.guidance_scale
-    scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if embedded else sd.guidance
+    own = sd.sampling("guidance_scale")
+    own = own if own is not None else 3.0 if embedded else sd.guidance
+    scale = scale if scale is not None else 0.0 if sd.turbo or sd.unconditional else own
     negative = cfg.negative_prompt
     if negative and sd.turbo and scale <= 1:
         print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
@@ -239,11 +245,13 @@ def check(cfg):
 
 def rebase(cfg, names=PATHS):
     """Put --base-dir before relative paths; a model that is no folder there is a Hub id and stays."""
+    from nanodiff import hub
+
     base = Path(cfg.base_dir)
     names = (*names, "output", "output_dir") if names is PATHS else names
     for name in names:
         value = getattr(cfg, name)
-        is_path = value and (name.startswith("output") or (base / value).exists())
+        is_path = value and (name.startswith("output") or hub.trained(base / value).exists())
         if is_path and not Path(value).is_absolute() and base != Path("."):
             setattr(cfg, name, str(base / value))
 
@@ -316,7 +324,7 @@ def inputs(cfg, sd):
 
 def load(cfg, record, device, src=None):
     """The pipeline that cfg asks for, LoRAs and learned words included."""
-    from nanodiff import lora, memory, pipeline, singlefile, weights
+    from nanodiff import hub, lora, memory, pipeline, singlefile, sources
     from nanodiff.models import layers
 
     layers.use_kernels(cfg.kernels)
@@ -338,14 +346,14 @@ def load(cfg, record, device, src=None):
             name=cfg.model or EMBEDDED,
         )
         if cfg.vae_checkpoint:
-            path, cls = Path(cfg.vae_checkpoint), pipeline.BUILDERS["vae"]
+            path, cls = hub.trained(cfg.vae_checkpoint), pipeline.BUILDERS["vae"]
             if sd.vae is None:
                 raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
             home = (dtype, device) if cfg.offload == "none" else (None, "cpu")
             if path.is_file():
                 sd.vae = singlefile.load_vae(path, sd.vae.cfg, cls, *home)
             else:
-                sd.vae = weights.load(cls, path, *home)
+                sd.vae = sources.load_vae(path, *home)
             if cfg.offload != "none":
                 memory.Resident(sd.vae, dtype, device)
             sd.check_fit()
@@ -442,7 +450,7 @@ def main(cfg):
         return dry_run(cfg, device)
     if cfg.study:
         return study(cfg, device)
-    prompts, resize = prompts_of(cfg), parse_size(cfg.resize) if cfg.resize else None
+    prompts, resize = prompts_of(cfg, optional=True), parse_size(cfg.resize) if cfg.resize else None
     more = options(cfg)
 
     import torch
@@ -457,6 +465,9 @@ def main(cfg):
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
     sd = under(cfg, load(cfg, record, device))
+    if not prompts and not sd.unconditional:
+        raise UserError('--prompt is required, such as --prompt "red apple"')
+    prompts = prompts or [""]
     steps, scale, negative = defaults(cfg, sd)
     samplers.check_steps(sd.schedule, steps)
     settings = described(sd, steps, scale, negative)

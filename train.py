@@ -1,47 +1,105 @@
-"""Train a VAE or a text-to-image diffusion model.
+"""Train a VAE or a text-to-image diffusion model, on a laptop or under torchrun on many GPUs.
 
     python train.py vae       --data assets/emoji/emoji.tar --preset nano --output-dir out/vae
     python train.py diffusion --data assets/emoji/emoji.tar --preset nano --vae out/vae/model --output-dir out/nano
     python train.py diffusion --data my/pictures --preset tiny --max-steps 100 --output-dir out/tiny
+    torchrun --standalone --nproc-per-node 2 train.py diffusion --data my/pictures --preset tiny --output-dir out/two
+    python train.py diffusion --model stable-diffusion-v1-5/stable-diffusion-v1-5 --lora --data my/pictures --output-dir out/lora
+    python train.py diffusion --preset sd15 --world-size 1024 --gpu h100 --batch-size 4 --dry-run
 
 `--resume auto` continues a run that was stopped; on a CPU the result is the same, byte for byte.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from nanodiff.config import UserError, arg, read_json, script
+from nanodiff.config import UserError, arg, script
 
 # torch is imported inside main(), so that --help answers at once.
 
-
+LESS_MEMORY = (
+    "try a smaller --batch-size with more --grad-accum, a smaller --resolution, --gradient-checkpointing, --mixed-precision "
+    "bf16, or --parallel fsdp on several GPUs (--dry-run predicts what fits)"
+)
 RANGES = [  # (option, smallest, largest)
     ("resolution", 1, 8192), ("batch_size", 1, 1 << 20), ("grad_accum", 1, 1 << 20), ("max_steps", 0, 1 << 40),
     ("epochs", 1, 1 << 30), ("lr", 1e-12, 1e3), ("lr_warmup_steps", 0, 1 << 40), ("max_grad_norm", 1e-12, 1e12),
     ("ema_decay", 0, 1), ("checkpointing_steps", 0, 1 << 40), ("checkpoints_total_limit", 1, 1 << 20),
     ("sample_every", 0, 1 << 40), ("log_every", 0, 1 << 40), ("kl_weight", 0, 1e6), ("vocab_size", 514, 1 << 20),
-    ("max_length", 3, 4096), ("caption_dropout", 0, 1), ("min_snr", 1e-6, 1e6),
+    ("max_length", 3, 4096), ("caption_dropout", 0, 1), ("min_snr", 1e-6, 1e12), ("snr_clip", 1e-6, 1e12),
+    ("num_workers", 0, 256), ("validation", 0, 0.9), ("random_jitter", 0, 0.9), ("random_rotate", 0, 180),
+    ("bad_image_limit", 0, 1), ("offset_noise", 0, 10), ("timestep_shift", 1e-3, 1e3), ("lora_rank", 1, 1 << 14),
+    ("sample_steps", 1, 1000), ("ddpm_num_steps", 1, 100_000), ("eval_batch_size", 1, 1 << 12), ("world_size", 1, 1 << 24),
+    ("mfu", 1e-3, 1), ("free_bits", 0, 1e6), ("kl_target", 1e-6, 1e9), ("latent_dim", 16, 1 << 16), ("dist_timeout", 1, 1 << 20),
+    ("lr_min", 0, 1e3), ("ema_inv_gamma", 1e-6, 1e12), ("ema_power", 0, 10), ("kl_warmup", 0, 1 << 30),
+    ("early_stopping_patience", 0, 1 << 30), ("oscillation_window", 0, 1 << 20), ("max_samples", 1, 1 << 40),
+    ("seed", 0, (1 << 63) - 1), ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.999999), ("adam_weight_decay", 0, 1e6),
+    ("adam_epsilon", 1e-30, 1), ("lr_cycles", 1, 1 << 20), ("lr_first_cycle", 1, 1 << 20), ("lr_power", 0, 100),
+    ("early_stopping_delta", 0, 1e9), ("oscillation_threshold", 0, 1e9), ("checkpoint_epochs", 0, 1 << 30),
+    ("save_model_epochs", 0, 1 << 30), ("save_images_epochs", 0, 1 << 30), ("perceptual_weight", 0, 1e6),
+    ("discriminator_weight", 0, 1e6), ("discriminator_start", 0, 1 << 40), ("timestep_std", 0, 100),
 ]  # fmt: skip
 
 
 @dataclass
 class Common:
-    data: str = arg(
-        "", "folder or .tar of pictures (and captions)", "train-data-dir", "data-dir", "image-dir", "dataset-name"
-    )
+    data: str = arg("", "folder, .tar shards, .csv, COCO .json or .parquet of pictures (and captions)",
+                    "train-data-dir", "data-dir", "image-dir", "dataset-name")  # fmt: skip
+    dataset_config_name: str | None = arg(None, "folder inside --data to use")
+    image_column: str | None = arg(None, "column of the file names or pictures in a listing or table")
+    caption_column: str | None = arg(None, "column of the captions")
+    max_samples: int | None = arg(None, "use only the first N pictures", "max-train-samples")
     output_dir: str = arg("", "where everything of this run goes")
-    resolution: int = arg(64, "pixels along one side")
-    batch_size: int = arg(16, "samples per update and micro-batch", "train-batch-size")
+    base_dir: str = arg(".", "folder that relative paths start from")
+    cache_dir: str | None = arg(None, "where encoded pictures and captions are kept; default OUTPUT_DIR/cache")
+    overwrite_output_dir: bool = arg(False, "delete the checkpoints of an earlier run in --output-dir")
+    resolution: int = arg(64, "pixels along one side", "image-size")
+    interpolation: str = arg("lanczos", "how pictures are resized", choices=("lanczos", "bilinear"))
+    center_crop: bool = arg(True, "crop the middle; --no-center-crop: anywhere")
+    random_flip: bool = arg(False, "mirror half of the pictures")
+    random_jitter: float = arg(0.0, "brightness, contrast and saturation times 1 ± this", "color-jitter")
+    random_rotate: float = arg(0.0, "turn by up to so many degrees")
+    num_workers: int = arg(0, "processes that decode pictures", "dataloader-num-workers")
+    on_bad_image: str = arg("stop", "what a picture that cannot be read does: stop the run, or be replaced and counted",
+                            choices=("stop", "skip"))  # fmt: skip
+    bad_image_limit: float = arg(0.01, "share of such pictures beyond which the run stops anyway")
+    validation: float = arg(0.0, "share of the pictures held out; their loss then judges every epoch")
+    batch_size: int = arg(16, "samples of a process in a micro-batch", "train-batch-size")
     grad_accum: int = arg(1, "micro-batches per update", "gradient-accumulation-steps")
-    max_steps: int = arg(0, "updates; 0 = by --epochs")
-    epochs: int = arg(1, "passes over the data, when --max-steps is 0", "num-epochs")
+    max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps")
+    epochs: int = arg(1, "passes over the data, when --max-steps is 0", "num-epochs", "num-train-epochs")
     lr: float = arg(1e-3, "peak learning rate", "learning-rate")
-    lr_scheduler: str = arg("cosine", "learning rate over the run", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = arg(100, "updates of linear warm-up")
+    lr_scheduler: str = arg("cosine", "learning rate over the run", choices=(
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
+        "polynomial", "plateau", "none"))  # fmt: skip
+    lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run")
+    lr_min: float = arg(0.0, "smallest learning rate after the warm-up")
+    lr_cycles: int = arg(1, "cosines of cosine_with_restarts")
+    lr_power: float = arg(1.0, "exponent of polynomial")
+    lr_first_cycle: int = arg(50, "epochs of the first cosine of cosine_warm_restarts; each next one is twice as long")
+    adam_beta1: float = arg(0.9, "AdamW's decay of the mean")
+    adam_beta2: float = arg(0.99, "AdamW's decay of the square")
+    adam_weight_decay: float = arg(0.01, "AdamW's weight decay")
+    adam_epsilon: float = arg(1e-8, "AdamW's epsilon")
     max_grad_norm: float = arg(1.0, "gradient clipping")
-    mixed_precision: str = arg("no", "autocast type of the forward pass", choices=("no", "fp16", "bf16"))
-    ema: bool = arg(True, "average the weights; samples and the final model use the average")
-    ema_decay: float = arg(0.999, "largest decay of the average")
+    mixed_precision: str = arg("auto", "type of the forward pass; auto: bf16 where the device computes in it",
+                               choices=("auto", "no", "fp16", "bf16"))  # fmt: skip
+    no_mixed_precision: bool = arg(False, "the same as --mixed-precision no")
+    gradient_checkpointing: bool = arg(False, "keep less for the backward pass, compute it again")
+    ema: bool = arg(True, "average the weights; samples and the final model use the average", "use-ema")
+    ema_decay: float = arg(0.999, "largest decay of the average", "ema-max-decay")
+    ema_inv_gamma: float = arg(1.0, "the average's warm-up: 1 - (1 + step / this)^-power")
+    ema_power: float = arg(0.75, "see --ema-inv-gamma")
+    parallel: str = arg(
+        "ddp", "under torchrun: a copy of everything on every process, or shards", choices=("ddp", "fsdp")
+    )
+    dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost")
+    local_rank: int = arg(-1, "set by launchers; torchrun's LOCAL_RANK is what counts")
+    early_stopping_patience: int = arg(0, "stop after so many epochs without a better loss; 0 = never")
+    early_stopping_delta: float = arg(0.0, "how much better counts as better")
+    oscillation_window: int = arg(0, "stop when the loss of so many epochs no longer moves; 0 = never")
+    oscillation_threshold: float = arg(0.0005, "standard deviation below which it no longer moves")
     seed: int = arg(0, "every random draw is a function of it")
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     kernels: str = arg(
@@ -49,76 +107,194 @@ class Common:
         "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",
         choices=("auto", "triton", "torch"),
     )
-    resume: str | None = arg(None, "continue from the newest checkpoint, or from this folder", const="auto")
+    enable_xformers_memory_efficient_attention: bool = arg(
+        False, "memory-efficient attention: what --kernels auto has anyway"
+    )
+    resume: str | None = arg(None, "continue from the newest checkpoint (auto, latest), or from this folder",
+                             "resume-from-checkpoint", const="auto")  # fmt: skip
     checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end")
+    checkpoint_epochs: int = arg(0, "epochs between checkpoints; 0 = none", "save-checkpoint-epochs")
     checkpoints_total_limit: int | None = arg(2, "checkpoints to keep")
+    save_model_epochs: int = arg(0, "epochs between model folders model-epoch-N; 0 = only the final one")
+    keep_best: bool = arg(False, "write best_model after every epoch whose loss is the best so far")
+    save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
     sample_every: int = arg(0, "updates between sample sheets; 0 = none")
+    save_images_epochs: int = arg(0, "epochs between sample sheets; 0 = none", "sample-epochs")
     log_every: int = arg(20, "updates between lines of metrics.jsonl")
+    report_to: str = arg("none", "also log to", "logger", choices=("none", "tensorboard", "wandb"))
+    logging_dir: str | None = arg(None, "TensorBoard's folder; default OUTPUT_DIR/logs")
+    push_to_hub: bool = arg(False, "upload the final model")
+    hub_model_id: str | None = arg(None, "its name, org/name; default: the output folder's")
+    hub_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
+    hub_private_repo: bool = arg(False, "upload it privately")
+    dry_run: bool = arg(
+        False, "print parameters, memory, FLOPs and time, and train nothing (needs no data and no weights)"
+    )
+    world_size: int = arg(1, "processes that --dry-run plans for")
+    gpu: str = arg("h100", "GPU that --dry-run plans for", choices=(
+        "a100", "h100", "h200", "b200", "l40s", "rtx4090", "rtx3090", "mi300x", "v100"))  # fmt: skip
+    mfu: float = arg(0.4, "share of the GPU's peak that --dry-run expects")
 
     def check(self):
-        for name in ("data", "output_dir"):
+        for name in ("output_dir",) if self.dry_run else ("data", "output_dir"):
             if not getattr(self, name):
+                if name == "output_dir" and self.dry_run:
+                    continue
                 raise UserError(f"--{name.replace('_', '-')} is required")
         for name, low, high in RANGES:
             value = getattr(self, name, None)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value:g} must be between {low:g} and {high:g}")
+        if self.oscillation_window == 1:
+            raise UserError("--oscillation-window 1: one epoch alone does not move; it is 0 (never) or at least 2")
+        for name in PATHS:
+            if value := getattr(self, name, None):
+                setattr(self, name, under(self.base_dir, value))
+        for name in ("model", "text_encoder", "resume"):  # may be Hub ids or words, too
+            value = getattr(self, name, None)
+            if value and Path(under(self.base_dir, value)).exists():
+                setattr(self, name, under(self.base_dir, value))
+        if getattr(self, "snr_clip", None) and not self.snr_weighting:
+            raise UserError("--snr-clip is for --snr-weighting; the clipped weighting of every prediction is --min-snr")
+        if self.dataset_config_name:
+            self.data = str(Path(self.data) / self.dataset_config_name)
+        if self.no_mixed_precision:
+            self.mixed_precision = "no"
+        if self.push_to_hub:
+            from nanodiff import hub
+
+            hub.may_push(self.hub_token)
 
 
 @dataclass
 class VAEConfig(Common):
-    model_config: str | None = arg(None, "config.json of an AutoencoderKL; default: a small f4 one")
-    kl_weight: float = arg(2e-3, "weight of the KL divergence per pixel value")
+    model_config: str | None = arg(None, "config.json of an AutoencoderKL or FlatVAE; default: a small f4 one")
+    latent_dim: int | None = arg(None, "a VAE whose latent is one vector of this size")
+    kl_weight: float = arg(2e-3, "final weight of the KL divergence; 1 is the evidence lower bound per pixel value")
+    kl_warmup: int = arg(0, "epochs over which the weight grows from 0")
+    kl_target: float | None = arg(None, "nats of KL per picture that the weight is steered to, after the warm-up")
+    free_bits: float = arg(0.0, "nats of each latent channel that cost nothing")
     l1: bool = arg(True, "mean absolute error; --no-l1 for squared")
-    random_flip: bool = arg(False, "mirror half of the pictures")
+    perceptual: bool = arg(True, "add the perceptual loss, if its weight is not 0")
+    perceptual_weight: float = arg(0.0, "weight of the perceptual loss on VGG16's features")
+    vgg_weights: str | None = arg(None, "VGG16's weights (torchvision's names, safetensors) for the perceptual loss")
+    lpips_weights: str | None = arg(None, "LPIPS's linear layers; without: mean squared difference of features[:16]")
+    discriminator_weight: float = arg(0.0, "weight of a patch discriminator's opinion; 0 = none")
+    discriminator_start: int = arg(
+        0, "update from which the discriminator's opinion counts; it learns from the first on"
+    )
 
 
 @dataclass
 class DiffusionConfig(Common):
-    vae: str | None = arg(None, "folder of a trained VAE: diffusion in its latents; without: in pixels")
-    model_config: str | None = arg(None, "config.json of a UNet; default: the preset's")
+    vae: str | None = arg(
+        None, "folder of a trained VAE: diffusion in its latents; without: in pixels", "vae-checkpoint"
+    )
+    model: str | None = arg(
+        None, "pipeline to go on from (folder or Hub id), in place of a new one", "pretrained-model-name-or-path"
+    )
+    lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is")
+    lora_rank: int = arg(4, "rank of the adapters", "rank")
+    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
+    lora_targets: str = arg("", "names of the layers to adapt, comma-separated; default: all attention projections")
+    model_config: str | None = arg(
+        None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
+    )
+    model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
+                                                             "sdxl", "sd35-medium"))  # fmt: skip
+    condition: str = arg("text", "what it is told: captions, class labels (folders or .cls), or nothing",
+                         choices=("text", "labels", "none"))  # fmt: skip
+    text_encoder: str | None = arg(
+        None, "a frozen CLIP text encoder, folder or Hub id; default: a small one that learns along"
+    )
     text_config: str | None = arg(None, "config.json of the CLIP text encoder that is trained along")
+    train_text_encoder: bool = arg(False, "with --model: train its text encoder, too")
     vocab_size: int = arg(1500, "size of the byte-pair vocabulary learned from the captions")
     max_length: int = arg(24, "text tokens")
-    prediction_type: str = arg("v_prediction", "what the UNet predicts", choices=("epsilon", "sample", "v_prediction"))
-    beta_schedule: str = arg(
-        "scaled_linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2")
-    )
+    prediction_type: str | None = arg(None, "what the network predicts; default: v_prediction, or what --model does",
+                                      choices=("epsilon", "sample", "v_prediction", "flow"))  # fmt: skip
+    beta_schedule: str = arg("scaled_linear", "noise schedule", "ddpm-beta-schedule", "schedule",
+                             choices=("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"))  # fmt: skip
+    ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
-    min_snr: float | None = arg(None, "gamma of the min-SNR weighting; none = unweighted")
+    min_snr: float | None = arg(None, "gamma of the min-SNR weighting; none = unweighted", "snr-gamma")
+    snr_weighting: bool = arg(
+        False, "with --prediction-type sample: weigh by the SNR, as an epsilon loss does by itself"
+    )
+    snr_clip: float | None = arg(None, "largest weight of --snr-weighting")
+    offset_noise: float = arg(0.0, "strength of noise that is the same everywhere in a channel", "noise-offset")
+    timestep_sampling: str = arg("uniform", "how a flow's times are drawn", choices=("uniform", "logit_normal"))
+    timestep_mean: float = arg(0.0, "of logit_normal")
+    timestep_std: float = arg(1.0, "of logit_normal")
+    timestep_shift: float | None = arg(
+        None, "moves a flow's times towards noise, in training and in a new model's sampling; default: 1, or --model's"
+    )
     caption_dropout: float = arg(0.1, "share of captions replaced by the empty text, for guidance")
-    sample_prompts: list[str] = arg([], "prompts of the sample sheets; default: captions of the data")
-    model_size: str = arg("tiny", "built-in UNet and text encoder sizes", choices=("tiny", "nano"))
+    cache: bool = arg(True, "encode pictures and captions once, where nothing about them is random")
+    aspect_buckets: bool = arg(False, "sizes of about resolution² pixels in place of one square crop")
+    sample_prompts: list[str] = arg(
+        [], "prompts of the sample sheets, or a text file of them; default: captions of the data"
+    )
+    eval_batch_size: int = arg(16, "pictures on a sample sheet")
+    sample_steps: int = arg(25, "steps of the sample sheets", "ddpm-num-inference-steps")
+    sample_guidance: float = arg(3.0, "guidance of the sample sheets")
 
 
-SIZES = {  # (UNet, text encoder) configurations of --model-size
-    "tiny": (
-        {"block_out_channels": (16, 32), "layers_per_block": 1, "num_heads": (2, 2), "norm_num_groups": 8,
-         "cross_attention_dim": 32, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True},
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-    ),
-    "nano": (
-        {"block_out_channels": (64, 96, 128), "layers_per_block": 1, "num_heads": (1, 2, 2), "norm_num_groups": 16,
-         "cross_attention_dim": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True},
-        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2},
-    ),
-}  # fmt: skip
-NANO_VAE = {"block_out_channels": (32, 48, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 16,
-            "sample_size": 64, "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3, "force_upcast": False}  # fmt: skip
+PATHS = (
+    "data",
+    "output_dir",
+    "cache_dir",
+    "vae",
+    "model_config",
+    "text_config",
+    "vgg_weights",
+    "lpips_weights",
+    "logging_dir",
+)
 
+
+def under(base, path):
+    """A relative path, from --base-dir on."""
+    return path if base == "." or Path(path).is_absolute() else str(Path(base) / path)
+
+
+_COREL = {"resolution": 128, "batch_size": 16, "lr": 1e-4, "lr_warmup_steps": 0, "random_flip": True, "seed": 42, "num_workers": 4,
+          "checkpointing_steps": 0, "save_images_epochs": 10, "keep_best": True, "checkpoints_total_limit": None}  # fmt: skip
 PRESETS = {
     "vae": {
-        "tiny": {"max_steps": 20, "resolution": 32, "batch_size": 4, "lr_warmup_steps": 0},
-        "nano": {"max_steps": 5000, "random_flip": True, "sample_every": 1000, "mixed_precision": "bf16"},
+        "tiny": {"max_steps": 20, "resolution": 32, "batch_size": 4, "lr_warmup_steps": 0, "mixed_precision": "no", "log_every": 1},
+        "nano": {"max_steps": 5000, "random_flip": True, "sample_every": 1000, "save_dtype": "fp16"},
+        # S2: the Corel document's VAE
+        "corel": _COREL | {"latent_dim": 128, "epochs": 300, "kl_weight": 1.0, "kl_warmup": 150, "kl_target": 25.0,
+                           "perceptual_weight": 0.03, "random_jitter": 0.1, "adam_weight_decay": 1e-5, "adam_beta2": 0.999,
+                           "checkpoint_epochs": 20, "ema": False, "lr_scheduler": "constant", "output_dir": "vae_models"},
     },
     "diffusion": {
         "tiny": {"max_steps": 20, "resolution": 16, "batch_size": 4, "lr_warmup_steps": 0, "max_length": 16,
-                 "vocab_size": 600, "checkpointing_steps": 10, "log_every": 1},
+                 "vocab_size": 600, "checkpointing_steps": 10, "log_every": 1, "mixed_precision": "no"},
         "nano": {"model_size": "nano", "max_steps": 13000, "batch_size": 32, "sample_every": 2000, "lr": 1e-3,
-                 "lr_warmup_steps": 500, "max_length": 24, "checkpointing_steps": 1000, "mixed_precision": "bf16"},
+                 "lr_warmup_steps": 500, "max_length": 24, "checkpointing_steps": 1000, "save_dtype": "fp16"},
+        # S2: the Corel document's diffusion, in the latents of its flat VAE
+        "corel": _COREL | {"model_size": "flat", "condition": "none", "epochs": 500, "prediction_type": "epsilon",
+                           "beta_schedule": "linear", "zero_snr": False, "ema_decay": 0.995, "lr_min": 1e-5,
+                           "lr_scheduler": "cosine_warm_restarts", "early_stopping_patience": 30, "early_stopping_delta": 1e-5,
+                           "oscillation_window": 10, "checkpoint_epochs": 10, "sample_steps": 50, "output_dir": "diffusion_models"},
+        # S1: the script for the Pokémon captions, with its defaults
+        "pokemon": {"model_size": "pokemon", "text_encoder": "openai/clip-vit-large-patch14", "max_length": 77, "epochs": 100,
+                    "lr": 1e-4, "lr_warmup_steps": 500, "adam_beta1": 0.95, "adam_beta2": 0.999, "adam_weight_decay": 1e-6,
+                    "ema": False, "ema_decay": 0.9999, "mixed_precision": "no", "prediction_type": "epsilon", "sample_steps": 1000,
+                    "beta_schedule": "linear", "zero_snr": False, "snr_weighting": True, "snr_clip": 5.0,
+                    "center_crop": False, "interpolation": "bilinear", "save_images_epochs": 50, "save_model_epochs": 150,
+                    "checkpointing_steps": 5500, "checkpoints_total_limit": None, "report_to": "tensorboard",
+                    "output_dir": "ddpm-model-64", "log_every": 1},
+        # S0: fine-tuning of a whole Stable Diffusion 1.x
+        "finetune": {"resolution": 512, "batch_size": 1, "lr": 1e-5, "lr_warmup_steps": 0.1, "mixed_precision": "fp16",
+                     "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999, "caption_dropout": 0.0},
+        "lora": {"resolution": 512, "batch_size": 1, "lr": 1e-4, "lora": True, "gradient_checkpointing": True, "ema": False,
+                 "adam_beta2": 0.999, "caption_dropout": 0.0},
+        # plans: 512 px and the real sizes, for --dry-run
+        "sd15": {"model_size": "sd15", "resolution": 512, "max_steps": 500_000, "mixed_precision": "bf16"},
+        "sd35-medium": {"model_size": "sd35-medium", "resolution": 1024, "max_steps": 500_000, "mixed_precision": "bf16"},
     },
 }  # fmt: skip
 
@@ -130,66 +306,212 @@ PRESETS = {
 def train_vae(cfg):
     import torch
 
-    from nanodiff import data, engine, images, objective, weights
-    from nanodiff.models.vae import AutoencoderKL
-    from nanodiff.models.vae import Config as ModelConfig
+    from nanodiff import build, dist, engine, objective
+    from nanodiff.models import patchgan
 
     cfg.check()
+    raw, net = build.make_vae(cfg)
+    if cfg.dry_run:
+        return plan_vae(cfg, net)
+    if cfg.parallel == "fsdp":
+        raise UserError("--parallel fsdp is for denoisers; a VAE fits on every GPU")
+    if cfg.discriminator_weight and cfg.resolution < 32:
+        raise UserError(f"--discriminator-weight: its patches need pictures of 32 pixels, not {cfg.resolution}")
+    run = engine.Run(cfg)
+    dataset, held = load_data(cfg, captions=False)
     torch.manual_seed(cfg.seed)  # initial weights
-    dataset = data.load(cfg.data, captions=False)
-    pictures = data.Pictures(dataset, cfg.resolution)
-    raw = read_json(cfg.model_config) if cfg.model_config else NANO_VAE
-    net = AutoencoderKL(ModelConfig.from_json(raw))
-    if cfg.resolution % net.cfg.downscale:
-        raise UserError(f"--resolution {cfg.resolution} is not a multiple of the VAE's {net.cfg.downscale}")
-    run = engine.Run(cfg, total_updates(cfg, len(dataset)))
-    net, _ = run.trainable(net, cfg.lr)
-    ema = run.ema(net, cfg.ema_decay if cfg.ema else 0)
+    net = type(net)(type(net).Config.from_json(raw))
+    feed = make_feed(cfg, dataset)
+    if cfg.kl_warmup and cfg.kl_warmup * feed.per_epoch >= (cfg.max_steps or cfg.epochs * feed.per_epoch):
+        raise UserError(
+            f"--kl-warmup {cfg.kl_warmup} epochs would not end within the run; the best model is picked after it"
+        )
+    check_feed = make_feed(cfg, held, training=False) if held else None
+    perceptual = make_perceptual(cfg, run.device)
+    nets = {"vae": net} | ({"discriminator": patchgan.PatchDiscriminator()} if cfg.discriminator_weight else {})
+    calls = run.trainable(nets)
+    run.schedule(feed.per_epoch)
     run.resume()
+    run.same("data set", dataset.fingerprint())
+    feed.interrupted = run.interrupted
+    run.more.setdefault("kl_scale", 1.0)  # what --kl-target has made of the weight
+    say_size(net, "VAE")
+    shape = latent_shape(cfg, net)
 
-    size = cfg.resolution // net.cfg.downscale
-    shape = (net.cfg.latent_channels, size, size)
-
-    def batch(indices):
-        flips = [bool(torch.rand((), generator=objective.generator(cfg.seed, "flip", i)) < 0.5) for i in indices]
-        positions = data.order(len(dataset), cfg.seed, indices[0], len(indices))
-        pixels = pictures.batch(positions, flips if cfg.random_flip else None)
-        noise = objective.draw(cfg.seed, "posterior", indices, lambda g: torch.randn(shape, generator=g))
-        return pixels.to(run.device), noise.to(run.device)
+    def losses(batch, kl_weight, gan):
+        pixels = batch.pixels.to(run.device)
+        noise = objective.draw(cfg.seed, "posterior", batch.indices, lambda g: torch.randn(shape, generator=g))
+        loss, parts, made = objective.vae(calls["vae"], pixels, noise.to(run.device), kl_weight, cfg.l1, cfg.free_bits)
+        if perceptual:
+            distance = perceptual(made, pixels).mean()
+            loss, parts["perceptual"] = loss + cfg.perceptual_weight * distance, distance
+        if cfg.discriminator_weight:
+            if gan:
+                parts["generator"] = patchgan.generator_loss(nets["discriminator"], made)
+                loss = loss + cfg.discriminator_weight * parts["generator"]
+            parts["discriminator"] = patchgan.discriminator_loss(calls["discriminator"], pixels, made)
+            loss = loss + parts["discriminator"]
+        # what epochs are compared by: always the final weight, whatever the warm-up and --kl-target make of it, and no opponent
+        parts["judged"] = parts["reconstruction"] + cfg.kl_weight * parts["kl"] / pixels[0].numel()
+        parts["judged"] = parts["judged"] + cfg.perceptual_weight * parts.get("perceptual", 0)
+        return loss, parts
 
     for step in run.steps():
-        for indices in micro_batches(cfg, step):
-            pixels, noise = batch(indices)
-            with run.autocast():
-                loss, parts = objective.vae(net, pixels, noise, cfg.kl_weight, cfg.l1)
-            run.backward(loss)
-        norm, lr = run.update()
-        if run.every(cfg.log_every):
-            run.log(loss=loss.item(), grad_norm=norm, lr=lr, **{k: v.item() for k, v in parts.items()})
-        if run.every(cfg.sample_every):
-            with averaged(ema, net), torch.no_grad():
-                shown = pictures.batch(range(min(16, len(dataset)))).to(run.device)
-                pair = torch.cat([shown, net.decode(net.encode(shown))])
-            images.save_grid(pair, run.out / "samples" / f"{step + 1:06d}.png", nrow=len(shown))
+        final = step >= cfg.kl_warmup * feed.per_epoch  # is the warm-up over?
+        kl_weight = cfg.kl_weight * run.more["kl_scale"] * (1 if final else step / (cfg.kl_warmup * feed.per_epoch))
+        for batch in feed.update(step):
+            with run.forward(batch):
+                loss, parts = losses(batch, kl_weight, step >= cfg.discriminator_start)
+            run.backward(loss, batch, **parts, kl_weight=torch.tensor(kl_weight))
+        numbers = run.update()
+        if cfg.kl_target and final:
+            run.more["kl_scale"] = objective.steered(run.more["kl_scale"], numbers["kl"], cfg.kl_target)
+        if run.every(cfg.sample_every) or run.every_epochs(cfg.save_images_epochs):
+            with run.averaged():
+                dist.on_main(vae_sheets, run, net, dataset, cfg, step + 1)
+        if run.epoch_ended():
+            feed.report_bad(run.out)
+            loss = (
+                validate(run, check_feed, lambda b: losses(b, cfg.kl_weight, False)[1]["judged"])
+                if held
+                else run.epoch_loss
+            )
+            best = run.judge(loss) and final  # while the weight grows, every epoch is judged by another measure
+            if not final:
+                run.best, run.reason = None, None
+                run.plateau.state |= {"best": None, "bad": 0}
+                run.stopper.state |= {"best": None, "bad": 0, "losses": []}
+            if best and cfg.keep_best:
+                write_vae(run, net, dataset, cfg, "best_model")
+        if run.every_epochs(cfg.save_model_epochs):
+            write_vae(run, net, dataset, cfg, f"model-epoch-{(step + 1) // feed.per_epoch}")
 
-    with averaged(ema, net), torch.no_grad():
-        net.cfg.scaling_factor = latent_scale(net, pictures, len(dataset), run.device)
-        weights.save(net, run.out / "model", torch.float16)
-        shown = pictures.batch(range(len(dataset))[:: max(1, len(dataset) // 64)]).to(run.device)
-        mse = (net.decode(net.encode(shown)).clamp(-1, 1) - shown).pow(2).mean().item() / 4
     run.save()
-    finish(run)
-    run.record.file(run.out / "model")
-    run.record.result("psnr_db", -10 * torch.log10(torch.tensor(max(mse, 1e-12))).item())
-    run.record.write()
+    feed.report_bad(run.out)
+    write_vae(run, net, dataset, cfg, "model")
+    with run.averaged():
+        psnr = dist.on_main(measure_psnr, net, dataset, cfg, run.device)
+    run.record.result("psnr_db", psnr)
+    advice_vae(run, cfg)
+    finish(run, cfg, ("loss", "reconstruction", "kl", "perceptual"), "training_losses.png")
 
 
-def latent_scale(net, pictures, n, device):
-    """1 / standard deviation of the posterior mean over the data (Rombach et al. 2022, appendix G)."""
+def latent_shape(cfg, net):
+    size = cfg.resolution // net.cfg.downscale
+    return net.cfg.latent_channels, size, size
+
+
+def make_perceptual(cfg, device):
+    """f(a, b) -> [B], or None. Raises UserError when the weights are not there."""
+    from nanodiff.models import lpips
+
+    if not (cfg.perceptual and cfg.perceptual_weight):
+        return None
+    if not cfg.vgg_weights:
+        raise UserError(
+            "the perceptual loss needs VGG16's weights: --vgg-weights FILE (torchvision's vgg16-397923af.pth as safetensors: "
+            "python -m nanodiff.weights convert vgg16-397923af.pth vgg16.safetensors --allow-pickle), or --no-perceptual"
+        )
+    if cfg.lpips_weights:
+        return lpips.load_lpips(cfg.vgg_weights, cfg.lpips_weights).to(device)
+    return lpips.load_vgg(cfg.vgg_weights).to(device).features_mse
+
+
+def pictures_of(dataset, cfg):
+    """f(positions) -> pixels [B, 3, R, R] as they are, unreadable ones replaced where --on-bad-image says so."""
+    import numpy as np
     import torch
 
-    means = [net.encode_moments(pictures.batch(range(n)[i : i + 64]).to(device))[0] for i in range(0, min(n, 1024), 64)]
+    from nanodiff import loader
+
+    transform = loader.Transform(cfg.resolution, interpolation=cfg.interpolation)
+    decoder = loader.Decoder(dataset, transform, cfg.seed, cfg.on_bad_image)
+
+    def batch(positions):
+        arrays = [decoder.some(p, None, {}, decoder.size(p))[1] for p in positions]
+        return torch.from_numpy(np.stack(arrays)).float() / 127.5 - 1
+
+    return batch
+
+
+def spread(dataset, n):
+    """Up to n positions, evenly spread over a data set (which may be sorted by class)."""
+    return [round(i * (len(dataset) - 1) / max(min(n, len(dataset)) - 1, 1)) for i in range(min(n, len(dataset)))]
+
+
+def vae_sheets(run, net, dataset, cfg, step):
+    """Pictures above their reconstructions, and pictures decoded from pure noise."""
+    import torch
+
+    from nanodiff import images
+
+    shown = pictures_of(dataset, cfg)(spread(dataset, 16)).to(run.device)
+    noise = torch.randn((16, *latent_shape(cfg, net)), generator=torch.Generator().manual_seed(0)).to(run.device)
+    pair = torch.cat([shown, net.decode_raw(net.encode_moments(shown)[0])])
+    for name, pixels, nrow in (("reconstructions", pair, len(shown)), ("samples", net.decode_raw(noise), 8)):
+        path = run.out / name / f"{step:06d}.png"
+        images.save_grid(pixels, path, nrow=nrow)
+        run.watch.picture(step, name, images.open_image(path))
+
+
+def write_vae(run, net, dataset, cfg, name):
+    """The averaged VAE as a Hub component folder, with the latents' scale measured on the data."""
+    from nanodiff import dist, weights
+
+    with run.averaged():
+
+        def write():
+            net.cfg.scaling_factor = latent_scale(net, dataset, cfg, run.device)
+            weights.save(net, run.out / name, weights.DTYPES[cfg.save_dtype])
+
+        dist.on_main(write)
+        run.record.file(run.out / name)
+
+
+def latent_scale(net, dataset, cfg, device):
+    """1 / standard deviation of the posterior mean over up to 1,024 pictures (Rombach et al. 2022, appendix G)."""
+    import torch
+
+    pictures, some = pictures_of(dataset, cfg), spread(dataset, 1024)
+    parts = [some[i : i + cfg.batch_size] for i in range(0, len(some), cfg.batch_size)]
+    means = [net.encode_moments(pictures(part).to(device))[0] for part in parts]
     return round(1 / torch.cat(means).std().item(), 5)
+
+
+def measure_psnr(net, dataset, cfg, device):
+    """Mean squared error of up to 64 reconstructions in decibels, values of a picture spanning 2."""
+    import math
+
+    pictures, some, total = pictures_of(dataset, cfg), spread(dataset, 64), 0.0
+    for i in range(0, len(some), cfg.batch_size):
+        shown = pictures(some[i : i + cfg.batch_size]).to(device)
+        made = net.decode_raw(net.encode_moments(shown)[0]).clamp(-1, 1)
+        total += (made - shown).pow(2).flatten(1).mean(1).sum().item() / 4
+    return -10 * math.log10(max(total / len(some), 1e-12))
+
+
+def advice_vae(run, cfg):
+    """What the numbers say about the settings (S2's table of troubles)."""
+    from nanodiff import dist
+
+    last = run.numbers or {}
+    if cfg.kl_target and last and not 0.5 < last["kl"] / cfg.kl_target < 2:
+        low = last["kl"] < cfg.kl_target
+        dist.say(
+            f"note: KL {last['kl']:.3g} nats is too {'low' if low else 'high'} for --kl-target {cfg.kl_target:g}: train longer, or "
+            f"{'lower' if low else 'raise'} --kl-weight (now {cfg.kl_weight:g}); a longer --kl-warmup makes it steadier"
+        )
+    advice_loss(run)
+
+
+def advice_loss(run):
+    from nanodiff import dist
+
+    if run.first_loss and run.numbers and run.numbers["loss"] > 0.98 * run.first_loss and run.step >= 100:
+        dist.say(
+            f"note: the loss is not decreasing ({run.first_loss:.4g} at first, {run.numbers['loss']:.4g} now): try twice or half the "
+            "learning rate, more epochs, and look at the data (python -m nanodiff.data check PATH)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,182 +520,356 @@ def latent_scale(net, pictures, n, device):
 
 def train_diffusion(cfg):
     import torch
-    from torch import nn
 
-    from nanodiff import data, engine, images, objective, pipeline, weights
-    from nanodiff.models.vae import AutoencoderKL
-    from nanodiff.tokenizer import train_bpe
+    from nanodiff import build, dist, engine, latents, objective
 
     cfg.check()
-    dataset = data.load(cfg.data)
-    pictures = data.Pictures(dataset, cfg.resolution)
-    run = engine.Run(cfg, total_updates(cfg, len(dataset)))
-    vae = weights.load(AutoencoderKL, cfg.vae, torch.float32, run.device) if cfg.vae else None
-    tokenizer = train_bpe(dataset.captions, cfg.vocab_size, cfg.max_length)
-    schedule = make_schedule(cfg)
-
+    if cfg.dry_run:
+        return plan_diffusion(cfg)
+    run = engine.Run(cfg)
+    dataset, held = load_data(cfg, captions=cfg.condition == "text")
     torch.manual_seed(cfg.seed)  # initial weights
-    net = nn.ModuleDict(build(cfg, vae, tokenizer))
-    net, _ = run.trainable(net, cfg.lr)
-    ema = run.ema(net, cfg.ema_decay if cfg.ema else 0)
+    sd, nets = dist.together(build.make_model, cfg, dataset, run.device)
+    feed = make_feed(cfg, dataset, multiple=sd.multiple)
+    calls = run.trainable(nets)
+    run.schedule(feed.per_epoch)
     run.resume()
-    sd = pipeline.Pipeline(net["unet"], vae, net["text_encoder"], tokenizer, schedule)
-    print(f"parameters: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M", file=sys.stderr)
+    run.same("data set", dataset.fingerprint())
+    run.same("tokenizer", latents.vocabularies(sd), must=True)
+    feed.interrupted = run.interrupted
+    prompts_of(cfg, sd, dataset)  # a mistake in them shows now, not at the first sheet
+    say_size(run.net, "model")
 
-    moments = encode_all(vae, pictures, len(dataset), run.device) if vae else None
-    ids = torch.tensor(tokenizer(dataset.captions))
-    empty = torch.tensor(tokenizer([""]))[0]
+    folder = cfg.cache_dir or run.out / "cache"
+    texts_of = lambda some: build.conditions(cfg, some)  # noqa: E731
+    kept = {"folder": folder, "cached": cfg.cache}
+    low = run.precision or torch.float32
+    x0_of = latents.Latents(sd.vae, feed, cfg.seed, run.device, **kept)
+    text_of = latents.Texts(sd, texts_of(dataset), cfg.seed, run.device, cfg.caption_dropout, calls.get("text_encoder"),
+                            dtype=low, **kept)  # fmt: skip
+    if held:
+        check_feed = make_feed(cfg, held, training=False, multiple=sd.multiple)
+        held_x0 = latents.Latents(sd.vae, check_feed, cfg.seed + 1, run.device, **kept)
+        held_text = latents.Texts(
+            sd, texts_of(held), cfg.seed + 1, run.device, 0.0, calls.get("text_encoder"), dtype=low, **kept
+        )
+    gamma = cfg.min_snr
+    if gamma is None and cfg.snr_weighting and sd.schedule.prediction == "sample":
+        gamma = cfg.snr_clip or float("inf")
+    shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
-    def batch(indices):
-        """(x0, noise, t, token ids) of global sample indices."""
-        positions = data.order(len(dataset), cfg.seed, indices[0], len(indices))
-        if vae:
-            mean, std = (m[positions] for m in moments)
-            x0 = mean + std * objective.draw(
-                cfg.seed, "posterior", indices, lambda g: torch.randn(mean.shape[1:], generator=g)
-            )
-            x0 = (x0 - (vae.cfg.shift_factor or 0)) * vae.cfg.scaling_factor
-        else:
-            x0 = pictures.batch(positions)
-        noise = objective.draw(cfg.seed, "noise", indices, lambda g: torch.randn(x0.shape[1:], generator=g))
-        t = objective.timesteps(schedule, cfg.seed, indices)
-        drop = objective.draw(cfg.seed, "dropout", indices, lambda g: torch.rand((), generator=g)) < cfg.caption_dropout
-        text = torch.where(drop[:, None], empty, ids[positions])
-        return [v.to(run.device) for v in (x0, noise, t, text)]
-
-    def sheet(path):
-        prompts = cfg.sample_prompts or dataset.captions[:: max(1, len(dataset) // 16)][:16]
-        with averaged(ema, net):
-            net.eval()
-            pixels = sd.generate(prompts, steps=25, guidance_scale=3.0, seeds=range(len(prompts))).pixels
-            net.train()
-        images.save_grid(pixels, path, labels=prompts)
+    def losses(batch, x0_of, text_of, seed):
+        """(weighted, unweighted) loss of a micro-batch; everything random is drawn by (seed, global sample index)."""
+        x0 = x0_of(batch)
+        noise = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
+        noise = objective.offset(noise, cfg.offset_noise, seed, batch.indices)
+        t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
+                                shift).to(run.device)  # fmt: skip
+        states, pooled = text_of(batch)
+        denoise = lambda x, t: sd.denoise(calls[sd.denoiser_name], x, t, states, pooled)  # noqa: E731
+        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma)
 
     for step in run.steps():
-        for indices in micro_batches(cfg, step):
-            x0, noise, t, text = batch(indices)
-            with run.autocast():
-                context = sd.encode_ids(text)
-                loss, plain = objective.diffusion(
-                    lambda x, t, c=context: net["unet"](x, t, c), schedule, x0, noise, t, cfg.min_snr
-                )
-            run.backward(loss)
-        norm, lr = run.update()
-        if run.every(cfg.log_every):
-            run.log(loss=loss.item(), unweighted_loss=plain.item(), grad_norm=norm, lr=lr)
-        if run.every(cfg.sample_every):
-            sheet(run.out / "samples" / f"{step + 1:06d}.png")
+        for batch in feed.update(step):
+            with run.forward(batch):
+                loss, plain = losses(batch, x0_of, text_of, cfg.seed)
+            run.backward(loss, batch, unweighted_loss=plain)
+        run.update()
+        if run.every(cfg.sample_every) or run.every_epochs(cfg.save_images_epochs):
+            sheet(run, sd, cfg, dataset, run.out / "samples" / f"{step + 1:06d}.png")
+        if run.epoch_ended():
+            feed.report_bad(run.out)
+            score = lambda b: losses(b, held_x0, held_text, cfg.seed + 1)[0]  # noqa: E731
+            if run.judge(validate(run, check_feed, score) if held else run.epoch_loss) and cfg.keep_best:
+                write_model(run, sd, cfg, "best_model")
+        if run.every_epochs(cfg.save_model_epochs):
+            write_model(run, sd, cfg, f"model-epoch-{(step + 1) // feed.per_epoch}")
 
-    with averaged(ema, net):
-        sd.save(run.out / "model", torch.float16 if cfg.model_size == "nano" else None)
     run.save()
-    finish(run)
-    run.record.file(run.out / "model")
-    run.record.result("steps", run.step)
-    run.record.write()
+    feed.report_bad(run.out)
+    write_model(run, sd, cfg, "model")
+    if cfg.sample_every or cfg.save_images_epochs:
+        sheet(run, sd, cfg, dataset, run.out / "samples" / "denoising.png", strip=True)
+    advice_loss(run)
+    finish(run, cfg, ("loss", "unweighted_loss"), "loss.png")
 
 
-def make_schedule(cfg):
-    from nanodiff.schedule import Schedule
-
-    zero_snr = cfg.zero_snr and cfg.prediction_type != "epsilon"
-    return Schedule.from_config(
-        {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": cfg.beta_schedule,
-         "prediction_type": cfg.prediction_type, "clip_sample": False, "set_alpha_to_one": True,
-         "timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
-    )  # fmt: skip
-
-
-def build(cfg, vae, tokenizer):
-    """{"unet": …, "text_encoder": …}, freshly initialised; the last convolution and every residual end start at 0."""
-    from nanodiff.models.clip import CLIPTextModel
-    from nanodiff.models.clip import Config as TextConfig
-    from nanodiff.models.unet import Config as UNetConfig
-    from nanodiff.models.unet import UNet2DConditionModel
-
-    unet_raw, text_raw = SIZES[cfg.model_size]
-    channels = vae.cfg.latent_channels if vae else 3
-    size = cfg.resolution // (vae.cfg.downscale if vae else 1)
-    unet_cfg = UNetConfig.from_json(read_json(cfg.model_config)) if cfg.model_config else UNetConfig(
-        **unet_raw, in_channels=channels, out_channels=channels, sample_size=size
-    )  # fmt: skip
-    if unet_cfg.in_channels != channels:
-        raise UserError(
-            f"--model-config: in_channels {unet_cfg.in_channels}, but the pictures have {channels} channels"
-        )
-    text_cfg = TextConfig.from_json(read_json(cfg.text_config)) if cfg.text_config else TextConfig(
-        **text_raw, vocab_size=len(tokenizer.backend.get_vocab()), max_position_embeddings=cfg.max_length,
-        hidden_act="gelu", projection_dim=text_raw["hidden_size"], bos_token_id=tokenizer.bos,
-        eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
-    )  # fmt: skip
-    unet, text = UNet2DConditionModel(unet_cfg), CLIPTextModel(text_cfg)
-    init(unet, text)
-    return {"unet": unet, "text_encoder": text}
-
-
-def init(unet, text):
-    """PyTorch's defaults, but residual branches and the output begin at zero (Ho et al. 2020's code; Goyal et al.
-    2017 §5.1), and text embeddings have standard deviation 0.02 as in CLIP."""
-    from torch import nn
-
-    from nanodiff.models.layers import ResnetBlock
-    from nanodiff.models.unet import Transformer2D
-
-    for module in unet.modules():
-        last = {ResnetBlock: "conv2", Transformer2D: "proj_out"}.get(type(module))
-        if last:
-            nn.init.zeros_(getattr(module, last).weight)
-            nn.init.zeros_(getattr(module, last).bias)
-    nn.init.zeros_(unet.conv_out.weight)
-    nn.init.zeros_(unet.conv_out.bias)
-    for table in (text.text_model.embeddings.token_embedding, text.text_model.embeddings.position_embedding):
-        nn.init.normal_(table.weight, std=0.02)
-
-
-def encode_all(vae, pictures, n, device):
-    """(mean, standard deviation) of the VAE posterior of every picture, unscaled: encoded once, not every epoch."""
+def sheet(run, sd, cfg, dataset, path, strip=False):
+    """Sample pictures with the averaged weights and fixed noise. strip: x_t at some of the steps instead, a row a prompt."""
     import torch
 
-    parts = []
-    with torch.no_grad():
-        for i in range(0, n, 64):
-            mean, logvar = vae.encode_moments(pictures.batch(range(n)[i : i + 64]).to(device))
-            parts.append((mean.cpu(), (0.5 * logvar).exp().cpu()))
-    return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
+    from nanodiff import dist, images, onednn
+
+    prompts = prompts_of(cfg, sd, dataset)[: 4 if strip else cfg.eval_batch_size]
+    guidance = 1.0 if sd.unconditional else cfg.sample_guidance
+    size = {"height": cfg.resolution, "width": cfg.resolution}
+
+    def draw():
+        made = sd.generate(prompts, steps=cfg.sample_steps, guidance_scale=guidance, seeds=range(len(prompts)),
+                           keep_steps=strip, **size)  # fmt: skip
+        for module in sd.models().values():
+            onednn.undo(module)  # training goes on with the layers it had
+        if strip:
+            chosen = sorted({round(i * (len(made.history) - 1) / 7) for i in range(8)})
+            frames = [sd.decode(made.history[i].x.float()) for i in chosen]
+            return torch.stack(frames, dim=1).flatten(0, 1), len(chosen), None
+        return made.pixels, None, None if sd.unconditional else prompts
+
+    with run.averaged():
+        sd.kept.clear()  # what the text encoder said before
+        if cfg.parallel == "fsdp":  # every rank computes its shards
+            drawn = dist.together(draw)
+            dist.on_main(images.save_grid, drawn[0], path, nrow=drawn[1], labels=drawn[2])
+        else:
+            dist.on_main(lambda: images.save_grid(*_grid(draw(), path)))
+        sd.kept.clear()
+    if dist.is_main():
+        run.watch.picture(run.step + 1, "denoising" if strip else "samples", images.open_image(path))
+
+
+def _grid(drawn, path):
+    return drawn[0], path, drawn[1], drawn[2]
+
+
+def prompts_of(cfg, sd, dataset):
+    """What the sample sheets show: the prompts given, or texts spread over the data."""
+    from nanodiff import build
+
+    if sd.unconditional:
+        return [""] * cfg.eval_batch_size
+    given = []
+    for prompt in cfg.sample_prompts:
+        if prompt.endswith(".txt"):
+            path = Path(under(cfg.base_dir, prompt))
+            if not path.is_file():
+                raise UserError(f"--sample-prompts {prompt}: no such file")
+            given += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        else:
+            given.append(prompt)
+    if cfg.condition == "labels":
+        sd.tokenizer(given)
+    texts = [group[0] for group in build.conditions(cfg, dataset)]
+    spread = list(dict.fromkeys(texts))
+    return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
+
+
+def write_model(run, sd, cfg, name):
+    """The averaged model as a Hub folder; of adapters, their file alone."""
+    from nanodiff import dist, lora, weights
+
+    with run.averaged():
+        states = {k: dist.whole_state(m) for k, m in run.net.items()}
+        kind = weights.DTYPES[cfg.save_dtype]
+        if cfg.lora:
+            path = run.out / name / "pytorch_lora_weights.safetensors"
+            dist.on_main(path.parent.mkdir, exist_ok=True)
+            dist.on_main(lora.save_adapters, path, dict(run.net.items()), kind, states)
+        else:
+            dist.on_main(sd.save, run.out / name, kind, states)
+    run.record.file(run.out / name)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def say_plan(cfg, estimate, n):
+    """Print a dry run's lines and write them into run.json, if there is an --output-dir."""
+    from nanodiff import plan
+
+    samples = cfg.batch_size * cfg.grad_accum * cfg.world_size
+    updates = cfg.max_steps or cfg.epochs * max(1, -(-n // samples))
+    lines = plan.table(estimate, world=cfg.world_size, parallel=cfg.parallel, samples=samples, updates=updates,
+                       micro=cfg.grad_accum, gpu=cfg.gpu, mfu=cfg.mfu)  # fmt: skip
+    print("\n".join(lines))
+
+
+def planned_dtype(cfg):
+    import torch
+
+    return {"bf16": torch.bfloat16, "auto": torch.bfloat16, "fp16": torch.float16}.get(cfg.mixed_precision)
+
+
+def plan_vae(cfg, net):
+    import torch
+
+    from nanodiff import plan
+
+    pixels = torch.empty(cfg.batch_size, 3, cfg.resolution, cfg.resolution, device="meta")
+    noise = torch.empty(cfg.batch_size, *latent_shape(cfg, net), device="meta")
+    loss = lambda: net(pixels, noise)[0].float().pow(2).mean()  # noqa: E731
+    say_plan(cfg, plan.estimate({"vae": net}, loss, dtype=planned_dtype(cfg), world=cfg.world_size, parallel=cfg.parallel,
+                                ema=cfg.ema, recompute=cfg.gradient_checkpointing), counted(cfg))  # fmt: skip
+
+
+def counted(cfg):
+    """Pictures in --data, when it is given; else what makes an epoch one update."""
+    from nanodiff import data
+
+    return len(data.load(cfg.data, captions=False)) if cfg.data else 1
+
+
+def plan_diffusion(cfg):
+    """Everything on the meta device: no weights are read, none are made."""
+    import torch
+
+    from nanodiff import build, lora, pipeline, plan, sources, weights
+    from nanodiff.models.clip import CLIPTextModel
+
+    rows, dtype = cfg.batch_size, planned_dtype(cfg)
+    name = cfg.model or build.KNOWN.get(cfg.model_size)
+    frozen, along, length = {}, {}, cfg.max_length
+    if name:
+        src = sources.configs(name)
+        family = pipeline.FAMILIES[src.kind]
+        meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in pipeline.BUILDERS if n in src.parts}
+        net = meta.pop(family.denoiser_name)
+        frozen, length = meta, 333 if family is pipeline.SD3 else 77
+        scale = meta["vae"].cfg.downscale if "vae" in meta else 1
+    else:
+        text = build.text_config(cfg)
+        text.vocab_size, vae = cfg.vocab_size, None
+        with torch.device("meta"):
+            if cfg.vae:
+                vae = sources.load_vae(cfg.vae, torch.float32, "cpu")
+            net = build.make_denoiser(cfg, vae, text)
+            if cfg.condition == "text" and not cfg.text_encoder:
+                along["text_encoder"] = CLIPTextModel(text)
+        scale = vae.cfg.downscale if vae else 1
+        frozen = {"vae": vae} if vae else {}
+    net.requires_grad_(True)
+    if cfg.lora:
+        with torch.device("meta"):
+            lora.adapt(net, cfg.lora_rank, cfg.lora_alpha, build.lora_targets(cfg))
+    c = net.cfg
+    side = cfg.resolution // scale
+    x, t = torch.empty(rows, c.in_channels, side, side, device="meta"), torch.empty(rows, device="meta")
+    if hasattr(c, "joint_attention_dim"):
+        given = (
+            torch.empty(rows, length, c.joint_attention_dim, device="meta"),
+            torch.empty(rows, c.pooled_projection_dim, device="meta"),
+        )
+    else:
+        given = (torch.empty(rows, length, c.cross_attention_dim, device="meta"),)
+        if c.addition_embed_type:
+            wide = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            given += ((torch.empty(rows, wide, device="meta"), torch.empty(rows, 6, device="meta")),)
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+
+    def loss():
+        told = given
+        if encoder := along.get("text_encoder"):
+            states, pooled = encoder(ids)
+            told = (encoder.final_norm(states[-1]), pooled)[: len(given)]
+        return net(x, t, *told).float().pow(2).mean()
+
+    estimate = plan.estimate({"denoiser": net, **along}, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
+                             cfg.gradient_checkpointing)  # fmt: skip
+    say_plan(cfg, estimate, counted(cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Both
 
 
-def total_updates(cfg, n):
-    """Updates of the run; the last, smaller group of an epoch counts as one."""
-    return cfg.max_steps or cfg.epochs * -(-n // (cfg.batch_size * cfg.grad_accum))
+def load_data(cfg, captions):
+    """(training set, held-out set or None), listed by rank 0 for all."""
+    import numpy as np
+
+    from nanodiff import data, dist
+
+    dataset = dist.on_main(
+        data.load, cfg.data, captions, cfg.image_column, cfg.caption_column, cfg.on_bad_image == "skip"
+    )
+    if cfg.max_samples and cfg.max_samples < len(dataset):
+        dataset = dataset.subset(range(cfg.max_samples))
+    dist.say(f"data: {len(dataset)} pictures, {len({t for group in dataset.texts for t in group})} different captions")
+    if not cfg.validation:
+        return dataset, None
+    order = np.random.default_rng([cfg.seed, 0x5EED]).permutation(len(dataset))
+    n = max(1, round(cfg.validation * len(dataset)))
+    if n >= len(dataset):
+        raise UserError(f"--validation {cfg.validation:g} leaves none of {len(dataset)} pictures to train on")
+    return dataset.subset(sorted(order[n:])), dataset.subset(sorted(order[:n]))
 
 
-def micro_batches(cfg, step):
-    """Global sample indices of each micro-batch of an update."""
-    first = step * cfg.batch_size * cfg.grad_accum
-    return [range(first + i * cfg.batch_size, first + (i + 1) * cfg.batch_size) for i in range(cfg.grad_accum)]
+def make_feed(cfg, dataset, training=True, multiple=1):
+    """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order."""
+    from nanodiff import loader
+
+    change = training and not getattr(cfg, "dry_run", False)
+    transform = loader.Transform(
+        cfg.resolution, cfg.center_crop or not change, cfg.random_flip and change, cfg.random_jitter * change,
+        cfg.random_rotate * change, cfg.interpolation,
+    )  # fmt: skip
+    buckets = (
+        loader.aspect_buckets(dataset, cfg.resolution, max(multiple, 8))
+        if getattr(cfg, "aspect_buckets", False)
+        else None
+    )
+    feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers if training else 0,
+                       cfg.on_bad_image, cfg.bad_image_limit, buckets, timeout=cfg.dist_timeout)  # fmt: skip
+    if training and feed.plan.group > len(dataset):
+        from nanodiff import dist
+
+        dist.say(
+            f"note: {len(dataset)} pictures are fewer than the {feed.plan.group} of an update: each update sees them all"
+        )
+    return feed
 
 
-def finish(run):
-    """What people look at after a run: the loss curve, and the sample sheets as one moving picture."""
-    from nanodiff import charts, images
+def validate(run, feed, loss_of):
+    """Mean loss over the held-out pictures with the averaged weights; the same draws every time."""
+    import torch
 
-    if (run.out / "metrics.jsonl").exists() and charts.loss_curve(run.out / "metrics.jsonl", run.out / "loss.png"):
-        run.record.file(run.out / "loss.png")
-    sheets = sorted((run.out / "samples").glob("[0-9]*.png"))
-    if len(sheets) > 1:
-        images.save_gif([images.open_image(p) for p in sheets], run.out / "samples" / "progress.gif")
-        run.record.file(run.out / "samples" / "progress.gif")
+    from nanodiff import dist
+
+    total = 0.0
+    with run.averaged():
+        for step in range(feed.per_epoch):
+            for batch in feed.update(step):
+                with run.autocast(), torch.no_grad():
+                    total += loss_of(batch).item() * batch.count
+    return dist.total([total], run.device)[0] / len(feed.dataset)
 
 
-def averaged(ema, net):
-    import contextlib
+def say_size(net, what):
+    from nanodiff import dist
 
-    return ema.applied(net) if ema else contextlib.nullcontext()
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in net.parameters()) - trained
+    dist.say(
+        f"{what}: {trained / 1e6:.2f} M parameters to train" + (f", {frozen / 1e6:.2f} M frozen" if frozen else "")
+    )
+
+
+def finish(run, cfg, panels, name):
+    """What people look at after a run: the loss figure, and the sample sheets as one moving picture."""
+    from nanodiff import charts, dist, hub, images
+
+    def figures():
+        if (run.out / "metrics.jsonl").exists() and charts.losses(run.out / "metrics.jsonl", run.out / name, panels,
+                                                                 target=getattr(cfg, "kl_target", None)):  # fmt: skip
+            run.record.file(run.out / name)
+        sheets = sorted((run.out / "samples").glob("[0-9]*.png"))
+        if len(sheets) > 1:
+            images.save_gif([images.open_image(p) for p in sheets], run.out / "samples" / "progress.gif")
+            run.record.file(run.out / "samples" / "progress.gif")
+
+    dist.on_main(figures)
+    run.close()
+    if cfg.push_to_hub and dist.is_main():
+        print(
+            hub.push(run.out / "model", cfg.hub_model_id or run.out.resolve().name, cfg.hub_token, cfg.hub_private_repo)
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(script({"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)}, __doc__, PRESETS))
+    sys.exit(
+        script(
+            {"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)},
+            __doc__,
+            PRESETS,
+            LESS_MEMORY,
+        )
+    )

@@ -26,8 +26,11 @@ SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
 
+CONNECTION = re.compile(r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|NCCL")
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
 LESS_MEMORY = "try a smaller --batch-size or smaller pictures"
+
+speaks = None  # of several processes: f(error) -> may this one print its failure? (set by dist.start)
 
 
 class UserError(Exception):
@@ -258,28 +261,44 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         main(cfg)
         sys.stdout.flush()
         return 0
-    except UserError as e:
-        if debug:
-            raise
-        print(f"error: {printable(e)}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as e:
-        if not debug and str(e).startswith("kernels: "):  # --kernels triton, and a kernel that cannot serve
-            print(f"error: {printable(e)}", file=sys.stderr)
-            return 2
-        if debug or not (isinstance(e, MemoryError) or OUT_OF_MEMORY.search(f"{type(e).__name__}: {e}")):
-            raise
-        print(f"error: out of memory ({printable(str(e).splitlines()[0])}); {less_memory}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Stopped:
-        print("terminated", file=sys.stderr)
-        return 143
-    except BrokenPipeError:  # `sample.py … | head`: nobody reads our stdout any more
+    except (Exception, KeyboardInterrupt) as e:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # it is ending already (torchrun sends one when a process is lost)
+        code, line = _verdict(e, less_memory)
+        first = speaks is None or speaks(e)  # of several processes one says what happened
+        if code is None or (debug and code == 2):
+            if first:
+                raise
+            return code or 1
+        if line and first:
+            print(line, file=sys.stderr)
+        return code
+
+
+def _verdict(e, less_memory):
+    """(exit code, line for people) of what ended a script; (None, None) for a fault of our own, which is a traceback."""
+    if isinstance(e, UserError):
+        return 2, f"error: {printable(e)}"
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(e, Stopped):
+        return 143, "terminated"
+    if isinstance(e, BrokenPipeError):  # `sample.py … | head`: nobody reads our stdout any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, None
+    text = f"{type(e).__name__}: {e}"
+    if isinstance(e, RuntimeError) and str(e).startswith(
+        "kernels: "
+    ):  # --kernels triton, and a kernel that cannot serve
+        return 2, f"error: {printable(e)}"
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and OUT_OF_MEMORY.search(text)):
+        return 2, f"error: out of memory ({printable(str(e).splitlines()[0] if str(e) else text)}); {less_memory}"
+    if isinstance(e, RuntimeError) and "DataLoader worker" in text:  # told by a signal, wherever the main process was
+        return 2, f"error: a data worker was lost ({printable(text.splitlines()[0])}); try --num-workers 0"
+    if speaks is not None and isinstance(e, RuntimeError) and CONNECTION.search(text):
+        return 1, f"error: another process was lost, or did not answer in time: {printable(text.splitlines()[0])}"
+    return None, None
 
 
 def _stop(signum, frame):

@@ -3,21 +3,26 @@
 The training loop stays visible in the script. `Run` never calls back:
 
     run = engine.Run(cfg)
-    net, opt = run.trainable(net, lr=cfg.lr)
-    ema = run.ema(net, cfg.ema_decay)
+    nets = run.trainable({"net": net})         # DDP, FSDP and recomputation here, and nowhere else
+    run.schedule(updates_per_epoch)
     run.resume()                               # weights, EMA, optimizer, scaler, step
     for step in run.steps():                   # starts where the last run stopped, saves when due
-        run.backward(loss)
-        run.update()                           # clip, lr(step), optimizer, EMA
-        if run.every(20): run.log(loss=…)
+        for batch in feed.update(step):        # its micro-batches on this rank
+            with run.forward(batch):
+                loss = nets["net"](batch.x).mean()
+            run.backward(loss, batch)
+        run.update()                           # clip, lr(step), optimizer, EMA, metrics.jsonl
+        if run.epoch_ended(): run.judge(run.epoch_loss)
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +31,10 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import checkpoint
-from nanodiff.config import SECRETS, Stopped, UserError, as_dict
+from nanodiff import checkpoint, dist, recipe
+from nanodiff.config import SECRETS, Stopped, UserError, as_dict, printable
 from nanodiff.models import layers
-from nanodiff.weights import DTYPES, write_bytes, write_json
+from nanodiff.weights import DTYPES, keep_freed_memory, write_bytes, write_json
 
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
 
@@ -67,7 +72,7 @@ def out_dir(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
+        probe = path / f".probe-{platform.node()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except (FileExistsError, NotADirectoryError):
@@ -81,8 +86,8 @@ class Record:
     """run.json: what was run, with what, how long, which files came out and which numbers."""
 
     def __init__(self, cfg, device):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # every process would do the same work into the same files
-            raise UserError("running on several processes is not supported yet; start it without torchrun")
+        if dist.world().size > 1 and not torch.distributed.is_initialized():  # all would write the same files
+            raise UserError("running this on several processes is not supported yet; start it without torchrun")
         self.out = out_dir(cfg.output_dir)
         self.started = time.perf_counter()
         self.data = {
@@ -113,14 +118,16 @@ class Record:
     def result(self, name, value):
         """Print a number on stdout and keep it."""
         self.data["results"][name] = value
-        print(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}")
+        if dist.is_main():
+            print(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}")
 
     def write(self):
         self.data["seconds"]["total"] = round(time.perf_counter() - self.started, 3)
         self.data["peak_memory_mb"] = _peak_memory_mb()
         if torch.cuda.is_available():
             self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
-        write_json(self.out / "run.json", self.data)
+        if dist.is_main():
+            write_json(self.out / "run.json", self.data)
 
 
 def _without_secrets(argv, cfg):
@@ -149,164 +156,483 @@ def _git_commit():
         return None
 
 
-class EMA:
-    """Exponential moving average of the weights, decay 1 - (1 + step)^-power up to `decay` (as in k-diffusion)."""
+class Watch:
+    """TensorBoard or Weights & Biases, beside metrics.jsonl. Raises UserError when the extra is not installed."""
 
-    def __init__(self, net, decay=0.9999, power=0.75):
-        self.decay, self.power = decay, power
-        self.shadow = {k: v.detach().clone().float() for k, v in net.state_dict().items()}
+    def __init__(self, kind, cfg):
+        self.kind, self.writer = kind, None
+        folder = getattr(cfg, "logging_dir", None) or Path(cfg.output_dir) / "logs"
+        missing = f"--report-to {kind}: {kind} is not installed; pip install {kind} (extra `{kind}`)"
+        if kind == "tensorboard":
+            try:
+                import tensorboard  # noqa: F401
+            except ImportError:
+                raise UserError(missing) from None
+            from torch.utils.tensorboard import SummaryWriter
 
-    @torch.no_grad()
-    def update(self, net, step):
-        decay = min(self.decay, 1 - (1 + step) ** -self.power)
-        values = [v.detach().float() for v in net.state_dict().values()]
-        torch._foreach_lerp_(list(self.shadow.values()), values, 1 - decay)
+            self.writer = SummaryWriter(str(folder)) if dist.is_main() else None
+        elif kind == "wandb":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(missing) from None
+            if dist.is_main():
+                self.writer = wandb.init(project="nanodiff", dir=str(cfg.output_dir), config=as_dict(cfg))
 
-    @contextlib.contextmanager
-    def applied(self, net):
-        """Inside, the net has the averaged weights."""
-        raw = {k: v.detach().clone() for k, v in net.state_dict().items()}
-        net.load_state_dict(self.shadow)
-        try:
-            yield net
-        finally:
-            net.load_state_dict(raw)
+    def numbers(self, step, values):
+        if self.writer is None:
+            return
+        if self.kind == "wandb":
+            self.writer.log(values, step=step)
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step, name, image):
+        """image: a PIL image."""
+        if self.writer is None:
+            return
+        if self.kind == "wandb":
+            import wandb
+
+            self.writer.log({name: wandb.Image(image)}, step=step)
+            return
+        import numpy as np
+
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close() if self.kind == "tensorboard" else self.writer.finish()
 
 
-def learning_rate(step, peak, total, warmup, kind):
-    """lr of update number `step` (0-based): linear warm-up, then constant, or cosine or line down to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return peak * factor[kind]
+def pick_precision(name, device):
+    """The autocast type of --mixed-precision: None (fp32), torch.float16 or torch.bfloat16.
+
+    auto: bf16 where the device multiplies it (GPUs from sm_80 on, CPUs with AVX512_BF16 or AMX), else fp16 on a GPU and
+    fp32 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    if name != "auto":
+        return DTYPES.get(name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if computes_bf16() else None
+
+
+def report(device, precision):
+    """Lines about where a run computes."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        where = f"{facts.name}, {facts.total_memory >> 30} GB, CUDA {torch.version.cuda}"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+        where = f"CPU, {torch.get_num_threads()} threads, {memory} GB"
+    kind = str(precision or torch.float32).removeprefix("torch.")
+    processes = f", {dist.world().size} processes" if dist.world().size > 1 else ""
+    return f"device: {where}; torch {torch.__version__}; computing in {kind}{processes}"
 
 
 class Run:
-    """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps
-    max_grad_norm grad_accum resume checkpointing_steps checkpoints_total_limit kernels."""
+    """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps lr_min
+    max_grad_norm resume max_steps epochs checkpointing_steps checkpoint_epochs checkpoints_total_limit kernels ema
+    ema_decay ema_inv_gamma ema_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
+    dist_timeout log_every report_to early_stopping_patience early_stopping_delta oscillation_window
+    oscillation_threshold lr_cycles lr_power lr_first_cycle overwrite_output_dir."""
 
-    def __init__(self, cfg, total_steps):
-        self.cfg, self.total = cfg, total_steps
+    def __init__(self, cfg):
+        self.cfg = cfg
         self.device = pick_device(cfg.device)
+        dist.start(self.device, cfg.dist_timeout)
+        self.rank, self.world = dist.world().rank, dist.world().size
+        dist.agree({k: v for k, v in as_dict(cfg).items() if k != "local_rank"}, "configuration")
         layers.use_kernels(cfg.kernels)
-        self.out = out_dir(cfg.output_dir)
+        self.out = Path(cfg.output_dir)
+        dist.on_main(self._claim)
         self.record = Record(cfg, self.device)
-        precision = cfg.mixed_precision
-        if precision == "fp16" and self.device.type == "cpu":
-            raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-        self.precision = DTYPES.get(precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.step, self.skipped, self.bad_in_row = 0, 0, 0
-        self.stop_signal, self.last_saved = None, None
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.precision = pick_precision(cfg.mixed_precision, self.device)
+        if cfg.parallel == "fsdp" and self.precision == torch.float16:
+            raise UserError("--parallel fsdp computes in bf16 or fp32; use --mixed-precision bf16 or no")
+        self.watch = dist.together(Watch, cfg.report_to, cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        dist.say(report(self.device, self.precision))
+        self.plateau = recipe.Plateau()
+        self.stopper = recipe.Stopper(
+            cfg.early_stopping_patience, cfg.early_stopping_delta, cfg.oscillation_window, cfg.oscillation_threshold
+        )
+        self.step = self.skipped = self.bad_in_row = 0
+        self.epoch, self.best, self.reason = {"sum": 0.0, "n": 0}, None, None
+        self.numbers, self.first_loss = None, None  # of the last and of the first update
+        self.more = {}  # what else the script wants to survive: JSON values
+        # what this process got, and what all processes know of, on which alone they act: else one would save without the others
+        self.received, self.signals = set(), set()
+        self.last_saved, self.saved_step = None, None
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+        self._begin_update()
 
-    def trainable(self, net, lr, betas=(0.9, 0.99), weight_decay=0.01):
-        """(net on the device, AdamW over its trainable parameters)."""
-        net = net.to(self.device).train().requires_grad_(True)
-        self.net = net
-        self.opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-        return net, self.opt
+    def _claim(self):
+        """Make the output folder this run's own: a second run in it is refused while this process lives."""
+        out_dir(self.out)
+        self.lock = open(self.out / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UserError(
+                f"{self.out}: another run is using this folder (process {self.lock.read().strip()})"
+            ) from None
+        os.register_at_fork(after_in_child=self.lock.close)  # workers must not keep the folder when this process dies
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {platform.node()}")
+        self.lock.flush()
+        (self.out / "PREEMPTED").unlink(missing_ok=True)
 
-    def ema(self, net, decay):
-        self.average = EMA(net, decay) if decay else None
-        return self.average
+    # -- what is trained ---------------------------------------------------------------------------------------
+
+    def trainable(self, nets):
+        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained, by AdamW.
+
+        Sets `net` (all of them, unwrapped), `opt` and `average` (the EMA, or None).
+        """
+        cfg = self.cfg
+        self.net = torch.nn.ModuleDict(nets).train()
+        if (
+            cfg.parallel != "fsdp"
+        ):  # FSDP2 brings unit after unit itself (the whole may not fit), and takes plain layouts only
+            self.net.to(self.device, memory_format=torch.channels_last)  # in which convolutions are faster
+        if not recipe.trainable(self.net):
+            raise UserError("nothing to train: every parameter is frozen")
+        if cfg.gradient_checkpointing:
+            dist.recompute(self.net)
+        self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
+        self.opt = torch.optim.AdamW(
+            recipe.trainable(self.net).values(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
+            weight_decay=cfg.adam_weight_decay, **({} if cfg.parallel == "fsdp" else {"fused": True}),
+        )  # fmt: skip
+        self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
+        return self.calls
+
+    def averaged(self):
+        """Inside, the nets have the averaged weights (or their own, without EMA), in evaluation mode, without gradients."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self.average:
+            stack.enter_context(self.average.applied(self.net))
+        self.net.eval()
+        stack.callback(self.net.train)
+        return stack
+
+    def schedule(self, per_epoch):
+        """Fix the length of the run: cfg.max_steps updates, or cfg.epochs of `per_epoch` updates each."""
+        self.per_epoch = per_epoch
+        self.total = self.cfg.max_steps or self.cfg.epochs * per_epoch
+
+    def interrupted(self):
+        """Has a signal asked this process to end?"""
+        return bool(self.received - {signal.SIGUSR1})
+
+    def same(self, name, value, must=False):
+        """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
+        if self.more.setdefault(name, value) != value:
+            if must:
+                raise UserError(f"the {name} is not what it was when this run began: the weights would not fit it")
+            dist.say(f"note: the {name} is not what it was when this run began")
+            self.more[name] = value
+
+    # -- one update --------------------------------------------------------------------------------------------
+
+    def _begin_update(self):
+        self.sums, self.seen, self.samples, self.waited = {}, [], 0, 0.0
 
     def autocast(self):
-        """Context for the forward pass."""
         return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
 
-    def backward(self, loss):
-        """Gradients of one micro-batch; the loss is divided by the number of micro-batches."""
-        self.scaler.scale(loss / self.cfg.grad_accum).backward()
+    def forward(self, batch):
+        """Context of a micro-batch's forward pass: precision, and gradients that are exchanged on the last one only."""
+        for module in self.calls.values():
+            dist.synchronise(module, batch.last)
+        return self.autocast()
+
+    def backward(self, loss, batch, **parts):
+        """Gradients of one micro-batch. batch.weight: its share of the update's samples, times the number of ranks (whose
+        gradients are averaged). loss, parts: means over the micro-batch; they are summed up for the log."""
+        self.scaler.scale(loss * batch.weight).backward()
+        self.seen.append((loss.detach(), batch.keys))
+        self.samples += batch.count
+        self.waited += batch.waited
+        for name, value in {"loss": loss, **parts}.items():
+            part = value.detach() * (batch.weight / self.world) if batch.weight else 0.0  # the same names on every rank
+            self.sums[name] = self.sums.get(name, 0.0) + part
 
     def update(self):
-        """Clip, set lr(step), step the optimizer and the EMA. Returns (grad norm, lr).
+        """Clip, set lr, step the optimizer and the EMA, log; returns {name: number} of the update, the same on every rank.
 
-        A non-finite gradient skips the update (weights, EMA and schedule stay) and is counted; PATIENCE in a row stop.
+        A non-finite loss or gradient skips the update (weights, EMA and learning rate stay) and is counted; PATIENCE in a
+        row stop the run, naming samples.
         """
-        lr = learning_rate(self.step, self.cfg.lr, self.total, self.cfg.lr_warmup_steps, self.cfg.lr_scheduler)
+        cfg, taken = self.cfg, self.step - self.skipped
+        peak = cfg.lr * self.plateau.state["scale"] if cfg.lr_scheduler == "plateau" else cfg.lr
+        lr = recipe.learning_rate(taken, peak, self.total, cfg.lr_warmup_steps, cfg.lr_scheduler, cfg.lr_min,
+                                  cfg.lr_cycles, cfg.lr_power, cfg.lr_first_cycle * self.per_epoch)  # fmt: skip
+        lr = max(lr, cfg.lr_min) if cfg.lr_scheduler == "plateau" else lr
         for group in self.opt.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.opt)
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.cfg.max_grad_norm)
-        if torch.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(list(recipe.trainable(self.net).values()), cfg.max_grad_norm)
+        norm = dist.whole(norm).item()
+        names = list(self.sums)
+        told = [float(self.sums[n]) for n in names] + [
+            s in self.received for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        ]
+        told = dist.total([*told, self.samples], self.device)
+        numbers = dict(zip(names, told, strict=False))
+        self.signals |= {
+            s for s, n in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), told[len(names) :], strict=False) if n
+        }
+        if math.isfinite(norm) and math.isfinite(numbers["loss"]):
             self.scaler.step(self.opt)
             self.bad_in_row = 0
             if self.average:
-                self.average.update(self.net, self.step)
+                self.average.update(self.net, taken)
+            self.epoch["sum"] += numbers.get("judged", numbers["loss"])
+            self.epoch["n"] += 1
         else:
-            self.skipped += 1
-            self.bad_in_row += 1
-            print(f"warning: step {self.step}: gradient is {norm.item()}, update skipped", file=sys.stderr)
-            if self.bad_in_row >= PATIENCE:
-                raise UserError(
-                    f"{PATIENCE} non-finite gradients in a row at step {self.step}; last good checkpoint: {self.last_saved}"
-                )
+            self._skip(norm, numbers["loss"])
         self.scaler.update()
         self.opt.zero_grad(set_to_none=True)
-        return norm.item(), lr
+        numbers |= {"lr": lr, "grad_norm": norm, "samples": int(told[-1])}
+        if self.average:
+            numbers["ema_decay"] = self.average.at(taken)
+        if self.scaler.is_enabled():
+            numbers["loss_scale"] = self.scaler.get_scale()
+        self._report(numbers)
+        self._begin_update()
+        self.numbers, self.first_loss = numbers, self.first_loss or numbers["loss"]
+        return numbers
 
-    # -- state -----------------------------------------------------------------------------------------------
+    def _skip(self, norm, loss):
+        self.skipped += 1
+        self.bad_in_row += 1
+        bad = [key for value, keys in self.seen if not torch.isfinite(value) for key in keys]
+        bad = [key for keys in dist.gathered(bad) for key in keys]
+        among = [key for keys in dist.gathered([k for _, keys in self.seen for k in keys]) for key in keys]
+        named = f"samples with a non-finite loss: {_few(bad)}" if bad else f"one of the samples {_few(among)}"
+        dist.say(f"warning: step {self.step}: loss {loss:g}, gradient {norm:g}: update skipped; {named}")
+        if self.bad_in_row >= PATIENCE:
+            raise UserError(
+                f"{PATIENCE} non-finite losses or gradients in a row at step {self.step}; {named}; "
+                f"last good checkpoint: {self.last_saved or 'none'}"
+            )
+
+    def _report(self, numbers):
+        """The progress bar, and a line of metrics.jsonl when it is due."""
+        now = time.monotonic()
+        seconds = max(now - self.clock, 1e-9)
+        self.clock = now
+        numbers["images_per_s"] = numbers["samples"] / seconds
+        numbers["data_wait"] = min(self.waited / seconds, 1.0)  # share of the time in which the loader was waited for
+        self.bar.set_postfix(loss=f"{numbers['loss']:.4g}", images_s=f"{numbers['images_per_s']:.1f}", refresh=False)
+        self.rates = [*self.rates[-49:], numbers["images_per_s"]]
+        if self.every(self.cfg.log_every) or (self.cfg.log_every and self.epoch_ended()):
+            self.log(**{k: v for k, v in numbers.items() if k != "samples"})
+
+    def log(self, **numbers):
+        """Append one object to metrics.jsonl, and to what --report-to names."""
+        if not dist.is_main():
+            return
+        numbers = {k: (float(f"{v:.7g}") if isinstance(v, float) else v) for k, v in numbers.items()}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": self.step + 1, "epoch": self.step // self.per_epoch + 1, **numbers}) + "\n")
+        self.watch.numbers(self.step + 1, numbers)
+
+    # -- epochs ------------------------------------------------------------------------------------------------
+
+    def epoch_ended(self):
+        """Asked inside the loop: was this update the last one of an epoch?"""
+        return (self.step + 1) % self.per_epoch == 0
+
+    def every(self, n):
+        """True after every n-th update (and never for n = 0), asked inside the loop."""
+        return bool(n) and (self.step + 1) % n == 0
+
+    def every_epochs(self, n):
+        """True after every n-th epoch (and never for n = 0), asked inside the loop."""
+        return bool(n) and self.epoch_ended() and ((self.step + 1) // self.per_epoch) % n == 0
+
+    @property
+    def epoch_loss(self):
+        """The mean over the updates of this epoch so far of the loss (or of `judged`, if backward() was given one); NaN when
+        all of them were skipped."""
+        return self.epoch["sum"] / self.epoch["n"] if self.epoch["n"] else math.nan
+
+    def judge(self, loss):
+        """At the end of an epoch, with its loss (training's or validation's): lower the rate on a plateau, stop early.
+        Returns whether this is the best epoch so far."""
+        self.epoch = {"sum": 0.0, "n": 0}
+        if not math.isfinite(loss):
+            return False
+        if self.cfg.lr_scheduler == "plateau":
+            self.plateau.epoch(loss)
+        self.reason = self.stopper.epoch(loss)
+        better = self.best is None or loss < self.best
+        self.best = loss if better else self.best
+        return better
+
+    # -- state -------------------------------------------------------------------------------------------------
 
     def _tensors(self):
-        names = [n for n, _ in self.net.named_parameters()]
-        tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
-        for i, state in self.opt.state_dict()["state"].items():
-            tensors |= {f"opt/{names[i]}/{k}": v for k, v in state.items()}
+        names = list(recipe.trainable(self.net))
+        tensors = {f"net/{k}": v.detach() for k, v in recipe.trainable(self.net).items()}
+        for name, p in zip(names, self.opt.param_groups[0]["params"], strict=True):
+            tensors |= {f"opt/{name}/{k}": v for k, v in self.opt.state[p].items()}
         if self.average:
             tensors |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
         return tensors
 
     def save(self):
+        if self.saved_step == self.step:
+            return
         facts = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "scaler": self.scaler.state_dict(),
-            "config": as_dict(self.cfg),
-        }
-        self.last_saved = checkpoint.save(self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit)
+            "step": self.step, "skipped": self.skipped, "bad_in_row": self.bad_in_row, "epoch": self.epoch, "best": self.best,
+            "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
+            "scaler": self.scaler.state_dict(), "world": self.world, "config": as_dict(self.cfg),
+            "versions": self.record.data["versions"], "git_commit": self.record.data["git_commit"],
+        }  # fmt: skip
+        sharded = self.cfg.parallel == "fsdp"
+        self.last_saved = checkpoint.save(
+            self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit, sharded
+        )
+        self.saved_step = self.step
 
     def resume(self):
-        """Continue from cfg.resume ("auto", a folder, or None); a changed option is named."""
+        """Continue from cfg.resume ("auto", "latest", a folder, or None); a changed option is named."""
+        self.sizes = {}
         if not self.cfg.resume:
-            if older := checkpoint.found(self.out):
-                raise UserError(
-                    f"{older[0][1]} is of an earlier run: add --resume to continue it, or take another --output-dir"
-                )
+            dist.on_main(self._fresh)
             return
         state = checkpoint.load(self.out, self.cfg.resume)
         if state is None:
-            print(f"{self.out}: no checkpoint yet, starting from the beginning", file=sys.stderr)
+            dist.say(f"{self.out}: no checkpoint yet, starting from the beginning")
+            dist.on_main(self._cut_log)
             return
-        tensors, facts = state
-        moving = {"resume", "output_dir", "max_steps", "epochs", "device", "checkpointing_steps"}
+        folder, facts = state
+        moving = {
+            "resume",
+            "output_dir",
+            "max_steps",
+            "epochs",
+            "device",
+            "checkpointing_steps",
+            "local_rank",
+            "dry_run",
+        }
         for key, old in facts["config"].items():
             new = getattr(self.cfg, key, None)
             if key not in moving and new != old:
-                print(f"note: {key} was {old!r} in the checkpoint and is {new!r} now", file=sys.stderr)
+                dist.say(f"note: {key} was {old!r} in the checkpoint and is {new!r} now")
+        self._take(folder, checkpoint.read(folder, self._like()))
+        self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] and self.scaler.is_enabled() else None
+        self.step, self.skipped, self.bad_in_row = facts["step"], facts["skipped"], facts["bad_in_row"]
+        self.epoch, self.best, self.reason, self.more = facts["epoch"], facts["best"], facts["reason"], facts["more"]
+        self.plateau.state, self.stopper.state = facts["plateau"], facts["stopper"]
+        limits = ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold")
+        if any(facts["config"].get(name) != getattr(self.cfg, name) for name in limits):
+            self.reason = None  # it may be worth going on under other limits
+        if facts["world"] != self.world:
+            dist.say(
+                f"note: the checkpoint is of {facts['world']} processes, this run has {self.world}: mind the global batch"
+            )
+        self.last_saved = folder
+        dist.on_main(self._leave_younger)
+        dist.on_main(self._cut_log)
+        dist.say(f"resumed at step {self.step}")
 
-        def part(prefix):
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    def _leave_younger(self):
+        """Checkpoints beyond the one that is continued are another branch now: out of the way of --resume auto."""
+        for step, folder in checkpoint.found(self.out):
+            if step > self.step:
+                aside = folder.with_name(f"{folder.name}.abandoned")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                dist.say(f"note: {folder.name} is younger than what is continued; it is {aside.name} now")
 
-        try:
-            self.net.load_state_dict(part("net/"))
-        except RuntimeError as e:
-            raise UserError(
-                f"the checkpoint in {self.out} is of another model: {str(e).splitlines()[-1].strip()}"
-            ) from None
-        index = {n: i for i, (n, _) in enumerate(self.net.named_parameters())}
-        optimizer = {}
-        for key, value in part("opt/").items():
-            name, _, field = key.rpartition("/")
-            optimizer.setdefault(index[name], {})[field] = value
-        self.opt.load_state_dict({"state": optimizer, "param_groups": self.opt.state_dict()["param_groups"]})
+    def _fresh(self):
+        """A new run: refuse a folder with an older run's checkpoints, unless it may be overwritten."""
+        for _, older in checkpoint.found(self.out):
+            if not self.cfg.overwrite_output_dir:
+                raise UserError(
+                    f"{older} is of an earlier run: add --resume to continue it, or take another --output-dir"
+                    " (or --overwrite-output-dir)"
+                )
+            shutil.rmtree(older)
+        if self.cfg.overwrite_output_dir:
+            for folder in (
+                "model",
+                "best_model",
+                "samples",
+                "reconstructions",
+                *(p.name for p in self.out.glob("model-epoch-*")),
+            ):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _like(self):
+        """{name: tensor} of everything a checkpoint of this run holds, before the first update has made it."""
+        like = {f"net/{k}": p.detach() for k, p in recipe.trainable(self.net).items()}
+        for k, p in recipe.trainable(self.net).items():
+            like |= {f"opt/{k}/{field}": p.detach() for field in ("exp_avg", "exp_avg_sq")}
+            like[f"opt/{k}/step"] = torch.zeros(())
         if self.average:
-            saved = part("ema/")
-            self.average.shadow = {k: saved[k].to(self.device) for k in self.average.shadow}
-        self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] else None
-        self.step, self.skipped = facts["step"], facts["skipped"]
-        self._cut_log()
-        print(f"resumed at step {self.step}", file=sys.stderr)
+            like |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
+        return like
+
+    @torch.no_grad()
+    def _take(self, folder, tensors):
+        """Put a checkpoint's tensors where they belong. Raises UserError when they are another model's."""
+        like = self._like()
+        for name, tensor in tensors.items():
+            if name not in like and not name.startswith("ema/"):
+                raise UserError(f"{folder}: is of another model: it has {name.partition('/')[2]}, this one has not")
+            if name in like and tuple(like[name].shape) != tuple(tensor.shape):
+                raise UserError(
+                    f"{folder}: is of another model: {name} is {list(tensor.shape)}, here {list(like[name].shape)}"
+                )
+        if absent := [n for n in like if n.startswith("net/") and n not in tensors]:
+            raise UserError(f"{folder}: is of another model: it lacks {absent[0].partition('/')[2]}")
+        if absent := [
+            n for n in like if n not in tensors and any(k.startswith(n.partition("/")[0] + "/") for k in tensors)
+        ]:
+            raise UserError(f"{folder}: lacks {absent[0]}")
+        for name, p in recipe.trainable(self.net).items():
+            self._put(p, tensors[f"net/{name}"])
+            if f"opt/{name}/step" in tensors:
+                state = {k: torch.empty_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                for field, value in state.items():
+                    self._put(value, tensors[f"opt/{name}/{field}"])
+                step = tensors[f"opt/{name}/step"]
+                self.opt.state[p] = {
+                    "step": dist.whole(step).to(p.device if self.cfg.parallel != "fsdp" else "cpu"),
+                    **state,
+                }
+        if self.average and not any(k.startswith("ema/") for k in tensors):
+            dist.say("note: the checkpoint has no averaged weights; the average starts from its weights")
+            self.average.shadow = {k: p.detach().clone().float() for k, p in recipe.trainable(self.net).items()}
+        elif self.average:
+            for name, value in self.average.shadow.items():
+                self._put(value, tensors[f"ema/{name}"])
+
+    def _put(self, target, value):
+        """Copy a tensor of a checkpoint into one of this run's, whole or sharded alike."""
+        if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(self.device), target.device_mesh, target.placements)
+        target.copy_(value)
 
     def _cut_log(self):
         """Drop lines of metrics.jsonl that are younger than the checkpoint: those steps are taken again."""
@@ -316,51 +642,67 @@ class Run:
         if kept != lines:
             write_bytes(log, "".join(line + "\n" for line in kept).encode())
 
-    # -- loop ------------------------------------------------------------------------------------------------
+    # -- loop --------------------------------------------------------------------------------------------------
 
     def steps(self):
-        """Update numbers from where the run stands to the total, with progress; SIGINT and SIGTERM end it after a
-        whole step, with a checkpoint (twice: at once)."""
+        """Update numbers from where the run stands to the total, or to an early stop, with progress.
+
+        SIGINT and SIGTERM, to any process, end it after a whole update with a checkpoint (twice: at once); SIGUSR1 saves
+        and goes on.
+        """
         from tqdm import tqdm
 
         def request(signum, frame):
-            if self.stop_signal:
+            if signum in self.received and signum != signal.SIGUSR1:
                 raise KeyboardInterrupt
-            self.stop_signal = signum
+            self.received.add(signum)
 
-        handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(total=self.total, initial=self.step, desc="steps", disable=quiet, file=sys.stderr)
-        started, first = time.monotonic(), self.step
-        said = started
+        handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        quiet = not (sys.stderr.isatty() and dist.is_main())
+        self.bar = tqdm(total=self.total, initial=self.step, desc="updates", disable=quiet, file=sys.stderr)
+        self.clock = said = started = time.monotonic()
+        self.rates, first = [], self.step
         try:
-            while self.step < self.total:
+            while self.step < self.total and not self.reason:
                 yield self.step
                 self.step += 1
-                bar.update()
+                self.bar.update()
                 now = time.monotonic()
-                if quiet and now - said > 30:
+                if quiet and dist.is_main() and now - said > 30:
                     rate = (self.step - first) / (now - started)
                     left = (self.total - self.step) / rate
-                    print(
-                        f"step {self.step}/{self.total}, {rate:.2f} steps/s, {left / 60:.1f} min left", file=sys.stderr
-                    )
+                    loss = f"epoch's mean loss {self.epoch_loss:.4g}, " if self.epoch["n"] else ""
+                    images = sum(self.rates) / max(len(self.rates), 1)
+                    dist.say(f"step {self.step}/{self.total}, {loss}{images:.1f} images/s, {left / 60:.1f} min left")
                     said = now
+                epochs = self.cfg.checkpoint_epochs
                 due = self.cfg.checkpointing_steps and self.step % self.cfg.checkpointing_steps == 0
-                if due or self.stop_signal:
+                due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
+                if due or self.signals:
                     self.save()
-                if self.stop_signal:
-                    raise KeyboardInterrupt if self.stop_signal == signal.SIGINT else Stopped
+                if signal.SIGUSR1 in self.signals:
+                    self.signals.discard(signal.SIGUSR1)
+                    self.received.discard(signal.SIGUSR1)
+                if self.signals:
+                    dist.on_main((self.out / "PREEMPTED").write_text, f"checkpoint-{self.step}\n")
+                    raise Stopped if signal.SIGTERM in self.signals else KeyboardInterrupt
+            if self.reason:
+                dist.say(f"{self.reason}; stopped after update {self.step}")
+                self.record.data["results"]["stopped"] = self.reason
         finally:
-            bar.close()
+            self.bar.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def every(self, n):
-        """True after every n-th update (and never for n = 0), asked inside the loop."""
-        return bool(n) and (self.step + 1) % n == 0
+    def close(self):
+        """Write run.json and leave the other processes."""
+        self.record.result("steps", self.step)
+        if self.skipped:
+            self.record.result("skipped_updates", self.skipped)
+        self.record.write()
+        self.watch.close()
+        dist.finish()
 
-    def log(self, **numbers):
-        """Append one object to metrics.jsonl."""
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": self.step + 1, **numbers}) + "\n")
+
+def _few(keys):
+    return ", ".join(map(printable, keys[:8])) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

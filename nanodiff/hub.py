@@ -40,12 +40,20 @@ COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "t
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def trained(name):
+    """A path as the user named it. `best_model.pt` stands for the folder `best_model` that our training writes in its place."""
+    path = Path(name).expanduser()
+    return (
+        path.with_suffix("") if path.suffix == ".pt" and not path.exists() and path.with_suffix("").is_dir() else path
+    )
+
+
 def resolve(model, revision=None, token=None, variant=None, skip=()):
     """A local path (file or folder) for what the user named; of a Hub repository, without the weights of the components in `skip`.
 
     Raises UserError in one line.
     """
-    path = Path(model).expanduser()
+    path = trained(model)
     if path.is_file():
         return path
     if path.is_dir():
@@ -60,6 +68,32 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
             "a folder with one component (config.json), or a Hub id org/name[@revision]"
         )
     return download(name, at or revision, token, variant, skip)
+
+
+def may_push(token):
+    """Raise UserError when a later push() cannot work: offline, or without a token."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push-to-hub: HF_HUB_OFFLINE is set; unset it, or upload the folder later")
+    if not (token or huggingface_hub.get_token()):
+        raise UserError("--push-to-hub: no token; set HF_TOKEN, or leave the flag out and upload the folder later")
+
+
+def push(folder, name, token=None, private=False):
+    """Upload a folder as the model repository `name` (org/name); returns its address. Raises UserError in one line."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=str(folder))
+    except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
+        raise UserError(
+            f"{name}: could not be uploaded, {folder} stays as it is: {printable(str(e).splitlines()[0] if str(e) else type(e).__name__)}"
+        ) from None
+    return f"https://huggingface.co/{repository}"
 
 
 def download(name, revision=None, token=None, variant=None, skip=()):

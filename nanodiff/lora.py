@@ -8,6 +8,9 @@
 Dialects: PEFT (`lora_A`), diffusers new (`lora.down`) and old (`processor.to_q_lora.down`), kohya (`lora_unet_…`, with our
 block names or sgm's or SD 3's), a PEFT folder. Names are never parsed: underscored ones are ambiguous. Instead every name that a
 dialect could give to each of *our* modules is generated, and a file's keys are looked up among those.
+
+    adapt(unet, rank=16); …train…; save_adapters("lora.safetensors", {"unet": unet})      # fp32 adapters on a frozen model
+
 alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else alpha = rank.
 
     python -m nanodiff.lora inspect FILE
@@ -356,6 +359,74 @@ def fuse(models, lora, scale=1.0, keep=True):
     """Add `lora` into the weights of `models`; returns a Fused. keep: so that it can be taken out again, at the price of
     the changed weights' memory. Not while they are at work (memory.Resident)."""
     return Fused(models, lora, scale, keep)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj",
+             "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # fmt: skip
+
+
+def adapt(model, rank=4, alpha=None, targets=ATTENTION, component="model"):
+    """Freeze `model` and put trainable adapters beside the layers whose names end with one of `targets`:
+    y = W x + alpha/rank · B (A x), A drawn as a linear layer's weights are, B zero, both in fp32 (an fp16 adapter could
+    not be unscaled). The base keeps its names; the adapters are `….lora_A.weight` and `….lora_B.weight`.
+
+    alpha: default rank. Returns the number of adapted layers. Raises UserError when no layer matches.
+    """
+    if rank < 1:
+        raise UserError(f"--lora-rank {rank} must be at least 1")
+    alpha = rank if alpha is None else alpha
+    model.requires_grad_(False)
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and any(name == t or name.endswith(f".{t}") for t in targets)
+    ]
+    if not found:
+        layers = sorted(
+            {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        )
+        raise UserError(
+            f"--lora-targets {','.join(targets)}: no layer of the {component} has such a name; it has {', '.join(layers)}"
+        )
+    for _, layer in found:
+        if isinstance(layer, nn.Conv2d):
+            layer.lora_A = nn.Conv2d(
+                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False
+            )
+            layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            layer.lora_A = nn.Linear(layer.in_features, rank, bias=False)
+            layer.lora_B = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.kaiming_uniform_(layer.lora_A.weight, a=5**0.5)
+        nn.init.zeros_(layer.lora_B.weight)
+        layer.register_forward_hook(functools.partial(_beside, alpha / rank))
+    model.lora = {"r": rank, "lora_alpha": alpha, "target_modules": [t for t in targets if _matched(t, found)]}
+    return len(found)
+
+
+def _matched(target, found):
+    return any(name == target or name.endswith(f".{target}") for name, _ in found)
+
+
+def _beside(scale, layer, args, out):
+    return out + (layer.lora_B(layer.lora_A(args[0].to(layer.lora_A.weight.dtype))) * scale).to(out.dtype)
+
+
+def save_adapters(path, models, dtype=torch.float32, states=None):
+    """Write the adapters of adapt()ed models ({component: module}) in diffusers' form, with rank and alpha in the header, as
+    its own training scripts write them. states: {component: state_dict} in place of the models' own."""
+    tensors, settings = {}, {}
+    for component, model in models.items():
+        told = model.lora
+        for name, value in (states[component] if states else model.state_dict()).items():
+            if ".lora_A." in name or ".lora_B." in name:
+                tensors[f"{component}.{name}"] = value.to(dtype)
+        settings |= {f"{component}.{k}": v for k, v in told.items()}
+    weights.save_tensors(path, tensors, {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
 
 
 def parse(text):

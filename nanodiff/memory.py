@@ -45,7 +45,7 @@ def dtype_of(module):
 
 def whole(module):
     """Are all of a model's weights there at once (not moved block by block)?"""
-    return not (hasattr(module, "resident") and module.resident.blocks)
+    return not (hasattr(module, "resident") and module.resident.blocks) and not hasattr(module, "reshard")  # FSDP's
 
 
 @contextlib.contextmanager

@@ -4,15 +4,18 @@ Diffusion: E_{x0, t, ε} w(t) ‖ f(x_t, t) - target ‖²  (Ho et al. 2020 eq. 
 divided by what the target's own scale already gives (Hang et al. 2023, arXiv 2303.09556 eq. 8-9).
 VAE: reconstruction + KL weight · KL(q(z|x) ‖ N(0, I))  (Kingma & Welling 2014 eq. 10).
 
+Generalised SNR weighting (`min_snr`): whatever is predicted, the error in x0 weighs min(SNR, γ); γ = ∞ is plain ε-loss.
+
 Every random draw is a function of (seed, global index of the sample), so the same samples are drawn in every run,
 on any number of processes, and a resumed run continues the stream exactly.
 """
 
 import hashlib
+import math
 
 import torch
 
-STREAMS = ("timestep", "noise", "dropout", "posterior", "order", "flip", "sample")
+STREAMS = ("timestep", "noise", "dropout", "posterior", "offset", "caption", "sample")
 
 
 def generator(seed, stream, index):
@@ -28,17 +31,27 @@ def draw(seed, stream, indices, make):
     return torch.stack([make(generator(seed, stream, i)) for i in indices])
 
 
-def timesteps(schedule, seed, indices, logit_normal=False):
-    """One timestep per sample [B]: uniform, or for flow matching σ = sigmoid(N(0, 1)) (Esser et al. 2024 eq. 19)."""
-    if schedule.flow:
-        u = draw(
-            seed,
-            "timestep",
-            indices,
-            lambda g: torch.randn((), generator=g).sigmoid() if logit_normal else torch.rand((), generator=g),
-        )
-        return u * schedule.T
-    return draw(seed, "timestep", indices, lambda g: torch.randint(schedule.T, (), generator=g))
+def timesteps(schedule, seed, indices, sampling="uniform", mean=0.0, std=1.0, shift=1.0):
+    """One timestep per sample [B]: uniform; for flow matching t = 1000·σ, with σ uniform or sigmoid(N(mean, std²))
+    (Esser et al. 2024 eq. 19), then shifted towards noise, σ' = shift·σ / (1 + (shift-1)·σ) (eq. 23)."""
+    if not schedule.flow:
+        return draw(seed, "timestep", indices, lambda g: torch.randint(schedule.T, (), generator=g))
+    if sampling == "logit_normal":
+        u = draw(seed, "timestep", indices, lambda g: (mean + std * torch.randn((), generator=g)).sigmoid())
+    else:
+        u = draw(seed, "timestep", indices, lambda g: torch.rand((), generator=g))
+    u = shift * u / (1 + (shift - 1) * u)
+    return u.clamp(1e-5, 1 - 1e-5) * schedule.T  # at exactly 0 or 1 the ratio of signal and noise has no value
+
+
+def offset(noise, strength, seed, indices):
+    """Noise with a part that is the same for all places of a channel, so that a model learns to change the overall
+    brightness (Guttenberg 2023, "Diffusion with offset noise"): noise + strength · N(0, 1) of shape [B, C, 1, 1]."""
+    if not strength:
+        return noise
+    return noise + strength * draw(
+        seed, "offset", indices, lambda g: torch.randn((noise.shape[1], 1, 1), generator=g)
+    ).to(noise)
 
 
 def weight(schedule, t, min_snr=None):
@@ -65,15 +78,28 @@ def diffusion(model, schedule, x0, noise, t, min_snr=None):
 
 
 def kl(mean, logvar):
-    """KL(N(mean, exp(logvar)) ‖ N(0, I)) of each sample, summed over its dimensions: [B]."""
-    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+    """KL(N(mean, exp(logvar)) ‖ N(0, I)) of each sample and channel in nats, summed over places: [B, C]."""
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).flatten(2).sum(2)
 
 
-def vae(model, pixels, noise, kl_weight, l1=True):
-    """(loss, parts) of an AutoencoderKL: mean absolute (or squared) error per value + kl_weight · KL per value."""
-    mean, logvar = model.encode_moments(pixels)
-    reconstruction = model.decode_raw(mean + (0.5 * logvar).exp() * noise)
-    error = (reconstruction.float() - pixels.float()).abs() if l1 else (reconstruction.float() - pixels.float()).pow(2)
-    divergence = kl(mean.float(), logvar.float()).mean() / pixels[0].numel()
-    loss = error.mean() + kl_weight * divergence
-    return loss, {"reconstruction": error.detach().mean(), "kl": divergence.detach()}
+def vae(model, pixels, noise, kl_weight, l1=True, free_bits=0.0):
+    """(loss, parts, reconstruction): mean absolute (or squared) error per value + kl_weight · KL in nats per value, so
+    that kl_weight 1 is the evidence lower bound of a Laplace (Gaussian) likelihood up to constants.
+
+    model(pixels, noise) -> (reconstruction, mean, logvar). free_bits: nats of each channel that cost nothing (Kingma et al.
+    2016, arXiv 1606.04934 eq. 15, per sample). parts: reconstruction, kl (nats a picture, without the gift).
+    """
+    reconstruction, mean, logvar = model(pixels, noise)
+    error = reconstruction.float() - pixels.float()
+    error = error.abs() if l1 else error.pow(2)
+    nats = kl(mean.float(), logvar.float())
+    charged = nats.clamp(min=free_bits) if free_bits else nats
+    loss = error.mean() + kl_weight * charged.sum(1).mean() / pixels[0].numel()
+    return loss, {"reconstruction": error.mean().detach(), "kl": nats.sum(1).mean().detach()}, reconstruction
+
+
+def steered(scale, nats, target, speed=0.02):
+    """The next factor on the KL weight: it grows while the KL is above `target` nats and falls while it is below, by at
+    most `speed` an update (a proportional controller in the log, as in Shao et al. 2020, ControlVAE, arXiv 2004.05988)."""
+    push = max(-1.0, min(1.0, nats / target - 1))
+    return min(max(scale * math.exp(speed * push), 1e-6), 1e6)

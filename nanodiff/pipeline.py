@@ -22,11 +22,15 @@ import torch.nn.functional as F
 from nanodiff import cudagraph, memory, onednn, prompt, quantize, samplers, singlefile, sources, weights
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.labels import LabelEncoder
 from nanodiff.schedule import Schedule
 from nanodiff.sources import BUILDERS, Folder, source
-from nanodiff.tokenizer import CLIPTokenizer, T5Tokenizer
+from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer
 
 CACHE_BYTES = 1 << 30  # encoded prompts that are kept, in host memory
+SAMPLING = (
+    "_sampling"  # in model_index.json: the steps and guidance that a model of ours was trained to be sampled with
+)
 GROUP = 32  # prompts that are encoded at a time
 
 
@@ -116,7 +120,7 @@ def load(
     encoders = [modules.get(n) for n in family.encoder_names]
     raw, where = src.scheduler()
     sd = family(denoiser, vae, encoders, tokenizers, Schedule.from_config(raw, where=where), name=str(name or model))
-    sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool)}
+    sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool) or k == SAMPLING}
     return sd.with_scheduler(scheduler)
 
 
@@ -138,7 +142,7 @@ def convert(model, target, allow_pickle=False, components=None, prediction_type=
 def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
     """[memory.Stage] of a run, predicted on the meta device."""
     family, stages = FAMILIES[src.kind], []
-    meta = {n: weights.skeleton(BUILDERS[n], src.config(n)) for n in BUILDERS if n in src.parts}
+    meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in BUILDERS if n in src.parts}
     if not with_t5:
         meta.pop("text_encoder_3", None)
     vae, net = meta.get("vae"), meta[family.denoiser_name]
@@ -279,6 +283,17 @@ class Pipeline:
 
     turbo_steps = 1
 
+    @property
+    def unconditional(self):
+        """Does it draw without being told what?"""
+        encoder = self.encoders[0]
+        return isinstance(encoder, LabelEncoder) and not encoder.cfg.labels
+
+    def sampling(self, name):
+        """ "steps" or "guidance_scale" that the model's folder asks for, or None."""
+        value = (self.index.get(SAMPLING) or {}).get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e5 else None
+
     def models(self):
         """{component name: module} of everything that is loaded."""
         named = {
@@ -302,8 +317,9 @@ class Pipeline:
         other.packs, other.replays = self.packs, self.replays
         return other
 
-    def save(self, folder, dtype=None):
-        """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler."""
+    def save(self, folder, dtype=None, states=None):
+        """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler. states: {component: state_dict} in
+        place of the components' own."""
         folder = Path(folder)
         index = {"_class_name": self.class_name, "_diffusers_version": "0.31.0", **self.index}
         if self.class_name == "StableDiffusionPipeline":
@@ -320,10 +336,13 @@ class Pipeline:
                 onednn.undo(module)
                 library = "transformers" if name.startswith("text") else "diffusers"
                 index[name] = [library, module.class_name]
-                weights.save(module, folder / name, dtype)
+                weights.save(module, folder / name, dtype, (states or {}).get(name))
         index |= {name: [None, None] for name in self.tokenizer_names[len(self.tokenizers) :]}
         for name, tokenizer in zip(self.tokenizer_names, self.tokenizers, strict=False):
-            index[name] = ["transformers", "T5TokenizerFast" if isinstance(tokenizer, T5Tokenizer) else "CLIPTokenizer"]
+            kind = {T5Tokenizer: "T5TokenizerFast", LabelTokenizer: "LabelTokenizer"}.get(
+                type(tokenizer), "CLIPTokenizer"
+            )
+            index[name] = ["transformers", kind]
             tokenizer.save(folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         weights.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_json())
@@ -331,7 +350,12 @@ class Pipeline:
 
     def _for_cpu(self, module, pack):
         """Prepare a module for a CPU, if that is where it stays and it is not compiled."""
-        stays = module is not None and self.device.type == "cpu" and not hasattr(module, "resident")
+        stays = (
+            module is not None
+            and self.device.type == "cpu"
+            and memory.whole(module)
+            and not hasattr(module, "resident")
+        )
         if stays and module._compiled_call_impl is None:
             onednn.prepare(module, pack)
 
@@ -380,6 +404,8 @@ class Pipeline:
         if not long_prompts:
             return 1
         clips = [t for t in self.tokenizers if isinstance(t, CLIPTokenizer)]
+        if not clips:
+            return 1
         texts = _per_encoder(texts, len(self.encoder_names))
         return max(len(prompt.chunks(t, text, True, weighted)) for t, text in zip(clips, texts, strict=False))
 
@@ -407,6 +433,9 @@ class Pipeline:
     def clip(self, i, texts, clip_skip, long_prompts, weighted):
         """What CLIP encoder i makes of texts: (states [B, S, D], pooled [B, P])."""
         tokenizer = self.tokenizers[i]
+        if isinstance(tokenizer, LabelTokenizer):
+            states, pooled = self.encoders[i](torch.tensor(tokenizer(texts), device=self.device))
+            return self.pick(i, clip_skip)(states), pooled
         if not long_prompts:
             for text in dict.fromkeys(texts):
                 prompt.warn_cut(tokenizer, text, tokenizer.length - 2, f"{tokenizer.length - 2} tokens", weighted)
@@ -478,6 +507,10 @@ class Pipeline:
         """f(x, t): the denoiser's prediction for the condition `text`, whose keys and values are computed once."""
         kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
         return lambda x, t: self.net(x, t, kvs)
+
+    def denoise(self, net, x, t, states, pooled):
+        """One call of the denoiser, or of what training put in its place, without guidance."""
+        return net(x, t, states)
 
     def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=()):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
@@ -660,7 +693,10 @@ class Pipeline:
             raise UserError(f"--skip-layers: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
 
     def check_size(self, height, width):
-        """Raise UserError for pictures that are too large for the model."""
+        """Raise UserError for pictures that are too large for the model, or not of its only size."""
+        only = getattr(self.vae.cfg, "fixed_size", None) if self.vae else None
+        if only and (height, width) != (only, only):
+            raise UserError(f"--height and --width: this model's VAE makes {only}x{only} pictures only")
 
     def size_ids(self, n, height, width, sizes):
         """SDXL's size condition; None for the others."""
@@ -691,6 +727,34 @@ class Pipeline:
         # at full strength nothing of the picture is kept under the mask
         begun = samplers.begin(self.schedule, steps, first, None if strength == 1 else clean, start, **shift)
         return begun, start, known
+
+
+class Joint(Pipeline):
+    """An MMDiT of ours with one text encoder, as train.py makes it: the parts are those of SD 3, the text is one CLIP's
+    (or a label), its last layer normed, with its pooled projection."""
+
+    class_name = "NanodiffMMDiTPipeline"
+    denoiser_name = "transformer"
+    half, keeps_size = torch.bfloat16, False
+    multiple = property(lambda self: self.downscale * self.net.cfg.patch_size)
+
+    def check_fit(self):
+        self.check_latents()
+        text = self.encoders[0].cfg
+        if not text.with_projection:
+            raise UserError("text_encoder: has no text_projection, which an MMDiT needs")
+        self.check_text(self.net.cfg.joint_attention_dim, text.hidden_size)
+        self.check_text(self.net.cfg.pooled_projection_dim, text.projection_dim, "pooled text")
+        self.check_tokenizers()
+
+    def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
+        return Text(*self.clip(0, [t[0] for t in texts], clip_skip, long_prompts, weighted))
+
+    def predictor(self, text, sizes, guided):
+        return lambda x, t: self.net(x, t, text.states, text.pooled)
+
+    def denoise(self, net, x, t, states, pooled):
+        return net(x, t, states, pooled)
 
 
 class SDXL(Pipeline):
@@ -754,6 +818,11 @@ class SDXL(Pipeline):
         n = len(text.states) // (2 if guided else 1)
         ids = sizes.repeat_interleave(n, dim=0) if guided else sizes[1:].repeat(n, 1)
         return lambda x, t: self.net(x, t, kvs, (text.pooled, ids))
+
+    def denoise(self, net, x, t, states, pooled):
+        """The sizes are the picture's own, uncropped."""
+        height, width = (s * self.downscale for s in x.shape[-2:])
+        return net(x, t, states, (pooled, self.size_ids(1, height, width, None)[1:].expand(len(x), -1)))
 
     def vae_dtype(self):
         """SDXL's own VAE overflows in fp16 (`force_upcast`), so it is not even tried there."""
@@ -829,6 +898,9 @@ class SD3(Pipeline):
     def predictor(self, text, sizes, guided):
         return lambda x, t: self.net(x, t, text.states, text.pooled)
 
+    def denoise(self, net, x, t, states, pooled):
+        return net(x, t, states, pooled)
+
     def first_step(self, steps, strength):
         return int(max(steps - min(steps * strength, steps), 0))  # without SD 1's inner int(), as in diffusers
 
@@ -846,7 +918,10 @@ class SkipLayers(NamedTuple):
         return n * self.start < i < n * self.stop
 
 
-FAMILIES = {kind: {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3}[family] for kind, family in sources.FAMILIES.items()}
+FAMILIES = {
+    kind: {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3, "MMDiT": Joint}[family]
+    for kind, family in sources.FAMILIES.items()
+}
 
 
 def is_turbo(raw, name):

@@ -347,12 +347,15 @@ class Known:
         raw = self.configs[name] | ({"sample_size": self.side} if self.side and name == "unet" else {})
         return self.builders[name].Config.from_json(raw, name)
 
+    def builder(self, name):
+        return self.builders[name]
+
 
 class Single:
     """A single-file checkpoint as a source of parts, like a Hub folder. `rest`: a source for what the file lacks."""
 
     def __init__(self, path, builders, rest=None, prediction_type=None, allow_pickle=False):
-        self.path, self.builders, self.rest = Path(path), builders, rest
+        self.path, self.builders, self.rest, self.builder = Path(path), builders, rest, builders.__getitem__
         self.state = None
         if self.path.suffix in weights.PICKLES:
             if not allow_pickle:

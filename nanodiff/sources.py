@@ -11,22 +11,24 @@ from pathlib import Path
 from nanodiff import hub, singlefile, weights
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.flatvae import FlatVAE
+from nanodiff.models.labels import LabelEncoder
 from nanodiff.models.mmdit import SD3Transformer2DModel
 from nanodiff.models.t5 import T5EncoderModel
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.tokenizer import CLIPTokenizer, T5Tokenizer
+from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer
 
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
 CLASSES = {  # what model_index.json may name; everything else there is optional (safety checker) or unsupported
     "unet": ("UNet2DConditionModel",),
     "transformer": ("SD3Transformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": CLIP,
+    "vae": ("AutoencoderKL", "FlatVAE"),
+    "text_encoder": (*CLIP, "LabelEncoder"),
     "text_encoder_2": CLIP,
     "text_encoder_3": ("T5EncoderModel",),
-    "tokenizer": CLIP_TOKENIZER,
+    "tokenizer": (*CLIP_TOKENIZER, "LabelTokenizer"),
     "tokenizer_2": CLIP_TOKENIZER,
     "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
 }
@@ -38,6 +40,7 @@ BUILDERS = {
     "text_encoder_2": CLIPTextModel,
     "text_encoder_3": T5EncoderModel,
 }
+OWN = {"FlatVAE": FlatVAE, "LabelEncoder": LabelEncoder}  # classes of ours that no Hub model has
 RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
     "CompVis/stable-diffusion-v1-4": "SD 1",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
@@ -62,11 +65,13 @@ FAMILIES = {  # what model_index.json calls a pipeline -> the family whose class
     "StableDiffusion3Pipeline": "SD3",
     "StableDiffusion3Img2ImgPipeline": "SD3",
     "StableDiffusion3InpaintPipeline": "SD3",
+    "NanodiffMMDiTPipeline": "MMDiT",
 }
 REQUIRED = {  # components without which a family cannot run
     "SD": ("unet", "text_encoder", "tokenizer"),
     "SDXL": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     "SD3": ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "MMDiT": ("transformer", "text_encoder", "tokenizer"),
 }
 
 
@@ -104,9 +109,14 @@ class Folder:
     def folder(self, name):
         return self.path / name
 
+    def builder(self, name):
+        """The class of a component."""
+        entry = self.index.get(name)
+        return OWN.get(entry[1] if isinstance(entry, list) else None, BUILDERS[name])
+
     def config(self, name):
         path = self.folder(name) / "config.json"
-        return BUILDERS[name].Config.from_json(read_json(path), str(path))
+        return self.builder(name).Config.from_json(read_json(path), str(path))
 
     def check_there(self, name):
         """Raise UserError when a part that SD 3 could do without is missing."""
@@ -115,10 +125,12 @@ class Folder:
 
     def module(self, name, dtype, device):
         self.check_there(name)
-        return weights.load(BUILDERS[name], self.folder(name), dtype, device, self.variant)
+        return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant)
 
     def tokenizer(self, name):
         self.check_there(name)
+        if self.index[name][1] == "LabelTokenizer":
+            return LabelTokenizer.load(self.path / name)
         return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
 
     def scheduler(self):
@@ -175,6 +187,37 @@ def source(
             raise UserError(f"--components is for single files and single components; {path} is a whole pipeline")
         return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
     return singlefile.Single(path, BUILDERS, rest, prediction_type, allow_pickle)
+
+
+def load_vae(path, dtype, device):
+    """The VAE in a component folder (or in the `vae` of a pipeline's folder), of whichever class its config.json names."""
+    path = hub.trained(path)
+    path = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: VAE checkpoint not found (a folder with config.json and its weights)")
+    kind = read_json(path / "config.json").get("_class_name", "AutoencoderKL")
+    if kind not in CLASSES["vae"]:
+        raise UserError(f"{path}: {kind!r} is no VAE (only {', '.join(CLASSES['vae'])})")
+    return weights.load(OWN.get(kind, AutoencoderKL), path, dtype, device)
+
+
+def load_text(path, dtype, device, projection=False):
+    """(encoder, tokenizer) of a CLIP text encoder: a whole CLIP's folder, a pipeline's, or the encoder's own. Raises UserError
+    when a projection is wanted and not there."""
+    path = Path(path)
+    inside = (path / "text_encoder").is_dir()
+    folder = path / "text_encoder" if inside else path
+    raw, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if isinstance(raw.get("text_config"), dict):  # both towers in one file
+        inner = {k: v for k, v in raw["text_config"].items() if k in CLIPTextModel.Config.__dataclass_fields__}
+        raw = inner | {"projection_dim": raw.get("projection_dim", 512)}
+        raw |= {"architectures": ["CLIPTextModelWithProjection"]} if projection else {}
+    cfg = CLIPTextModel.Config.from_json(raw, where)
+    if projection and not cfg.with_projection:
+        raise UserError(f"{folder}: has no text_projection, which an MMDiT needs")
+    tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path)
+    unwanted = () if cfg.with_projection else ("text_projection",)
+    return weights.load(CLIPTextModel, folder, dtype, device, cfg=cfg, without=unwanted), tokenizer
 
 
 def configs(model, *args, **options):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from nanodiff.config import JSON_SIZE_LIMIT, UserError, printable, read_json
+from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_json
 from nanodiff.weights import write_bytes, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -99,6 +99,33 @@ class CLIPTokenizer:
         return b"".join(b" " if c == " " else bytes([table[c]]) if c in table else c.encode() for c in text).decode(
             "utf-8", errors="replace"
         )
+
+
+class LabelTokenizer:
+    """tok(["cat"]) -> ids [[3]]: the place of a class label in the list, from 1; "" is 0, no label."""
+
+    length = 1
+
+    def __init__(self, labels):
+        self.labels = tuple(labels)
+
+    @classmethod
+    def load(cls, folder):
+        labels = read_json(Path(folder) / "labels.json").get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise UserError(f"{folder}/labels.json: no list of labels")
+        return cls(labels)
+
+    def save(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "labels.json", {"labels": list(self.labels)})
+
+    def __call__(self, texts):
+        for text in texts:
+            if text and text not in self.labels:
+                known = f"; it knows {', '.join(map(printable, self.labels[:8]))}" if self.labels else "; it knows none"
+                raise UserError(f"{printable(text)!r} is no label of this model{known}{nearest(text, self.labels)}")
+        return [[self.labels.index(text) + 1 if text else 0] for text in texts]
 
 
 class T5Tokenizer:

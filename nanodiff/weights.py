@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from nanodiff.config import UserError, nearest, printable, read_json, tool
 
@@ -42,6 +41,7 @@ RENAMES = {
     "CLIPTextModel": [
         (r"^(.*\.)?position_ids$", None),  # a constant 0..76 that old transformers stored
         (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # transformers >= 5.6
+        (r"^(vision_model|visual_projection|logit_scale)\b", None),  # the other tower of a whole CLIP
     ],
 }
 RENAMES["T5EncoderModel"] = [
@@ -52,6 +52,7 @@ RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+ORDER = ("BOOL", "U8", "F16", "BF16", "I32", "F32", "F64", "I64")  # of types in a file, last first
 STORED = {  # names of the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,
@@ -225,10 +226,11 @@ def skeleton(cls, cfg):
         return cls(cfg)
 
 
-def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
+def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=()):
     """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
 
-    dtype: torch dtype, None keeps the stored one. Each tensor goes from the file straight to its final type and device.
+    dtype: torch dtype, None keeps the stored one. without: parts of the file that are not wanted, by the first word of their
+    names. Each tensor goes from the file straight to its final type and device.
     """
     folder = Path(folder)
     if torch.device(device).type == "cpu":
@@ -239,7 +241,7 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None):
     _check_depth(cfg, shapes, folder)
     model = skeleton(cls, cfg)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    names = {k: renamed(k, model.class_name) for k in shapes}
+    names = {k: None if k.split(".")[0] in without else renamed(k, model.class_name) for k in shapes}
     check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
     state = read_all(paths, names, expected, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
@@ -262,11 +264,13 @@ def read_all(paths, names, shapes, dtype, device):
         mapped = open_file(path)
         for key, entry in table.items():
             name = names[key]
+            if not name:
+                continue
             # fp16 is only stored on a CPU, so it needs no layout to compute in
             as_stored = dtype is None or (dtype == stored[key] and (len(shapes[name]) != 4 or dtype == torch.float16))
-            if name and device.type == "cpu" and as_stored:
+            if device.type == "cpu" and as_stored:
                 state[name] = mapped.get_tensor(key).reshape(shapes[name])
-            elif name:
+            else:
                 first, last = entry["data_offsets"]
                 jobs.append((path, start + first, last - first, stored[key], name))
     place = _allocate([(name, shapes[name], dtype or kind) for _, _, _, kind, name in jobs], device)
@@ -360,7 +364,12 @@ def load_pickle(path, inside="state_dict"):
 
 
 def write_bytes(path, data):
-    """Write a file so that a reader sees the old one or the new one, never half of it; mode by umask.
+    """Write a file of these bytes. See write_file()."""
+    write_file(path, lambda f: f.write(data))
+
+
+def write_file(path, write):
+    """write(f) a file so that a reader sees the old one or the new one, never half of it; mode by umask.
 
     Temporary file, fsync, rename. A destination that exists and is no regular file (a device, a folder) is refused.
     """
@@ -371,7 +380,7 @@ def write_bytes(path, data):
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp, "wb") as f:
-            f.write(data)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -386,9 +395,32 @@ def write_json(path, value):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """{name: tensor} -> a safetensors file. The new file replaces the old one, so a mapped file stays intact."""
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-    write_bytes(path, to_bytes(tensors, {"format": "pt"} | (metadata or {})))
+    """{name: tensor} -> a safetensors file, the bytes that safetensors' own writer makes (metadata sorted), but tensor by tensor, so that the
+    file is never in memory as a whole. The new file replaces the old one, so a mapped file stays intact."""
+    kinds = {dtype: name for name, dtype in STORED.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in kinds:
+            raise UserError(f"{path}: {printable(name)}: tensors of {tensor.dtype} are not written")
+    order = sorted(tensors, key=lambda k: (-ORDER.index(kinds[tensors[k].dtype]), k))
+    header, end = {"__metadata__": dict(sorted(({"format": "pt"} | (metadata or {})).items()))}, 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {
+            "dtype": kinds[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            if flat.numel():
+                f.write(flat.view(torch.uint8).numpy().data)
+
+    write_file(path, write)
 
 
 def load_tensors(path):
@@ -397,8 +429,8 @@ def load_tensors(path):
     return {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
 
 
-def save(model, folder, dtype=None):
-    """A model as a Hub component folder: config.json and one safetensors file."""
+def save(model, folder, dtype=None, state=None):
+    """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict()."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
@@ -406,7 +438,7 @@ def save(model, folder, dtype=None):
         folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
     )
     stem = STEMS[1] if model.class_name.startswith(("CLIP", "T5")) else STEMS[0]  # transformers' and diffusers'
-    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
+    state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
 
 

@@ -129,26 +129,129 @@ def test_truncated_tar(tmp_path):
         data.load(path)
 
 
-def test_order_is_a_function_of_seed_and_index():
-    whole = data.order(10, 7, 0, 35)
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10)) and whole[:10] != whole[10:20]
-    assert data.order(10, 7, 12, 9) == whole[12:21]
-    assert data.order(10, 8, 0, 10) != whole[:10]
-
-
 def test_pictures_are_fitted_and_kept(tmp_path):
     folder(tmp_path, ["a.png"])
     pictures = data.Pictures(data.load(tmp_path, captions=False), 4)
-    batch = pictures.batch([0, 0], [False, True])
+    batch = pictures.batch([0, 0])
     assert batch.shape == (2, 3, 4, 4) and batch.min() >= -1 and 0 in pictures.kept
 
 
-def test_flip_mirrors_left_to_right(tmp_path):
-    image = Image.new("RGB", (4, 4), "black")
-    image.putpixel((0, 0), (255, 255, 255))
-    image.save(tmp_path / "a.png")
-    plain, flipped = data.Pictures(data.load(tmp_path, captions=False), 4).batch([0, 0], [False, True])
-    assert plain[0, 0, 0] == 1 and flipped[0, 0, 3] == 1 and flipped[0, 0, 0] == -1
+def test_metadata_csv_and_several_captions(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\na.png,"one, two"\nb.png,B\n', encoding="utf-8")
+    assert data.load(tmp_path).captions == ["one, two", "B"]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["A1", " ", "A2"], "b.png": "B"}))
+    assert data.load(tmp_path).texts == [("A1", "A2"), ("B",)]
+
+
+def test_labels_are_folders(tmp_path):
+    folder(tmp_path, ["cat/a.png", "dog/deep/b.png", "c.png"])
+    got = data.load(tmp_path, captions=False)
+    assert dict(zip(got.keys, got.labels, strict=True)) == {"cat/a.png": "cat", "dog/deep/b.png": "dog", "c.png": None}
+
+
+def test_columns_by_name(tmp_path):
+    """S1-04: both columns are honoured, and a wrong one is named with those that are there."""
+    folder(tmp_path, ["a.png", "b.png"])
+    rows = [{"picture": f"{n}.png", "file_name": "other.png", "words": n.upper(), "text": "wrong"} for n in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert data.load(tmp_path, image_column="picture", caption_column="words").captions == ["A", "B"]
+    with pytest.raises(UserError, match=r"no word; it has picture, file_name, words, text \(--caption-column\)"):
+        data.load(tmp_path, image_column="picture", caption_column="word")
+
+
+def test_csv_table_with_names_without_suffix(tmp_path):
+    """The food data set's form: Image_Name has no suffix, the pictures are in a folder beside the table."""
+    folder(tmp_path / "Food Images", ["green-soup.jpg", "pie.png"])
+    (tmp_path / "food.csv").write_text("id,Title,Image_Name\n1,Green soup,green-soup\n2,Apple pie,pie\n")
+    got = data.load(tmp_path / "food.csv")
+    assert got.captions == ["Green soup", "Apple pie"] and got.image(0).size == (6, 6)
+    (tmp_path / "food.csv").write_text("Title,Image_Name\nX,none\nApple pie,pie\n")
+    with pytest.raises(UserError, match="1 captions name a picture that is not there: none"):
+        data.load(tmp_path / "food.csv")
+    assert data.load(tmp_path / "food.csv", skip=True).captions == ["Apple pie"]
+    (tmp_path / "food.csv").write_text("Name,Image\nX,pie\n")
+    with pytest.raises(UserError, match=r"food.csv: no column .*; it has Name, Image \(--image-column\)"):
+        data.load(tmp_path / "food.csv")
+
+
+def test_coco_annotations(tmp_path):
+    folder(tmp_path / "val", ["1.jpg", "2.jpg"])
+    notes = {"images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
+             "annotations": [{"image_id": 7, "caption": "A"}, {"image_id": 8, "caption": "B"}, {"image_id": 7, "caption": "A2"}]}  # fmt: skip
+    (tmp_path / "captions_val.json").write_text(json.dumps(notes))
+    assert data.load(tmp_path / "captions_val.json").texts == [("A", "A2"), ("B",)]
+    notes["annotations"].append({"image_id": 9, "caption": "?"})
+    (tmp_path / "captions_val.json").write_text(json.dumps(notes))
+    with pytest.raises(UserError, match="1 annotations are of pictures that are not in it"):
+        data.load(tmp_path / "captions_val.json")
+
+
+def test_a_link_out_of_the_data_folder_is_refused(tmp_path):
+    folder(tmp_path / "out", ["secret.png"])
+    root = folder(tmp_path / "in", ["a.png"])
+    (root / "link.png").symlink_to(tmp_path / "out" / "secret.png")
+    (root / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "A"}\n{"file_name": "link.png", "text": "B"}\n'
+    )
+    with pytest.raises(UserError, match="outside the data folder"):
+        data.load(root)
+
+
+def test_pictures_without_captions_may_be_skipped(tmp_path, capsys):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_text("A")
+    assert data.load(tmp_path, skip=True).keys == ["a.png"] and "left out: b.png" in capsys.readouterr().err
+
+
+def test_shards_with_json_and_labels(tmp_path):
+    tar(tmp_path / "s.tar", [("1.png", png()), ("1.json", b'{"caption": ["A", "B"]}'), ("1.cls", b"cat\n"),
+                             ("2.png", png()), ("2.txt", b"C")])  # fmt: skip
+    got = data.load(tmp_path / "s.tar")
+    assert got.texts == [("A", "B"), ("C",)] and got.labels == ["cat", None]
+
+
+def test_tables(tmp_path):
+    """A Hub data set's parquet and arrow files: rows of encoded pictures and captions."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": png(c), "path": None} for c in ("red", "blue", "lime")]
+    table = pa.table({"image": rows, "text": ["R", "B", "L"]})
+    pq.write_table(table, tmp_path / "data-00000.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "data-00000.parquet", tmp_path / "data.arrow"):
+        got = data.load(path)
+        assert got.captions == ["R", "B", "L"] and got.image(2).getpixel((0, 0)) == (0, 255, 0)
+    (tmp_path / "data.arrow").unlink()
+    assert len(data.load(tmp_path)) == 3
+
+
+def test_tables_without_pyarrow_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"needs pyarrow; pip install .*extra `parquet`"):
+        data.load(tmp_path / "x.parquet")
+
+
+def test_pack_round_trip(tmp_path):
+    root = folder(tmp_path / "in", ["cat/a.png", "dog/b.jpg"])
+    (root / "captions.json").write_text(json.dumps({"cat/a.png": ["A", "A2"], "dog/b.jpg": "B"}))
+    done = run("-m", "nanodiff.data", "pack", root, tmp_path / "x.tar")
+    assert done.returncode == 0, done.stderr
+    before, after = data.load(root), data.load(tmp_path / "x.tar")
+    assert after.texts == before.texts and after.labels == before.labels
+    assert [after.data(i) for i in range(2)] == [before.data(i) for i in range(2)], "the encoded bytes, not made again"
+
+
+def test_captions_of_strange_bytes(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfBOM\0 here\r\n")
+    (tmp_path / "b.txt").write_bytes(b"x" * (1 << 20))
+    got = data.load(tmp_path)
+    assert got.captions[0] == "BOM here" and len(got.captions[1]) == data.CAPTION_LIMIT
 
 
 def test_check_tool(tmp_path):

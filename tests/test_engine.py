@@ -1,13 +1,16 @@
 """Runs: learning rate, EMA, non-finite gradients, resume bit for bit, records."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from nanodiff import engine
+from nanodiff import checkpoint, engine
 from nanodiff.config import UserError
 
 
@@ -19,34 +22,80 @@ class Config:
     mixed_precision: str = "no"
     lr: float = 0.01
     lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 2
+    lr_warmup_steps: float = 2
+    lr_min: float = 0.0
+    lr_cycles: int = 1
+    lr_power: float = 1.0
+    lr_first_cycle: int = 1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    grad_accum: int = 2
+    max_steps: int = 10
+    epochs: int = 1
+    ema: bool = True
+    ema_decay: float = 0.9
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
     resume: str | None = None
     checkpointing_steps: int = 3
+    checkpoint_epochs: int = 0
     checkpoints_total_limit: int | None = None
+    overwrite_output_dir: bool = False
+    parallel: str = "ddp"
+    gradient_checkpointing: bool = False
+    dist_timeout: int = 20
+    log_every: int = 1
+    report_to: str = "none"
+    early_stopping_patience: int = 0
+    early_stopping_delta: float = 0.0
+    oscillation_window: int = 0
+    oscillation_threshold: float = 0.0
     token: str = "secret-token"
     kernels: str = "torch"
 
 
-def train(out, total=10, stop=None, resume=None, poison=None, **more):
-    """A small regression with EMA and accumulation; returns (net, run)."""
-    run = engine.Run(Config(str(out), resume=resume, **more), total)
+class Micro(NamedTuple):
+    """What engine.Run wants to know of a micro-batch."""
+
+    x: torch.Tensor
+    weight: float = 0.5
+    count: int = 8
+    last: bool = True
+    keys: tuple = ("a.png", "b.png")
+    waited: float = 0.0
+
+
+def start(out, resume=None, net=None, per_epoch=4, **more):
+    run = engine.Run(Config(str(out), resume=resume, **more))
     torch.manual_seed(0)
-    net, _opt = run.trainable(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), 0.01)
-    run.ema(net, 0.9)
+    calls = run.trainable({"net": net or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))})
+    run.schedule(per_epoch)
     run.resume()
+    return run, calls["net"]
+
+
+def train(out, total=10, stop=None, resume=None, poison=None, loss=None, **more):
+    """A small regression with EMA and accumulation; returns (net, run)."""
+    run, net = start(out, resume, max_steps=total, **more)
     for step in run.steps():
         for micro in range(2):
             g = torch.Generator().manual_seed(1000 * step + micro)
             x = torch.randn(8, 4, generator=g)
             x = x * float("nan") if step == poison else x
-            run.backward((net(x) - x.sum(1, keepdim=True)).pow(2).mean())
+            batch = Micro(x, last=micro == 1)
+            with run.forward(batch):
+                value = (net(x) - x.sum(1, keepdim=True)).pow(2).mean()
+            run.backward(value, batch)
         run.update()
+        if run.epoch_ended():
+            run.judge(run.epoch_loss if loss is None else loss)
         if step == stop:
             run.step += 1
             run.save()
             break
+    run.lock.close()
     return net, run
 
 
@@ -87,12 +136,10 @@ def test_non_finite_gradients_are_skipped_counted_and_said(tmp_path, capsys):
 
 
 def test_too_many_non_finite_gradients_stop(tmp_path):
-    run = engine.Run(Config(str(tmp_path)), 100)
-    net, _ = run.trainable(nn.Linear(1, 1), 0.1)
-    run.ema(net, 0)
-    with pytest.raises(UserError, match="10 non-finite"):
+    run, net = start(tmp_path, max_steps=100, net=nn.Linear(1, 1))
+    with pytest.raises(UserError, match=r"10 non-finite .*a\.png, b\.png; last good checkpoint: .*checkpoint-9"):
         for _ in run.steps():
-            run.backward(net(torch.tensor([[float("inf")]])).sum())
+            run.backward(net(torch.tensor([[float("inf")]])).sum(), Micro(None))
             run.update()
 
 
@@ -100,11 +147,8 @@ def test_resume_names_what_changed_and_refuses_another_model(tmp_path, capsys):
     train(tmp_path, stop=2)
     train(tmp_path, resume="auto", seed=5)
     assert "seed was 0" in capsys.readouterr().err
-    run = engine.Run(Config(str(tmp_path), resume="auto"), 10)
-    net, _ = run.trainable(nn.Linear(3, 1), 0.1)
-    run.ema(net, 0)
     with pytest.raises(UserError, match="another model"):
-        run.resume()
+        start(tmp_path, "auto", nn.Linear(3, 1))
 
 
 def test_a_used_folder_is_not_mixed_with_a_new_run(tmp_path):
@@ -119,33 +163,12 @@ def test_resume_cuts_the_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 9, "lo')
     train(tmp_path, resume="auto")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11)) and "grad_norm" not in lines[4]
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path, capsys):
     train(tmp_path, total=1, resume="auto")
     assert "no checkpoint yet" in capsys.readouterr().err
-
-
-def test_learning_rate():
-    lr = lambda step, kind="cosine": engine.learning_rate(step, 1.0, 110, 10, kind)  # noqa: E731
-    assert lr(0) == 0.1 and lr(9) == 1.0 and lr(60) == pytest.approx(0.5) and lr(110) == pytest.approx(0)
-    assert lr(60, "linear") == 0.5 and lr(109, "constant") == 1.0
-
-
-def test_ema_decay_warms_up_and_restores():
-    net = nn.Linear(1, 1, bias=False)
-    net.weight.data.fill_(0.0)
-    ema = engine.EMA(net, decay=0.9)
-    net.weight.data.fill_(1.0)
-    ema.update(net, 0)
-    assert ema.shadow["weight"].item() == 1.0, "decay 0 at the first update"
-    net.weight.data.fill_(2.0)
-    ema.update(net, 10**6)
-    assert ema.shadow["weight"].item() == pytest.approx(1.1)
-    with ema.applied(net):
-        assert net.weight.item() == pytest.approx(1.1)
-    assert net.weight.item() == 2.0
 
 
 def test_record_keeps_results_and_no_secret(tmp_path, monkeypatch, capsys):
@@ -182,10 +205,130 @@ def test_devices_and_types(tmp_path, capsys):
     if not torch.cuda.is_available():
         assert engine.pick_device("cuda") == cpu and "no CUDA device" in capsys.readouterr().err
         with pytest.raises(UserError, match="fp16 needs a GPU"):
-            engine.Run(Config(str(tmp_path), mixed_precision="fp16"), 1)
+            engine.Run(Config(str(tmp_path), mixed_precision="fp16"))
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_are_refused_where_nobody_joined_them(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes"):
-        engine.Run(Config(str(tmp_path)), 1)
+        engine.Record(Config(str(tmp_path)), torch.device("cpu"))
+
+
+def test_a_skipped_update_moves_nothing(tmp_path):
+    """Weights, EMA and the learning rate's place stay; the next good update takes that place."""
+    _, clean = train(tmp_path / "clean", total=5)
+    _, bad = train(tmp_path / "bad", total=5, poison=1)
+    lr = {
+        k: [json.loads(x)["lr"] for x in (tmp_path / k / "metrics.jsonl").read_text().splitlines()]
+        for k in ("clean", "bad")
+    }
+    assert lr["bad"] == lr["clean"][:2] + lr["clean"][1:4]
+    assert bad.skipped == 1 and clean.skipped == 0
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    run, _ = start(tmp_path)
+    with pytest.raises(UserError, match="another run is using this folder"):
+        start(tmp_path)
+    run.lock.close()
+
+
+def test_overwrite_deletes_the_older_checkpoints(tmp_path):
+    train(tmp_path, total=4)
+    _, run = train(tmp_path, total=2, overwrite_output_dir=True)
+    assert run.step == 2 and [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]
+
+
+def test_early_stop_says_why_and_survives_a_resume(tmp_path, capsys):
+    _, run = train(tmp_path / "a", total=100, early_stopping_patience=2, loss=1.0)
+    assert run.step == 12 and "early stopping: 2 epochs" in capsys.readouterr().err
+    train(tmp_path / "b", total=100, early_stopping_patience=2, loss=1.0, stop=9)
+    _, run = train(tmp_path / "b", total=100, early_stopping_patience=2, loss=1.0, resume="auto")
+    assert run.step == 12
+
+
+def test_plateau_halves_the_rate(tmp_path):
+    train(tmp_path, total=60, lr_scheduler="plateau", lr_warmup_steps=0, loss=1.0)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates[0] == 0.01 and rates[47] == 0.01 and rates[48] == 0.005
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    run, net = start(tmp_path, max_steps=5, checkpointing_steps=0)
+    for step in run.steps():
+        run.backward(net(torch.ones(2, 4)).mean(), Micro(None, 1.0))
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        run.update()
+    assert run.step == 5 and [s for s, _ in checkpoint.found(tmp_path)] == [2]
+
+
+def test_resume_from_auto_precision_and_report(tmp_path, capsys):
+    run, _ = start(tmp_path, mixed_precision="auto")
+    assert run.precision in (None, torch.bfloat16)
+    assert "device: CPU" in capsys.readouterr().err
+    with pytest.raises(UserError, match="torchrun"):
+        start(tmp_path / "x", parallel="fsdp")
+
+
+def test_a_missing_extra_is_named_before_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match=r"--report-to wandb: wandb is not installed"):
+        start(tmp_path, report_to="wandb")
+
+
+def test_nothing_to_train(tmp_path):
+    with pytest.raises(UserError, match="every parameter is frozen"):
+        start(tmp_path, net=nn.Linear(1, 1).requires_grad_(False))
+
+
+def test_frozen_parameters_are_not_saved(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 1))
+    run, _ = start(tmp_path, net=net)
+    run.save()
+    kept = checkpoint.read(tmp_path / "checkpoint-0", {})
+    assert {"net/net.1.weight", "ema/net.1.weight"} <= kept.keys() and not any(".0." in name for name in kept)
+
+
+def test_what_the_run_began_with_is_remembered(tmp_path, capsys):
+    run, _ = start(tmp_path)
+    run.same("data set", "a")
+    run.save()
+    run.lock.close()
+    run, _ = start(tmp_path, "auto")
+    run.same("data set", "a")
+    assert "data set" not in capsys.readouterr().err
+    run.same("data set", "b")
+    assert "the data set is not what it was" in capsys.readouterr().err
+
+
+def test_going_back_moves_younger_checkpoints_aside(tmp_path, capsys):
+    train(tmp_path, total=10)
+    train(tmp_path, total=4, resume=str(tmp_path / "checkpoint-3"))
+    assert "checkpoint-9.abandoned now" in capsys.readouterr().err
+    assert [s for s, _ in checkpoint.found(tmp_path)] == [3] and (tmp_path / "checkpoint-6.abandoned").is_dir()
+
+
+def test_an_epoch_of_skipped_updates_has_no_loss(tmp_path):
+    run, net = start(tmp_path, max_steps=2, per_epoch=1)
+    for step in run.steps():
+        run.backward(net(torch.full((2, 4), float("nan") if step == 0 else 1.0)).mean(), Micro(None, 1.0))
+        run.update()
+        judged = run.judge(run.epoch_loss)
+        assert judged == (step == 1), "the first one is not the best ever"
+
+
+def test_an_early_stopped_run_may_go_on_under_other_limits(tmp_path):
+    train(tmp_path, total=100, early_stopping_patience=2, loss=1.0, checkpointing_steps=4)
+    _, run = train(tmp_path, total=20, early_stopping_patience=0, loss=1.0, resume="auto")
+    assert run.step == 20
+
+
+def test_the_tokenizer_must_be_the_same(tmp_path):
+    run, _ = start(tmp_path)
+    run.same("tokenizer", "a", must=True)
+    with pytest.raises(UserError, match="tokenizer is not what it was"):
+        run.same("tokenizer", "b", must=True)

@@ -24,8 +24,14 @@ FLOORS = [  # a file may import from lower floors only (and from the same floor 
         "quantize",
         "study",
         "sources",
+        "recipe",
+        "loader",
+        "latents",
+        "corel",
+        "plan",
     },
     {"pipeline", "captioner", "engine", "metrics", "report"},
+    {"build"},
 ]
 GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
     "config": set(),
@@ -33,13 +39,20 @@ GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom ther
     "hub": {"config"},
     "images": {"config"},
     "tokenizer": {"config", "weights"},
-    "checkpoint": {"config", "weights"},
+    "checkpoint": {"config", "weights", "dist"},
     "singlefile": {"config", "weights", "tokenizer"},
     "dist": {"config"},
     "onednn": set(),
     "cudagraph": set(),
 }
-ALLOWED = {("samplers", "schedule"), ("objective", "schedule")}
+ALLOWED = {
+    ("samplers", "schedule"),
+    ("objective", "schedule"),
+    ("latents", "objective"),
+    ("latents", "loader"),
+    ("plan", "memory"),
+    ("data", "corel"),
+}
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
 ONLY_IN = {
     "matplotlib": "charts",

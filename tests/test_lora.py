@@ -378,3 +378,60 @@ def test_malformed_files_are_one_line(sd15, tmp_path, change, metadata, says):
     weights.save_tensors(tmp_path / "x.safetensors", tensors, metadata)
     with pytest.raises(UserError, match=says):
         lora.read(tmp_path / "x.safetensors", sd15.models())
+
+
+# -- training ---------------------------------------------------------------------------------------------
+
+
+def test_adapters_begin_as_nothing_and_train_alone():
+    sd = pipeline.load(TINY / "sd15")
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 7, sd.net.cfg.cross_attention_dim)
+    before, keys = sd.net(x, t, text), set(sd.net.state_dict())
+    n = lora.adapt(sd.net, rank=2, alpha=6)
+    assert torch.equal(sd.net(x, t, text), before) and keys <= set(sd.net.state_dict())
+    trained = {k: p for k, p in sd.net.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * n and all(".lora_" in k and p.dtype == torch.float32 for k, p in trained.items())
+    sd.net(x, t, text).sum().backward()
+    assert all(p.grad is not None for p in trained.values())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
+def test_what_is_written_is_what_was_trained(tmp_path, name):
+    """adapt, change, save; read into a fresh model beside the weights and fused: the same outputs, in every family."""
+    sd, fresh = pipeline.load(TINY / name), pipeline.load(TINY / name)
+    lora.adapt(sd.net, rank=3, alpha=5)
+    torch.manual_seed(0)
+    for k, p in sd.net.named_parameters():
+        if ".lora_B." in k:
+            torch.nn.init.normal_(p, std=0.2)
+    lora.save_adapters(tmp_path / "l.safetensors", {sd.denoiser_name: sd.net})
+    made = lambda s: s.generate(["a cat"], steps=2, seeds=[1], height=32, width=32).latents  # noqa: E731
+    with torch.no_grad():
+        want, plain = made(sd), made(fresh)
+        assert rms_ratio(plain, want) > 1e-3
+        read = lora.read(tmp_path / "l.safetensors", fresh.models())
+        attached = lora.attach(fresh.models(), read)
+        assert rms_ratio(made(fresh), want) < 1e-5
+        attached.remove()
+        lora.fuse(fresh.models(), read)
+        assert rms_ratio(made(fresh), want) < 1e-5
+
+
+def test_convolutions_are_adapted_too(tmp_path):
+    sd, fresh = pipeline.load(TINY / "sd15"), pipeline.load(TINY / "sd15")
+    lora.adapt(sd.net, rank=2, targets=("conv1", "proj_in"))
+    for k, p in sd.net.named_parameters():
+        if ".lora_B." in k:
+            torch.nn.init.normal_(p, std=0.2)
+    lora.save_adapters(tmp_path / "l.safetensors", {"unet": sd.net})
+    lora.attach(fresh.models(), lora.read(tmp_path / "l.safetensors", fresh.models()))
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 7, sd.net.cfg.cross_attention_dim)
+    assert rms_ratio(fresh.net(x, t, text), sd.net(x, t, text)) < 1e-5
+
+
+def test_no_match_is_an_error():
+    sd = pipeline.load(TINY / "sd15")
+    with pytest.raises(UserError, match=r"no layer of the unet has such a name; it has .*to_q"):
+        lora.adapt(sd.net, targets=("to_x",), component="unet")
+    with pytest.raises(UserError, match="--lora-rank 0"):
+        lora.adapt(sd.net, rank=0)

@@ -54,7 +54,7 @@ def test_timesteps_are_uniform_and_addressed():
 
 def test_flow_timesteps():
     s = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    uniform, normal = (objective.timesteps(s, 1, range(3000), logit_normal=k) / 1000 for k in (False, True))
+    uniform, normal = (objective.timesteps(s, 1, range(3000), k) / 1000 for k in ("uniform", "logit_normal"))
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.03) and uniform.std().item() == pytest.approx(
         0.289, abs=0.02
     )
@@ -73,8 +73,76 @@ def test_streams_are_independent():
 def test_kl():
     mean, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, 1.0]])
     p = torch.distributions.Normal(mean, (0.5 * logvar).exp())
-    want = torch.distributions.kl_divergence(p, torch.distributions.Normal(0.0, 1.0)).sum()
-    assert objective.kl(mean, logvar).item() == pytest.approx(want.item(), rel=1e-6)
+    want = torch.distributions.kl_divergence(p, torch.distributions.Normal(0.0, 1.0))
+    got = objective.kl(mean[..., None, None], logvar[..., None, None])
+    assert torch.allclose(got, want, rtol=1e-6)
+
+
+class Coder(torch.nn.Module):
+    """A VAE with given moments, whose reconstruction is the latent's first place everywhere."""
+
+    def __init__(self, mean, logvar):
+        super().__init__()
+        self.moments = mean, logvar
+
+    def forward(self, pixels, noise):
+        mean, logvar = self.moments
+        z = mean + (0.5 * logvar).exp() * noise
+        return torch.zeros_like(pixels) + z[:, :1, :1, :1], mean, logvar
+
+
+def test_vae_loss_is_error_and_divergence_per_value():
+    pixels, noise = torch.randn(2, 3, 4, 4), torch.zeros(2, 2, 1, 1)
+    mean, logvar = torch.tensor([[2.0, 0.0], [0.0, 1.0]])[..., None, None], torch.zeros(2, 2, 1, 1)
+    for l1 in (True, False):
+        loss, parts, made = objective.vae(Coder(mean, logvar), pixels, noise, 0.7, l1)
+        off = (made - pixels).abs() if l1 else (made - pixels).pow(2)
+        assert loss.item() == pytest.approx(off.mean().item() + 0.7 * (2.0 + 0.5) / 2 / 48, rel=1e-5)
+        assert parts["kl"].item() == pytest.approx(1.25)
+
+
+def test_free_bits_cost_nothing():
+    pixels, noise = torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 1, 1)
+    mean = torch.tensor([[2.0, 0.5]])[..., None, None].requires_grad_()  # 2 and 0.125 nats
+    loss, _, _ = objective.vae(Coder(mean, torch.zeros(1, 2, 1, 1)), pixels, noise, 1.0, free_bits=1.0)
+    only_kl = loss - 2.0  # the reconstruction is 2 everywhere
+    assert only_kl.item() == pytest.approx(3.0 / 12)
+    loss.backward()
+    assert mean.grad[0, 1].item() == 0, "the channel below its free bits feels nothing"
+
+
+def test_kl_target_steers():
+    scale = 1.0
+    for _ in range(400):  # a world in which the KL is 100 / weight
+        scale = objective.steered(scale, 100 / scale, 25.0)
+    assert 100 / scale == pytest.approx(25, rel=0.02)
+
+
+def test_snr_weighting_without_a_clip_is_the_epsilon_loss():
+    s, t = schedule("sample"), torch.tensor([3, 400, 900])
+    assert torch.allclose(objective.weight(s, t, float("inf")), s.snr(t))
+    v = schedule("v_prediction", rescale_betas_zero_snr=True)
+    assert torch.isfinite(objective.weight(v, torch.tensor([0, 999]), float("inf"))).all()
+
+
+def test_flow_weight_and_shift():
+    s = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    plain, shifted = (objective.timesteps(s, 1, range(2000), shift=k) / 1000 for k in (1.0, 3.0))
+    assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain), atol=1e-5)
+    x0, noise, wrong = torch.randn(3, 5), torch.randn(3, 5), 0.1
+    t = torch.tensor([100.0, 500.0, 900.0])
+    x, sigma = s.add_noise(x0, noise, t), (t / 1000)[:, None]
+    velocity = (x - (x0 + wrong)) / sigma  # of the flow whose end is off by 0.1
+    error = (velocity - s.target(x0, noise, t)).pow(2).mean(1)
+    want = torch.minimum(s.snr(t), torch.tensor(5.0)) * wrong**2
+    assert torch.allclose(objective.weight(s, t, 5.0) * error, want, rtol=1e-2), "min-SNR on x0, as for the others"
+
+
+def test_offset_noise_is_one_number_a_channel():
+    noise = torch.randn(4, 3, 8, 8)
+    moved = objective.offset(noise, 0.5, 7, range(4)) - noise
+    assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-6) and moved.std() > 0.1
+    assert objective.offset(noise, 0.0, 7, range(4)) is noise
 
 
 def test_zero_snr_epsilon_is_refused():

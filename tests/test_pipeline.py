@@ -396,3 +396,32 @@ def test_skip_layers_follow_the_steps_whatever_the_sampler_asks(models):
 def test_unknown_words_are_an_error(models):
     with pytest.raises(TypeError, match="promt_2"):
         models["sdxl"].generate(["a"], steps=1, seeds=[0], promt_2="b")
+
+
+def test_a_text_encoder_out_of_a_whole_clip(tmp_path):
+    """The Hub's CLIP repositories hold both towers in one file, and the text's settings inside the config."""
+    import json
+    import shutil
+
+    from nanodiff import sources
+    from nanodiff.weights import load_tensors, save_tensors
+
+    source = TINY / "sd15"
+    raw = json.loads((source / "text_encoder" / "config.json").read_text())
+    (file,) = (source / "text_encoder").glob("*.safetensors")
+    tensors = load_tensors(file)
+    width = raw["hidden_size"]
+    more = {"vision_model.embeddings.class_embedding": torch.zeros(3), "visual_projection.weight": torch.zeros(2, 3),
+            "logit_scale": torch.tensor(4.6), "text_projection.weight": torch.randn(7, width)}  # fmt: skip
+    shutil.copytree(source / "tokenizer", tmp_path, dirs_exist_ok=True)
+    save_tensors(tmp_path / "model.safetensors", tensors | more)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": raw, "vision_config": {}, "projection_dim": 7}))
+    ids = torch.tensor([[998, 5, 9, 999]])
+    want, _ = sources.load_text(source, torch.float32, "cpu")
+    got, tokenizer = sources.load_text(tmp_path, torch.float32, "cpu")
+    assert torch.equal(got(ids)[0][-1], want(ids)[0][-1])
+    assert tokenizer(["a cat"])[0][0] == 998
+    projected, _ = sources.load_text(tmp_path, torch.float32, "cpu", projection=True)
+    assert projected(ids)[1].shape == (1, 7)
+    with pytest.raises(UserError, match="has no text_projection"):
+        sources.load_text(source, torch.float32, "cpu", projection=True)

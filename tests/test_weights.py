@@ -330,3 +330,20 @@ def test_save_and_load_a_component(tmp_path):
 def test_inspect_tool():
     done = run("-m", "nanodiff.weights", "inspect", TINY / "sd15" / UNET)
     assert done.returncode == 0 and "conv_in.weight [16, 4, 3, 3]" in done.stdout
+
+
+def test_files_are_those_of_the_reference_writer(tmp_path):
+    """Byte for byte, for every type, layout and an empty tensor; without a copy of the file in memory."""
+    from safetensors.torch import save
+
+    made = {
+        "b/é": torch.randn(3, 4), "a": torch.randn(5).half(), "z": torch.tensor(3.0), "i": torch.arange(6).view(2, 3),
+        "i32": torch.arange(3, dtype=torch.int32), "u": torch.arange(7, dtype=torch.uint8), "yes": torch.tensor([True, False]),
+        "bf": torch.randn(2, 2).bfloat16(), "empty": torch.empty(0, 3), "d": torch.randn(3).double(), "t": torch.randn(4, 6).t(),
+        "cl": torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+    weights.save_tensors(tmp_path / "x.safetensors", made)
+    want = save({k: v.contiguous() for k, v in made.items()}, {"format": "pt"})
+    assert (tmp_path / "x.safetensors").read_bytes() == want
+    with pytest.raises(UserError, match=r"x: tensors of torch\.complex64 are not written"):
+        weights.save_tensors(tmp_path / "y.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)})

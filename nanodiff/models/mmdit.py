@@ -163,6 +163,17 @@ class JointBlock(nn.Module):
         return x, text + t_gate_mlp[:, None] * self.ff_context(modulate(text, t_shift_mlp, t_scale_mlp))
 
 
+def positions(dim, side, base):
+    """The table [1, side², dim] of a new model: for each patch, sines and cosines of its column, then of its row, both
+    counted so that a picture of base × base patches spans 0 to `base` (Peebles & Xie 2023's code; SD 3's files)."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    place = torch.arange(side, dtype=torch.float64) / (side / base)
+    waves = place[:, None] * frequencies  # [side, dim/4]
+    waves = torch.cat([waves.sin(), waves.cos()], dim=1)
+    columns, rows = waves[None].expand(side, -1, -1), waves[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, dim).float()
+
+
 class PatchEmbed(nn.Module):
     """Patches by a strided convolution, plus a stored table of positions cropped in its middle to the picture."""
 
@@ -171,6 +182,8 @@ class PatchEmbed(nn.Module):
         p, self.side = cfg.patch_size, cfg.pos_embed_max_size
         self.proj = nn.Conv2d(cfg.in_channels, cfg.width, p, stride=p)
         self.register_buffer("pos_embed", torch.empty(1, self.side**2, cfg.width))
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(positions(cfg.width, self.side, cfg.sample_size // p))
 
     def forward(self, x):
         x = self.proj(x)

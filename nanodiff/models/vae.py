@@ -151,6 +151,11 @@ class AutoencoderKL(nn.Module):
     def decode_raw(self, z):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
+    def forward(self, pixels, noise):
+        """(reconstruction, mean, logvar) with a sample of the posterior, noise ~ N(0, I): what training needs."""
+        mean, logvar = self.encode_moments(pixels)
+        return self.decode_raw(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
     def encode(self, pixels, noise=None):
         """pixels -> latents: a sample of the posterior when `noise` ~ N(0, I) is given, else its mean."""
         mean, logvar = self.encode_moments(pixels)

@@ -8,7 +8,7 @@ from util import TINY, built, golden, manifest, max_error, rms_ratio
 
 from nanodiff import weights
 from nanodiff.config import UserError
-from nanodiff.models.mmdit import Config, SD3Transformer2DModel
+from nanodiff.models.mmdit import Config, SD3Transformer2DModel, positions
 
 NAMES = ["sd35-medium", "sd35-large-turbo"]
 RAW = json.loads((TINY / "sd35-medium" / "transformer" / "config.json").read_text())
@@ -99,3 +99,13 @@ def test_without_qk_norm():
     with torch.device("meta"):
         keys = SD3Transformer2DModel(Config.from_json(RAW | {"qk_norm": None})).state_dict()
     assert not any(".norm_q." in k or ".norm_added_k." in k for k in keys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_model_has_the_stored_positions(name):
+    """The table in the file (bf16) is what a freshly built model begins with."""
+    cfg = Config.from_json(json.loads((TINY / name / "transformer" / "config.json").read_text()))
+    stored = weights.load(SD3Transformer2DModel, TINY / name / "transformer", torch.float32).pos_embed.pos_embed
+    made = positions(cfg.width, cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size)
+    assert made.shape == stored.shape and (made - stored).abs().max() < 4e-3
+    assert torch.equal(SD3Transformer2DModel(cfg).pos_embed.pos_embed, made)

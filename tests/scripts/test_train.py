@@ -1,17 +1,21 @@
 """train.py: both stages end to end on a toy set, resume byte for byte, errors."""
 
+import dataclasses
 import filecmp
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
-from util import ROOT, error_line, run
+from util import GOLDEN, ROOT, error_line, run
 
-from nanodiff import pipeline
+import train
+from nanodiff import build, config, lora, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +27,12 @@ def pictures(tmp_path_factory):
     return root
 
 
-def train(stage, data, out, *argv):
+def train_(stage, data, out, *argv):
     return run("train.py", stage, "--data", data, "--preset", "tiny", "--output-dir", out, "--seed", "3", *argv)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_tree(a, b):
@@ -35,15 +43,17 @@ def same_tree(a, b):
 
 def test_vae_then_diffusion_then_sample(tmp_path, pictures):
     """S2-28 in small: train a VAE, a diffusion model in its latents, and sample from it."""
-    done = train("vae", pictures, tmp_path / "vae", "--max-steps", "4", "--sample-every", "2", "--log-every", "1")
+    done = train_("vae", pictures, tmp_path / "vae", "--max-steps", "4", "--sample-every", "2", "--log-every", "1")
     assert done.returncode == 0 and "psnr_db" in done.stdout, done.stderr
     assert (tmp_path / "vae" / "samples" / "000002.png").exists()
+    assert (tmp_path / "vae" / "reconstructions" / "000002.png").exists()
+    assert Image.open(tmp_path / "vae" / "training_losses.png").width > 300
     config = json.loads((tmp_path / "vae" / "model" / "config.json").read_text())
     assert config["scaling_factor"] not in (0.18215, 1.0), "measured on the data"
-    done = train("diffusion", pictures, tmp_path / "d", "--vae", tmp_path / "vae" / "model", "--resolution", "32",
+    done = train_("diffusion", pictures, tmp_path / "d", "--vae", tmp_path / "vae" / "model", "--resolution", "32",
                  "--max-steps", "4", "--sample-every", "2", "--ema-decay", "0.9")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "d" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "d")
     assert Image.open(tmp_path / "d" / "loss.png").width > 300
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and {"loss", "lr", "grad_norm"} <= lines[0].keys()
     assert (tmp_path / "d" / "samples" / "000004.png").exists()
@@ -64,7 +74,7 @@ def test_vae_then_diffusion_then_sample(tmp_path, pictures):
 
 def test_pixel_space_resume_is_byte_equal(tmp_path, pictures):
     """Interrupted by SIGTERM at some step, resumed: the same files, byte for byte."""
-    assert train("diffusion", pictures, tmp_path / "whole", "--max-steps", "60").returncode == 0
+    assert train_("diffusion", pictures, tmp_path / "whole", "--max-steps", "60").returncode == 0
     argv = [
         "train.py",
         "diffusion",
@@ -88,27 +98,27 @@ def test_pixel_space_resume_is_byte_equal(tmp_path, pictures):
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 143 and not (tmp_path / "cut" / "model").exists(), err
-    done = train("diffusion", pictures, tmp_path / "cut", "--max-steps", "60", "--resume", "auto")
+    done = train_("diffusion", pictures, tmp_path / "cut", "--max-steps", "60", "--resume", "auto")
     assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
     assert same_tree(tmp_path / "whole" / "model", tmp_path / "cut" / "model")
 
 
 def test_sampling_and_logging_do_not_change_training(tmp_path, pictures):
-    train("diffusion", pictures, tmp_path / "a", "--max-steps", "4", "--sample-every", "2", "--log-every", "1")
-    train("diffusion", pictures, tmp_path / "b", "--max-steps", "4", "--log-every", "3")
+    train_("diffusion", pictures, tmp_path / "a", "--max-steps", "4", "--sample-every", "2", "--log-every", "1")
+    train_("diffusion", pictures, tmp_path / "b", "--max-steps", "4", "--log-every", "3")
     assert same_tree(tmp_path / "a" / "model", tmp_path / "b" / "model")
 
 
 def test_seed_matters(tmp_path, pictures):
     for seed in "34":
-        train("diffusion", pictures, tmp_path / seed, "--max-steps", "2", "--seed", seed)
+        train_("diffusion", pictures, tmp_path / seed, "--max-steps", "2", "--seed", seed)
     assert not same_tree(tmp_path / "3" / "model", tmp_path / "4" / "model")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_prediction_types_train_and_sample(tmp_path, pictures, prediction):
     """S1-12"""
-    done = train(
+    done = train_(
         "diffusion", pictures, tmp_path / "o", "--max-steps", "2", "--prediction-type", prediction, "--min-snr", "5"
     )
     assert done.returncode == 0, done.stderr
@@ -118,7 +128,7 @@ def test_prediction_types_train_and_sample(tmp_path, pictures, prediction):
 
 
 def test_loss_goes_down(tmp_path, pictures):
-    done = train("diffusion", pictures, tmp_path / "o", "--max-steps", "150", "--lr", "3e-3", "--batch-size", "8")
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "150", "--lr", "3e-3", "--batch-size", "8")
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-30:]) < 0.7 * sum(losses[:30])
@@ -130,19 +140,407 @@ def test_loss_goes_down(tmp_path, pictures):
         (["--data", "none"], "none: no such folder"),
         (["--batch-size", "0"], "--batch-size"),
         (["--resume", "checkpoint-9"], "checkpoint-9"),
-        (["--vae", "no/vae"], "no/vae"),
+        (["--vae", "no/vae"], "no/vae: VAE checkpoint not found"),
         (["--mixed-precision", "fp16", "--device", "cpu"], "fp16"),
         (["--lr-scheduler", "x"], "invalid choice: 'x'"),
         (["--max-steps", "-5"], "--max-steps -5"),
         (["--max-length", "1"], "--max-length 1"),
         (["--caption-dropout", "5"], "--caption-dropout 5"),
         (["--batchsize", "3"], "did you mean --batch-size"),
+        (["--vae", "assets/nano/unet"], "is no VAE"),
+        (["--vae", "assets/nano/vae", "--resolution", "18"], "--resolution 18 must be a multiple of 4"),
+        (["--lora"], "--lora needs a --model"),
+        (["--model", "assets/nano", "--prediction-type", "epsilon"], "predicts v_prediction"),
+        (
+            ["--model", "assets/nano", "--resolution", "64", "--lora", "--lora-targets", "to_x"],
+            "no layer of the unet has such a name",
+        ),
+        (["--condition", "labels"], "7 pictures have no label"),
+        (["--parallel", "fsdp"], "needs torchrun"),
+        (["--text-encoder", "no/such"], "no/such: offline, and it is not in the cache"),
+        (["--report-to", "wandb"], "--report-to wandb"),
+        (["--push-to-hub"], "--push-to-hub: HF_HUB_OFFLINE"),
+        (["--model-config", "assets/nano/unet/config.json"], "in_channels 4, but the pictures have 3"),
+        (["--caption-column", "words"], "--caption-column words"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--snr-clip", "5"], "--snr-clip is for --snr-weighting"),
+        (["--sample-prompts", "none.txt"], "--sample-prompts none.txt: no such file"),
+        (["--model", "assets/nano", "--resolution", "64", "--vae", "assets/nano/vae"], "--vae is for new models"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, pictures, argv, says):
-    assert says in error_line(train("diffusion", pictures, tmp_path / "o", *argv))
+    assert says in error_line(train_("diffusion", pictures, tmp_path / "o", *argv))
 
 
 def test_required_flags(tmp_path):
     assert "--data is required" in error_line(run("train.py", "vae", "--output-dir", tmp_path))
     assert "--output-dir is required" in error_line(run("train.py", "vae", "--data", tmp_path))
+
+
+S1 = (  # the document's command, as it stands (its data set as a local copy)
+    '--dataset_name="DATA" --resolution=32 --output_dir=OUT --train_batch_size=3 --dataloader_num_workers=4 '
+    "--eval_batch_size=1 --num_epochs=20000000 --use_ema --gradient_accumulation_steps=4 --learning_rate=1e-4 "
+    '--lr_warmup_steps=1000 --mixed_precision="no" --save_images_epoch=7 --ddpm_beta_schedule="squaredcos_cap_v2" '
+    '--checkpointing_steps=2000 --resume_from_checkpoint="latest" --prediction_type="sample" --logger="wandb" '
+    '--image_column="image" --caption_column="text"'
+)
+
+
+def test_the_s1_command_parses_unchanged():
+    """S1-01"""
+    cfg = config.parse(
+        train.DiffusionConfig, ["--preset", "pokemon", *shlex.split(S1)], presets=train.PRESETS["diffusion"]
+    )
+    assert (cfg.data, cfg.output_dir, cfg.resolution, cfg.batch_size, cfg.grad_accum) == ("DATA", "OUT", 32, 3, 4)
+    assert (cfg.ema, cfg.ema_decay, cfg.save_images_epochs, cfg.beta_schedule) == (True, 0.9999, 7, "squaredcos_cap_v2")
+    assert (cfg.resume, cfg.prediction_type, cfg.report_to, cfg.snr_weighting) == ("latest", "sample", "wandb", True)
+    assert (cfg.image_column, cfg.caption_column, cfg.num_workers, cfg.eval_batch_size) == ("image", "text", 4, 1)
+
+
+def test_the_s1_defaults():
+    """S1-05 to S1-18"""
+    cfg = config.parse(train.DiffusionConfig, ["--preset", "pokemon"], presets=train.PRESETS["diffusion"])
+    got = (
+        cfg.output_dir,
+        cfg.resolution,
+        cfg.batch_size,
+        cfg.eval_batch_size,
+        cfg.num_workers,
+        cfg.epochs,
+        cfg.grad_accum,
+    )
+    assert got == ("ddpm-model-64", 64, 16, 16, 0, 100, 1)
+    got = (
+        cfg.lr,
+        cfg.lr_warmup_steps,
+        cfg.lr_scheduler,
+        cfg.adam_beta1,
+        cfg.adam_beta2,
+        cfg.adam_weight_decay,
+        cfg.adam_epsilon,
+    )
+    assert got == (1e-4, 500, "cosine", 0.95, 0.999, 1e-6, 1e-8)
+    got = (cfg.ema_inv_gamma, cfg.ema_power, cfg.ema_decay, cfg.mixed_precision, cfg.prediction_type, cfg.beta_schedule)
+    assert got == (1.0, 0.75, 0.9999, "no", "epsilon", "linear")
+    got = (
+        cfg.ddpm_num_steps,
+        cfg.save_images_epochs,
+        cfg.save_model_epochs,
+        cfg.checkpointing_steps,
+        cfg.max_grad_norm,
+    )
+    assert got == (1000, 50, 150, 5500, 1.0)
+    assert cfg.checkpoints_total_limit is None and not cfg.center_crop and not cfg.random_flip
+
+
+def test_the_s2_defaults():
+    """S2-04 to S2-09, S2-14 to S2-21"""
+    cfg = config.parse(train.VAEConfig, ["--preset", "corel"], presets=train.PRESETS["vae"])
+    got = (cfg.output_dir, cfg.epochs, cfg.batch_size, cfg.lr, cfg.num_workers, cfg.seed, cfg.latent_dim)
+    assert got == ("vae_models", 300, 16, 1e-4, 4, 42, 128)
+    got = (
+        cfg.kl_weight,
+        cfg.kl_warmup,
+        cfg.kl_target,
+        cfg.perceptual,
+        cfg.perceptual_weight,
+        cfg.resolution,
+        cfg.max_grad_norm,
+    )
+    assert got == (1.0, 150, 25.0, True, 0.03, 128, 1.0)
+    assert (cfg.random_flip, cfg.random_jitter, cfg.adam_weight_decay, cfg.checkpoint_epochs) == (True, 0.1, 1e-5, 20)
+    cfg = config.parse(train.DiffusionConfig, ["--preset", "corel"], presets=train.PRESETS["diffusion"])
+    got = (
+        cfg.output_dir,
+        cfg.epochs,
+        cfg.batch_size,
+        cfg.grad_accum,
+        cfg.lr,
+        cfg.resolution,
+        cfg.num_workers,
+        cfg.ema_decay,
+    )
+    assert got == ("diffusion_models", 500, 16, 1, 1e-4, 128, 4, 0.995)
+    got = (cfg.beta_schedule, cfg.lr_scheduler, cfg.lr_min, cfg.lr_first_cycle, cfg.early_stopping_patience)
+    assert got == ("linear", "cosine_warm_restarts", 1e-5, 50, 30)
+    got = (
+        cfg.early_stopping_delta,
+        cfg.oscillation_window,
+        cfg.oscillation_threshold,
+        cfg.save_images_epochs,
+        cfg.checkpoint_epochs,
+    )
+    assert got == (1e-5, 10, 0.0005, 10, 10)
+
+
+def test_help_lists_every_option_with_its_default():
+    """S1-24"""
+    done = run("train.py", "diffusion", "--help")
+    assert done.returncode == 0
+    for field in dataclasses.fields(train.DiffusionConfig):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
+    assert "[0.0005]" in done.stdout and "[scaled_linear]" in done.stdout
+
+
+def test_the_pokemon_unet_is_the_documents():
+    """S1-26: eight levels, 59.5 M parameters, runs at 32 px although 2^7 > 32."""
+    cfg = config.parse(
+        train.DiffusionConfig, ["--preset", "pokemon", "--resolution", "32"], presets=train.PRESETS["diffusion"]
+    )
+    text = type("Text", (), {"hidden_size": 768, "projection_dim": 768})
+    with torch.device("meta"):
+        net = build.make_denoiser(cfg, None, text)
+        out = net(torch.empty(1, 3, 32, 32), torch.zeros(1), torch.empty(1, 77, 768))
+    assert out.shape == (1, 3, 32, 32) and round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 59.5
+
+
+def test_new_models_predict_nothing(tmp_path):
+    """Residual ends and the output begin at zero."""
+    for size in ("tiny", "mmdit-tiny"):
+        cfg = config.parse(train.DiffusionConfig, ["--model-size", size, "--resolution", "16"])
+        text = type("Text", (), {"hidden_size": 32, "projection_dim": 32})
+        net = build.make_denoiser(cfg, None, text)
+        build.init(net, None)
+        told = (torch.randn(2, 7, 32), torch.randn(2, 32))[: 1 if size == "tiny" else 2]
+        assert net(torch.randn(2, 3, 16, 16), torch.tensor([1, 500]), *told).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "prompt"),
+    [
+        ("mmdit flow", ["--model-size", "mmdit-tiny", "--prediction-type", "flow", "--timestep-sampling", "logit_normal",
+                        "--timestep-shift", "3"], "a red square"),
+        ("unet flow", ["--prediction-type", "flow"], "a red square"),
+        ("unconditional", ["--condition", "none"], None),
+        ("mmdit unconditional", ["--condition", "none", "--model-size", "mmdit-tiny"], None),
+        ("frozen CLIP", ["--text-encoder", "tests/golden/tiny/sd15"], "a red square"),
+        ("everything", ["--offset-noise", "0.1", "--gradient-checkpointing", "--random-flip", "--random-jitter", "0.1",
+                        "--random-rotate", "5", "--no-center-crop", "--num-workers", "2", "--snr-weighting", "--snr-clip", "5",
+                        "--prediction-type", "sample", "--lr-scheduler", "cosine_with_restarts", "--mixed-precision", "bf16"],
+         "a red square"),
+    ],
+)  # fmt: skip
+def test_kinds_of_models_train_and_draw(tmp_path, pictures, name, argv, prompt):
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "3", "--sample-every", "3", "--sample-steps", "2",
+                  "--eval-batch-size", "2", *argv)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "samples" / "denoising.png").exists(), "S1-29"
+    asked = ["--prompt", prompt] if prompt else ["--num-images", "2"]
+    done = run(
+        "sample.py",
+        "--model",
+        tmp_path / "o" / "model",
+        *asked,
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--output-dir",
+        tmp_path / "s",
+    )
+    assert done.returncode == 0 and Image.open(tmp_path / "s" / "00000.png").size == (16, 16), done.stderr
+
+
+def test_class_labels(tmp_path):
+    for label, colour in (("cat", "orange"), ("dog", "brown")):
+        (tmp_path / "d" / label).mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "d" / label / "0.png")
+    done = train_("diffusion", tmp_path / "d", tmp_path / "o", "--max-steps", "2", "--condition", "labels")
+    assert done.returncode == 0, done.stderr
+    argv = [
+        "sample.py",
+        "--model",
+        tmp_path / "o" / "model",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--output-dir",
+        tmp_path / "s",
+    ]
+    assert run(*argv, "--prompt", "cat").returncode == 0
+    assert "'cats' is no label of this model; it knows cat, dog; did you mean cat" in error_line(
+        run(*argv, "--prompt", "cats")
+    )
+    assert "--prompt is required" in error_line(run(*argv))
+
+
+def test_the_corel_workflow(tmp_path):
+    """S2-28, S2-29: the document's four steps with its file names, relative paths from --base-dir."""
+    base = tmp_path / "elsewhere"
+    assert run("-m", "nanodiff.corel", "stand-in", base / "data" / "corel").returncode == 0
+    assert run("-m", "nanodiff.data", "prepare-corel", "--data-dir", "data/corel", "--base-dir", base).returncode == 0
+    small = ["--num-workers", "0", "--save-images-epochs", "1", "--resolution", "32", "--max-samples", "12", "--batch-size", "4",
+             "--base-dir", base]  # fmt: skip
+    done = run("train.py", "vae", "--preset", "corel", "--data-dir", "training_data/corel/corel_all", "--output-dir", "vae_models",
+               "--epochs", "2", "--kl-warmup", "1", "--latent-dim", "32", "--no-perceptual", *small)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    vae = base / "vae_models"
+    for path in (
+        "best_model/config.json",
+        "training_losses.png",
+        "samples/000003.png",
+        "reconstructions/000006.png",
+        "model",
+    ):
+        assert (vae / path).exists(), path
+    assert json.loads((vae / "best_model" / "config.json").read_text())["latent_dim"] == 32
+    done = run("train.py", "diffusion", "--preset", "corel", "--vae-checkpoint", "vae_models/best_model.pt", "--image-dir",
+               "training_data/corel/corel_all", "--output-dir", "diffusion_models", "--epochs", "2", "--sample-steps", "3",
+               "--eval-batch-size", "4", "--no-mixed-precision", *small)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for path in ("best_model/model_index.json", "loss.png", "samples/000003.png", "checkpoint-6"):
+        assert (base / "diffusion_models" / path).exists(), path
+    done = run("sample.py", "--diffusion-checkpoint", "diffusion_models/best_model.pt", "--vae-checkpoint", "vae_models/best_model.pt",
+               "--num-images", "5", "--batch-size", "4", "--ddim-steps", "2", "--output", "corel.png", "--seed", "1", "--base-dir", base,
+               "--output-dir", "generated")  # fmt: skip
+    assert done.returncode == 0 and (base / "corel.png").exists(), done.stderr
+    assert len(list((base / "corel_individual").glob("image_*.png"))) == 5, "S2-37: as many as were asked for"
+
+
+def test_s2_faults_are_one_line(tmp_path, pictures):
+    """S2-03, S2-09, S2-14"""
+    assert "No images found" in error_line(
+        run("train.py", "vae", "--data-dir", tmp_path, "--output-dir", tmp_path / "o")
+    )
+    corel = ["train.py", "vae", "--preset", "corel", "--data-dir", pictures, "--output-dir", tmp_path / "o"]
+    assert "--vgg-weights FILE" in error_line(run(*corel)) and "--no-perceptual" in error_line(run(*corel))
+    warm = ["train.py", "vae", "--preset", "corel", "--no-perceptual", "--epochs", "100", "--data-dir", pictures]
+    assert "--kl-warmup 150 epochs would not end" in error_line(run(*warm, "--output-dir", tmp_path / "o"))
+    gone = error_line(train_("diffusion", pictures, tmp_path / "o", "--vae-checkpoint", tmp_path / "best_model.pt"))
+    assert "VAE checkpoint not found" in gone
+
+
+def test_perceptual_loss_from_local_weights(tmp_path, pictures):
+    from models.test_lpips import recipe_vgg
+
+    from nanodiff.weights import save_tensors
+
+    save_tensors(tmp_path / "vgg.safetensors", recipe_vgg())
+    lins = GOLDEN / "lpips_vgg_lin_v0.1.safetensors"
+    for more in ([], ["--lpips-weights", lins]):
+        out = tmp_path / f"o{len(more)}"
+        done = train_("vae", pictures, out, "--max-steps", "2", "--perceptual-weight", "0.5", "--vgg-weights",
+                      tmp_path / "vgg.safetensors", *more)  # fmt: skip
+        assert done.returncode == 0 and metrics(out)[0]["perceptual"] > 0, done.stderr
+
+
+def test_kl_weight_and_best_model(tmp_path, pictures):
+    """S2-07, S2-08, S2-39: linear warm-up; then the weight moves towards the target; the best is picked after the warm-up."""
+    out = tmp_path / "o"
+    done = train_("vae", pictures, out, "--epochs", "6", "--max-steps", "0", "--batch-size", "7", "--kl-weight", "0.5", "--kl-warmup",
+                  "4", "--kl-target", "5", "--keep-best")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    weights = [line["kl_weight"] for line in metrics(out)]
+    assert weights[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5]) and weights[5] != weights[4]
+    assert (out / "best_model" / "config.json").exists()
+
+
+def test_validation_plateau_and_early_stop(tmp_path, pictures):
+    done = train_("diffusion", pictures, tmp_path / "o", "--validation", "0.3", "--epochs", "9", "--max-steps", "0", "--keep-best",
+                  "--lr-scheduler", "plateau", "--early-stopping-patience", "2", "--early-stopping-delta", "10")  # fmt: skip
+    assert done.returncode == 0 and "early stopping: 2 epochs" in done.stderr, done.stderr
+    assert (tmp_path / "o" / "best_model" / "model_index.json").exists() and metrics(tmp_path / "o")[-1]["epoch"] == 3
+
+
+def test_epochs_are_counted_by_the_data(tmp_path, pictures):
+    """S0-31, S2-38, S2-41: 7 pictures in groups of 4 are two updates an epoch; fewer pictures than a batch are one."""
+    done = train_(
+        "diffusion",
+        pictures,
+        tmp_path / "a",
+        "--epochs",
+        "3",
+        "--max-steps",
+        "0",
+        "--batch-size",
+        "2",
+        "--grad-accum",
+        "2",
+    )
+    assert done.returncode == 0 and [m["epoch"] for m in metrics(tmp_path / "a")] == [1, 1, 2, 2, 3, 3], done.stderr
+    done = train_("diffusion", pictures, tmp_path / "b", "--epochs", "3", "--max-steps", "0", "--batch-size", "100")
+    assert done.returncode == 0 and len(metrics(tmp_path / "b")) == 3 and "7 pictures are fewer" in done.stderr
+
+
+def test_lora_and_full_fine_tuning(tmp_path, pictures):
+    argv = ["--model", "assets/nano", "--resolution", "64", "--max-steps", "2", "--lr", "1e-2"]
+    done = train_("diffusion", pictures, tmp_path / "l", *argv, "--lora", "--lora-rank", "3", "--train-text-encoder")
+    assert done.returncode == 0 and "M frozen" in done.stderr, done.stderr
+    file = tmp_path / "l" / "model" / "pytorch_lora_weights.safetensors"
+    sd = pipeline.load("assets/nano")
+    read = lora.read(file, sd.models())
+    assert {d.component for d in read.deltas} == {"unet", "text_encoder"} and all(
+        d.down.shape[0] == 3 for d in read.deltas
+    )
+    before = sd.generate(["fire"], steps=2, seeds=[0]).pixels
+    lora.attach(sd.models(), read)
+    sd.kept.clear()
+    assert not torch.equal(before, sd.generate(["fire"], steps=2, seeds=[0]).pixels)
+    done = train_("diffusion", pictures, tmp_path / "f", *argv)
+    assert done.returncode == 0 and pipeline.load(tmp_path / "f" / "model").schedule.prediction == "v_prediction", (
+        done.stderr
+    )
+
+
+def test_extras_log_where_they_should(tmp_path, pictures, monkeypatch):
+    pytest.importorskip("tensorboard")
+    done = train_("diffusion", pictures, tmp_path / "o", "--report-to", "tensorboard", "--max-steps", "2")
+    assert done.returncode == 0 and list((tmp_path / "o" / "logs").glob("events*")), done.stderr
+
+
+@pytest.mark.parametrize("argv", [
+    ["vae", "--preset", "corel"],
+    ["diffusion", "--preset", "sd15", "--world-size", "1024", "--batch-size", "4"],
+    ["diffusion", "--preset", "sd35-medium", "--parallel", "fsdp", "--world-size", "64", "--gradient-checkpointing"],
+    ["diffusion", "--preset", "pokemon", "--resolution", "32", "--gpu", "rtx4090"],
+    ["diffusion", "--preset", "lora", "--model", "stable-diffusion-v1-5"],
+])  # fmt: skip
+def test_dry_runs_need_nothing(argv):
+    done = run("train.py", *argv, "--dry-run")
+    assert done.returncode == 0 and "peak" in done.stdout and "days" in done.stdout, done.stderr
+
+
+def test_a_bad_picture_by_policy(tmp_path, pictures):
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "d")
+    (tmp_path / "d" / "3.png").write_bytes(b"half a picture")
+    assert "3.png: not a readable image" in error_line(
+        train_("diffusion", tmp_path / "d", tmp_path / "a", "--max-steps", "3")
+    )
+    done = train_(
+        "diffusion",
+        tmp_path / "d",
+        tmp_path / "b",
+        "--max-steps",
+        "3",
+        "--on-bad-image",
+        "skip",
+        "--bad-image-limit",
+        "0.5",
+    )
+    assert done.returncode == 0 and "3.png" in (tmp_path / "b" / "bad_images.jsonl").read_text(), done.stderr
+
+
+def test_timestep_draws_are_uniform_over_a_run():
+    """S2-36: a histogram of the timesteps that 300 updates draw."""
+    from nanodiff import objective
+    from nanodiff.schedule import Schedule
+
+    schedule = Schedule.from_config({"_class_name": "DDPMScheduler"})
+    t = torch.cat([objective.timesteps(schedule, 3, range(i * 16, i * 16 + 16)) for i in range(300)])
+    counts = torch.histc(t.float(), bins=8, min=0, max=1000)
+    assert (counts - 600).abs().max() < 100 and len(set(t[:16].tolist())) > 10
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path):
+    """`make chaos`: SIGKILL at random moments, resumed each time, ends in the same bytes."""
+    done = run("-m", "tests.chaos", "--kills", "10", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_killed_at_three_moments(tmp_path):
+    done = run("-m", "tests.chaos", "--kills", "3", "--updates", "40", "--output-dir", tmp_path)
+    assert done.returncode == 0 and "the same bytes" in done.stdout, done.stdout + done.stderr
