@@ -5,10 +5,11 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 MODEL  ?=
+WEIGHTS ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative test test-slow test-gpu lint format bench bench-train bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo test test-slow test-gpu lint format bench bench-train bench-eval bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -104,6 +105,23 @@ pokemon-workflow: $(STAMP)  ## the Pokémon script's command in one process: DAT
 chaos: $(STAMP)  ## a short run, killed at 50 random moments and resumed each time, ends in the undisturbed run's bytes
 	$(PY) -m tests.chaos --kills 50 --output-dir $(OUT)/chaos
 
+# Everything eval.py does, on what the embedded model draws. Without WEIGHTS= (a folder, see `eval.py images --help`) distances are
+# taken on 16x16 colour pixels, and what needs a network is said to be missing.
+DEMO    = $(OUT)/report-demo
+FEATURES = $(if $(WEIGHTS),inception$(,)pixels --weights-dir $(WEIGHTS),pixels)
+report-demo: $(STAMP)  ## numbers, figures and a report on the embedded model, offline (WEIGHTS=folder for FID and CLIP score)
+	for steps in 3 6 25; do $(PY) sample.py --prompts-file assets/demo_prompts.txt --num-images 4 --batch-size 16 --seed 7 --steps $$steps \
+		--output-dir $(DEMO)/steps-$$steps || exit 1; done
+	$(PY) eval.py images --generated $(DEMO)/steps-3 --generated $(DEMO)/steps-6 --generated $(DEMO)/steps-25 --real assets/emoji/emoji.tar \
+		--features $(FEATURES) --output-dir $(DEMO)/images
+	$(PY) eval.py compare --original $(DEMO)/steps-3 --finetuned $(DEMO)/steps-6 --teacher $(DEMO)/steps-25 --panels 4 \
+		$(if $(WEIGHTS),--weights-dir $(WEIGHTS)) --output-dir $(DEMO)/compare
+	$(PY) eval.py captions --candidates $(DEMO)/images/nearest_pixels_steps_25.json --references $(DEMO)/images/prompts_steps_25.json \
+		--output-dir $(DEMO)/captions
+	$(PY) eval.py report --inputs $(DEMO)/images --inputs $(DEMO)/compare --inputs $(DEMO)/captions --title "The embedded model" \
+		--output-dir $(DEMO)/report
+	@echo "the reports: $(DEMO)/*/report.html"
+
 test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
 
@@ -126,6 +144,9 @@ bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an envir
 
 bench-train: $(STAMP)  ## whole training runs beside diffusers' own loop: images a second, memory, quality (PEER=…)
 	$(PY) benchmarks/recipe.py --peer "$(PEER)"
+
+bench-eval: $(STAMP)  ## FID beside torch-fidelity and pytorch-fid, SSIM and pHash beside scikit-image and imagehash (PEER=…)
+	$(PY) benchmarks/evaluation.py --peer "$(PEER)"
 
 bench-small: $(STAMP)  ## the quick part of it, printed only: import, a call of a test model (what CI reports)
 	$(PY) benchmarks/bench.py --peer "$(PEER)" --cases import,tiny --pairs 3 --name ""

@@ -3,6 +3,7 @@
 python -m nanodiff.charts loss out/model/metrics.jsonl loss.png
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,12 +11,17 @@ from pathlib import Path
 from nanodiff.config import UserError
 
 
+@functools.cache
+def _say_once(line):
+    print(line, file=sys.stderr)
+
+
 def pyplot():
     """matplotlib.pyplot without a display, or None, with one line, when the extra is not installed."""
     try:
         import matplotlib
     except ImportError:
-        print('note: no chart without matplotlib; pip install "matplotlib>=3.8" (extra `report`)', file=sys.stderr)
+        _say_once('note: no chart without matplotlib; pip install "matplotlib>=3.8" (extra `report`)')
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -99,6 +105,164 @@ def _rows(log):
         return [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
         raise UserError(f"{log}: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation. Colours that are told apart without red and green (Okabe and Ito 2008), and by marks and dashes too; every function
+# returns the file's path, or None without matplotlib.
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+DASHES, MARKS, HATCHES = ("-", "--", ":", "-."), "os^Dv<>", ("", "//", "..", "xx")
+FONT = 13  # points in the 100 dpi files: legible when they are shown at half their size
+
+
+def _saved(plt, figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+    return Path(path)
+
+
+def _plt():
+    plt = pyplot()
+    if plt is not None:
+        plt.rcParams.update({"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def bars(path, groups, series, title="", ylabel=""):
+    """Grouped bars. series: {label: [value or (value, low, high) for each group]}; None leaves a place empty."""
+    plt = _plt()
+    if plt is None:
+        return None
+    figure, axis = plt.subplots(figsize=(max(6.5, 1.3 * len(groups) * max(len(series), 1) ** 0.5 + 2), 4.5))
+    width = 0.8 / max(len(series), 1)
+    for k, (label, values) in enumerate(series.items()):
+        for i, value in enumerate(values):
+            if value is None:
+                continue
+            middle, low, high = value if isinstance(value, tuple) else (value, None, None)
+            error = None if low is None else [[max(middle - low, 0)], [max(high - middle, 0)]]
+            axis.bar(
+                i + (k - (len(series) - 1) / 2) * width,
+                middle,
+                width * 0.95,
+                yerr=error,
+                capsize=4,
+                edgecolor="black",
+                linewidth=0.6,
+                color=PALETTE[k % len(PALETTE)],
+                hatch=HATCHES[k % len(HATCHES)],
+                label=label,
+            )
+            label = None  # once in the legend  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
+    turned = len(groups) * max(map(len, groups)) > 60
+    axis.set_xticks(range(len(groups)), groups, rotation=30 if turned else 0, ha="right" if turned else "center")
+    axis.set_ylabel(ylabel)
+    axis.set_title(title)
+    if len(series) > 1:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncol=len(series), frameon=False, fontsize=FONT - 2)
+    return _saved(plt, figure, path)
+
+
+def radar(path, axes, series, title=""):
+    """Polygons over axes that run from 0 to 1. series: {label: [value of each axis]}."""
+    plt = _plt()
+    if plt is None:
+        return None
+    import math
+
+    figure, axis = plt.subplots(figsize=(7.5, 6), subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
+    for k, (label, values) in enumerate(series.items()):
+        closed = [*values, values[0]]
+        axis.plot([*angles, angles[0]], closed, color=PALETTE[k % len(PALETTE)], linestyle=DASHES[k % len(DASHES)],
+                  marker=MARKS[k % len(MARKS)], linewidth=2, label=label)  # fmt: skip
+        axis.fill([*angles, angles[0]], closed, color=PALETTE[k % len(PALETTE)], alpha=0.12)
+    axis.set_xticks(angles, axes)
+    axis.tick_params(axis="x", pad=12)
+    axis.set_ylim(0, 1)
+    axis.set_title(title, pad=24)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.1), frameon=False, fontsize=FONT - 2)
+    return _saved(plt, figure, path)
+
+
+def lines(path, x, panels, xlabel, title=""):
+    """A panel a number. panels: {name: {label: [value or (value, low, high) for each x]}}; x: numbers or words."""
+    plt = _plt()
+    if plt is None:
+        return None
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.4 * down), squeeze=False)
+    for axis, (name, series) in zip(axes.flat, panels.items(), strict=False):
+        for k, (label, values) in enumerate(series.items()):
+            triples = [v if isinstance(v, tuple) else (v, v, v) for v in values]
+            colour = PALETTE[k % len(PALETTE)]
+            axis.plot(range(len(x)), [t[0] for t in triples], color=colour, linestyle=DASHES[k % len(DASHES)],
+                      marker=MARKS[k % len(MARKS)], label=label)  # fmt: skip
+            axis.fill_between(range(len(x)), [t[1] for t in triples], [t[2] for t in triples], color=colour, alpha=0.15)
+        axis.set_xticks(range(len(x)), [str(v) for v in x], rotation=30 if max(len(str(v)) for v in x) > 6 else 0)
+        axis.set_xlabel(xlabel)
+        axis.set_title(name.replace("_", " "))
+        if len(series) > 1:
+            axis.legend(frameon=False, fontsize=FONT - 3)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    if title:
+        figure.suptitle(title)
+    return _saved(plt, figure, path)
+
+
+def difference(path, a, b, labels, numbers):
+    """Two pictures (uint8 [H, W, 3]), where they differ (mean over channels), their brightness and the differences as histograms,
+    and numbers {name: value} as text."""
+    plt = _plt()
+    if plt is None:
+        return None
+    import numpy as np
+
+    gap = np.abs(a.astype(np.int32) - b).mean(-1)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), height_ratios=(3, 2))
+    for axis, picture, label in zip(axes[0], (a, b), labels, strict=False):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(label)
+        axis.axis("off")
+    heat = axes[0, 2].imshow(gap, cmap="cividis", vmin=0, vmax=max(float(gap.max()), 1.0), interpolation="nearest")
+    axes[0, 2].set_title("absolute difference")
+    axes[0, 2].axis("off")
+    figure.colorbar(heat, ax=axes[0, 2], fraction=0.046)
+    for k, (picture, label) in enumerate(zip((a, b), labels, strict=True)):
+        axes[1, 0].hist(picture.mean(-1).ravel(), bins=64, range=(0, 255), histtype="step", linewidth=2, color=PALETTE[k],
+                        linestyle=DASHES[k], label=label)  # fmt: skip
+    axes[1, 0].set_title("brightness")
+    axes[1, 0].legend(frameon=False, fontsize=FONT - 3)
+    axes[1, 1].hist(gap.ravel(), bins=64, color=PALETTE[4])
+    axes[1, 1].set_yscale("log")
+    axes[1, 1].set_title("differences (places, log)")
+    axes[1, 2].axis("off")
+    text = "\n".join(f"{n.replace('_', ' ')}: {v:.4g}" for n, v in numbers.items() if v is not None)
+    axes[1, 2].text(0, 1, text, va="top", fontsize=FONT - 1)
+    return _saved(plt, figure, path)
+
+
+def table(path, header, rows, title=""):
+    """A table as a picture."""
+    plt = _plt()
+    if plt is None:
+        return None
+    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
+    figure, axis = plt.subplots(figsize=(max(6, 0.13 * sum(widths) + 0.4 * len(header)), 0.45 * (len(rows) + 2) + 0.4))
+    axis.axis("off")
+    made = axis.table(
+        [[str(c) for c in r] for r in rows], colLabels=header, colWidths=[w / sum(widths) for w in widths], loc="center"
+    )
+    made.auto_set_font_size(False)
+    made.set_fontsize(FONT - 1)
+    made.scale(1, 1.7)
+    axis.set_title(title)
+    return _saved(plt, figure, path)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,11 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def spreadsheet(value):
+    """A cell of a CSV: a text that a spreadsheet would take for a formula begins with a quote."""
+    return f"'{value}" if isinstance(value, str) and value[:1] and value[0] in "=+-@" else value
+
+
 def read_json(path):
     """A JSON or TOML file as a dict. Raises UserError naming the file."""
     path = Path(path)

@@ -49,6 +49,18 @@ def say(message):
         print(message, file=sys.stderr)
 
 
+def progress(items, total, what):
+    """The items, under a progress bar on rank 0: a bar in a terminal, else a line every half minute."""
+    from tqdm import tqdm
+
+    terminal, said = sys.stderr.isatty(), time.monotonic()
+    for i, item in enumerate(tqdm(items, total=total, desc=what, disable=not (is_main() and terminal))):
+        yield item
+        if not terminal and time.monotonic() - said > 30:
+            say(f"{what}: {i + 1}/{total}")
+            said = time.monotonic()
+
+
 def start(device, timeout):
     """Join the other processes, if there are any. timeout: seconds after which a process that does not answer is lost."""
     if world().size == 1 or td.is_initialized():

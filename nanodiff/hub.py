@@ -138,6 +138,35 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     return folder
 
 
+def whole(name, token=None, cached=False):
+    """The folder of a Hub repository that is one model with its tokenizer, such as a CLIP: from the cache, else downloaded (unless
+    `cached`)."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    name, _, revision = str(name).partition("@")
+    if not REPO_ID.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"model {printable(name)!r} not found: give a folder with config.json, or a Hub id org/name[@revision]"
+        )
+    wanted = ["*.json", "merges.txt", "model*.safetensors"]
+    for offline in (True, False):
+        try:
+            folder = Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted,
+                                                local_files_only=offline, token=token or None))  # fmt: skip
+        except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
+            if cached or not offline or constants.HF_HUB_OFFLINE:
+                reason = "it is not in the cache" if offline else f"not reachable ({type(e).__name__})"
+                raise UserError(f"{name}: {reason}; run `hf download {name}` with a network") from None
+        else:
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                return folder
+            if cached or not offline:
+                raise UserError(f"{name}: has no config.json with .safetensors")
+        if offline:
+            print(f"downloading {name}", file=sys.stderr)
+
+
 def choose(files, variant=None, skip=()):
     """The files of a repository that a pipeline needs: configs, tokenizers, and one set of safetensors a component.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from nanodiff.config import UserError, printable
 
@@ -55,35 +55,36 @@ def to_pil(pixels):
     return [Image.fromarray(a.numpy()) for a in to_uint8(pixels)]
 
 
-def grid(images, nrow=None, labels=None, pad=4):
-    """PIL images -> one sheet, `nrow` a row (default: about square), a label above each."""
+def grid(images, nrow=None, labels=None, pad=4, size=10):
+    """PIL images -> one sheet, `nrow` a row (default: about square), a label above each, in letters of `size` pixels."""
     nrow = nrow or int(np.ceil(np.sqrt(len(images))))
     nrow = min(nrow, len(images))
     w, h = max(i.width for i in images), max(i.height for i in images)
-    rows = [_wrapped(label, w) for label in labels] if labels else []
-    text = 14 * max(map(len, rows), default=0)
+    font, line_height = ImageFont.load_default(size), size + 4
+    rows = [_wrapped(label, w, font) for label in labels] if labels else []
+    text = line_height * max(map(len, rows), default=0)
     sheet = Image.new("RGB", (nrow * (w + pad) + pad, -(-len(images) // nrow) * (h + text + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = pad + i % nrow * (w + pad), pad + i // nrow * (h + text + pad)
         for j, line in enumerate(rows[i] if rows else ()):
-            pen.text((x, y + 14 * j), line, fill="black")
+            pen.text((x, y + line_height * j), line, fill="black", font=font)
         sheet.paste(image, (x, y + text))
     return sheet
 
 
-def _wrapped(label, width, lines=4):
+def _wrapped(label, width, font, lines=4):
     """A label as lines that are at most `width` pixels wide; what does not fit into `lines` is cut."""
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     rows = [""]
     for word in printable(label).split():
-        if pen.textlength(f"{rows[-1]} {word}".strip()) <= width or not rows[-1]:
+        if pen.textlength(f"{rows[-1]} {word}".strip(), font) <= width or not rows[-1]:
             rows[-1] = f"{rows[-1]} {word}".strip()
         else:
             rows.append(word)
     rows = rows[:lines]
     for i, row in enumerate(rows):
-        while pen.textlength(rows[i]) > width and len(row) > 1:
+        while pen.textlength(rows[i], font) > width and len(row) > 1:
             rows[i] = row = row[:-1]
     return rows
 

@@ -17,7 +17,7 @@ import typing
 from pathlib import Path
 
 from nanodiff import images
-from nanodiff.config import UserError, from_mapping, nearest, printable
+from nanodiff.config import UserError, from_mapping, nearest, printable, spreadsheet
 from nanodiff.weights import write_bytes, write_json
 
 FIXED = {  # settings that do not change the picture, or that a study sets itself
@@ -151,7 +151,5 @@ class Finished:
         writer.writeheader()
         for row in rows:
             cells = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in row.items()}
-            writer.writerow(
-                {k: f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for k, v in cells.items()}
-            )
+            writer.writerow({k: spreadsheet(v) for k, v in cells.items()})
         write_bytes(self.out / "study.csv", text.getvalue().encode())

@@ -49,6 +49,7 @@ RENAMES["T5EncoderModel"] = [
     (r"^text_model\.", ""),
 ]
 RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
+RENAMES["CLIPModel"] = [(r"^(.*\.)?position_ids$", None)]
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

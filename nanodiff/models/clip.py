@@ -1,10 +1,12 @@
-"""CLIP text towers: token ids [B, S] -> hidden states [B, S, D] and a pooled vector.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020 §2.4): two pre-norm transformers.
 
-A causal pre-norm transformer (Radford et al. 2021, arXiv 2103.00020 §2.4): ViT-L/14 with the quick GELU in SD 1.x,
-OpenCLIP ViT-H/14 with the exact GELU in SD 2.x, bigG in SDXL. Padding is attended to: the diffusion models were
-trained without an attention mask.
+Text: token ids [B, S] -> hidden states [B, S, D] and a pooled vector; causal. ViT-L/14 with the quick GELU in SD 1.x, OpenCLIP
+ViT-H/14 with the exact GELU in SD 2.x, bigG in SDXL. Padding is attended to: the diffusion models were trained without an
+attention mask. Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel`
+is both, projected into the space where a picture and its caption are near each other (B/32, B/16, L/14).
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +74,74 @@ class Config:
         return raw | {"architectures": [name], "model_type": "clip_text_model"}
 
 
+@dataclass
+class VisionConfig:
+    """Fields of `vision_config`, with the defaults of the file format."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass
+class BothConfig:
+    """config.json of a whole CLIP: its two towers and the width of their common space."""
+
+    text: Config
+    vision: VisionConfig
+    projection_dim: int = 512
+
+    @classmethod
+    def from_json(cls, raw, where="config.json"):
+        if not isinstance(raw.get("text_config"), dict) or not isinstance(raw.get("vision_config"), dict):
+            raise UserError(f"{where}: has no text_config and vision_config, so it is not a whole CLIP")
+        text = from_json(Config, _without_generation(raw["text_config"]), FIXED, f"{where}: text_config")
+        vision = from_json(VisionConfig, _without_generation(raw["vision_config"]), FIXED, f"{where}: vision_config")
+        for tower in (text, vision):
+            if tower.hidden_act not in ACTIVATIONS:
+                raise UserError(
+                    f"{where}: hidden_act = {tower.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
+                )
+        if vision.image_size % max(vision.patch_size, 1) or vision.hidden_size % max(vision.num_attention_heads, 1):
+            raise UserError(f"{where}: patch_size does not divide image_size, or num_attention_heads hidden_size")
+        return cls(text, vision, int(raw.get("projection_dim", 512)))
+
+    @property
+    def num_hidden_layers(self):
+        return max(self.text.num_hidden_layers, self.vision.num_hidden_layers)
+
+
+# What old files carry from a class that could also generate text; it has no meaning for CLIP.
+_GENERATION = re.compile(
+    r"max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_[kp]|typical_p|"
+    r"repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|num_return_sequences|"
+    r"chunk_size_feed_forward|output_scores|return_dict_in_generate|forced_[be]os_token_id|remove_invalid_values|"
+    r"exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|finetuning_task|id2label|label2id|"
+    r"tokenizer_class|prefix|sep_token_id|decoder_start_token_id|task_specific_params|problem_type|pruned_heads|"
+    r"cross_attention_hidden_size|tf_legacy_loss"
+)
+
+
+def _without_generation(raw):
+    return {k: v for k, v in raw.items() if not _GENERATION.fullmatch(k)}
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D = cfg.hidden_size
-        self.heads = cfg.num_attention_heads
+        self.heads, self.causal = cfg.num_attention_heads, isinstance(cfg, Config)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x):
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=self.causal))
 
 
 class MLP(nn.Module):
@@ -163,8 +224,68 @@ class CLIPTextModel(nn.Module):
         states = [self.text_model.embeddings(ids)]
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1]))
-        # Old configs say eos_token_id 2, which no tokenizer uses; there the end token is the largest id.
-        eos = self.cfg.eos_token_id
-        position = ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
+        position = end_position(ids, self.cfg.eos_token_id)
         pooled = self.final_norm(states[-1])[torch.arange(len(ids), device=ids.device), position]
         return states, self.text_projection(pooled) if self.cfg.with_projection else pooled
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(cfg.hidden_size))
+        self.patch_embedding = nn.Conv2d(cfg.num_channels, cfg.hidden_size, cfg.patch_size, cfg.patch_size, bias=False)
+        self.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.hidden_size)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).mT  # B D H W -> B S D
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], 1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    """pixels [B, 3, R, R], normalised -> (last hidden states [B, 1 + patches, D], normed class token [B, D])."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(cfg)
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)  # the name in the files
+        self.encoder = Encoder(cfg)
+        self.post_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+
+    def forward(self, pixels):
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x, self.post_layernorm(x[:, 0])
+
+
+class CLIPModel(nn.Module):
+    """Both towers. `image` and `text` give unit vectors [B, P], whose products are cosines."""
+
+    Config = BothConfig
+    class_name = "CLIPModel"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.text_model, self.vision_model = TextTransformer(cfg.text), VisionTransformer(cfg.vision)
+        self.text_projection = nn.Linear(cfg.text.hidden_size, cfg.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(cfg.vision.hidden_size, cfg.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log of the inverse temperature
+
+    def image(self, pixels):
+        return F.normalize(self.visual_projection(self.vision_model(pixels)[1]).float(), dim=-1)
+
+    def text(self, ids):
+        x = self.text_model.embeddings(ids)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        pooled = self.text_model.final_layer_norm(
+            x[torch.arange(len(ids)), end_position(ids, self.cfg.text.eos_token_id)]
+        )
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
+def end_position(ids, eos):
+    """Where each text ends. Old configs say eos_token_id 2, which no tokenizer uses; there the end token is the largest id."""
+    return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)

@@ -73,7 +73,7 @@ class LPIPS(nn.Module):
 def load_vgg(path, allow_pickle=False):
     """VGG16 from a file with torchvision's names, frozen. Raises UserError when it is another network's."""
     tensors = load_pickle(path) if allow_pickle and str(path).endswith(tuple(PICKLES)) else load_tensors(path)
-    return _filled(VGG16(), {k: v for k, v in tensors.items() if k.startswith("features.")}, path)
+    return fill(VGG16(), {k: v for k, v in tensors.items() if k.startswith("features.")}, path)
 
 
 def load_lpips(vgg, lins):
@@ -81,11 +81,12 @@ def load_lpips(vgg, lins):
     model = LPIPS()
     model.vgg = load_vgg(vgg)
     tensors = load_tensors(lins)
-    _filled(model.lins, {f"{i}.weight": tensors.get(f"lin{i}.model.1.weight") for i in range(5)}, lins)
+    fill(model.lins, {f"{i}.weight": tensors.get(f"lin{i}.model.1.weight") for i in range(5)}, lins)
     return model.eval().requires_grad_(False)
 
 
-def _filled(module, tensors, path):
+def fill(module, tensors, path):
+    """A module with these tensors, frozen, in eval mode. Raises UserError when one is missing or misshapen."""
     wanted = module.state_dict()
     wrong = [k for k in wanted if tensors.get(k) is None or tensors[k].shape != wanted[k].shape]
     if wrong:

@@ -1,4 +1,4 @@
-"""CLIP text towers: recorded hidden states and pooled vectors, manifests, refusals."""
+"""CLIP: recorded hidden states, pooled vectors and picture embeddings, manifests, refusals."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from util import TINY, built, golden, manifest, max_error
 
 from nanodiff import weights
 from nanodiff.config import UserError
-from nanodiff.models.clip import CLIPTextModel, Config
+from nanodiff.models.clip import CLIPModel, CLIPTextModel, Config
 
 ENCODERS = [(n, "text_encoder") for n in ("sd15", "sd21-v", "sd-turbo", "sdxl", "sdxl-turbo")]
 ENCODERS += [(n, "text_encoder_2") for n in ("sdxl", "sdxl-turbo")]
@@ -71,3 +71,40 @@ def test_too_many_tokens():
 def test_unsupported_activation_is_named():
     with pytest.raises(UserError, match="hidden_act"):
         Config.from_json({"hidden_act": "relu"})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Both towers
+
+
+def test_whole_clip_golden():
+    tensors, facts = golden("clip.forward")
+    model = weights.load(CLIPModel, TINY / "clip")
+    pixels = tensors["pixel_values"]
+    state, pooled = model.vision_model(pixels)
+    assert max_error(state, tensors["vision_last_hidden_state"]) < 1e-5
+    assert max_error(pooled, tensors["vision_pooled"]) < 1e-5
+    images, texts = model.image(pixels), model.text(tensors["input_ids"])
+    assert max_error(images, tensors["image_embeds_normalized"]) < 1e-5
+    assert max_error(texts, tensors["text_embeds_normalized"]) < 1e-5
+    logits = model.logit_scale.exp() * images @ texts.T
+    assert (
+        max_error(
+            logits * torch.tensor(facts["args"]["logit_scale"]).exp() / model.logit_scale.exp(),
+            tensors["logits_per_image"],
+        )
+        < 1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["clip-vit-base-patch32", "clip-vit-base-patch16", "clip-vit-large-patch14"])
+def test_whole_clip_manifest(name):
+    config, shapes = manifest(name)
+    assert built(CLIPModel, config) == shapes
+
+
+def test_a_text_encoder_is_no_whole_clip():
+    with pytest.raises(UserError, match="text_config and vision_config"):
+        CLIPModel.Config.from_json({"hidden_size": 32})
+    with pytest.raises(UserError, match="vision_config: unknown field 'hiden_size'"):
+        CLIPModel.Config.from_json({"text_config": {}, "vision_config": {"hiden_size": 3}})

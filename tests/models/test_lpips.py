@@ -1,31 +1,20 @@
 """VGG16 and LPIPS against the recordings (metrics.lpips; weights by the recipe of the recordings)."""
 
-import zlib
-
 import pytest
 import torch
-from util import GOLDEN, golden, max_error
+from util import ROOT, golden, max_error, recipe
 
 from nanodiff.config import UserError
 from nanodiff.models import lpips
 from nanodiff.weights import save_tensors
 
-LINS = GOLDEN / "lpips_vgg_lin_v0.1.safetensors"
-
-
-def recipe_vgg():
-    """Made-up VGG16 weights that anyone can rebuild (the rule is the recordings')."""
-    made = {}
-    for name, value in lpips.VGG16().state_dict().items():
-        g = torch.randn(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(f"vgg16/{name}".encode())))
-        made[name] = 0.1 * g if value.dim() == 1 else g * (2 / value[0].numel()) ** 0.5
-    return made
+LINS = ROOT / "assets" / "lpips" / "vgg_lin_v0.1.safetensors"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("vgg") / "vgg.safetensors"
-    save_tensors(path, recipe_vgg())
+    save_tensors(path, recipe(lpips.VGG16(), "vgg16"))
     return lpips.load_lpips(path, LINS)
 
 

@@ -23,7 +23,7 @@ def test_real_weights(name, picture):
     )
     pixels = tensors[f"input_u8.{picture}"].permute(2, 0, 1)[None].float() / 255
     latents = encode(pixels)
-    assert max_error(latents[0], tensors[f"{name}.{picture}.latent"].float()) < 1e-5
+    assert max_error(latents[0], tensors[f"{name}.{picture}.latent"].float()) < 1e-4  # 2e-5 seen without AVX-512
     got = decode(latents).clamp(0, 1)
     off = (got[0] * 255).round().permute(1, 2, 0) - tensors[f"{name}.{picture}.recon_u8"].float()
     assert off.abs().max() <= 1

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from util import GOLDEN, ROOT, error_line, run
+from util import ROOT, error_line, recipe, run
 
 import train
 from nanodiff import build, config, lora, pipeline
@@ -412,12 +412,11 @@ def test_s2_faults_are_one_line(tmp_path, pictures):
 
 
 def test_perceptual_loss_from_local_weights(tmp_path, pictures):
-    from models.test_lpips import recipe_vgg
-
+    from nanodiff.models.lpips import VGG16
     from nanodiff.weights import save_tensors
 
-    save_tensors(tmp_path / "vgg.safetensors", recipe_vgg())
-    lins = GOLDEN / "lpips_vgg_lin_v0.1.safetensors"
+    save_tensors(tmp_path / "vgg.safetensors", recipe(VGG16(), "vgg16"))
+    lins = ROOT / "assets" / "lpips" / "vgg_lin_v0.1.safetensors"
     for more in ([], ["--lpips-weights", lins]):
         out = tmp_path / f"o{len(more)}"
         done = train_("vae", pictures, out, "--max-steps", "2", "--perceptual-weight", "0.5", "--vgg-weights",

@@ -1,0 +1,678 @@
+"""Measure pictures and captions, and write a report that can be sent.
+
+    python eval.py images --generated out/pictures --real PICTURES --weights-dir weights --output-dir out/eval
+    python eval.py images --prompts prompts.txt --real PICTURES --features pixels --output-dir out/eval     # draws them first
+    python eval.py compare --original A --finetuned B --teacher C --output-dir out/compare                  # or --a A --b B
+    python eval.py captions --candidates mine.json --references theirs.json --output-dir out/captions
+    python eval.py report --inputs out/eval --inputs out/compare --output-dir out/report
+
+Every number says how it was made: network, hash of its weights, resize rule, number of pictures, seed, versions, command.
+Weights are files of yours (--weights-dir); what is absent is named with its source and hash, and nothing stands in for it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanodiff.config import UserError, arg, printable, script
+
+# torch is imported inside the stages, so that --help answers at once.
+
+LESS_MEMORY = "try a smaller --batch-size"
+EMBEDDED = Path(__file__).parent / "assets" / "nano"
+PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
+RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
+TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
+          "sharpness_ratio": "Sharpness Ratio", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
+CANNOT = (
+    "SSIM, MSE, PSNR, histograms and hashes compare pixels. For two versions of one picture they say how much has changed; for two "
+    "pictures of different content, such as two models' answers to one prompt, they say nothing about which is better, and a change in "
+    "them is no improvement by itself. Read them beside a CLIP score and FID (`eval.py images`)."
+)
+
+
+@dataclass
+class Common:
+    output_dir: str = arg("out/eval", "folder of metrics.json, metrics.csv, report.md, report.html and figures")
+    seed: int = arg(2020, "of subsets, splits and resamples")
+    batch_size: int = arg(16, "pictures at a time through a network")
+    num_workers: int = arg(2, "threads that decode pictures")
+    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost")
+
+
+@dataclass
+class Weights(Common):
+    weights_dir: str | None = arg(
+        None, "folder with pt_inception-2015-12-05-6726825d, vgg16-397923af, clip-vit-base-patch32/ …"
+    )
+    allow_pickle: bool = arg(False, "read .pth files, with weights_only")
+
+
+@dataclass
+class Images(Weights):
+    generated: list[str] = arg([], "folder or tar shards of generated pictures; repeatable: one set a generation")
+    real: str | None = arg(None, "folder or tar shards of real pictures (memorisation: the training pictures)")
+    prompts: str | None = arg(None, "the pictures' prompts: a line each, or captions by name (.json, .csv); default: what lies beside or inside the pictures", "prompts-file")  # fmt: skip
+    model: str | None = arg(
+        None, "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model"
+    )
+    num_images: int = arg(1, "pictures per prompt to draw")
+    steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps")
+    guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own", "cfg-scale")
+    scheduler: str | None = arg(None, "sampler; default: the model's own")
+    draw_seed: int = arg(0, "picture i is drawn from this seed + i")
+    metrics: str | None = arg(None, "comma-separated: fid, kid, is, prdc, memorisation, diversity, clip_score, clip_fid, modality_gap, colours; default: all that can be had")  # fmt: skip
+    features: str = arg("inception", "spaces of fid, kid, prdc, memorisation and diversity, comma-separated: inception, clip, pixels (16x16 colours, no weights)")  # fmt: skip
+    fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
+    fid_dims: int = arg(2048, "Inception features: 64, 192, 768 or 2048")
+    is_network: str = arg(
+        "fid", "Inception Score by the FID network (torch-fidelity) or torchvision's", choices=("fid", "torchvision")
+    )
+    clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
+    nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage")
+    kid_subsets: int = arg(100, "subsets of KID")
+    kid_subset_size: int = arg(1000, "pictures in each of them")
+    is_splits: int = arg(10, "parts of the Inception Score")
+    bootstrap: int | None = arg(None, "resamples of FID's interval; default 20 below 2048 pictures, else none")
+    cache: bool = arg(True, "keep features in OUTPUT_DIR/cache")
+    cache_dir: str | None = arg(None, "keep them here instead, to share them between runs")
+
+
+@dataclass
+class Compare(Weights):
+    a: str | None = arg(None, "folder of pictures")
+    b: str | None = arg(None, "folder with pictures of the same names")
+    original: str | None = arg(None, "pictures before; with --finetuned, and perhaps --teacher", "before")
+    finetuned: str | None = arg(None, "pictures after", "after")
+    teacher: str | None = arg(None, "what they should become")
+    metrics: str | None = arg(None, "comma-separated; default: all (lpips with weights)")
+    panels: int = arg(12, "pairs of which panels and difference maps are drawn")
+
+
+@dataclass
+class Captions(Common):
+    candidates: str | None = arg(None, "JSON {id: caption}, COCO results, or CSV (Image_Name, Title)")
+    references: str | None = arg(None, "JSON {id: [captions]}, COCO annotations, or CSV")
+    tokenize: str = arg("ptb", "ptb: lower case, Penn Treebank words, no punctuation, as COCO; none: split at spaces", choices=("ptb", "none"))  # fmt: skip
+    metrics: str | None = arg(None, "comma-separated: bleu1 … bleu4, rouge_l, rouge_l_f1, meteor, cider; default: all")
+    bootstrap: int = arg(1000, "resamples of the intervals")
+
+
+@dataclass
+class Summary(Common):
+    inputs: list[str] = arg([], "folders of earlier runs; repeatable")
+    title: str = arg("Evaluation", "heading of the report")
+
+
+def begin(cfg):
+    """(record, device), after joining the other processes of torchrun."""
+    from nanodiff import dist, engine
+
+    for name in (
+        "batch_size",
+        "num_workers",
+        "panels",
+        "bootstrap",
+        "nearest_k",
+        "kid_subsets",
+        "is_splits",
+        "num_images",
+        "steps",
+    ):
+        value = getattr(cfg, name, None)
+        least = 0 if name in ("num_workers", "panels", "bootstrap") else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if getattr(cfg, "kid_subset_size", 2) < 2:
+        raise UserError(f"--kid-subset-size must be at least 2, not {cfg.kid_subset_size}")
+    if not 0 <= cfg.seed < 1 << 32:
+        raise UserError(f"--seed {cfg.seed} must be between 0 and 2^32 - 1")
+    device = engine.pick_device(cfg.device)
+    dist.start(device, cfg.dist_timeout)
+    return engine.Record(cfg, device), device
+
+
+def listed(text):
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def dataset(path, flag, captions=False):
+    """A Dataset; rank 0 looks, so that all see the same files."""
+    from nanodiff import data, dist
+
+    if path is None:
+        raise UserError(f"--{flag} is required")
+    return dist.on_main(data.load, path, captions=captions)
+
+
+def finish(record, document, metrics, files):
+    """Write the numbers and the report (rank 0), print the results, end the record."""
+    from nanodiff import dist, report
+
+    def write():
+        return [*report.write_metrics(record.out, metrics), *document.write(record.out)]
+
+    for path in [*files, *dist.on_main(write)]:
+        record.file(path)
+    for name, m in metrics.items():
+        record.result(name, m["value"])
+    record.write()
+    if dist.is_main():
+        print(f"report: {record.out / 'report.html'}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# images
+
+
+def images(cfg):
+    from nanodiff import dist, evaluate, report, weights
+    from nanodiff import images as pictures
+
+    wanted = evaluate.wanted(listed(cfg.metrics))
+    spaces = tuple(listed(cfg.features)) or ("inception",)
+    for space in spaces:
+        if space not in evaluate.SPACES:
+            raise UserError(f"--features: {printable(space)!r} is none of {', '.join(evaluate.SPACES)}")
+    if cfg.fid_dims not in (64, 192, 768, 2048):
+        raise UserError(f"--fid-dims {cfg.fid_dims} is none of 64, 192, 768, 2048")
+    if cfg.generated and cfg.model:
+        raise UserError("--generated are pictures, --model draws them; give one of the two")
+    if not cfg.generated and not cfg.prompts:
+        raise UserError("--generated FOLDER is required, or --prompts FILE to draw pictures first")
+    record, device = begin(cfg)
+    out = record.out
+    settings = evaluate.Settings(
+        wanted, spaces, cfg.weights_dir, cfg.allow_pickle, cfg.clip, cfg.fid_mode, cfg.fid_dims, cfg.is_network, cfg.nearest_k,
+        cfg.kid_subsets, cfg.kid_subset_size, cfg.is_splits, cfg.bootstrap, cfg.seed,
+        cfg.cache_dir or (str(out / "cache") if cfg.cache else None), cfg.batch_size, cfg.num_workers, device,
+    )  # fmt: skip
+    real = dataset(cfg.real, "real") if cfg.real else None
+    given = cfg.prompts
+    if not cfg.generated:
+        with record.timed("draw"):
+            cfg.generated, given = [str(draw(cfg, record, device))], None
+    names = _names(cfg.generated)
+    found, sets = {}, {}
+    for path, name in zip(cfg.generated, names, strict=True):
+        sets[name] = dataset(path, "generated")
+        prompts = dist.on_main(evaluate.prompts_for, sets[name], given)
+        with record.timed("features and metrics"):
+            found[name] = evaluate.images(sets[name], settings, real, prompts, name)
+        for reason in dict.fromkeys(found[name].skipped.values()):
+            dist.say(f"note: not computed: {reason}")
+        if prompts and dist.is_main():
+            weights.write_json(
+                out / f"prompts_{pictures.slug(name)}.json", dict(zip(sets[name].keys, prompts, strict=True))
+            )
+            record.file(out / f"prompts_{pictures.slug(name)}.json")
+    last = found[names[-1]]
+    document = report.Report("Pictures: " + ", ".join(names))
+    facts = [["generated", name, len(d)] for name, d in sets.items()] + (
+        [["real", cfg.real, len(real)]] if real else []
+    )
+    document.table(("set", "from", "pictures"), facts)
+    files = dist.on_main(_figures, cfg, out, document, found, sets, real)
+    finish(record, document, last.metrics, files)
+
+
+def _names(paths):
+    """A short name for each path: its last part, or more of it where that is not unique."""
+    parts = [Path(p).with_suffix("").parts for p in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"--generated: {printable(paths[0])} is given twice")
+
+
+def _figures(cfg, out, document, found, sets, real):
+    """The body of the report and its figures, on rank 0. Returns the files."""
+    from nanodiff import charts, report, weights
+    from nanodiff import images as pictures
+
+    files, names = [], list(found)
+    if len(names) > 1:
+        document.heading("Over the sets")
+        common = [m for m in found[names[0]].metrics if all(m in f.metrics for f in found.values())]
+        document.table(("metric", *names), [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common])
+        panels = {m: {"": [_band(found[n].metrics[m]) for n in names]} for m in common}
+        path = charts.lines(out / "generations.png", names, panels, "set")
+        document.picture(path, "Each number over the sets, with its interval where it has one")
+        weights.write_json(out / "generations.json", {n: found[n].metrics for n in names})
+        report.write_csv(
+            out / "generations.csv",
+            ("metric", *names),
+            [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common],
+        )
+        files += [p for p in (path, out / "generations.json", out / "generations.csv") if p]
+    for name in names:
+        document.heading(f"Numbers of {name}" if len(names) > 1 else "Numbers")
+        report.metrics_table(document, found[name].metrics)
+        if found[name].skipped:
+            document.heading("Not computed")
+            document.table(("metric", "why"), found[name].skipped.items())
+        shown = [sets[name].image(i) for i in _spread(len(sets[name]), 24)]
+        path = out / f"sheet_{pictures.slug(name)}.png"
+        pictures.save_png(pictures.grid([_small(p) for p in shown], 8), path)
+        document.picture(path, f"{name}: {len(shown)} of {len(sets[name])} pictures")
+        files.append(path)
+        for space, copies in found[name].copies.items():
+            path = out / f"nearest_{space}_{pictures.slug(name)}.png"
+            _nearest_sheet(path, sets[name], real, copies)
+            if all(real.captions):  # a caption for each picture, found by its neighbour: `eval.py captions` scores them
+                told = {k: real.captions[int(i)] for k, i in zip(sets[name].keys, copies.nearest, strict=True)}
+                weights.write_json(path.with_suffix(".json"), told)
+                files.append(path.with_suffix(".json"))
+            document.picture(path, f"{name}: the generated pictures nearest to a real one by {space} (left), and that one (right); "
+                                   "the number is the distance over the real picture's own distance to its nearest neighbour")  # fmt: skip
+            files.append(path)
+    return files
+
+
+def _band(m):
+    low, high = m.get("ci") or (m["value"] - m.get("std", 0), m["value"] + m.get("std", 0))
+    return m["value"], low, high
+
+
+def _spread(n, most):
+    """Up to `most` positions, evenly spread."""
+    k = min(n, most)
+    return sorted({round(i * (n - 1) / max(k - 1, 1)) for i in range(k)})
+
+
+def _small(picture, side=112):
+    """For a sheet: enlarged or reduced to one size, not distorted."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white")
+
+
+def _nearest_sheet(path, generated, real, copies, shown=8):
+    from nanodiff import images as pictures
+
+    order = copies.ratio.argsort(kind="stable")[:shown]
+    cells, labels = [], []
+    for i in order:
+        cells += [_small(generated.image(int(i))), _small(real.image(int(copies.nearest[i])))]
+        labels += [f"{copies.ratio[i]:.3g}", ""]
+    pictures.save_png(pictures.grid(cells, 8, labels, size=20), path)
+
+
+def draw(cfg, record, device):
+    """Draw the prompts' pictures into OUTPUT_DIR/generated, shared out among the processes; what is there from the same settings
+    stays. Returns the folder."""
+    import json
+
+    from nanodiff import dist, engine, pipeline, samplers
+    from nanodiff import images as pictures
+
+    folder = record.out / "generated"
+    dist.on_main(engine.out_dir, folder)
+    try:
+        lines = [
+            line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()
+        ]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts {cfg.prompts}: {e}") from None
+    if not lines:
+        raise UserError(f"--prompts {cfg.prompts}: no prompts in it")
+    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, engine.pick_dtype("auto", device), device).with_scheduler(
+        cfg.scheduler
+    )
+    steps = cfg.steps or sd.sampling("steps") or (sd.turbo_steps if sd.turbo else sd.steps)
+    scale = cfg.guidance_scale if cfg.guidance_scale is not None else sd.sampling("guidance_scale")
+    scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if cfg.model is None else sd.guidance
+    samplers.check_steps(sd.schedule, steps)
+    facts = {
+        "model": cfg.model or "embedded",
+        "steps": steps,
+        "guidance_scale": scale,
+        "scheduler": samplers.name_of(sd.schedule),
+    }
+    jobs = [(prompt, cfg.draw_seed + i) for i, prompt in enumerate(p for p in lines for _ in range(cfg.num_images))]
+    height, width = sd.size
+    todo = []
+    for i, (prompt, seed) in enumerate(jobs):
+        path = folder / f"{i:05d}.png"
+        record_of = facts | {"prompt": prompt, "seed": seed, "width": width, "height": height}
+        known = dist.on_main(_known, path)
+        if known != json.loads(json.dumps(record_of)):
+            todo.append((path, record_of))
+    for path in dist.on_main(
+        lambda: [p for p in folder.glob("*.png") if p.name not in {f"{i:05d}.png" for i in range(len(jobs))}]
+    ):
+        raise UserError(f"{path}: is of another run; use another --output-dir")
+    batches = [todo[i : i + cfg.batch_size] for i in range(0, len(todo), cfg.batch_size)]
+    mine = batches[dist.world().rank :: dist.world().size]
+
+    def run():
+        for batch in dist.progress(mine, len(mine), "drawing (batches)"):
+            made = sd.generate(
+                [r["prompt"] for _, r in batch],
+                None,
+                steps,
+                scale,
+                [r["seed"] for _, r in batch],
+                height=height,
+                width=width,
+            )
+            for (path, facts_of), picture in zip(batch, pictures.to_pil(made.pixels), strict=True):
+                pictures.save_png(picture, path.with_suffix(".part"), facts_of)
+                path.with_suffix(".part").replace(path)
+
+    dist.together(run)
+    return folder
+
+
+def _known(path):
+    """The record inside a PNG of ours that is there, or None."""
+    from nanodiff import images as pictures
+
+    try:
+        return pictures.read_record(path) if path.is_file() else None
+    except UserError:  # half a file, or somebody else's: drawn again
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# compare
+
+
+def compare(cfg):
+    from nanodiff import dist, evaluate, features, report, similarity
+
+    paths = {n: getattr(cfg, n) for n in ("a", "b", "original", "finetuned", "teacher") if getattr(cfg, n)}
+    if set(paths) == {"a", "b"}:
+        pairings = [("a", "b")]
+    elif {"original", "finetuned"} <= set(paths) <= {"original", "finetuned", "teacher"}:
+        pairings = [p for p in PAIRINGS if set(p) <= set(paths)]
+    else:
+        raise UserError("give --a and --b, or --original and --finetuned (and --teacher)")
+    names = listed(cfg.metrics) or [*similarity.NAMES]
+    for name in names:
+        if name not in similarity.NAMES:
+            raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(similarity.NAMES)}")
+    record, device = begin(cfg)
+    folders = {label: dataset(path, label) for label, path in paths.items()}
+    settings = evaluate.Settings(device=device, workers=cfg.num_workers, seed=cfg.seed)
+    loss, facts, skipped = None, {}, {}
+    if "lpips" in names:
+        try:
+            loss, facts = features.perceptual(cfg.weights_dir, device, cfg.allow_pickle)
+        except features.Absent as e:
+            if cfg.metrics:
+                raise UserError(str(e)) from None
+            dist.say(f"note: not computed: lpips: {e}")
+            skipped["lpips"] = str(e)
+    with record.timed("pairs"):
+        found, resized = evaluate.pairs(folders, pairings, settings, names, loss)
+    facts |= {
+        "pictures": "uint8 RGB",
+        "resized": f"{resized} pairs to the smaller picture (Lanczos)" if resized else "none",
+    }
+    metrics = evaluate.pair_metrics(found, facts, cfg.seed)
+    document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
+    files = dist.on_main(_comparison, cfg, record.out, document, found, folders, pairings, metrics, skipped)
+    finish(record, document, metrics, files)
+
+
+def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
+    """The report, the figures and the documents' files of a comparison, on rank 0. Returns the files."""
+    from nanodiff import evaluate, report
+
+    small = [
+        n
+        for n in ("ms_ssim",)
+        if n in found[0].numbers[f"{pairings[0][0]}_vs_{pairings[0][1]}"] and f"{_prefix(pairings)}{n}" not in metrics
+    ]
+    for name in small:
+        skipped[name] = "the pictures are smaller than 161 pixels"
+    document.text(CANNOT)
+    document.text(f"{len(found)} pictures in {len({p.category for p in found})} categories.")
+    files = write_pairs(out / "metrics", found)
+    files += figures_of(cfg.panels, out, document, found, folders, pairings)
+    if len(pairings) == 3:
+        document.heading("Nearer to the teacher?")
+        tests = evaluate.significance(
+            found, "original_vs_teacher", "finetuned_vs_teacher", list(found[0].numbers["original_vs_teacher"])
+        )
+        header = (
+            "metric",
+            "mean difference",
+            "95 % interval",
+            "t",
+            "p (t)",
+            "p (Wilcoxon)",
+            "Cohen's d",
+            "p (t, Holm)",
+        )
+        lines = [
+            [n, t.mean, f"{report.shown(t.low)} to {report.shown(t.high)}", t.t, t.p_t, t.p_wilcoxon, t.d, p]
+            for n, t, p in tests
+        ]
+        document.text(
+            "The finetuned pictures' number against the teacher, less the original's, over the same pictures."
+        )
+        document.table(header, lines)
+        report.write_csv(out / "metrics" / "significance.csv", header, lines)
+        files.append(out / "metrics" / "significance.csv")
+    document.heading("Numbers")
+    report.metrics_table(document, metrics)
+    if skipped:
+        document.heading("Not computed")
+        document.table(("metric", "why"), skipped.items())
+    return files
+
+
+def _prefix(pairings):
+    return "" if len(pairings) == 1 else f"{pairings[0][0]}_vs_{pairings[0][1]}."
+
+
+def write_pairs(folder, found):
+    """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files."""
+    from nanodiff import evaluate, report, weights
+    from nanodiff import images as pictures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files, counts = [], {}
+    columns = [n for n in TITLES if n in next(iter(found[0].numbers.values()))]
+    for pair in found:
+        i = counts[pair.category] = counts.get(pair.category, -1) + 1
+        stem = folder / f"metrics_{pictures.slug(pair.category)}_{i}"
+        weights.write_json(stem.with_suffix(".json"), {"name": pair.name} | _finite(pair.numbers))
+        lines = [[k.replace("_", " "), *(v[c] for c in columns)] for k, v in pair.numbers.items()]
+        report.write_csv(stem.with_suffix(".csv"), ("Comparison", *(TITLES[c] for c in columns)), lines)
+        files += [stem.with_suffix(".json"), stem.with_suffix(".csv")]
+    categories = list(counts)
+    weights.write_json(folder / "category_averages.json", {c: evaluate.average(found, c) for c in categories})
+    weights.write_json(folder / "overall_metrics.json", evaluate.average(found))
+    return [*files, folder / "category_averages.json", folder / "overall_metrics.json"]
+
+
+def _finite(numbers):
+    import math
+
+    return {
+        k: {n: v if v is None or math.isfinite(v) else str(v) for n, v in row.items()} for k, row in numbers.items()
+    }
+
+
+def figures_of(panels, out, document, found, folders, pairings):
+    """Panels, difference maps, radar, bars, improvement; each into the report. Returns the files."""
+    import numpy as np
+
+    from nanodiff import charts, engine, evaluate
+    from nanodiff import images as pictures
+
+    look, side = engine.out_dir(out / "visualization"), engine.out_dir(out / "comparison_output")
+    _, sets = evaluate.matched(folders)
+    files, counts, chosen = [], {}, set(_spread(len(found), panels) if panels else ())
+    labels = [k for k in ("a", "b", "original", "finetuned", "teacher") if k in folders]
+    document.heading("Pictures")
+    for k, pair in enumerate(found):
+        i = counts[pair.category] = counts.get(pair.category, -1) + 1
+        if k not in chosen:
+            continue
+        shown = {n: sets[n].image(k) for n in labels}
+        least = min((p.size for p in shown.values()), key=lambda s: s[0] * s[1])
+        name = f"{pictures.slug(pair.category)}_{i}"
+        path = side / f"comparison_all_{name}.png"
+        pictures.save_png(pictures.grid([_small(p, 256) for p in shown.values()], len(labels), labels, size=20), path)
+        document.picture(path, f"{pair.name}: {', '.join(labels)}")
+        files.append(path)
+        arrays = {n: np.asarray(p.resize(least)) for n, p in shown.items()}
+        for a, b in pairings:
+            path = charts.difference(
+                look / f"difference_{a}_vs_{b}_{name}.png", arrays[a], arrays[b], (a, b), pair.numbers[f"{a}_vs_{b}"]
+            )
+            if path:
+                files.append(path)
+                document.picture(path if len(chosen) <= 3 or k == min(chosen) else None, f"{pair.name}: {a} and {b}")
+    document.heading("Figures")
+    means, categories = evaluate.average(found), sorted(counts)
+    radar = {f"{a} and {b}": [_unit(n, means[f"{a}_vs_{b}"].get(n)) for n in RADAR] for a, b in pairings}
+    if all(n in means[f"{a}_vs_{b}"] for n in RADAR for a, b in pairings):
+        axes = [TITLES[n].replace(" Similarity", "") if n != "mse" else "inverted MSE" for n in RADAR]
+        path = charts.radar(look / "radar_chart.png", axes, radar)
+        document.picture(path, "Means over all pictures; inverted MSE is max(0, 1 - MSE / 10000)")
+        files.append(path)
+    by_category = {c: evaluate.average(found, c) for c in categories}
+    for name, mean in means[f"{pairings[0][0]}_vs_{pairings[0][1]}"].items():
+        if mean is None:
+            continue
+        series = {f"{a} and {b}": [by_category[c][f"{a}_vs_{b}"][name] for c in categories] for a, b in pairings}
+        path = charts.bars(look / f"{name}_comparison.png", categories, series, name.replace("_", " "))
+        document.picture(path, f"{name.replace('_', ' ')} by category")
+        files.append(path)
+    if len(pairings) == 3:
+        files += _improvement(look, document, means)
+    return [f for f in files if f]
+
+
+def _unit(name, value):
+    """A number on the radar's axis from 0 to 1."""
+    if value is None:
+        return 0.0
+    return min(max(1 - value / 10000 if name == "mse" else value, 0.0), 1.0)
+
+
+def _improvement(look, document, means):
+    """By how much the finetuned pictures are nearer to the teacher than the original ones: (ft - orig) / orig, the other way round where
+    less is nearer."""
+    from nanodiff import charts, similarity
+
+    before, after, rows = means["original_vs_teacher"], means["finetuned_vs_teacher"], []
+    for name, direction in similarity.HIGHER_IS_NEARER.items():
+        if direction is None or not before.get(name) or after.get(name) is None:
+            continue
+        change = 100 * (after[name] - before[name]) / abs(before[name])
+        rows.append((name.replace("_", " "), before[name], after[name], change if direction else -change))
+    document.heading("Change towards the teacher")
+    document.table(("metric", "original", "finetuned", "nearer by %"), rows)
+    chart = charts.bars(
+        look / "improvement_percentage_chart.png",
+        [r[0] for r in rows],
+        {"": [r[3] for r in rows]},
+        "nearer to the teacher",
+        "%",
+    )
+    table = charts.table(look / "improvement_table.png", ("metric", "original", "finetuned", "nearer by"),
+                         [(n, f"{a:.4g}", f"{b:.4g}", f"{c:+.1f} %") for n, a, b, c in rows])  # fmt: skip
+    document.picture(
+        chart, "Per cent by which the finetuned pictures' mean is nearer to the teacher's; see the note above"
+    )
+    return [chart, table]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# captions, report
+
+
+def captions(cfg):
+    from nanodiff import charts, dist, evaluate, report, textmetrics
+
+    for flag in ("candidates", "references"):
+        if getattr(cfg, flag) is None:
+            raise UserError(f"--{flag} FILE is required")
+    names = tuple(listed(cfg.metrics)) or textmetrics.NAMES
+    record, _ = begin(cfg)
+    mine, theirs = (dist.on_main(textmetrics.read, path) for path in (cfg.candidates, cfg.references))
+    with record.timed("scores"):
+        found = dist.on_main(evaluate.captions, mine, theirs, cfg.tokenize, names, cfg.bootstrap, cfg.seed)
+    metrics, ids, scores = found
+    document = report.Report("Captions")
+    document.text(f"{len(ids)} captions of {printable(cfg.candidates)} against {printable(cfg.references)}. Corpus BLEU and the mean of "
+                  "single captions' BLEU are different numbers; METEOR is without synonyms.")  # fmt: skip
+    report.metrics_table(document, metrics)
+    files = []
+    if dist.is_main():
+        header = ("id", "candidate", *scores)
+        lines = [[k, mine[k][0], *(s.each[i] for s in scores.values())] for i, k in enumerate(ids)]
+        report.write_csv(record.out / "captions.csv", header, lines)
+        series = {"": [(m["value"], *(m.get("ci") or (m["value"],) * 2)) for n, m in metrics.items() if n in scores]}
+        chart = charts.bars(record.out / "captions.png", list(scores), series, "with 95 % intervals")
+        document.picture(chart, "The set's scores")
+        by = next(iter(scores))
+        order = sorted(range(len(ids)), key=lambda i: scores[by].each[i])
+        for title, chosen in (("Lowest", order[:5]), ("Highest", order[-5:][::-1])):
+            document.heading(f"{title} by {by}")
+            document.table(
+                ("id", "candidate", "references", by),
+                [[ids[i], mine[ids[i]][0], " | ".join(theirs[ids[i]]), scores[by].each[i]] for i in chosen],
+            )
+        files = [p for p in (record.out / "captions.csv", chart) if p]
+    finish(record, document, metrics, files)
+
+
+def summary(cfg):
+    from nanodiff import charts, dist, report
+
+    if not cfg.inputs:
+        raise UserError("--inputs FOLDER is required")
+    record, _ = begin(cfg)
+    names = _names(cfg.inputs)
+    found = {n: dist.on_main(report.read_metrics, p) for n, p in zip(names, cfg.inputs, strict=True)}
+    document = report.Report(cfg.title)
+    every = list(dict.fromkeys(m for f in found.values() for m in f))
+    document.heading("Side by side")
+    document.table(
+        ("metric", *names), [[m, *(f[m]["value"] if m in f else None for f in found.values())] for m in every]
+    )
+    common = [m for m in every if sum(m in f and not isinstance(f[m]["value"], str) for f in found.values()) > 1]
+    files = []
+    if dist.is_main():
+        if common:
+            panels = {
+                m: {
+                    "": [
+                        _band(f[m]) if m in f and not isinstance(f[m]["value"], str) else (float("nan"),) * 3
+                        for f in found.values()
+                    ]
+                }
+                for m in common
+            }
+            chart = charts.lines(record.out / "runs.png", names, panels, "run")
+            document.picture(chart, "Numbers that more than one run has")
+            files += [chart] if chart else []
+        for name, f in found.items():
+            document.heading(name)
+            report.metrics_table(document, f)
+    metrics = (
+        {f"{n}.{m}": v for n, f in found.items() for m, v in f.items()}
+        if len(found) > 1
+        else next(iter(found.values()))
+    )
+    finish(record, document, metrics, files)
+
+
+STAGES = {
+    "images": (Images, images),
+    "compare": (Compare, compare),
+    "captions": (Captions, captions),
+    "report": (Summary, summary),
+}
+
+if __name__ == "__main__":
+    sys.exit(script(STAGES, __doc__, less_memory=LESS_MEMORY))

@@ -1,0 +1,451 @@
+"""Whole evaluations: a set of pictures against another, pairs of pictures, captions; numbers with their provenance.
+
+    found = images(generated, Settings(weights_dir="weights"), real=real, prompts=prompts)
+    found.metrics["fid"]          # {"value", "ci", "n", "provenance"}
+    found.skipped                 # {"clip_score": "why it could not be computed"}
+
+The scripts make the pictures and write the reports; what is computed here is the same for all of them, and for any number of
+processes: features are shared out, and every process ends with the same numbers.
+"""
+
+import concurrent.futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanodiff import dist, features, metrics, report, similarity, textmetrics
+from nanodiff.config import UserError, nearest, printable
+from nanodiff.images import CHUNK, Image, read_record, to_pixels
+
+GROUPS = ("fid", "kid", "is", "prdc", "memorisation", "diversity", "clip_score", "clip_fid", "modality_gap", "colours")
+MEMBERS = dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc")  # may be asked for alone
+NEEDS_REAL = ("fid", "kid", "prdc", "memorisation", "clip_fid")
+NEEDS_PROMPTS = ("clip_score", "modality_gap")
+OF_FEATURES = ("fid", "kid", "prdc", "memorisation", "diversity")
+SPACES = ("inception", "clip", "pixels")
+RESAMPLES = 20  # for FID's interval
+PIXELS = ("pictures", "resized")  # facts of numbers that no network makes
+
+
+@dataclass
+class Settings:
+    """How numbers are made. See eval.py's options."""
+
+    groups: tuple = ()  # of GROUPS; (): all that can be had
+    spaces: tuple = ("inception",)  # of SPACES: features for fid, kid, prdc, memorisation, diversity
+    weights_dir: str | None = None
+    allow_pickle: bool = False
+    clip: str = features.CLIPS[0]
+    fid_mode: str = features.MODES[0]
+    tap: int = 2048
+    is_network: str = "fid"
+    nearest_k: int = 5
+    kid_subsets: int = 100
+    kid_size: int = 1000
+    splits: int = 10
+    bootstrap: int | None = None  # None: RESAMPLES below metrics.FEW pictures, else none
+    seed: int = metrics.SEED
+    cache: str | None = None
+    batch_size: int = features.BATCH
+    workers: int = 2
+    device: object = "cpu"
+    networks: dict = field(default_factory=dict)  # loaded so far, by name
+
+
+class Found(NamedTuple):
+    """metrics: {name: entry}; skipped: {name: reason}; copies: {space: metrics.Copies} for figures."""
+
+    metrics: dict
+    skipped: dict
+    copies: dict
+
+
+def wanted(names):
+    """The groups of a comma-separated list, checked. Raises UserError for an unknown one."""
+    found = []
+    for name in names:
+        group = MEMBERS.get(name, name)
+        if group not in GROUPS:
+            raise UserError(
+                f"--metrics: {printable(name)!r} is unknown{nearest(name, [*GROUPS, *MEMBERS])} (known: {', '.join(GROUPS)})"
+            )
+        found.append(group)
+    return tuple(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sets of pictures
+
+
+def network(settings, name):
+    """The Network of a name of SPACES, or "is"; loaded once. Raises features.Absent without its weights."""
+    if name not in settings.networks:
+        s = settings
+        if name == "pixels":
+            made = features.colour_pixels()
+        elif name == "clip":
+            made = features.clip(clip_path(s), s.device)
+        else:
+            variant, tap = (s.is_network, 2048) if name == "is" else ("fid", s.tap)
+            same = "inception" if name == "is" else "is"
+            if (
+                variant == "fid"
+                and tap == 2048
+                and same in s.networks
+                and s.networks[same].name == "inception-fid-2048"
+            ):
+                made = s.networks[same]
+            else:
+                made = features.inception(s.weights_dir, s.fid_mode, s.device, tap, variant, s.allow_pickle)
+        s.networks[name] = made
+    return settings.networks[name]
+
+
+def clip_path(settings):
+    """Where the CLIP is: in --weights-dir under its name, or as --clip says. Raises features.Absent when it is in neither."""
+    inside = Path(settings.weights_dir or ".") / Path(settings.clip).name
+    if settings.weights_dir and (inside / "config.json").is_file():
+        return inside
+    if Path(settings.clip).exists():
+        return settings.clip
+    name = f"openai/{settings.clip}" if settings.clip in features.CLIPS else settings.clip
+    try:
+        features.hub.whole(name, cached=not settings.groups)
+    except UserError as e:
+        raise features.Absent(f"CLIP: {e}, or put the folder into --weights-dir") from None
+    return name
+
+
+def images(generated, settings, real=None, prompts=None, what="generated"):
+    """Found of a data set of pictures: what was asked for, or all that can be computed with what is there.
+
+    What was asked for by name and cannot be computed raises UserError; otherwise it is skipped, with its reason.
+    """
+    s, found = settings, Found({}, {}, {})
+    asked = s.groups or GROUPS
+    for group in asked:
+        reason = None
+        if group in NEEDS_REAL and real is None:
+            reason = "needs real pictures (--real)"
+        elif group in NEEDS_PROMPTS and prompts is None:
+            reason = "needs the prompts (--prompts)"
+        spaces = s.spaces if group in OF_FEATURES else (None,)
+        for space in spaces:
+            name = f"{space}_{group}" if space not in (None, "inception") else group
+            try:
+                if reason:
+                    raise features.Absent(f"{group} {reason}")
+                _group(group, space, generated, real, prompts, s, found, what)
+            except (features.Absent, metrics.TooFew) as e:
+                if s.groups:
+                    raise UserError(str(e)) from None
+                found.skipped[name] = str(e)
+    if not found.metrics:
+        raise UserError("nothing could be computed: " + "; ".join(dict.fromkeys(found.skipped.values())))
+    return found
+
+
+def _group(group, space, generated, real, prompts, s, found, what):
+    """Add one group's numbers to `found`."""
+    if group == "colours":
+        return _colours(generated, s, found)
+    name = space or ("is" if group == "is" else "clip")
+    net = network(s, name)
+    prefix = f"{space}_" if space not in (None, "inception") else ""
+    facts = net.facts | {
+        "n_generated": len(generated),
+        "n_real": len(real) if real is not None and group in NEEDS_REAL else None,
+    }
+
+    def put(name, value, std=None, ci=None, **more):
+        found.metrics[prefix + name] = report.entry(value, len(generated), report.provenance(**facts, **more), std, ci)
+
+    if group == "fid" and s.cache is None and not _resamples(s, generated, real) and len(s.groups) == 1:
+        a, b = (moments(net, d, s) for d in (real, generated))  # nothing else needs the features themselves
+        return put("fid", metrics.frechet(a, b))
+    g = _rows(net, generated, s, what)
+    r = _rows(net, real, s, "real") if facts["n_real"] is not None else None
+    if group in ("fid", "clip_fid"):
+        return _fid(group, r, g, s, put)
+    if group == "kid":
+        value, size = metrics.kid(r, g, s.kid_subsets, s.kid_size, s.seed)
+        if size < s.kid_size:
+            dist.say(f"note: KID with subsets of {size} pictures in place of {s.kid_size}: there are not more")
+        put("kid", value.value, std=value.std, subsets=s.kid_subsets, subset_size=size, seed=s.seed)
+    elif group == "is":
+        value = metrics.inception_score(net.logits(torch.from_numpy(g)).detach().cpu().numpy(), s.splits, s.seed)
+        put("is", value.value, std=value.std, splits=s.splits, seed=s.seed)
+    elif group == "prdc":
+        for name, value in metrics.prdc(r, g, s.nearest_k).items():
+            put(name, value, nearest_k=s.nearest_k)
+    elif group == "diversity":
+        put("diversity", metrics.diversity(g), distance="cosine")
+    elif group == "memorisation":
+        found.copies[space] = copies = metrics.memorisation(r, g)
+        put("memorisation", copies.share, distance="Euclidean")
+    else:
+        _text_groups(group, net, g, prompts, s, put)
+
+
+def _rows(net, dataset, s, what):
+    """features.extract, kept for the groups that follow."""
+    key = (net.key(), dataset.fingerprint(), dataset.root)
+    kept = s.networks.setdefault("rows", {})
+    if key not in kept:
+        kept[key] = features.extract(net, dataset, s.cache, s.batch_size, s.workers, f"{what} pictures")
+    return kept[key]
+
+
+def _resamples(s, generated, real):
+    few = min(len(generated), len(real)) < metrics.FEW
+    return s.bootstrap if s.bootstrap is not None else RESAMPLES if few else 0
+
+
+def _fid(group, r, g, s, put):
+    if min(len(r), len(g)) < metrics.FEW:
+        dist.say(
+            f"warning: {group} of {len(g)} and {len(r)} pictures is biased upwards and spreads; {metrics.FEW} or more are usual"
+        )
+    n = _resamples(s, g, r)
+    ci = metrics.fid_interval(r, g, n, s.seed) if n else None
+    put(group, metrics.fid(r, g), ci=ci, bootstrap=n or None, seed=s.seed if n else None)
+
+
+def moments(net, dataset, s):
+    """metrics.Moments of a data set's features, batch by batch: they are never in memory together."""
+    found, rank, size = metrics.Moments(), dist.world().rank, dist.world().size
+
+    @torch.inference_mode()
+    def run():
+        for first in range(rank * s.batch_size, len(dataset), size * s.batch_size):
+            positions = range(first, min(first + s.batch_size, len(dataset)))
+            batch = torch.stack(features.each(net.prepare, dataset, positions, s.workers))
+            found.add(net.encode(batch).float().cpu().numpy())
+
+    dist.together(run)
+    whole = metrics.Moments()
+    for part in dist.gathered(found):
+        whole.merge(part)
+    return whole
+
+
+def _text_groups(group, net, g, prompts, s, put):
+    kept = s.networks.setdefault("texts", {})
+    key = (net.key(), tuple(prompts))
+    if key not in kept:
+        kept[key] = net.texts(list(prompts))
+    t = kept[key]
+    if group == "modality_gap":
+        for name, value in metrics.modality_gap(g, t).items():
+            put(name, value)
+        return
+    cosines = metrics.clip_score(g, t)
+    low, high = report.interval(cosines, s.seed)
+    put("clip_score", cosines.mean(), std=cosines.std(), ci=(low, high), scale="mean cosine")
+    scaled = (100 * cosines).clip(min=0)
+    low, high = report.interval(scaled, s.seed)
+    put(
+        "clip_score_100",
+        scaled.mean(),
+        std=scaled.std(),
+        ci=(low, high),
+        scale="mean of max(100 cos, 0), as torchmetrics",
+    )
+    scaled = (2.5 * cosines).clip(min=0)
+    put("clip_score_2.5", scaled.mean(), std=scaled.std(), scale="mean of 2.5 max(cos, 0), as Hessel et al.")
+
+
+def _colours(generated, s, found):
+    kept = features.shared(lambda i: metrics.colours(generated.image(i)), range(len(generated)))
+    for name in metrics.COLOURS:
+        values = [k[name] for k in kept]
+        ci = report.interval(values, s.seed) if len(values) > 1 else None
+        facts = report.provenance(network="none: pixels", n_generated=len(generated))
+        found.metrics[name] = report.entry(np.mean(values), len(values), facts, np.std(values), ci)
+
+
+def prompts_for(dataset, path=None):
+    """The prompt of each picture: from a file (a line each in order, or captions by file name), from captions beside the pictures,
+    or from what our PNGs carry. None when there are none; UserError when they do not belong to these pictures."""
+    if path:
+        return _prompts_from(dataset, Path(path))
+    if all(dataset.captions):
+        return list(dataset.captions)
+    if any(dataset.captions):
+        silent = [k for k, c in zip(dataset.keys, dataset.captions, strict=True) if not c]
+        raise UserError(
+            f"{dataset.root}: {len(silent)} of {len(dataset)} pictures have no caption, such as {printable(silent[0])}"
+        )
+    if any(item.offset or not item.path.endswith(".png") for item in dataset.items):
+        return None
+    found = []
+    for item in dataset.items:
+        with Image.open(item.path) as image:
+            if CHUNK not in getattr(image, "text", {}):
+                return None
+        found.append(read_record(item.path).get("prompt"))
+    return found if all(isinstance(p, str) and p for p in found) else None
+
+
+def _prompts_from(dataset, path):
+    if path.suffix in (".json", ".csv"):
+        known = {_stem(k): v[0] for k, v in textmetrics.read(path).items()}
+        missing = [k for k in dataset.keys if _stem(k) not in known]
+        if missing:
+            raise UserError(
+                f"{path}: has no caption for {len(missing)} of {len(dataset)} pictures, such as {printable(missing[0])}"
+            )
+        return [known[_stem(k)] for k in dataset.keys]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts {path}: {e}") from None
+    if len(lines) != len(dataset):
+        raise UserError(f"--prompts {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
+    return lines
+
+
+def _stem(key):
+    """A picture's name without its suffix."""
+    return key.rpartition(".")[0] if "." in key.rpartition("/")[2] else key
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pairs of pictures
+
+
+class Pair(NamedTuple):
+    """One picture in all folders: its name, its category, and {pairing: {metric: number}}."""
+
+    name: str
+    category: str
+    numbers: dict
+
+
+def matched(folders):
+    """(names, {label: Dataset in that order}) of folders with the same names of pictures. Raises UserError naming what differs."""
+    sets = {label: {_stem(k): i for i, k in enumerate(d.keys)} for label, d in folders.items()}
+    labels = list(sets)
+    for label, known in sets.items():
+        if len(known) != len(folders[label]):
+            raise UserError(f"{folders[label].root}: two pictures have the same name but for the suffix")
+        for other in labels:
+            missing = sorted(set(known) - set(sets[other]))
+            if missing:
+                some = ", ".join(map(printable, missing[:5]))
+                raise UserError(
+                    f"{folders[other].root} ({len(sets[other])} pictures) lacks {len(missing)} of {folders[label].root} ({len(known)}), such as {some}"
+                )
+    names = sorted(sets[labels[0]])
+    return names, {label: d.subset([sets[label][n] for n in names]) for label, d in folders.items()}
+
+
+def pairs(folders, pairings, settings, names=similarity.NAMES, loss=None):
+    """[Pair] of matched data sets. pairings: [(label, label)]; loss: LPIPS, or None without. The larger of two pictures of different
+    sizes is brought to the smaller (Lanczos), which is said."""
+    order, sets = matched(folders)
+
+    def one(i):
+        pictures = {label: d.image(i) for label, d in sets.items()}
+        small = min((p.size for p in pictures.values()), key=lambda s: s[0] * s[1])
+        uneven = any(p.size != small for p in pictures.values())
+        if uneven:
+            pictures = {k: p.resize(small, Image.Resampling.LANCZOS) for k, p in pictures.items()}
+        facts = {k: similarity.Facts(np.asarray(p)) for k, p in pictures.items()}
+        numbers = {}
+        for a, b in pairings:
+            numbers[f"{a}_vs_{b}"] = similarity.compare(facts[a], facts[b], names)
+            if loss is not None:
+                with torch.inference_mode():
+                    x, y = (to_pixels(pictures[k])[None].to(settings.device) for k in (a, b))
+                    numbers[f"{a}_vs_{b}"]["lpips"] = float(loss(x, y))
+        category = order[i].split("/")[0] if "/" in order[i] else "all"
+        return Pair(order[i], category, numbers), uneven
+
+    rank, size = dist.world().rank, dist.world().size
+    mine = list(range(len(order)))[rank::size]
+
+    def run():
+        with concurrent.futures.ThreadPoolExecutor(max(settings.workers, 1)) as pool:
+            return list(dist.progress(pool.map(one, mine), len(mine), "pairs"))
+
+    parts = dist.gathered(dist.together(run))
+    found = [parts[i % size][i // size] for i in range(len(order))]
+    resized = sum(uneven for _, uneven in found)
+    if resized:
+        dist.say(f"note: {resized} pairs differ in size; the larger picture was brought to the smaller one (Lanczos)")
+    return [pair for pair, _ in found], resized
+
+
+def average(found, category=None):
+    """{pairing: {metric: mean of the finite numbers, or None}} of Pairs."""
+    chosen = [p for p in found if category in (None, p.category)]
+    out = {}
+    for pairing, first in chosen[0].numbers.items():
+        out[pairing] = {}
+        for name in first:
+            values = [p.numbers[pairing][name] for p in chosen]
+            finite = [v for v in values if v is not None and np.isfinite(v)]
+            out[pairing][name] = float(np.mean(finite)) if finite else None
+    return out
+
+
+def pair_metrics(found, provenance, seed=0):
+    """{metric or pairing.metric: entry} over all Pairs, with bootstrap intervals of the means."""
+    out = {}
+    for pairing in found[0].numbers:
+        prefix = "" if len(found[0].numbers) == 1 else f"{pairing}."
+        for name in found[0].numbers[pairing]:
+            values = np.array([p.numbers[pairing][name] for p in found], dtype=np.float64)  # None becomes NaN
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                ci = report.interval(finite, seed) if len(finite) > 1 else None
+                more = {"infinite": int(np.isinf(values).sum())} if np.isinf(values).any() else {}
+                made = provenance if name == "lpips" else {k: provenance[k] for k in provenance if k in PIXELS}
+                facts = report.provenance(**made, **more)
+                out[prefix + name] = report.entry(finite.mean(), len(finite), facts, finite.std(), ci)
+            elif np.isinf(values).any():
+                facts = report.provenance(
+                    **{k: provenance[k] for k in provenance if k in PIXELS}, note="all pairs are equal"
+                )
+                out[prefix + name] = report.entry(np.inf, len(values), facts)
+    return out
+
+
+def significance(found, before, after, names):
+    """[(metric, report.Paired of after - before, Holm's p)] of two pairings' numbers over the same pictures."""
+    rows = []
+    for name in names:
+        a, b = ([p.numbers[k].get(name) for p in found] for k in (before, after))
+        if not any(v is None for v in (*a, *b)) and (test := report.paired(a, b)):
+            rows.append((name, test))
+    corrected = report.holm([t.p_t for _, t in rows]) if rows else []
+    return [(name, test, p) for (name, test), p in zip(rows, corrected, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def captions(candidates, references, tokenizer="ptb", names=textmetrics.NAMES, resamples=1000, seed=0):
+    """({metric: entry}, ids, {metric: Score}) of {id: [caption]} and {id: [captions]}. Raises UserError for ids that differ."""
+    ids, mine, theirs = textmetrics.paired(candidates, references)
+    if tokenizer == "ptb":
+        mine, theirs = [textmetrics.tokenize(t) for t in mine], [[textmetrics.tokenize(t) for t in r] for r in theirs]
+    found = textmetrics.scores(mine, theirs, names)
+    intervals = textmetrics.bootstrap(mine, theirs, found, seed, resamples) if resamples and len(ids) > 1 else {}
+    out = {}
+    for name, score in found.items():
+        kind = {"meteor": "exact + Porter stem, no synonyms: not the Java program's number", "rouge_l": "COCO, beta 1.2",
+                "rouge_l_f1": "rouge-score, F1", "cider": "CIDEr-D x 10"}.get(name, "corpus, closest length")  # fmt: skip
+        facts = report.provenance(
+            form=kind, tokenizer=tokenizer, references=sum(map(len, theirs)), bootstrap=resamples, seed=seed
+        )
+        out[name] = report.entry(score.value, len(ids), facts, ci=intervals.get(name))
+        if name.startswith("bleu"):
+            mean = facts | {"form": "mean of single captions' BLEU"}
+            out[f"{name}_mean"] = report.entry(np.mean(score.each), len(ids), mean, np.std(score.each))
+    return out, ids, found

@@ -1,0 +1,257 @@
+"""How alike two pictures are: SSIM, MS-SSIM, MSE, PSNR, histograms, perceptual hashes, sharpness, colours.
+
+Pictures are uint8 RGB arrays [H, W, 3] of one size; floats in [0, 1] are rounded to it (`as_uint8`), so that a file and a tensor
+score alike. These numbers compare two versions of one picture. Of two pictures with different content they say how alike their
+pixels are, not which is better: read a CLIP score or FID beside them.
+
+- SSIM (Wang et al. 2004, IEEE TIP 13, eq. 13) as scikit-image has it: uniform 7×7 window, sample covariance, or Gaussian 11×11 (σ 1.5);
+  mean over the places where the window fits. The sums over windows are sums of whole numbers below 2²⁴, exact in float32.
+- MS-SSIM (Wang et al. 2003, Asilomar, eq. 7): five scales, Gaussian window.
+- pHash: imagehash's, bit for bit. `median_hash` is the 32×32 hash of the fourth source document.
+- Histogram correlation and Bhattacharyya distance as OpenCV's compareHist; sharpness is the variance of the Laplacian.
+"""
+
+import functools
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from nanodiff.config import UserError
+
+NAMES = ("ssim", "ms_ssim", "mse", "psnr", "lpips", "hist_correlation", "hist_bhattacharyya", "hist_similarity", "phash",
+         "median_hash", "sharpness_ratio", "color_similarity")  # fmt: skip
+HIGHER_IS_NEARER = {n: n not in ("mse", "lpips", "hist_bhattacharyya") for n in NAMES} | {"sharpness_ratio": None}
+K1, K2 = 0.01, 0.03
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+SMALLEST = 161  # the side from which an 11×11 window fits in MS-SSIM's smallest scale
+
+
+def as_uint8(image):
+    """uint8 [H, W, 3] of a PIL picture, a uint8 array, or floats in [0, 1] ([H, W, 3] array or [3, H, W] tensor).
+
+    Raises UserError for floats outside [0, 1], which would be another scale."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.dim() == 3 and image.shape[0] == 3 else image).numpy()
+    x = np.asarray(image)
+    if x.dtype != np.uint8:
+        x = x.astype(np.float64)
+        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+            raise UserError(
+                f"a picture of {np.asarray(image).dtype} must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}"
+            )
+        x = np.rint(x * 255).astype(np.uint8)
+    if x.ndim != 3 or x.shape[2] != 3:
+        raise UserError(f"a picture has the shape {list(x.shape)}, expected [H, W, 3]")
+    return x
+
+
+def grey(image):
+    """uint8 [H, W]: OpenCV's RGB to grey, in whole numbers."""
+    r, g, b = (image[..., i].astype(np.int32) for i in range(3))
+    return ((9798 * r + 19235 * g + 3735 * b + 16384) >> 15).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Structure
+
+
+def _ssim_of(ux, uy, uxx, uyy, uxy, norm, peak):
+    """(luminance × structure, structure alone) of window means, in float64."""
+    vx, vy, vxy = norm * (uxx - ux * ux), norm * (uyy - uy * uy), norm * (uxy - ux * uy)
+    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
+    structure = (2 * vxy + c2) / (vx + vy + c2)
+    return (2 * ux * uy + c1) / (ux * ux + uy * uy + c1) * structure, structure
+
+
+def _box(x, window):
+    """Sums over window × window places [C, h, w], of whole numbers that stay below 2²⁴: exact in float32."""
+    x = F.avg_pool2d(x[None], (window, 1), 1, divisor_override=1)
+    return F.avg_pool2d(x, (1, window), 1, divisor_override=1)[0].double()
+
+
+def _planes(image):
+    return (
+        torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1).float()
+    )
+
+
+def ssim(a, b, window=7):
+    """Structural similarity of two uint8 pictures, [H, W] or [H, W, 3] (then the mean over channels), uniform window."""
+    if min(a.shape[:2]) < window:
+        raise UserError(f"SSIM needs pictures of {window}x{window} pixels or more, here {a.shape[1]}x{a.shape[0]}")
+    x, y = _planes(a), _planes(b)
+    n = window * window
+    means = [_box(z, window) / n for z in (x, y, x * x, y * y, x * y)]
+    return float(_ssim_of(*means, n / (n - 1), 255.0)[0].mean())
+
+
+def _gaussian(x, size, sigma):
+    """Filtered [C, h, w], where the window fits."""
+    at = torch.arange(size, dtype=torch.float64) - size // 2
+    k = torch.exp(-(at**2) / (2 * sigma**2))
+    k = (k / k.sum()).to(x.dtype)
+    x = F.conv2d(x[:, None], k[None, None, :, None])
+    return F.conv2d(x, k[None, None, None, :])[:, 0]
+
+
+def _gaussian_maps(x, y, peak):
+    means = [_gaussian(z, 11, 1.5) for z in (x, y, x * x, y * y, x * y)]
+    return _ssim_of(*means, 1.0, peak)
+
+
+def ssim_gaussian(a, b):
+    """With Wang's Gaussian window and plain covariance, as scikit-image with gaussian_weights=True, use_sample_covariance=False."""
+    return float(_gaussian_maps(_planes(a).double(), _planes(b).double(), 255.0)[0].mean())
+
+
+def ms_ssim(a, b):
+    """Multi-scale SSIM of two uint8 pictures [H, W, 3] of at least 161×161; None for smaller ones."""
+    if min(a.shape[:2]) < SMALLEST:
+        return None
+    x, y, product = _planes(a).double(), _planes(b).double(), 1.0
+    for i, weight in enumerate(SCALES):
+        whole, structure = (m.mean((1, 2)) for m in _gaussian_maps(x, y, 255.0))
+        product = product * (whole if i == len(SCALES) - 1 else structure).clamp(min=0) ** weight
+        pad = [s % 2 for s in x.shape[1:]]
+        x, y = (F.avg_pool2d(z[None], 2, padding=pad)[0] for z in (x, y))
+    return float(product.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pixels, histograms, colours
+
+
+def mse(a, b):
+    """Mean squared difference of values 0-255."""
+    d = a.astype(np.int32) - b
+    return float((d * d).mean())
+
+
+def psnr(error):
+    """Decibels of a mean squared error at a peak of 255; infinite for none."""
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def histogram(image, bins=16):
+    """Counts of colours in bins × bins × bins boxes, flat."""
+    x = image.astype(np.int64) * bins // 256
+    return np.bincount(((x[..., 0] * bins + x[..., 1]) * bins + x[..., 2]).ravel(), minlength=bins**3).astype(
+        np.float64
+    )
+
+
+def hist_correlation(h, g):
+    """Pearson's correlation of two histograms; 1 when both are constant."""
+    h, g = h - h.mean(), g - g.mean()
+    norm = np.sqrt((h @ h) * (g @ g))
+    return float(h @ g / norm) if norm > 0 else 1.0
+
+
+def hist_bhattacharyya(h, g):
+    """OpenCV's Bhattacharyya distance, 0 for equal histograms, 1 for disjoint ones."""
+    return float(np.sqrt(max(0.0, 1 - np.sqrt(h * g).sum() / np.sqrt(h.sum() * g.sum()))))
+
+
+def sharpness(image, edge="reflect"):
+    """Variance of the Laplacian of the grey picture. edge "reflect" repeats the border as scikit-image does, "mirror" does not, as
+    OpenCV."""
+    return float(scipy.ndimage.laplace(grey(image).astype(np.float64), mode=edge).var())
+
+
+def ratio(a, b):
+    """a / b where b may be 0: then infinite, or 1 when both are."""
+    return a / b if b else 1.0 if not a else float("inf")
+
+
+def _cosine(a, b):
+    norm = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norm) if norm > 0 else float(np.array_equal(a, b))
+
+
+def color_similarity(a, b):
+    """Mean of the cosines of the channels' means and of their deviations."""
+    x, y = (z.reshape(-1, 3).astype(np.float64) for z in (a, b))
+    return (_cosine(x.mean(0), y.mean(0)) + _cosine(x.std(0), y.std(0))) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hashes
+
+
+def phash(image, size=8, factor=4):
+    """bool [size, size]: signs, against their median, of the lowest frequencies (imagehash.phash's bits)."""
+    small = Image.fromarray(image).convert("L").resize((size * factor,) * 2, Image.Resampling.LANCZOS)
+    waves = scipy.fft.dct(scipy.fft.dct(np.asarray(small, np.float64), axis=0), axis=1)[:size, :size]
+    return waves > np.median(waves)
+
+
+def median_hash(image, size=32):
+    """bool [size, size]: brighter than the median, after a Gaussian blur of radius 1."""
+    small = Image.fromarray(grey(image)).resize((size, size), Image.Resampling.LANCZOS)
+    x = np.asarray(small.filter(ImageFilter.GaussianBlur(1)), np.float64)
+    return x > np.median(x)
+
+
+def hash_similarity(a, b):
+    """1 - share of differing bits."""
+    return float(1 - (a != b).mean())
+
+
+def hexadecimal(bits):
+    """Bits row by row as imagehash writes them."""
+    return f"{int(''.join('01'[int(b)] for b in bits.ravel()), 2):0{bits.size // 4}x}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# All of them
+
+
+class Facts:
+    """What is needed of one picture, each computed at most once, however many others it is compared with."""
+
+    def __init__(self, image):
+        self.image = as_uint8(image)
+
+    grey = functools.cached_property(lambda self: grey(self.image))
+    histogram = functools.cached_property(lambda self: histogram(self.image))
+    phash = functools.cached_property(lambda self: phash(self.image))
+    median_hash = functools.cached_property(lambda self: median_hash(self.image))
+    sharpness = functools.cached_property(lambda self: sharpness(self.image))
+
+
+def compare(a, b, names=NAMES):
+    """{name: number, or None where the pictures are too small} of two Facts. lpips is left to the network that gives it.
+
+    sharpness_ratio is the second's over the first's; phash, median_hash and the rest are 1 for equal pictures; hist_similarity is
+    (correlation + 1 - Bhattacharyya) / 2."""
+    if a.image.shape != b.image.shape:
+        raise UserError(
+            f"pictures of {a.image.shape[1]}x{a.image.shape[0]} and {b.image.shape[1]}x{b.image.shape[0]} pixels"
+        )
+    found = {}
+    if "ssim" in names:
+        found["ssim"] = ssim(a.grey, b.grey)
+    if "ms_ssim" in names:
+        found["ms_ssim"] = ms_ssim(a.image, b.image)
+    if "mse" in names or "psnr" in names:
+        error = mse(a.image, b.image)
+        found |= {"mse": error, "psnr": psnr(error)}
+    if any(n.startswith("hist") for n in names):
+        correlation = hist_correlation(a.histogram, b.histogram)
+        distance = hist_bhattacharyya(a.histogram, b.histogram)
+        found |= {"hist_correlation": correlation, "hist_bhattacharyya": distance}
+        found["hist_similarity"] = (correlation + 1 - distance) / 2
+    if "phash" in names:
+        found["phash"] = hash_similarity(a.phash, b.phash)
+    if "median_hash" in names:
+        found["median_hash"] = hash_similarity(a.median_hash, b.median_hash)
+    if "sharpness_ratio" in names:
+        found["sharpness_ratio"] = ratio(b.sharpness, a.sharpness)
+    if "color_similarity" in names:
+        found["color_similarity"] = color_similarity(a.image, b.image)
+    return {n: found[n] for n in names if n in found}

@@ -1,0 +1,366 @@
+"""eval.py: every stage from the command line, the same numbers however it is run, one line for each mistake."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from util import GOLDEN, ROOT, TINY, error_line, recipe, run
+
+import eval as evaluation
+from nanodiff import config, data
+from nanodiff.models.inception import InceptionV3
+from nanodiff.models.lpips import VGG16
+from nanodiff.weights import save_tensors
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """20 emoji as they are (with their captions), slightly and much blurred, in two categories."""
+    root, emoji = tmp_path_factory.mktemp("sets"), data.load(ROOT / "assets/emoji/emoji.tar")
+    for label, radius in (("teacher", 0), ("finetuned", 1), ("original", 3)):
+        for i in range(20):
+            folder = root / label / ("standard" if i % 2 else "closeup")
+            folder.mkdir(parents=True, exist_ok=True)
+            emoji.image(25 * i).filter(ImageFilter.GaussianBlur(radius)).save(folder / f"{i:02d}.png")
+            if label == "teacher":
+                (folder / f"{i:02d}.txt").write_text(emoji.captions[25 * i])
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Made-up weights of every network, under the published names."""
+    root = tmp_path_factory.mktemp("weights")
+    save_tensors(root / "pt_inception-2015-12-05-6726825d.safetensors", recipe(InceptionV3(), "inception"))
+    save_tensors(root / "vgg16-397923af.safetensors", recipe(VGG16(), "vgg16"))
+    (root / "clip-vit-base-patch32").symlink_to(TINY / "clip")
+    return root
+
+
+def script(*argv):
+    """eval.py in this process, which has imported everything: (exit code, stdout, stderr)."""
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+        code = config.script(evaluation.STAGES, evaluation.__doc__)
+    signal.signal(signal.SIGTERM, before)
+    return code, out.getvalue(), err.getvalue()
+
+
+def evaluate(stage, out, *argv, n=1):
+    """({metric: entry}, stdout, stderr) of a run, on n processes."""
+    argv = [stage, "--output-dir", out, *argv]
+    if n == 1:
+        code, *said = script(*argv)
+    else:
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "eval.py"]
+        done = subprocess.run([*head, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        code, said = done.returncode, (done.stdout, done.stderr)
+    assert code == 0, said
+    return json.loads((out / "metrics.json").read_text()), *said
+
+
+def values(found):
+    return {k: m["value"] for k, m in found.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(sets, weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "o"
+    return *evaluate("images", out, "--generated", sets / "finetuned", "--real", sets / "teacher", "--weights-dir", weights,
+                     "--prompts", prompts(sets, out.parent), "--features", "inception,pixels", "--nearest-k", 3), out  # fmt: skip
+
+
+def prompts(sets, folder):
+    keys = data.load(sets / "teacher")
+    (folder / "prompts.json").write_text(json.dumps(dict(zip(keys.keys, keys.captions, strict=True))))
+    return folder / "prompts.json"
+
+
+def test_images_computes_all(alone):
+    found, printed, said, out = alone
+    want = {"fid", "kid", "is", "precision", "recall", "density", "coverage", "memorisation", "diversity", "clip_score", "clip_fid",
+            "cosd", "l2m", "rmg", "colourfulness", "pixels_fid", "pixels_memorisation"}  # fmt: skip
+    assert want <= set(found)
+    for name, m in found.items():
+        assert (
+            m["n"] == 20
+            and m["provenance"]["versions"]["torch"]
+            and m["provenance"]["command"].startswith("eval.py images")
+        ), name
+        if not name.startswith("pixels") and name in want - {"colourfulness"}:
+            assert len(m["provenance"]["weights_sha256"]) == 64
+    assert found["fid"]["provenance"]["resize"] == "torch-fidelity" and found["fid"]["provenance"]["n_real"] == 20
+    assert found["fid"]["ci"][0] < found["fid"]["value"] < found["fid"]["ci"][1] and "biased" in said
+    page = (out / "report.html").read_text()
+    assert "data:image/png" in page and "http" not in page.replace("https://github.com", "")
+    record = json.loads((out / "run.json").read_text())
+    assert record["results"]["fid"] == found["fid"]["value"] and "fid: " in printed
+    assert {"report.html", "report.md", "metrics.csv"} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["batches and threads", "two processes"])
+def test_the_same_however_it_is_run(alone, sets, weights, tmp_path, how):
+    found, _, _, out = alone
+    argv = ["--generated", sets / "finetuned", "--real", sets / "teacher", "--weights-dir", weights, "--nearest-k", 3,
+            "--prompts", out.parent / "prompts.json", "--features", "inception,pixels", "--no-cache"]  # fmt: skip
+    more = ["--batch-size", 7, "--num-workers", 1] if how == "batches and threads" else []
+    again, *_ = evaluate("images", tmp_path / "o", *argv, *more, n=1 if more else 2)
+    assert set(again) == set(found)
+    for name, value in values(found).items():
+        assert again[name]["value"] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+
+
+def test_png_jpeg_tar_and_order(sets, tmp_path):
+    """Lossless copies in another container and order give the same numbers; identical sets an FID of 0."""
+    emoji = data.load(sets / "teacher")
+    data.pack(sets / "finetuned", tmp_path / "x.tar")
+    argv = ["--real", sets / "teacher", "--features", "pixels", "--metrics", "fid,kid,prdc,diversity,colours"]
+    a, *_ = evaluate("images", tmp_path / "a", "--generated", sets / "finetuned", *argv)
+    b, *_ = evaluate("images", tmp_path / "b", "--generated", tmp_path / "x.tar", *argv)
+    assert values(a) == pytest.approx(values(b), rel=1e-9)
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for i in range(len(emoji)):
+        emoji.image(i).save(turned / f"{99 - i}.bmp")
+    c, *_ = evaluate("images", tmp_path / "c", "--generated", turned, *argv)
+    assert abs(c["pixels_fid"]["value"]) < 1e-8 and c["pixels_precision"]["value"] == 1
+
+
+def test_fid_grows_with_blur_over_sets(sets, weights, tmp_path):
+    out = tmp_path / "o"
+    argv = [a for label in ("teacher", "finetuned", "original") for a in ("--generated", sets / label)]
+    evaluate("images", out, *argv, "--real", sets / "teacher", "--weights-dir", weights, "--metrics", "fid", "--fid-dims", 192,
+             "--features", "inception,pixels")  # fmt: skip
+    over = json.loads((out / "generations.json").read_text())
+    for name in ("fid", "pixels_fid"):
+        series = [over[label][name]["value"] for label in ("teacher", "finetuned", "original")]
+        assert series == sorted(series) and abs(series[0]) < 1e-6 < series[1]
+    assert (out / "generations.png").exists() and (out / "generations.csv").read_text().startswith(
+        "metric,teacher,finetuned,original"
+    )
+
+
+def test_streamed_fid_is_the_same(sets, weights, tmp_path):
+    argv = ["--generated", sets / "original", "--real", sets / "teacher", "--weights-dir", weights, "--metrics", "fid", "--bootstrap", 0,
+            "--fid-dims", 64]  # fmt: skip
+    kept, *_ = evaluate("images", tmp_path / "a", *argv)
+    streamed, *_ = evaluate("images", tmp_path / "b", *argv, "--no-cache")
+    assert streamed["fid"]["value"] == pytest.approx(kept["fid"]["value"], rel=1e-6)
+    assert (tmp_path / "a" / "cache").exists() and not (tmp_path / "b" / "cache").exists()
+
+
+def test_drawing_first(tmp_path):
+    (tmp_path / "p.txt").write_text("red apple\nfire\ncrescent moon\n")
+    argv = [
+        "--prompts",
+        tmp_path / "p.txt",
+        "--num-images",
+        2,
+        "--steps",
+        2,
+        "--real",
+        "assets/emoji/emoji.tar",
+        "--features",
+        "pixels",
+    ]
+    found, *_ = evaluate("images", tmp_path / "o", *argv)
+    files = sorted((tmp_path / "o" / "generated").iterdir())
+    assert [f.name for f in files] == [f"{i:05d}.png" for i in range(6)] and found["pixels_fid"]["n"] == 6
+    first = files[3].read_bytes()
+    files[3].unlink()
+    other, *_ = evaluate("images", tmp_path / "o", *argv, "--batch-size", 1, n=2)
+    assert files[3].read_bytes() == first and values(other) == pytest.approx(values(found), rel=1e-6)
+    asked = json.loads((tmp_path / "o" / "prompts_generated.json").read_text())
+    assert (
+        asked["00002.png"] == "fire"
+        and json.loads((tmp_path / "o" / "nearest_pixels_generated.json").read_text()).keys() == asked.keys()
+    )
+
+
+def test_compare_triples(sets, weights, tmp_path):
+    out = tmp_path / "o"
+    found, *_ = evaluate("compare", out, "--original", sets / "original", "--finetuned", sets / "finetuned", "--teacher",
+                           sets / "teacher", "--weights-dir", weights, "--panels", 2)  # fmt: skip
+    assert found["finetuned_vs_teacher.ssim"]["value"] > found["original_vs_teacher.ssim"]["value"]
+    assert found["finetuned_vs_teacher.lpips"]["value"] < found["original_vs_teacher.lpips"]["value"]
+    assert (
+        found["original_vs_teacher.lpips"]["provenance"]["weights_sha256"]
+        and found["original_vs_teacher.mse"]["n"] == 20
+    )
+    assert "original_vs_teacher.ms_ssim" not in found, "64-pixel pictures are too small"
+    rows = (out / "metrics" / "significance.csv").read_text().splitlines()
+    ssim = next(r for r in rows if r.startswith("ssim,")).split(",")
+    assert float(ssim[1]) > 0 and float(ssim[4]) < 1e-4 and "Holm" in rows[0]
+    one = json.loads((out / "metrics" / "metrics_standard_3.json").read_text())
+    assert one["name"] == "standard/07" and set(one) == {
+        "name",
+        "original_vs_finetuned",
+        "original_vs_teacher",
+        "finetuned_vs_teacher",
+    }
+    table = (out / "metrics" / "metrics_closeup_0.csv").read_text().splitlines()
+    assert (
+        table[0] == "Comparison,SSIM,MSE,Histogram Similarity,Hash Similarity,Sharpness Ratio,Color Similarity"
+        and len(table) == 4
+    )
+    averages = json.loads((out / "metrics" / "category_averages.json").read_text())
+    assert set(averages) == {"closeup", "standard"} and (out / "metrics" / "overall_metrics.json").exists()
+    drawn = {p.name for p in (out / "visualization").iterdir()}
+    assert {
+        "radar_chart.png",
+        "ssim_comparison.png",
+        "improvement_percentage_chart.png",
+        "improvement_table.png",
+    } <= drawn
+    assert len(list((out / "comparison_output").glob("comparison_all_*.png"))) == 2
+    assert sum(n.startswith("difference_") for n in drawn) == 6
+    for name in drawn:
+        assert Image.open(out / "visualization" / name).size[0] > 300
+    assert "say nothing about which is better" in (out / "report.md").read_text()
+
+
+def test_compare_two_processes_and_sizes(sets, tmp_path):
+    half = tmp_path / "half"
+    for path in sorted((sets / "finetuned").rglob("*.png")):
+        target = half / path.relative_to(sets / "finetuned").with_suffix(".bmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((32, 32)).save(target)
+    argv = ["--a", half, "--b", sets / "teacher", "--metrics", "ssim,mse,phash", "--panels", 0]
+    one, _, said = evaluate("compare", tmp_path / "one", *argv)
+    two, *_ = evaluate("compare", tmp_path / "two", *argv, n=2)
+    assert values(one) == values(two) and set(one) == {"ssim", "mse", "phash"}
+    assert "20 pairs differ in size" in said and "20 pairs" in one["ssim"]["provenance"]["resized"]
+
+
+def test_captions(tmp_path):
+    facts = json.loads((GOLDEN / "captions" / "coco_fakecap_1000.json").read_text())
+    ids = list(facts["refs"])[:60]
+    (tmp_path / "c.json").write_text(json.dumps([{"image_id": i, "caption": facts["raw_hyps"][i][0]} for i in ids]))
+    (tmp_path / "r.json").write_text(json.dumps({i: facts["refs"][i] for i in ids}))
+    found, *_ = evaluate(
+        "captions", tmp_path / "o", "--candidates", tmp_path / "c.json", "--references", tmp_path / "r.json"
+    )
+    assert {"bleu1", "bleu4", "bleu4_mean", "rouge_l", "meteor", "cider"} <= set(found)
+    assert found["bleu4"]["ci"][0] <= found["bleu4"]["value"] <= found["bleu4"]["ci"][1]
+    assert "no synonyms" in found["meteor"]["provenance"]["form"] and found["bleu1"]["provenance"]["tokenizer"] == "ptb"
+    assert len((tmp_path / "o" / "captions.csv").read_text().splitlines()) == 61
+
+
+def test_report_of_runs(sets, tmp_path):
+    for name in ("a", "b"):
+        evaluate(
+            "compare",
+            tmp_path / name,
+            "--a",
+            sets / "original",
+            "--b",
+            sets / "teacher",
+            "--panels",
+            0,
+            "--metrics",
+            "ssim,mse",
+        )
+    found, *_ = evaluate(
+        "report", tmp_path / "o", "--inputs", tmp_path / "a", "--inputs", tmp_path / "b", "--title", "Two runs"
+    )
+    assert (
+        found["a.ssim"]["value"] == found["b.ssim"]["value"]
+        and "Two runs" in (tmp_path / "o" / "report.html").read_text()
+    )
+
+
+def test_without_matplotlib(sets, tmp_path):
+    """Numbers and reports are still written, and one line says what is missing."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    done = subprocess.run([sys.executable, "eval.py", "compare", "--a", sets / "original", "--b", sets / "teacher", "--output-dir",
+                           tmp_path / "o", "--panels", "1"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no chart without matplotlib") == 1 and (tmp_path / "o" / "report.html").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def refused(*argv):
+    """The one line of a refusal."""
+    code, _, err = script(*argv)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, (code, err)
+    return lines[0]
+
+
+def test_as_a_program(tmp_path):
+    assert "No images found" in error_line(
+        run("eval.py", "images", "--generated", tmp_path, "--output-dir", tmp_path / "o")
+    )
+
+
+def test_bad_input_of_images(sets, tmp_path):
+    out = ["--output-dir", tmp_path / "o"]
+    teacher = ["--real", sets / "teacher", "--features", "pixels", *out]
+    (tmp_path / "empty").mkdir()
+    assert "No images found" in refused("images", "--generated", tmp_path / "empty", *teacher)
+    (tmp_path / "one").mkdir()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "one" / "a.png")
+    assert "at least 2 are needed" in refused("images", "--generated", tmp_path / "one", "--metrics", "fid", *teacher)
+    (tmp_path / "one" / "b.png").write_bytes((tmp_path / "one" / "a.png").read_bytes()[:500])
+    assert "b.png: not a readable image" in refused("images", "--generated", tmp_path / "one", *teacher)
+    plain = ["images", "--generated", sets / "finetuned", *out]
+    assert "needs real pictures (--real)" in refused(*plain, "--metrics", "fid")
+    assert "needs the prompts" in refused(*plain, "--metrics", "clip_score")
+    assert "pt_inception-2015-12-05-6726825d.pth is not there" in refused(*plain, "--metrics", "is")
+    assert "'fld' is unknown; did you mean fid" in refused(*plain, "--metrics", "fld")
+    (tmp_path / "p.txt").write_text("just one\n")
+    assert "1 lines for 20 pictures" in refused(*plain, "--prompts", tmp_path / "p.txt")
+    (tmp_path / "p.json").write_text('{"standard/01": "x"}')
+    assert "has no caption for 19 of 20 pictures" in refused(*plain, "--prompts", tmp_path / "p.json")
+    assert "--generated FOLDER is required" in refused("images", *out)
+    assert "no such folder" in refused("images", "--generated", tmp_path / "gone", *out)
+    assert "--fid-dims 100" in refused(*plain, "--fid-dims", "100")
+    assert "given twice" in refused(*plain, "--generated", sets / "finetuned")
+
+
+def test_bad_input_of_the_others(sets, tmp_path):
+    out = ["--output-dir", tmp_path / "o"]
+    (tmp_path / "less").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "less" / "x.png")
+    told = refused("compare", "--a", sets / "teacher", "--b", tmp_path / "less", *out)
+    assert "(1 pictures) lacks 20 of" in told and "closeup/00" in told
+    assert "give --a and --b" in refused("compare", "--a", sets / "teacher", *out)
+    assert "'ssm' is none of" in refused(
+        "compare", "--a", sets / "teacher", "--b", sets / "teacher", "--metrics", "ssm", *out
+    )
+    assert "vgg16-397923af.pth is not there" in refused(
+        "compare", "--a", sets / "teacher", "--b", sets / "teacher", "--metrics", "lpips", *out
+    )
+    (tmp_path / "c.json").write_text('{"a": "x"}')
+    (tmp_path / "r.json").write_text('{"b": ["x"]}')
+    both = ["captions", "--candidates", tmp_path / "c.json", "--references", tmp_path / "r.json", *out]
+    assert "1 of 1 ids of --candidates are not in --references, such as a" in refused(*both)
+    assert "spice needs" in refused(*both[:3], "--references", tmp_path / "c.json", "--metrics", "spice", *out)
+    assert "--candidates FILE is required" in refused("captions", *out)
+    assert "no such file" in refused("report", "--inputs", tmp_path / "gone", *out).lower()
+    assert "the first word must be one of" in refused("imges", *out)
+
+
+def test_numbers_are_those_of_the_library(alone, sets):
+    """The script adds nothing of its own: features of one, formula of the other."""
+    from nanodiff import features, metrics
+
+    found, *_ = alone
+    net = features.colour_pixels()
+    a, b = (features.extract(net, data.load(sets / label, captions=False)) for label in ("teacher", "finetuned"))
+    assert found["pixels_fid"]["value"] == pytest.approx(metrics.fid(a, b), rel=1e-9)
+    assert found["pixels_diversity"]["value"] == pytest.approx(metrics.diversity(b), rel=1e-9)
+    assert np.isfinite(list(values(found).values())).all()
