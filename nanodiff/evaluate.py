@@ -19,6 +19,7 @@ import torch
 from nanodiff import dist, features, metrics, report, similarity, textmetrics
 from nanodiff.config import UserError, nearest, printable
 from nanodiff.images import CHUNK, Image, read_record, to_pixels
+from nanodiff.weights import keep_freed_memory
 
 GROUPS = ("fid", "kid", "is", "prdc", "memorisation", "diversity", "clip_score", "clip_fid", "modality_gap", "colours")
 MEMBERS = dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc")  # may be asked for alone
@@ -347,6 +348,7 @@ def pairs(folders, pairings, settings, names=similarity.NAMES, loss=None):
     """[Pair] of matched data sets. pairings: [(label, label)]; loss: LPIPS, or None without. The larger of two pictures of different
     sizes is brought to the smaller (Lanczos), which is said."""
     order, sets = matched(folders)
+    keep_freed_memory()
 
     def one(i):
         pictures = {label: d.image(i) for label, d in sets.items()}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
+import scipy.special
 
 from nanodiff.config import UserError
 
@@ -162,7 +162,7 @@ def fid_interval(a, b, resamples=20, seed=0, level=0.95):
             return frechet(Moments().add(a[i]), Moments().add(b[j]), exact=False)
 
     drawn = [value(rng.integers(len(a), size=len(a)), rng.integers(len(b), size=len(b))) for _ in range(resamples)]
-    half = scipy.stats.norm.ppf(0.5 + level / 2) * np.std(drawn, ddof=1)
+    half = scipy.special.ndtri(0.5 + level / 2) * np.std(drawn, ddof=1)
     middle = fid(a, b)
     return float(middle - half), float(middle + half)
 

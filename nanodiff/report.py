@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy
 import torch
 
 from nanodiff.config import UserError, printable, read_json, spreadsheet
@@ -36,8 +36,6 @@ COLUMNS = ("metric", "value", "std", "ci_low", "ci_high", "n")
 
 def provenance(**facts):
     """Facts of a number and of the program that made it."""
-    import scipy
-
     versions = {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
     return facts | {"versions": versions, "command": printable(command)}
@@ -116,12 +114,16 @@ def paired(a, b, seed=0):
     if std <= 1e-12 * max(abs(mean), 1e-300):  # every pair differs by the same
         p = 1.0 if mean == 0 else 0.0
         return Paired(n, float(mean), 0.0, low, high, math.inf * np.sign(mean) if mean else 0.0, p, _wilcoxon(difference), math.inf * np.sign(mean) if mean else 0.0)  # fmt: skip
-    t, p = scipy.stats.ttest_1samp(difference, 0.0)
+    from scipy import stats  # takes a second to import, so only where it is wanted
+
+    t, p = stats.ttest_1samp(difference, 0.0)
     return Paired(n, float(mean), float(std), low, high, float(t), float(p), _wilcoxon(difference), float(mean / std))
 
 
 def _wilcoxon(difference):
-    return float(scipy.stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+    from scipy import stats
+
+    return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
 
 
 def interval(values, seed=0, resamples=RESAMPLES, level=LEVEL):

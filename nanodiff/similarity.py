@@ -5,7 +5,7 @@ score alike. These numbers compare two versions of one picture. Of two pictures 
 pixels are, not which is better: read a CLIP score or FID beside them.
 
 - SSIM (Wang et al. 2004, IEEE TIP 13, eq. 13) as scikit-image has it: uniform 7×7 window, sample covariance, or Gaussian 11×11 (σ 1.5);
-  mean over the places where the window fits. The sums over windows are sums of whole numbers below 2²⁴, exact in float32.
+  mean over the places where the window fits. With the uniform window everything up to the last division is in whole numbers.
 - MS-SSIM (Wang et al. 2003, Asilomar, eq. 7): five scales, Gaussian window.
 - pHash: imagehash's, bit for bit. `median_hash` is the 32×32 hash of the fourth source document.
 - Histogram correlation and Bhattacharyya distance as OpenCV's compareHist; sharpness is the variance of the Laplacian.
@@ -17,7 +17,6 @@ import numpy as np
 import scipy.fft
 import scipy.ndimage
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from nanodiff.config import UserError
@@ -60,66 +59,79 @@ def grey(image):
 # Structure
 
 
-def _ssim_of(ux, uy, uxx, uyy, uxy, norm, peak):
-    """(luminance × structure, structure alone) of window means, in float64."""
-    vx, vy, vxy = norm * (uxx - ux * ux), norm * (uyy - uy * uy), norm * (uxy - ux * uy)
-    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
-    structure = (2 * vxy + c2) / (vx + vy + c2)
-    return (2 * ux * uy + c1) / (ux * ux + uy * uy + c1) * structure, structure
+def _sums(x, window, axis):
+    """Sums of `window` neighbours along an axis, where they fit: sums of 2, 4, 8 … neighbours first, then those that make up the window."""
+    part = lambda z, first, n: z[first : first + n] if axis == 0 else z[:, first : first + n]  # noqa: E731
+    n, total, at, size = x.shape[axis] - window + 1, 0, 0, 1
+    while window:
+        if window & 1:
+            total, at = total + part(x, at, n), at + size
+        window >>= 1
+        if window:
+            x, size = part(x, 0, x.shape[axis] - size) + part(x, size, x.shape[axis] - size), 2 * size
+    return total
 
 
 def _box(x, window):
-    """Sums over window × window places [C, h, w], of whole numbers that stay below 2²⁴: exact in float32."""
-    x = F.avg_pool2d(x[None], (window, 1), 1, divisor_override=1)
-    return F.avg_pool2d(x, (1, window), 1, divisor_override=1)[0].double()
-
-
-def _planes(image):
-    return (
-        torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1).float()
-    )
+    """Sums over window × window places [h, w, …]."""
+    return _sums(_sums(x, window, 0), window, 1)
 
 
 def ssim(a, b, window=7):
     """Structural similarity of two uint8 pictures, [H, W] or [H, W, 3] (then the mean over channels), uniform window."""
     if min(a.shape[:2]) < window:
         raise UserError(f"SSIM needs pictures of {window}x{window} pixels or more, here {a.shape[1]}x{a.shape[0]}")
-    x, y = _planes(a), _planes(b)
+    kind = np.int32 if 2 * (255 * window * window) ** 2 < 1 << 31 else np.int64
+    x, y = a.astype(kind), b.astype(kind)
     n = window * window
-    means = [_box(z, window) / n for z in (x, y, x * x, y * y, x * y)]
-    return float(_ssim_of(*means, n / (n - 1), 255.0)[0].mean())
+    sx, sy, sxx, syy, sxy = (_box(z, window) for z in (x, y, x * x, y * y, x * y))
+    product, squares = sx * sy, sx * sx + sy * sy  # of means: n² times too large; of covariances below: n (n - 1) times
+    c1, c2 = (K1 * 255 * n) ** 2, (K2 * 255) ** 2 * n * (n - 1)
+    top = (2 * product + c1) * (2 * (n * sxy - product) + c2)
+    return float((top / ((squares + c1) * (n * (sxx + syy) - squares + c2))).mean())
 
 
-def _gaussian(x, size, sigma):
-    """Filtered [C, h, w], where the window fits."""
-    at = torch.arange(size, dtype=torch.float64) - size // 2
-    k = torch.exp(-(at**2) / (2 * sigma**2))
-    k = (k / k.sum()).to(x.dtype)
-    x = F.conv2d(x[:, None], k[None, None, :, None])
-    return F.conv2d(x, k[None, None, None, :])[:, 0]
+def _gaussian(x, size=11, sigma=1.5):
+    """Filtered [h, w, …], where the window fits."""
+    at, half = np.arange(size) - size // 2, size // 2
+    k = np.exp(-(at**2) / (2 * sigma**2))
+    k /= k.sum()
+    x = scipy.ndimage.correlate1d(x, k, axis=0)[half : len(x) - half]
+    return scipy.ndimage.correlate1d(x, k, axis=1)[:, half : x.shape[1] - half]
 
 
-def _gaussian_maps(x, y, peak):
-    means = [_gaussian(z, 11, 1.5) for z in (x, y, x * x, y * y, x * y)]
-    return _ssim_of(*means, 1.0, peak)
+def _gaussian_maps(x, y, peak=255.0):
+    """(luminance × structure, structure alone) under Gaussian windows."""
+    ux, uy, uxx, uyy, uxy = (_gaussian(z) for z in (x, y, x * x, y * y, x * y))
+    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
+    product, squares = ux * uy, ux * ux + uy * uy
+    structure = (2 * (uxy - product) + c2) / (uxx + uyy - squares + c2)
+    return (2 * product + c1) / (squares + c1) * structure, structure
 
 
 def ssim_gaussian(a, b):
     """With Wang's Gaussian window and plain covariance, as scikit-image with gaussian_weights=True, use_sample_covariance=False."""
-    return float(_gaussian_maps(_planes(a).double(), _planes(b).double(), 255.0)[0].mean())
+    return float(_gaussian_maps(a.astype(np.float64), b.astype(np.float64))[0].mean())
 
 
 def ms_ssim(a, b):
     """Multi-scale SSIM of two uint8 pictures [H, W, 3] of at least 161×161; None for smaller ones."""
     if min(a.shape[:2]) < SMALLEST:
         return None
-    x, y, product = _planes(a).double(), _planes(b).double(), 1.0
+    x, y, product = a.astype(np.float64), b.astype(np.float64), 1.0
     for i, weight in enumerate(SCALES):
-        whole, structure = (m.mean((1, 2)) for m in _gaussian_maps(x, y, 255.0))
-        product = product * (whole if i == len(SCALES) - 1 else structure).clamp(min=0) ** weight
-        pad = [s % 2 for s in x.shape[1:]]
-        x, y = (F.avg_pool2d(z[None], 2, padding=pad)[0] for z in (x, y))
+        whole, structure = (m.mean((0, 1)) for m in _gaussian_maps(x, y))
+        product = product * (whole if i == len(SCALES) - 1 else structure).clip(min=0) ** weight
+        x, y = _halved(x), _halved(y)
     return float(product.mean())
+
+
+def _halved(x):
+    """Means of 2 × 2 places; an odd side gets zeros around it first, as pytorch-msssim's pooling does."""
+    x = np.pad(x, [(s % 2, s % 2) for s in x.shape[:2]] + [(0, 0)] * (x.ndim - 2))
+    h, w = (s // 2 * 2 for s in x.shape[:2])
+    x = x[:h, :w]
+    return (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -173,10 +185,17 @@ def _cosine(a, b):
     return float(a @ b / norm) if norm > 0 else float(np.array_equal(a, b))
 
 
+def moments(image):
+    """(means, deviations) of the channels."""
+    counts, at = [np.bincount(image[..., i].ravel(), minlength=256) for i in range(3)], np.arange(256)
+    n = image.size // 3
+    means = [c @ at / n for c in counts]
+    return np.array(means), np.sqrt([c @ (at - m) ** 2 / n for c, m in zip(counts, means, strict=True)])
+
+
 def color_similarity(a, b):
-    """Mean of the cosines of the channels' means and of their deviations."""
-    x, y = (z.reshape(-1, 3).astype(np.float64) for z in (a, b))
-    return (_cosine(x.mean(0), y.mean(0)) + _cosine(x.std(0), y.std(0))) / 2
+    """Mean of the cosines of two pictures' channel means and of their deviations (see `moments`)."""
+    return (_cosine(a[0], b[0]) + _cosine(a[1], b[1])) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,6 +241,7 @@ class Facts:
     phash = functools.cached_property(lambda self: phash(self.image))
     median_hash = functools.cached_property(lambda self: median_hash(self.image))
     sharpness = functools.cached_property(lambda self: sharpness(self.image))
+    moments = functools.cached_property(lambda self: moments(self.image))
 
 
 def compare(a, b, names=NAMES):
@@ -253,5 +273,5 @@ def compare(a, b, names=NAMES):
     if "sharpness_ratio" in names:
         found["sharpness_ratio"] = ratio(b.sharpness, a.sharpness)
     if "color_similarity" in names:
-        found["color_similarity"] = color_similarity(a.image, b.image)
+        found["color_similarity"] = color_similarity(a.moments, b.moments)
     return {n: found[n] for n in names if n in found}
