@@ -21,13 +21,15 @@ from nanodiff.config import UserError, arg, printable, script
 LESS_MEMORY = "try a smaller --batch-size"
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
 PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
+OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
 RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
 TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
           "sharpness_ratio": "Sharpness Ratio", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
+KEY_FIGURES = ("radar_chart.png", "improvement_percentage_chart.png", "improvement_table.png", "ssim_comparison.png")
 CANNOT = (
     "SSIM, MSE, PSNR, histograms and hashes compare pixels. For two versions of one picture they say how much has changed; for two "
     "pictures of different content, such as two models' answers to one prompt, they say nothing about which is better, and a change in "
-    "them is no improvement by itself. Read them beside a CLIP score and FID (`eval.py images`)."
+    "them is no improvement by itself. Read them beside the CLIP score and FID of the sets, which need weights (--weights-dir)."
 )
 
 
@@ -86,7 +88,14 @@ class Compare(Weights):
     original: str | None = arg(None, "pictures before; with --finetuned, and perhaps --teacher", "before")
     finetuned: str | None = arg(None, "pictures after", "after")
     teacher: str | None = arg(None, "what they should become")
-    metrics: str | None = arg(None, "comma-separated; default: all (lpips with weights)")
+    metrics: str | None = arg(
+        None, "comma-separated; default: all that can be had (lpips, fid and clip_score need weights)"
+    )
+    prompts: str | None = arg(
+        None, "the pictures' prompts, for clip_score; default: captions beside one of the folders", "prompts-file"
+    )
+    clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
+    fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
     panels: int = arg(12, "pairs of which panels and difference maps are drawn")
 
 
@@ -184,7 +193,7 @@ def images(cfg):
     record, device = begin(cfg)
     out = record.out
     settings = evaluate.Settings(
-        wanted, spaces, cfg.weights_dir, cfg.allow_pickle, cfg.clip, cfg.fid_mode, cfg.fid_dims, cfg.is_network, cfg.nearest_k,
+        wanted or evaluate.GROUPS, bool(wanted), spaces, cfg.weights_dir, cfg.allow_pickle, cfg.clip, cfg.fid_mode, cfg.fid_dims, cfg.is_network, cfg.nearest_k,
         cfg.kid_subsets, cfg.kid_subset_size, cfg.is_splits, cfg.bootstrap, cfg.seed,
         cfg.cache_dir or (str(out / "cache") if cfg.cache else None), cfg.batch_size, cfg.num_workers, device,
     )  # fmt: skip
@@ -390,13 +399,17 @@ def compare(cfg):
         pairings = [p for p in PAIRINGS if set(p) <= set(paths)]
     else:
         raise UserError("give --a and --b, or --original and --finetuned (and --teacher)")
-    names = listed(cfg.metrics) or [*similarity.NAMES]
+    known = (*similarity.NAMES, *OF_SETS)
+    names = listed(cfg.metrics) or [*known]
     for name in names:
-        if name not in similarity.NAMES:
-            raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(similarity.NAMES)}")
+        if name not in known:
+            raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(known)}")
     record, device = begin(cfg)
     folders = {label: dataset(path, label) for label, path in paths.items()}
-    settings = evaluate.Settings(device=device, workers=cfg.num_workers, seed=cfg.seed)
+    settings = evaluate.Settings(
+        tuple(n for n in OF_SETS if n in names), bool(cfg.metrics), ("inception",), cfg.weights_dir, cfg.allow_pickle, cfg.clip,
+        cfg.fid_mode, seed=cfg.seed, batch_size=cfg.batch_size, workers=cfg.num_workers, device=device,
+    )  # fmt: skip
     loss, facts, skipped = None, {}, {}
     if "lpips" in names:
         try:
@@ -412,7 +425,11 @@ def compare(cfg):
         "pictures": "uint8 RGB",
         "resized": f"{resized} pairs to the smaller picture (Lanczos)" if resized else "none",
     }
-    metrics = evaluate.pair_metrics(found, facts, cfg.seed)
+    with record.timed("sets"):
+        whole, missing = evaluate.of_sets(folders, pairings, settings, cfg.prompts)
+    for reason in dict.fromkeys(missing.values()):
+        dist.say(f"note: not computed: {reason}")
+    metrics, skipped = evaluate.pair_metrics(found, facts, cfg.seed) | whole, skipped | missing
     document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
     files = dist.on_main(_comparison, cfg, record.out, document, found, folders, pairings, metrics, skipped)
     finish(record, document, metrics, files)
@@ -432,7 +449,8 @@ def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
     document.text(CANNOT)
     document.text(f"{len(found)} pictures in {len({p.category for p in found})} categories.")
     files = write_pairs(out / "metrics", found)
-    files += figures_of(cfg.panels, out, document, found, folders, pairings)
+    drawn = figures_of(cfg.panels, out, document, found, folders, pairings, metrics)
+    files += drawn
     if len(pairings) == 3:
         document.heading("Nearer to the teacher?")
         tests = evaluate.significance(
@@ -458,6 +476,7 @@ def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
         document.table(header, lines)
         report.write_csv(out / "metrics" / "significance.csv", header, lines)
         files.append(out / "metrics" / "significance.csv")
+        files += research(cfg, out / "research_paper_materials", tests, metrics, drawn)
     document.heading("Numbers")
     report.metrics_table(document, metrics)
     if skipped:
@@ -468,6 +487,39 @@ def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
 
 def _prefix(pairings):
     return "" if len(pairings) == 1 else f"{pairings[0][0]}_vs_{pairings[0][1]}."
+
+
+def research(cfg, folder, tests, metrics, drawn):
+    """research_summary.md: settings, findings in sentences, numbers, and the key figures copied beside it. Returns the files."""
+    import shutil
+
+    from nanodiff import engine, report
+    from nanodiff.weights import write_bytes
+
+    document, files = report.Report("Summary of the comparison"), [engine.out_dir(folder) / "research_summary.md"]
+    document.heading("Settings")
+    document.table(("setting", "value"), [[k, str(v)] for k, v in engine.as_dict(cfg).items() if v is not None])
+    document.heading("Findings")
+    for name, t, p in tests:
+        before, after = (metrics[f"{k}_vs_teacher.{name}"]["value"] for k in ("original", "finetuned"))
+        document.text(
+            f"{name.replace('_', ' ')} against the teacher: {report.shown(before)} before, {report.shown(after)} after; mean difference "
+            f"{t.mean:+.3g} (95 % interval {t.low:.3g} to {t.high:.3g}, d = {t.d:.2f}), "
+            + (f"significant at 5 % (Holm's p = {p:.2g})." if p < 0.05 else f"not significant (Holm's p = {p:.2g}).")
+        )
+    document.text(CANNOT)
+    document.heading("The sets as wholes")
+    document.table(
+        ("metric", "value", "n"), [[k, m["value"], m["n"]] for k, m in metrics.items() if k.split(".")[1] in OF_SETS]
+    )
+    document.heading("Figures")
+    for path in [p for p in drawn if p.name in KEY_FIGURES] + [
+        p for p in drawn if p.name.startswith("comparison_all_")
+    ][:3]:
+        files.append(shutil.copy(path, folder / path.name))
+        document.picture(files[-1], path.stem.replace("_", " "))
+    write_bytes(files[0], document.markdown(folder).encode("utf-8", "replace"))
+    return files
 
 
 def write_pairs(folder, found):
@@ -499,7 +551,7 @@ def _finite(numbers):
     }
 
 
-def figures_of(panels, out, document, found, folders, pairings):
+def figures_of(panels, out, document, found, folders, pairings, metrics):
     """Panels, difference maps, radar, bars, improvement; each into the report. Returns the files."""
     import numpy as np
 
@@ -547,6 +599,8 @@ def figures_of(panels, out, document, found, folders, pairings):
         document.picture(path, f"{name.replace('_', ' ')} by category")
         files.append(path)
     if len(pairings) == 3:
+        for k in means:
+            means[k] |= {n: metrics[f"{k}.{n}"]["value"] for n in ("fid",) if f"{k}.{n}" in metrics}
         files += _improvement(look, document, means)
     return [f for f in files if f]
 
@@ -564,7 +618,7 @@ def _improvement(look, document, means):
     from nanodiff import charts, similarity
 
     before, after, rows = means["original_vs_teacher"], means["finetuned_vs_teacher"], []
-    for name, direction in similarity.HIGHER_IS_NEARER.items():
+    for name, direction in (similarity.HIGHER_IS_NEARER | {"fid": False}).items():
         if direction is None or not before.get(name) or after.get(name) is None:
             continue
         change = 100 * (after[name] - before[name]) / abs(before[name])

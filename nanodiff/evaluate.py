@@ -9,7 +9,7 @@ processes: features are shared out, and every process ends with the same numbers
 """
 
 import concurrent.futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ PIXELS = ("pictures", "resized")  # facts of numbers that no network makes
 class Settings:
     """How numbers are made. See eval.py's options."""
 
-    groups: tuple = ()  # of GROUPS; (): all that can be had
+    groups: tuple = GROUPS
+    must: bool = False  # what cannot be computed is an error, not left out
     spaces: tuple = ("inception",)  # of SPACES: features for fid, kid, prdc, memorisation, diversity
     weights_dir: str | None = None
     allow_pickle: bool = False
@@ -114,20 +115,16 @@ def clip_path(settings):
         return settings.clip
     name = f"openai/{settings.clip}" if settings.clip in features.CLIPS else settings.clip
     try:
-        features.hub.whole(name, cached=not settings.groups)
+        features.hub.whole(name, cached=not settings.must)
     except UserError as e:
         raise features.Absent(f"CLIP: {e}, or put the folder into --weights-dir") from None
     return name
 
 
 def images(generated, settings, real=None, prompts=None, what="generated"):
-    """Found of a data set of pictures: what was asked for, or all that can be computed with what is there.
-
-    What was asked for by name and cannot be computed raises UserError; otherwise it is skipped, with its reason.
-    """
+    """Found of a data set of pictures. What cannot be computed is skipped, with its reason, or raises UserError if it must be."""
     s, found = settings, Found({}, {}, {})
-    asked = s.groups or GROUPS
-    for group in asked:
+    for group in s.groups:
         reason = None
         if group in NEEDS_REAL and real is None:
             reason = "needs real pictures (--real)"
@@ -141,11 +138,9 @@ def images(generated, settings, real=None, prompts=None, what="generated"):
                     raise features.Absent(f"{group} {reason}")
                 _group(group, space, generated, real, prompts, s, found, what)
             except (features.Absent, metrics.TooFew) as e:
-                if s.groups:
+                if s.must:
                     raise UserError(str(e)) from None
                 found.skipped[name] = str(e)
-    if not found.metrics:
-        raise UserError("nothing could be computed: " + "; ".join(dict.fromkeys(found.skipped.values())))
     return found
 
 
@@ -415,6 +410,26 @@ def pair_metrics(found, provenance, seed=0):
                 )
                 out[prefix + name] = report.entry(np.inf, len(values), facts)
     return out
+
+
+def of_sets(folders, pairings, settings, prompts=None):
+    """({pairing.fid, label.clip_score…: entry}, {metric: reason}) of folders with the same names, each taken as a set: what pairs cannot say.
+
+    prompts: file, or None: the captions beside one of the folders' pictures."""
+    sets = matched(folders)[1]
+    metrics_of, skipped = {}, {}
+    if "fid" in settings.groups:
+        for a, b in pairings:
+            found = images(sets[a], replace(settings, groups=("fid",)), real=sets[b], what=a)
+            metrics_of |= {("" if len(pairings) == 1 else f"{a}_vs_{b}.") + k: v for k, v in found.metrics.items()}
+            skipped |= found.skipped
+    if "clip_score" in settings.groups:
+        texts = next((t for t in (prompts_for(d, prompts) for d in sets.values()) if t), None)
+        for label, pictures in sets.items():
+            found = images(pictures, replace(settings, groups=("clip_score",)), prompts=texts, what=label)
+            metrics_of |= {f"{label}.{k}": v for k, v in found.metrics.items()}
+            skipped |= found.skipped
+    return metrics_of, skipped
 
 
 def significance(found, before, after, names):

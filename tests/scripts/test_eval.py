@@ -226,6 +226,16 @@ def test_compare_triples(sets, weights, tmp_path):
     for name in drawn:
         assert Image.open(out / "visualization" / name).size[0] > 300
     assert "say nothing about which is better" in (out / "report.md").read_text()
+    assert found["finetuned_vs_teacher.fid"]["value"] < found["original_vs_teacher.fid"]["value"]
+    assert found["teacher.clip_score"]["n"] == 20 and found["original.clip_score"]["provenance"]["weights_sha256"]
+    summary = (out / "research_paper_materials" / "research_summary.md").read_text()
+    assert (
+        "ssim against the teacher" in summary
+        and "significant at 5 %" in summary
+        and "original_vs_teacher.fid" in summary
+    )
+    for name in ("radar_chart.png", "improvement_table.png"):
+        assert f"({name})" in summary and (out / "research_paper_materials" / name).exists()
 
 
 def test_compare_two_processes_and_sizes(sets, tmp_path):
