@@ -19,12 +19,15 @@ from nanodiff.config import UserError, arg, printable, script
 # torch is imported inside the stages, so that --help answers at once.
 
 LESS_MEMORY = "try a smaller --batch-size"
+LEAST = {"batch_size": 1, "num_workers": 0, "panels": 0, "bootstrap": 0, "nearest_k": 1, "kid_subsets": 1, "kid_subset_size": 2,
+         "is_splits": 1, "num_images": 1, "steps": 1}  # fmt: skip
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
 PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
 OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
 RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
 TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
           "sharpness_ratio": "Sharpness Ratio", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
+NEARER = {True: "nearer", False: "farther", None: "the same"}
 KEY_FIGURES = ("radar_chart.png", "improvement_percentage_chart.png", "improvement_table.png", "ssim_comparison.png")
 CANNOT = (
     "SSIM, MSE, PSNR, histograms and hashes compare pixels. For two versions of one picture they say how much has changed; for two "
@@ -36,15 +39,16 @@ CANNOT = (
 @dataclass
 class Common:
     output_dir: str = arg("out/eval", "folder of metrics.json, metrics.csv, report.md, report.html and figures")
-    seed: int = arg(2020, "of subsets, splits and resamples")
-    batch_size: int = arg(16, "pictures at a time through a network")
-    num_workers: int = arg(2, "threads that decode pictures")
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost")
 
 
 @dataclass
 class Weights(Common):
+    seed: int = arg(2020, "of subsets, splits and resamples")
+    batch_size: int = arg(16, "pictures at a time through a network")
+    num_workers: int = arg(2, "threads that decode pictures")
+    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    kernels: str = arg("auto", "our Triton kernels on a GPU, for CLIP and for drawing; Inception and VGG are PyTorch's", choices=("auto", "triton", "torch"))  # fmt: skip
     weights_dir: str | None = arg(
         None, "folder with pt_inception-2015-12-05-6726825d, vgg16-397923af, clip-vit-base-patch32/ …"
     )
@@ -59,11 +63,15 @@ class Images(Weights):
     model: str | None = arg(
         None, "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model"
     )
-    num_images: int = arg(1, "pictures per prompt to draw")
+    num_images: int | None = arg(None, "pictures per prompt to draw; default 1")
     steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps")
     guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own", "cfg-scale")
     scheduler: str | None = arg(None, "sampler; default: the model's own")
-    draw_seed: int = arg(0, "picture i is drawn from this seed + i")
+    draw_seed: int | None = arg(None, "picture i is drawn from this seed + i; default 0")
+    dtype: str | None = arg(None, "type of the model that draws; the networks that measure are always fp32", choices=("auto", "fp32", "fp16", "bf16"))  # fmt: skip
+    across: str | None = arg(
+        None, "numbers of the pictures in the sheet across several sets, comma-separated; default: 8 of them"
+    )
     metrics: str | None = arg(None, "comma-separated: fid, kid, is, prdc, memorisation, diversity, clip_score, clip_fid, modality_gap, colours; default: all that can be had")  # fmt: skip
     features: str = arg("inception", "spaces of fid, kid, prdc, memorisation and diversity, comma-separated: inception, clip, pixels (16x16 colours, no weights)")  # fmt: skip
     fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
@@ -101,6 +109,7 @@ class Compare(Weights):
 
 @dataclass
 class Captions(Common):
+    seed: int = arg(2020, "of the resamples")
     candidates: str | None = arg(None, "JSON {id: caption}, COCO results, or CSV (Image_Name, Title)")
     references: str | None = arg(None, "JSON {id: [captions]}, COCO annotations, or CSV")
     tokenize: str = arg("ptb", "ptb: lower case, Penn Treebank words, no punctuation, as COCO; none: split at spaces", choices=("ptb", "none"))  # fmt: skip
@@ -116,28 +125,22 @@ class Summary(Common):
 
 def begin(cfg):
     """(record, device), after joining the other processes of torchrun."""
-    from nanodiff import dist, engine
+    import torch
 
-    for name in (
-        "batch_size",
-        "num_workers",
-        "panels",
-        "bootstrap",
-        "nearest_k",
-        "kid_subsets",
-        "is_splits",
-        "num_images",
-        "steps",
-    ):
+    from nanodiff import dist, engine
+    from nanodiff.models import layers
+
+    for name, least in LEAST.items():
         value = getattr(cfg, name, None)
-        least = 0 if name in ("num_workers", "panels", "bootstrap") else 1
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if getattr(cfg, "kid_subset_size", 2) < 2:
-        raise UserError(f"--kid-subset-size must be at least 2, not {cfg.kid_subset_size}")
-    if not 0 <= cfg.seed < 1 << 32:
+    if getattr(cfg, "bootstrap", None) == 1:
+        raise UserError("--bootstrap 1 has no spread; give 0, or 2 or more")
+    if not 0 <= getattr(cfg, "seed", 0) < 1 << 32:
         raise UserError(f"--seed {cfg.seed} must be between 0 and 2^32 - 1")
-    device = engine.pick_device(cfg.device)
+    device = engine.pick_device(getattr(cfg, "device", "cpu"))
+    layers.use_kernels(getattr(cfg, "kernels", "torch"))
+    torch.backends.cudnn.allow_tf32 = False  # features are compared with other programs' to four digits
     dist.start(device, cfg.dist_timeout)
     return engine.Record(cfg, device), device
 
@@ -146,29 +149,50 @@ def listed(text):
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def dataset(path, flag, captions=False):
-    """A Dataset; rank 0 looks, so that all see the same files."""
+def dataset(path, flag, cfg):
+    """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
     from nanodiff import data, dist
 
-    if path is None:
-        raise UserError(f"--{flag} is required")
-    return dist.on_main(data.load, path, captions=captions)
+    if Path(path).is_dir() and Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
+        raise UserError(
+            f"--output-dir {cfg.output_dir} lies in --{flag} {path}, so the next run would count its figures as pictures"
+        )
+    return dist.on_main(data.load, path, captions=False)
 
 
-def finish(record, document, metrics, files):
-    """Write the numbers and the report (rank 0), print the results, end the record."""
+def finish(record, metrics, make):
+    """On rank 0: write the numbers, then make() -> (Report, files) and write it, so that a figure that fails loses no number. Print the
+    results, end the record."""
     from nanodiff import dist, report
 
     def write():
-        return [*report.write_metrics(record.out, metrics), *document.write(record.out)]
+        numbers = report.write_metrics(record.out, metrics)
+        document, files = make()
+        return [*numbers, *files, *document.write(record.out)]
 
-    for path in [*files, *dist.on_main(write)]:
+    for path in dist.on_main(write):
         record.file(path)
     for name, m in metrics.items():
         record.result(name, m["value"])
     record.write()
     if dist.is_main():
         print(f"report: {record.out / 'report.html'}")
+    dist.finish()
+
+
+def distinct(names):
+    """{name: a part of file names}, no two alike."""
+    from nanodiff.images import slug
+
+    found = {}
+    for name in names:
+        plain = part = slug(name)
+        n = 1
+        while part in found.values():
+            n += 1
+            part = f"{plain}_{n}"
+        found[name] = part
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -176,8 +200,7 @@ def finish(record, document, metrics, files):
 
 
 def images(cfg):
-    from nanodiff import dist, evaluate, report, weights
-    from nanodiff import images as pictures
+    from nanodiff import dist, evaluate, report
 
     wanted = evaluate.wanted(listed(cfg.metrics))
     spaces = tuple(listed(cfg.features)) or ("inception",)
@@ -190,58 +213,69 @@ def images(cfg):
         raise UserError("--generated are pictures, --model draws them; give one of the two")
     if not cfg.generated and not cfg.prompts:
         raise UserError("--generated FOLDER is required, or --prompts FILE to draw pictures first")
+    for name in ("num_images", "steps", "guidance_scale", "scheduler", "draw_seed", "dtype") if cfg.generated else ():
+        if getattr(cfg, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for drawing, but --generated are pictures")
+    if cfg.across and not all(part.isdecimal() for part in listed(cfg.across)):
+        raise UserError(f"--across {printable(cfg.across)}: expected numbers of pictures, such as 0,5,9")
     record, device = begin(cfg)
     out = record.out
     settings = evaluate.Settings(
         wanted or evaluate.GROUPS, bool(wanted), spaces, cfg.weights_dir, cfg.allow_pickle, cfg.clip, cfg.fid_mode, cfg.fid_dims, cfg.is_network, cfg.nearest_k,
         cfg.kid_subsets, cfg.kid_subset_size, cfg.is_splits, cfg.bootstrap, cfg.seed,
-        cfg.cache_dir or (str(out / "cache") if cfg.cache else None), cfg.batch_size, cfg.num_workers, device,
+        (cfg.cache_dir or str(out / "cache")) if cfg.cache else None, cfg.batch_size, cfg.num_workers, device,
     )  # fmt: skip
-    real = dataset(cfg.real, "real") if cfg.real else None
+    real = dataset(cfg.real, "real", cfg) if cfg.real else None
     given = cfg.prompts
     if not cfg.generated:
         with record.timed("draw"):
-            cfg.generated, given = [str(draw(cfg, record, device))], None
-    names = _names(cfg.generated)
-    found, sets = {}, {}
+            folder, settings.about = draw(cfg, record, device)
+            cfg.generated, given = [str(folder)], None
+    names = _names(cfg.generated, "generated")
+    found, sets, told = {}, {}, {}
+    reads = given or not wanted or set(wanted) & set(evaluate.NEEDS_PROMPTS)
     for path, name in zip(cfg.generated, names, strict=True):
-        sets[name] = dataset(path, "generated")
-        prompts = dist.on_main(evaluate.prompts_for, sets[name], given)
+        sets[name] = dataset(path, "generated", cfg)
+        told[name], why = dist.on_main(evaluate.prompts_for, sets[name], given) if reads else (None, "")
         with record.timed("features and metrics"):
-            found[name] = evaluate.images(sets[name], settings, real, prompts, name)
+            found[name] = evaluate.images(sets[name], settings, real, told[name], name, why)
         for reason in dict.fromkeys(found[name].skipped.values()):
             dist.say(f"note: not computed: {reason}")
-        if prompts and dist.is_main():
-            weights.write_json(
-                out / f"prompts_{pictures.slug(name)}.json", dict(zip(sets[name].keys, prompts, strict=True))
-            )
-            record.file(out / f"prompts_{pictures.slug(name)}.json")
-    last = found[names[-1]]
-    document = report.Report("Pictures: " + ", ".join(names))
-    facts = [["generated", name, len(d)] for name, d in sets.items()] + (
-        [["real", cfg.real, len(real)]] if real else []
-    )
-    document.table(("set", "from", "pictures"), facts)
-    files = dist.on_main(_figures, cfg, out, document, found, sets, real)
-    finish(record, document, last.metrics, files)
+    numbers = found[names[0]].metrics
+    if len(names) > 1:
+        numbers = {f"{name}.{k}": m for name, f in found.items() for k, m in f.metrics.items()}
+
+    def make():
+        document = report.Report("Pictures: " + ", ".join(names))
+        rows = [["generated", path, len(sets[name])] for path, name in zip(cfg.generated, names, strict=True)]
+        document.table(("set", "from", "pictures"), rows + ([["real", cfg.real, len(real)]] if real else []))
+        return document, _figures(cfg, out, document, found, sets, real, told)
+
+    finish(record, numbers, make)
 
 
-def _names(paths):
+def _names(paths, flag):
     """A short name for each path: its last part, or more of it where that is not unique."""
-    parts = [Path(p).with_suffix("").parts for p in paths]
+    parts = [Path(p).expanduser().resolve().parts for p in paths]
+    parts = [(*p[:-1], p[-1].removesuffix(".tar").removesuffix(".json").removesuffix(".csv")) for p in parts]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"--generated: {printable(paths[0])} is given twice")
+    twice = next(p for i, p in enumerate(paths) if parts[i] in parts[:i])
+    raise UserError(f"--{flag}: {printable(twice)} is given twice")
 
 
-def _figures(cfg, out, document, found, sets, real):
+def _figures(cfg, out, document, found, sets, real, told):
     """The body of the report and its figures, on rank 0. Returns the files."""
     from nanodiff import charts, report, weights
     from nanodiff import images as pictures
 
-    files, names = [], list(found)
+    files, names, parts = [], list(found), distinct(found)
+    for name, prompts in told.items():
+        if prompts:
+            files.append(out / f"prompts_{parts[name]}.json")
+            weights.write_json(files[-1], dict(zip(sets[name].keys, prompts, strict=True)))
     if len(names) > 1:
         document.heading("Over the sets")
         common = [m for m in found[names[0]].metrics if all(m in f.metrics for f in found.values())]
@@ -256,6 +290,10 @@ def _figures(cfg, out, document, found, sets, real):
             [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common],
         )
         files += [p for p in (path, out / "generations.json", out / "generations.csv") if p]
+        files.append(_across(out / "across.png", cfg, sets, told))
+        document.picture(
+            files[-1], "The same pictures in each set, by name where the sets have the same names, else by place"
+        )
     for name in names:
         document.heading(f"Numbers of {name}" if len(names) > 1 else "Numbers")
         report.metrics_table(document, found[name].metrics)
@@ -263,12 +301,12 @@ def _figures(cfg, out, document, found, sets, real):
             document.heading("Not computed")
             document.table(("metric", "why"), found[name].skipped.items())
         shown = [sets[name].image(i) for i in _spread(len(sets[name]), 24)]
-        path = out / f"sheet_{pictures.slug(name)}.png"
+        path = out / f"sheet_{parts[name]}.png"
         pictures.save_png(pictures.grid([_small(p) for p in shown], 8), path)
         document.picture(path, f"{name}: {len(shown)} of {len(sets[name])} pictures")
         files.append(path)
         for space, copies in found[name].copies.items():
-            path = out / f"nearest_{space}_{pictures.slug(name)}.png"
+            path = out / f"nearest_{space}_{parts[name]}.png"
             _nearest_sheet(path, sets[name], real, copies)
             if all(real.captions):  # a caption for each picture, found by its neighbour: `eval.py captions` scores them
                 told = {k: real.captions[int(i)] for k, i in zip(sets[name].keys, copies.nearest, strict=True)}
@@ -278,6 +316,26 @@ def _figures(cfg, out, document, found, sets, real):
                                    "the number is the distance over the real picture's own distance to its nearest neighbour")  # fmt: skip
             files.append(path)
     return files
+
+
+def _across(path, cfg, sets, told):
+    """A sheet: one row a picture, one column a set."""
+    from nanodiff import images as pictures
+
+    names, first = list(sets), next(iter(sets.values()))
+    if all(set(d.keys) == set(first.keys) for d in sets.values()):
+        places = {n: {k: i for i, k in enumerate(d.keys)} for n, d in sets.items()}
+        find = lambda n, i: places[n][first.keys[i]]  # noqa: E731
+    else:
+        find = lambda n, i: i  # noqa: E731
+    least = min(map(len, sets.values()))
+    chosen = [int(part) for part in listed(cfg.across)] or _spread(least, 8)
+    if max(chosen) >= least:
+        raise UserError(f"--across {max(chosen)}: the smallest set has {least} pictures, counted from 0")
+    cells = [_small(sets[n].image(find(n, i)), 128) for i in chosen for n in names]
+    labels = [n if n != names[0] or not told[n] else f"{n}: {told[n][i]}" for i in chosen for n in names]
+    pictures.save_png(pictures.grid(cells, len(names), labels, size=14), path)
+    return path
 
 
 def _band(m):
@@ -310,26 +368,18 @@ def _nearest_sheet(path, generated, real, copies, shown=8):
 
 
 def draw(cfg, record, device):
-    """Draw the prompts' pictures into OUTPUT_DIR/generated, shared out among the processes; what is there from the same settings
-    stays. Returns the folder."""
+    """Draw the prompts' pictures into OUTPUT_DIR/generated, shared out among the processes; what is there from the same weights and
+    settings stays. Returns the folder, and the facts of how they were drawn."""
     import json
 
-    from nanodiff import dist, engine, pipeline, samplers
+    from nanodiff import dist, engine, evaluate, loader, pipeline, samplers
     from nanodiff import images as pictures
 
     folder = record.out / "generated"
     dist.on_main(engine.out_dir, folder)
-    try:
-        lines = [
-            line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {cfg.prompts}: {e}") from None
-    if not lines:
-        raise UserError(f"--prompts {cfg.prompts}: no prompts in it")
-    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, engine.pick_dtype("auto", device), device).with_scheduler(
-        cfg.scheduler
-    )
+    lines = dist.on_main(evaluate.prompts_in, cfg.prompts)
+    dtype = engine.pick_dtype(cfg.dtype or "auto", device)
+    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device).with_scheduler(cfg.scheduler)
     steps = cfg.steps or sd.sampling("steps") or (sd.turbo_steps if sd.turbo else sd.steps)
     scale = cfg.guidance_scale if cfg.guidance_scale is not None else sd.sampling("guidance_scale")
     scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if cfg.model is None else sd.guidance
@@ -339,20 +389,24 @@ def draw(cfg, record, device):
         "steps": steps,
         "guidance_scale": scale,
         "scheduler": samplers.name_of(sd.schedule),
+        "dtype": str(dtype).removeprefix("torch."),
+        "model_sha256": loader.fingerprint(*(m for m in (sd.net, sd.vae, *sd.encoders) if m is not None)),
     }
-    jobs = [(prompt, cfg.draw_seed + i) for i, prompt in enumerate(p for p in lines for _ in range(cfg.num_images))]
     height, width = sd.size
-    todo = []
-    for i, (prompt, seed) in enumerate(jobs):
-        path = folder / f"{i:05d}.png"
-        record_of = facts | {"prompt": prompt, "seed": seed, "width": width, "height": height}
-        known = dist.on_main(_known, path)
-        if known != json.loads(json.dumps(record_of)):
-            todo.append((path, record_of))
-    for path in dist.on_main(
-        lambda: [p for p in folder.glob("*.png") if p.name not in {f"{i:05d}.png" for i in range(len(jobs))}]
-    ):
-        raise UserError(f"{path}: is of another run; use another --output-dir")
+    every = [p for p in lines for _ in range(cfg.num_images or 1)]
+    jobs = [(folder / f"{i:05d}.png", facts | {"prompt": p, "seed": (cfg.draw_seed or 0) + i, "width": width, "height": height})
+            for i, p in enumerate(every)]  # fmt: skip
+
+    def lacking():
+        expected = {path for path, _ in jobs}
+        for path in sorted(folder.glob("*.png")):
+            if path not in expected:
+                raise UserError(f"{path}: is of another run; use another --output-dir")
+        return [i for i, (path, of) in enumerate(jobs) if _known(path) != json.loads(json.dumps(of))]
+
+    todo = [jobs[i] for i in dist.on_main(lacking)]
+    if len(todo) < len(jobs):
+        dist.say(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are there already, from these weights and settings")
     batches = [todo[i : i + cfg.batch_size] for i in range(0, len(todo), cfg.batch_size)]
     mine = batches[dist.world().rank :: dist.world().size]
 
@@ -372,7 +426,7 @@ def draw(cfg, record, device):
                 path.with_suffix(".part").replace(path)
 
     dist.together(run)
-    return folder
+    return folder, {"drawn_with": facts}
 
 
 def _known(path):
@@ -380,8 +434,8 @@ def _known(path):
     from nanodiff import images as pictures
 
     try:
-        return pictures.read_record(path) if path.is_file() else None
-    except UserError:  # half a file, or somebody else's: drawn again
+        return pictures.recorded(path) if path.is_file() else None
+    except UserError:  # no picture at all: drawn again
         return None
 
 
@@ -405,7 +459,7 @@ def compare(cfg):
         if name not in known:
             raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(known)}")
     record, device = begin(cfg)
-    folders = {label: dataset(path, label) for label, path in paths.items()}
+    folders = {label: dataset(path, label, cfg) for label, path in paths.items()}
     settings = evaluate.Settings(
         tuple(n for n in OF_SETS if n in names), bool(cfg.metrics), ("inception",), cfg.weights_dir, cfg.allow_pickle, cfg.clip,
         cfg.fid_mode, seed=cfg.seed, batch_size=cfg.batch_size, workers=cfg.num_workers, device=device,
@@ -421,31 +475,30 @@ def compare(cfg):
             skipped["lpips"] = str(e)
     with record.timed("pairs"):
         found, resized = evaluate.pairs(folders, pairings, settings, names, loss)
-    facts |= {
-        "pictures": "uint8 RGB",
-        "resized": f"{resized} pairs to the smaller picture (Lanczos)" if resized else "none",
-    }
+    metrics = evaluate.pair_metrics(found, facts, resized, cfg.seed)
+    for name in (n for n in similarity.LEAST if n in found[0].numbers["_vs_".join(pairings[0])]):
+        if not any(k.split(".")[-1] == name for k in metrics):
+            skipped[name] = f"{name}: the pictures are smaller than {similarity.LEAST[name]} pixels"
+            if cfg.metrics:
+                raise UserError(skipped[name])
+            dist.say(f"note: not computed: {skipped[name]}")
     with record.timed("sets"):
         whole, missing = evaluate.of_sets(folders, pairings, settings, cfg.prompts)
     for reason in dict.fromkeys(missing.values()):
         dist.say(f"note: not computed: {reason}")
-    metrics, skipped = evaluate.pair_metrics(found, facts, cfg.seed) | whole, skipped | missing
-    document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
-    files = dist.on_main(_comparison, cfg, record.out, document, found, folders, pairings, metrics, skipped)
-    finish(record, document, metrics, files)
+    metrics, skipped = metrics | whole, skipped | missing
+
+    def make():
+        document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
+        return document, _comparison(cfg, record.out, document, found, folders, pairings, metrics, skipped)
+
+    finish(record, metrics, make)
 
 
 def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
     """The report, the figures and the documents' files of a comparison, on rank 0. Returns the files."""
     from nanodiff import evaluate, report
 
-    small = [
-        n
-        for n in ("ms_ssim",)
-        if n in found[0].numbers[f"{pairings[0][0]}_vs_{pairings[0][1]}"] and f"{_prefix(pairings)}{n}" not in metrics
-    ]
-    for name in small:
-        skipped[name] = "the pictures are smaller than 161 pixels"
     document.text(CANNOT)
     document.text(f"{len(found)} pictures in {len({p.category for p in found})} categories.")
     files = write_pairs(out / "metrics", found)
@@ -453,26 +506,17 @@ def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
     files += drawn
     if len(pairings) == 3:
         document.heading("Nearer to the teacher?")
-        tests = evaluate.significance(
-            found, "original_vs_teacher", "finetuned_vs_teacher", list(found[0].numbers["original_vs_teacher"])
-        )
-        header = (
-            "metric",
-            "mean difference",
-            "95 % interval",
-            "t",
-            "p (t)",
-            "p (Wilcoxon)",
-            "Cohen's d",
-            "p (t, Holm)",
-        )
+        names = list(found[0].numbers["original_vs_teacher"])
+        tests = evaluate.significance(found, "original_vs_teacher", "finetuned_vs_teacher", names, cfg.seed)
+        header = ("metric", "pairs", "mean difference", "low", "high", "t", "p (t)", "p (t, Holm)", "p (Wilcoxon)", "p (Wilcoxon, Holm)",
+                  "Cohen's d", "finetuned is")  # fmt: skip
         lines = [
-            [n, t.mean, f"{report.shown(t.low)} to {report.shown(t.high)}", t.t, t.p_t, t.p_wilcoxon, t.d, p]
-            for n, t, p in tests
-        ]
-        document.text(
-            "The finetuned pictures' number against the teacher, less the original's, over the same pictures."
-        )
+            [n, c.test.n, c.test.mean, c.test.low, c.test.high, c.test.t, c.test.p_t, c.p_t, c.test.p_wilcoxon, c.p_wilcoxon, c.test.d, NEARER[c.nearer]]
+            for n, c in tests.items()
+        ]  # fmt: skip
+        document.text("The finetuned pictures' number against the teacher, less the original's, over the same pictures (of the sharpness "
+                      "ratio: its distance from 1, as |log|); low and high: 95 % bootstrap interval. A pair where one number is infinite "
+                      "does not count.")  # fmt: skip
         document.table(header, lines)
         report.write_csv(out / "metrics" / "significance.csv", header, lines)
         files.append(out / "metrics" / "significance.csv")
@@ -483,10 +527,6 @@ def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
         document.heading("Not computed")
         document.table(("metric", "why"), skipped.items())
     return files
-
-
-def _prefix(pairings):
-    return "" if len(pairings) == 1 else f"{pairings[0][0]}_vs_{pairings[0][1]}."
 
 
 def research(cfg, folder, tests, metrics, drawn):
@@ -500,11 +540,11 @@ def research(cfg, folder, tests, metrics, drawn):
     document.heading("Settings")
     document.table(("setting", "value"), [[k, str(v)] for k, v in engine.as_dict(cfg).items() if v is not None])
     document.heading("Findings")
-    for name, t, p in tests:
+    for name, (t, p, _, nearer) in tests.items():
         before, after = (metrics[f"{k}_vs_teacher.{name}"]["value"] for k in ("original", "finetuned"))
         document.text(
-            f"{name.replace('_', ' ')} against the teacher: {report.shown(before)} before, {report.shown(after)} after; mean difference "
-            f"{t.mean:+.3g} (95 % interval {t.low:.3g} to {t.high:.3g}, d = {t.d:.2f}), "
+            f"{name.replace('_', ' ')} against the teacher: {report.shown(before)} before, {report.shown(after)} after: {NEARER[nearer]}; mean "
+            f"difference {t.mean:+.3g} (95 % interval {t.low:.3g} to {t.high:.3g}, d = {t.d:.2f}), "
             + (f"significant at 5 % (Holm's p = {p:.2g})." if p < 0.05 else f"not significant (Holm's p = {p:.2g}).")
         )
     document.text(CANNOT)
@@ -524,16 +564,20 @@ def research(cfg, folder, tests, metrics, drawn):
 
 def write_pairs(folder, found):
     """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files."""
-    from nanodiff import evaluate, report, weights
-    from nanodiff import images as pictures
+    import json
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files, counts = [], {}
+    from nanodiff import engine, evaluate, report, weights
+
+    engine.out_dir(folder)
+    files, counts, parts = [], {}, distinct(p.category for p in found)
     columns = [n for n in TITLES if n in next(iter(found[0].numbers.values()))]
     for pair in found:
         i = counts[pair.category] = counts.get(pair.category, -1) + 1
-        stem = folder / f"metrics_{pictures.slug(pair.category)}_{i}"
-        weights.write_json(stem.with_suffix(".json"), {"name": pair.name} | _finite(pair.numbers))
+        stem = folder / f"metrics_{parts[pair.category]}_{i}"
+        text = json.dumps({"name": pair.name} | _finite(pair.numbers), indent=2)
+        stem.with_suffix(".json").write_text(
+            text + "\n", encoding="utf-8"
+        )  # not through the disk one by one: there may be thousands
         lines = [[k.replace("_", " "), *(v[c] for c in columns)] for k, v in pair.numbers.items()]
         report.write_csv(stem.with_suffix(".csv"), ("Comparison", *(TITLES[c] for c in columns)), lines)
         files += [stem.with_suffix(".json"), stem.with_suffix(".csv")]
@@ -554,6 +598,7 @@ def _finite(numbers):
 def figures_of(panels, out, document, found, folders, pairings, metrics):
     """Panels, difference maps, radar, bars, improvement; each into the report. Returns the files."""
     import numpy as np
+    from PIL import Image
 
     from nanodiff import charts, engine, evaluate
     from nanodiff import images as pictures
@@ -561,6 +606,7 @@ def figures_of(panels, out, document, found, folders, pairings, metrics):
     look, side = engine.out_dir(out / "visualization"), engine.out_dir(out / "comparison_output")
     _, sets = evaluate.matched(folders)
     files, counts, chosen = [], {}, set(_spread(len(found), panels) if panels else ())
+    parts = distinct(p.category for p in found)
     labels = [k for k in ("a", "b", "original", "finetuned", "teacher") if k in folders]
     document.heading("Pictures")
     for k, pair in enumerate(found):
@@ -568,16 +614,16 @@ def figures_of(panels, out, document, found, folders, pairings, metrics):
         if k not in chosen:
             continue
         shown = {n: sets[n].image(k) for n in labels}
-        least = min((p.size for p in shown.values()), key=lambda s: s[0] * s[1])
-        name = f"{pictures.slug(pair.category)}_{i}"
+        name = f"{parts[pair.category]}_{i}"
         path = side / f"comparison_all_{name}.png"
         pictures.save_png(pictures.grid([_small(p, 256) for p in shown.values()], len(labels), labels, size=20), path)
         document.picture(path, f"{pair.name}: {', '.join(labels)}")
         files.append(path)
-        arrays = {n: np.asarray(p.resize(least)) for n, p in shown.items()}
         for a, b in pairings:
+            least = min(shown[a].size, shown[b].size, key=lambda s: s[0] * s[1])
+            x, y = (np.asarray(shown[n].resize(least, Image.Resampling.LANCZOS)) for n in (a, b))
             path = charts.difference(
-                look / f"difference_{a}_vs_{b}_{name}.png", arrays[a], arrays[b], (a, b), pair.numbers[f"{a}_vs_{b}"]
+                look / f"difference_{a}_vs_{b}_{name}.png", x, y, (a, b), pair.numbers[f"{a}_vs_{b}"]
             )
             if path:
                 files.append(path)
@@ -623,6 +669,8 @@ def _improvement(look, document, means):
             continue
         change = 100 * (after[name] - before[name]) / abs(before[name])
         rows.append((name.replace("_", " "), before[name], after[name], change if direction else -change))
+    if not rows:
+        return []
     document.heading("Change towards the teacher")
     document.table(("metric", "original", "finetuned", "nearer by %"), rows)
     chart = charts.bars(
@@ -650,18 +698,23 @@ def captions(cfg):
     for flag in ("candidates", "references"):
         if getattr(cfg, flag) is None:
             raise UserError(f"--{flag} FILE is required")
-    names = tuple(listed(cfg.metrics)) or textmetrics.NAMES
     record, _ = begin(cfg)
     mine, theirs = (dist.on_main(textmetrics.read, path) for path in (cfg.candidates, cfg.references))
+    names = tuple(listed(cfg.metrics))
+    if not names and len(mine) == 1:
+        dist.say("note: not computed: cider weighs words by how few pictures have them, and here is one picture")
+        names = tuple(n for n in textmetrics.NAMES if n != "cider")
     with record.timed("scores"):
-        found = dist.on_main(evaluate.captions, mine, theirs, cfg.tokenize, names, cfg.bootstrap, cfg.seed)
+        found = dist.on_main(
+            evaluate.captions, mine, theirs, cfg.tokenize, names or textmetrics.NAMES, cfg.bootstrap, cfg.seed
+        )
     metrics, ids, scores = found
-    document = report.Report("Captions")
-    document.text(f"{len(ids)} captions of {printable(cfg.candidates)} against {printable(cfg.references)}. Corpus BLEU and the mean of "
-                  "single captions' BLEU are different numbers; METEOR is without synonyms.")  # fmt: skip
-    report.metrics_table(document, metrics)
-    files = []
-    if dist.is_main():
+
+    def make():
+        document = report.Report("Captions")
+        document.text(f"{len(ids)} captions of {printable(cfg.candidates)} against {printable(cfg.references)}. Corpus BLEU and the mean of "
+                      "single captions' BLEU are different numbers; METEOR is without synonyms.")  # fmt: skip
+        report.metrics_table(document, metrics)
         header = ("id", "candidate", *scores)
         lines = [[k, mine[k][0], *(s.each[i] for s in scores.values())] for i, k in enumerate(ids)]
         report.write_csv(record.out / "captions.csv", header, lines)
@@ -676,8 +729,9 @@ def captions(cfg):
                 ("id", "candidate", "references", by),
                 [[ids[i], mine[ids[i]][0], " | ".join(theirs[ids[i]]), scores[by].each[i]] for i in chosen],
             )
-        files = [p for p in (record.out / "captions.csv", chart) if p]
-    finish(record, document, metrics, files)
+        return document, [p for p in (record.out / "captions.csv", chart) if p]
+
+    finish(record, metrics, make)
 
 
 def summary(cfg):
@@ -686,39 +740,33 @@ def summary(cfg):
     if not cfg.inputs:
         raise UserError("--inputs FOLDER is required")
     record, _ = begin(cfg)
-    names = _names(cfg.inputs)
+    names = _names(cfg.inputs, "inputs")
     found = {n: dist.on_main(report.read_metrics, p) for n, p in zip(names, cfg.inputs, strict=True)}
-    document = report.Report(cfg.title)
     every = list(dict.fromkeys(m for f in found.values() for m in f))
-    document.heading("Side by side")
-    document.table(
-        ("metric", *names), [[m, *(f[m]["value"] if m in f else None for f in found.values())] for m in every]
-    )
-    common = [m for m in every if sum(m in f and not isinstance(f[m]["value"], str) for f in found.values()) > 1]
-    files = []
-    if dist.is_main():
+    metrics = found[names[0]] if len(found) == 1 else {f"{n}.{m}": v for n, f in found.items() for m, v in f.items()}
+
+    def make():
+        document, files = report.Report(cfg.title), []
+        if any(m.split(".")[-1] in ("ssim", "mse", "psnr") for m in every):
+            document.text(CANNOT)
+        document.heading("Side by side")
+        document.table(
+            ("metric", *names), [[m, *(f[m]["value"] if m in f else None for f in found.values())] for m in every]
+        )
+        drawable = lambda f, m: m in f and not isinstance(f[m]["value"], str)  # noqa: E731
+        common = [m for m in every if sum(drawable(f, m) for f in found.values()) > 1]
         if common:
-            panels = {
-                m: {
-                    "": [
-                        _band(f[m]) if m in f and not isinstance(f[m]["value"], str) else (float("nan"),) * 3
-                        for f in found.values()
-                    ]
-                }
-                for m in common
-            }
+            nothing = (float("nan"),) * 3
+            panels = {m: {"": [_band(f[m]) if drawable(f, m) else nothing for f in found.values()]} for m in common}
             chart = charts.lines(record.out / "runs.png", names, panels, "run")
             document.picture(chart, "Numbers that more than one run has")
             files += [chart] if chart else []
         for name, f in found.items():
             document.heading(name)
             report.metrics_table(document, f)
-    metrics = (
-        {f"{n}.{m}": v for n, f in found.items() for m, v in f.items()}
-        if len(found) > 1
-        else next(iter(found.values()))
-    )
-    finish(record, document, metrics, files)
+        return document, files
+
+    finish(record, metrics, make)
 
 
 STAGES = {

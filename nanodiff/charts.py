@@ -113,6 +113,7 @@ def _rows(log):
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 DASHES, MARKS, HATCHES = ("-", "--", ":", "-."), "os^Dv<>", ("", "//", "..", "xx")
+WIDEST = 60  # inches, of 100 dots
 FONT = 13  # points in the 100 dpi files: legible when they are shown at half their size
 
 
@@ -135,7 +136,9 @@ def bars(path, groups, series, title="", ylabel=""):
     plt = _plt()
     if plt is None:
         return None
-    figure, axis = plt.subplots(figsize=(max(6.5, 1.3 * len(groups) * max(len(series), 1) ** 0.5 + 2), 4.5))
+    figure, axis = plt.subplots(
+        figsize=(min(max(6.5, 1.3 * len(groups) * max(len(series), 1) ** 0.5 + 2), WIDEST), 4.5)
+    )
     width = 0.8 / max(len(series), 1)
     for k, (label, values) in enumerate(series.items()):
         for i, value in enumerate(values):

@@ -13,10 +13,12 @@ Strength, from weak to strong: defaults, `--preset NAME`, `--config FILE` (.json
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import types
 import typing
@@ -62,6 +64,18 @@ def nearest(name, known, n=3):
 def printable(text):
     """`text` with control characters escaped, so that a prompt cannot drive the terminal it is shown on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@functools.cache
+def commit():
+    """The git commit of this program, or None."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def spreadsheet(value):

@@ -24,14 +24,13 @@ import platform
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from nanodiff import checkpoint, dist, recipe
+from nanodiff import checkpoint, config, dist, recipe
 from nanodiff.config import SECRETS, Stopped, UserError, as_dict, printable
 from nanodiff.models import layers
 from nanodiff.weights import DTYPES, keep_freed_memory, write_bytes, write_json
@@ -97,7 +96,7 @@ class Record:
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"cpu x {torch.get_num_threads()}",
-            "git_commit": _git_commit(),
+            "git_commit": config.commit(),
             "seconds": {},
             "files": [],
             "results": {},
@@ -145,15 +144,6 @@ def _peak_memory_mb():
         return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def _git_commit():
-    try:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 class Watch:

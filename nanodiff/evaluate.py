@@ -8,6 +8,7 @@ The scripts make the pictures and write the reports; what is computed here is th
 processes: features are shared out, and every process ends with the same numbers.
 """
 
+import collections
 import concurrent.futures
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from nanodiff import dist, features, metrics, report, similarity, textmetrics
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.images import CHUNK, Image, read_record, to_pixels
+from nanodiff.images import Image, recorded, to_pixels
 from nanodiff.weights import keep_freed_memory
 
 GROUPS = ("fid", "kid", "is", "prdc", "memorisation", "diversity", "clip_score", "clip_fid", "modality_gap", "colours")
@@ -28,7 +29,6 @@ NEEDS_PROMPTS = ("clip_score", "modality_gap")
 OF_FEATURES = ("fid", "kid", "prdc", "memorisation", "diversity")
 SPACES = ("inception", "clip", "pixels")
 RESAMPLES = 20  # for FID's interval
-PIXELS = ("pictures", "resized")  # facts of numbers that no network makes
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Settings:
     batch_size: int = features.BATCH
     workers: int = 2
     device: object = "cpu"
+    about: dict = field(default_factory=dict)  # facts of the generated pictures, such as the model that drew them
     networks: dict = field(default_factory=dict)  # loaded so far, by name
 
 
@@ -107,29 +108,33 @@ def network(settings, name):
 
 
 def clip_path(settings):
-    """Where the CLIP is: in --weights-dir under its name, or as --clip says. Raises features.Absent when it is in neither."""
-    inside = Path(settings.weights_dir or ".") / Path(settings.clip).name
-    if settings.weights_dir and (inside / "config.json").is_file():
+    """Where the CLIP is: as --clip says, or in --weights-dir under that name, or on the Hub (downloaded when a metric that needs it was asked
+    for by name). Raises features.Absent when it is nowhere."""
+    name = settings.clip
+    if Path(name).expanduser().exists():
+        return name
+    inside = Path(settings.weights_dir or ".") / name
+    if settings.weights_dir and "/" not in name and (inside / "config.json").is_file():
         return inside
-    if Path(settings.clip).exists():
-        return settings.clip
-    name = f"openai/{settings.clip}" if settings.clip in features.CLIPS else settings.clip
+    name = f"openai/{name}" if name in features.CLIPS else name
     try:
-        features.hub.whole(name, cached=not settings.must)
+        dist.on_main(features.hub.whole, name, cached=not settings.must)
     except UserError as e:
         raise features.Absent(f"CLIP: {e}, or put the folder into --weights-dir") from None
     return name
 
 
-def images(generated, settings, real=None, prompts=None, what="generated"):
-    """Found of a data set of pictures. What cannot be computed is skipped, with its reason, or raises UserError if it must be."""
+def images(generated, settings, real=None, prompts=None, what="generated", silent="needs the prompts (--prompts)"):
+    """Found of a data set of pictures. What cannot be computed is skipped, with its reason, or raises UserError if it must be.
+
+    silent: why there are no prompts."""
     s, found = settings, Found({}, {}, {})
     for group in s.groups:
         reason = None
         if group in NEEDS_REAL and real is None:
             reason = "needs real pictures (--real)"
         elif group in NEEDS_PROMPTS and prompts is None:
-            reason = "needs the prompts (--prompts)"
+            reason = silent
         spaces = s.spaces if group in OF_FEATURES else (None,)
         for space in spaces:
             name = f"{space}_{group}" if space not in (None, "inception") else group
@@ -141,7 +146,14 @@ def images(generated, settings, real=None, prompts=None, what="generated"):
                 if s.must:
                     raise UserError(str(e)) from None
                 found.skipped[name] = str(e)
+    settings.networks["rows"] = {
+        k: v for k, v in settings.networks.get("rows", {}).items() if k[1:] != _named(generated)
+    }
     return found
+
+
+def _named(dataset):
+    return dataset.fingerprint(), dataset.root
 
 
 def _group(group, space, generated, real, prompts, s, found, what):
@@ -151,21 +163,31 @@ def _group(group, space, generated, real, prompts, s, found, what):
     name = space or ("is" if group == "is" else "clip")
     net = network(s, name)
     prefix = f"{space}_" if space not in (None, "inception") else ""
-    facts = net.facts | {
-        "n_generated": len(generated),
-        "n_real": len(real) if real is not None and group in NEEDS_REAL else None,
-    }
+    facts = (
+        net.facts
+        | s.about
+        | {
+            "n_generated": len(generated),
+            "n_real": len(real) if real is not None and group in NEEDS_REAL else None,
+        }
+    )
 
     def put(name, value, std=None, ci=None, **more):
         found.metrics[prefix + name] = report.entry(value, len(generated), report.provenance(**facts, **more), std, ci)
 
     if group == "fid" and s.cache is None and not _resamples(s, generated, real) and len(s.groups) == 1:
+        _warn(group, len(generated), len(real))
         a, b = (moments(net, d, s) for d in (real, generated))  # nothing else needs the features themselves
         return put("fid", metrics.frechet(a, b))
     g = _rows(net, generated, s, what)
     r = _rows(net, real, s, "real") if facts["n_real"] is not None else None
     if group in ("fid", "clip_fid"):
         return _fid(group, r, g, s, put)
+    if group in (
+        "kid",
+        "is",
+    ):  # subsets and splits are drawn by position: in the order of names, as other programs read folders
+        g, r = _by_name(g, generated), _by_name(r, real)
     if group == "kid":
         value, size = metrics.kid(r, g, s.kid_subsets, s.kid_size, s.seed)
         if size < s.kid_size:
@@ -188,11 +210,22 @@ def _group(group, space, generated, real, prompts, s, found, what):
 
 def _rows(net, dataset, s, what):
     """features.extract, kept for the groups that follow."""
-    key = (net.key(), dataset.fingerprint(), dataset.root)
+    key = (net.key(), *_named(dataset))
     kept = s.networks.setdefault("rows", {})
     if key not in kept:
         kept[key] = features.extract(net, dataset, s.cache, s.batch_size, s.workers, f"{what} pictures")
     return kept[key]
+
+
+def _by_name(rows, dataset):
+    return rows if rows is None else rows[sorted(range(len(rows)), key=lambda i: dataset.keys[i])]
+
+
+def _warn(group, n, m):
+    if min(n, m) < metrics.FEW:
+        dist.say(
+            f"warning: {group} of {n} and {m} pictures is biased upwards and spreads; {metrics.FEW} or more are usual"
+        )
 
 
 def _resamples(s, generated, real):
@@ -201,10 +234,7 @@ def _resamples(s, generated, real):
 
 
 def _fid(group, r, g, s, put):
-    if min(len(r), len(g)) < metrics.FEW:
-        dist.say(
-            f"warning: {group} of {len(g)} and {len(r)} pictures is biased upwards and spreads; {metrics.FEW} or more are usual"
-        )
+    _warn(group, len(g), len(r))
     n = _resamples(s, g, r)
     ci = metrics.fid_interval(r, g, n, s.seed) if n else None
     put(group, metrics.fid(r, g), ci=ci, bootstrap=n or None, seed=s.seed if n else None)
@@ -216,7 +246,8 @@ def moments(net, dataset, s):
 
     @torch.inference_mode()
     def run():
-        for first in range(rank * s.batch_size, len(dataset), size * s.batch_size):
+        firsts = range(rank * s.batch_size, len(dataset), size * s.batch_size)
+        for first in dist.progress(firsts, len(firsts), "features, batches"):
             positions = range(first, min(first + s.batch_size, len(dataset)))
             batch = torch.stack(features.each(net.prepare, dataset, positions, s.workers))
             found.add(net.encode(batch).float().cpu().numpy())
@@ -240,68 +271,86 @@ def _text_groups(group, net, g, prompts, s, put):
         return
     cosines = metrics.clip_score(g, t)
     low, high = report.interval(cosines, s.seed)
-    put("clip_score", cosines.mean(), std=cosines.std(), ci=(low, high), scale="mean cosine")
-    scaled = (100 * cosines).clip(min=0)
-    low, high = report.interval(scaled, s.seed)
-    put(
-        "clip_score_100",
-        scaled.mean(),
-        std=scaled.std(),
-        ci=(low, high),
-        scale="mean of max(100 cos, 0), as torchmetrics",
-    )
+    drawn = {"bootstrap": report.RESAMPLES, "seed": s.seed}
+    put("clip_score", cosines.mean(), cosines.std(), (low, high), scale="mean cosine", **drawn)
+    value, ci = max(100 * cosines.mean(), 0), (max(100 * low, 0), max(100 * high, 0))
+    put("clip_score_100", value, 100 * cosines.std(), ci, scale="max(100 x mean cosine, 0), as torchmetrics", **drawn)
     scaled = (2.5 * cosines).clip(min=0)
-    put("clip_score_2.5", scaled.mean(), std=scaled.std(), scale="mean of 2.5 max(cos, 0), as Hessel et al.")
+    how = "mean of 2.5 max(cosine, 0), Hessel et al. eq. 1, without their words before the caption"
+    put("clip_score_2.5", scaled.mean(), scaled.std(), report.interval(scaled, s.seed), scale=how, **drawn)
 
 
 def _colours(generated, s, found):
-    kept = features.shared(lambda i: metrics.colours(generated.image(i)), range(len(generated)))
+    kept = features.shared(lambda i: metrics.colours(generated.image(i)), range(len(generated)), "colours")
     for name in metrics.COLOURS:
         values = [k[name] for k in kept]
         ci = report.interval(values, s.seed) if len(values) > 1 else None
-        facts = report.provenance(network="none: pixels", n_generated=len(generated))
+        facts = report.provenance(
+            **s.about, network="none: pixels", n_generated=len(generated), bootstrap=report.RESAMPLES, seed=s.seed
+        )
         found.metrics[name] = report.entry(np.mean(values), len(values), facts, np.std(values), ci)
 
 
 def prompts_for(dataset, path=None):
-    """The prompt of each picture: from a file (a line each in order, or captions by file name), from captions beside the pictures,
-    or from what our PNGs carry. None when there are none; UserError when they do not belong to these pictures."""
+    """(prompts, None) of pictures: from a file (a line each in order, or captions by file name), from captions beside the pictures,
+    or from what our PNGs carry. (None, why not) when there are none; UserError when those of a file do not belong to these pictures."""
     if path:
-        return _prompts_from(dataset, Path(path))
+        return _prompts_from(dataset, Path(path)), None
     if all(dataset.captions):
-        return list(dataset.captions)
+        return list(dataset.captions), None
     if any(dataset.captions):
         silent = [k for k, c in zip(dataset.keys, dataset.captions, strict=True) if not c]
-        raise UserError(
-            f"{dataset.root}: {len(silent)} of {len(dataset)} pictures have no caption, such as {printable(silent[0])}"
+        return (
+            None,
+            f"needs a caption of each picture; {len(silent)} of {len(dataset)} have none, such as {printable(silent[0])}",
         )
     if any(item.offset or not item.path.endswith(".png") for item in dataset.items):
-        return None
+        return None, "needs the prompts (--prompts)"
     found = []
     for item in dataset.items:
-        with Image.open(item.path) as image:
-            if CHUNK not in getattr(image, "text", {}):
-                return None
-        found.append(read_record(item.path).get("prompt"))
-    return found if all(isinstance(p, str) and p for p in found) else None
+        found.append((recorded(item.path) or {}).get("prompt"))
+        if not isinstance(found[-1], str) or not found[-1]:
+            return None, f"needs the prompts (--prompts); {printable(item.key)} carries none"
+    return found, None
 
 
-def _prompts_from(dataset, path):
+def prompts_in(path):
+    """The prompts of a file, in its order: lines of text, or the first captions of a .json or .csv. Raises UserError."""
+    path = Path(path)
     if path.suffix in (".json", ".csv"):
-        known = {_stem(k): v[0] for k, v in textmetrics.read(path).items()}
-        missing = [k for k in dataset.keys if _stem(k) not in known]
-        if missing:
-            raise UserError(
-                f"{path}: has no caption for {len(missing)} of {len(dataset)} pictures, such as {printable(missing[0])}"
-            )
-        return [known[_stem(k)] for k in dataset.keys]
+        return [texts[0] for texts in textmetrics.read(path).values()]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {path}: {e}") from None
-    if len(lines) != len(dataset):
-        raise UserError(f"--prompts {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
+    if not lines:
+        raise UserError(f"--prompts {path}: no prompts in it")
     return lines
+
+
+def _prompts_from(dataset, path):
+    if path.suffix not in (".json", ".csv"):
+        lines = prompts_in(path)
+        if len(lines) != len(dataset):
+            raise UserError(f"--prompts {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
+        return lines
+    known, stems = {k: v[0] for k, v in textmetrics.read(path, by_file=True).items()}, {}
+    for key in dataset.keys:
+        stems.setdefault(_stem(key), []).append(key)
+    of_stem = {_stem(k): v for k, v in known.items()}
+    twice = [v for s, v in stems.items() if len(v) > 1 and not all(k in known for k in v)]
+    if twice:
+        raise UserError(
+            f"{dataset.root}: {' and '.join(map(printable, twice[0]))} differ by suffix only; {path} must name them with it"
+        )
+    missing = [k for k in dataset.keys if k not in known and _stem(k) not in of_stem]
+    if missing:
+        raise UserError(
+            f"{path}: has no caption for {len(missing)} of {len(dataset)} pictures, such as {printable(missing[0])}"
+        )
+    if len(known) > len(dataset):
+        dist.say(f"note: {path}: {len(known)} captions for {len(dataset)} pictures; the others are of other pictures")
+    return [known.get(k, of_stem.get(_stem(k))) for k in dataset.keys]
 
 
 def _stem(key):
@@ -340,25 +389,31 @@ def matched(folders):
 
 
 def pairs(folders, pairings, settings, names=similarity.NAMES, loss=None):
-    """[Pair] of matched data sets. pairings: [(label, label)]; loss: LPIPS, or None without. The larger of two pictures of different
-    sizes is brought to the smaller (Lanczos), which is said."""
+    """([Pair], {pairing: pairs of different sizes}) of matched data sets. pairings: [(label, label)]; loss: LPIPS, or None without. The
+    larger of two pictures of different sizes is brought to the smaller (Lanczos), which is said."""
     order, sets = matched(folders)
     keep_freed_memory()
 
     def one(i):
         pictures = {label: d.image(i) for label, d in sets.items()}
-        small = min((p.size for p in pictures.values()), key=lambda s: s[0] * s[1])
-        uneven = any(p.size != small for p in pictures.values())
-        if uneven:
-            pictures = {k: p.resize(small, Image.Resampling.LANCZOS) for k, p in pictures.items()}
-        facts = {k: similarity.Facts(np.asarray(p)) for k, p in pictures.items()}
-        numbers = {}
+        facts, numbers, uneven = {}, {}, []
         for a, b in pairings:
-            numbers[f"{a}_vs_{b}"] = similarity.compare(facts[a], facts[b], names)
-            if loss is not None:
+            size = min(pictures[a].size, pictures[b].size, key=lambda s: s[0] * s[1])
+            for k in (a, b):
+                if (k, size) not in facts:
+                    same = pictures[k].size == size
+                    picture = pictures[k] if same else pictures[k].resize(size, Image.Resampling.LANCZOS)
+                    facts[k, size] = similarity.Facts(np.asarray(picture))
+            if pictures[a].size != pictures[b].size:
+                uneven.append(f"{a}_vs_{b}")
+            x, y = facts[a, size], facts[b, size]
+            numbers[f"{a}_vs_{b}"] = similarity.compare(x, y, names)
+            if loss is not None and min(size) >= similarity.LEAST["lpips"]:
                 with torch.inference_mode():
-                    x, y = (to_pixels(pictures[k])[None].to(settings.device) for k in (a, b))
-                    numbers[f"{a}_vs_{b}"]["lpips"] = float(loss(x, y))
+                    distance = loss(*(to_pixels(z.image)[None].to(settings.device) for z in (x, y)))
+                    numbers[f"{a}_vs_{b}"]["lpips"] = float(distance)
+            elif loss is not None:
+                numbers[f"{a}_vs_{b}"]["lpips"] = None
         category = order[i].split("/")[0] if "/" in order[i] else "all"
         return Pair(order[i], category, numbers), uneven
 
@@ -371,9 +426,11 @@ def pairs(folders, pairings, settings, names=similarity.NAMES, loss=None):
 
     parts = dist.gathered(dist.together(run))
     found = [parts[i % size][i // size] for i in range(len(order))]
-    resized = sum(uneven for _, uneven in found)
-    if resized:
-        dist.say(f"note: {resized} pairs differ in size; the larger picture was brought to the smaller one (Lanczos)")
+    resized = collections.Counter(pairing for _, uneven in found for pairing in uneven)
+    for pairing, n in resized.items():
+        dist.say(
+            f"note: {pairing}: {n} pairs differ in size; the larger picture was brought to the smaller one (Lanczos)"
+        )
     return [pair for pair, _ in found], resized
 
 
@@ -390,8 +447,8 @@ def average(found, category=None):
     return out
 
 
-def pair_metrics(found, provenance, seed=0):
-    """{metric or pairing.metric: entry} over all Pairs, with bootstrap intervals of the means."""
+def pair_metrics(found, provenance, resized, seed=0):
+    """{metric or pairing.metric: entry} over all Pairs, with bootstrap intervals of the means. provenance: the facts of LPIPS."""
     out = {}
     for pairing in found[0].numbers:
         prefix = "" if len(found[0].numbers) == 1 else f"{pairing}."
@@ -401,13 +458,13 @@ def pair_metrics(found, provenance, seed=0):
             if len(finite):
                 ci = report.interval(finite, seed) if len(finite) > 1 else None
                 more = {"infinite": int(np.isinf(values).sum())} if np.isinf(values).any() else {}
-                made = provenance if name == "lpips" else {k: provenance[k] for k in provenance if k in PIXELS}
-                facts = report.provenance(**made, **more)
+                drawn = {"bootstrap": report.RESAMPLES, "seed": seed} if ci else {}
+                facts = report.provenance(
+                    **(provenance if name == "lpips" else {}), **_pixels(pairing, resized), **drawn, **more
+                )
                 out[prefix + name] = report.entry(finite.mean(), len(finite), facts, finite.std(), ci)
             elif np.isinf(values).any():
-                facts = report.provenance(
-                    **{k: provenance[k] for k in provenance if k in PIXELS}, note="all pairs are equal"
-                )
+                facts = report.provenance(**_pixels(pairing, resized), note="infinite for all pairs")
                 out[prefix + name] = report.entry(np.inf, len(values), facts)
     return out
 
@@ -424,23 +481,48 @@ def of_sets(folders, pairings, settings, prompts=None):
             metrics_of |= {("" if len(pairings) == 1 else f"{a}_vs_{b}.") + k: v for k, v in found.metrics.items()}
             skipped |= found.skipped
     if "clip_score" in settings.groups:
-        texts = next((t for t in (prompts_for(d, prompts) for d in sets.values()) if t), None)
+        told = [dist.on_main(prompts_for, d, prompts) for d in sets.values()]
+        texts = next((t for t, _ in told if t), None)
         for label, pictures in sets.items():
-            found = images(pictures, replace(settings, groups=("clip_score",)), prompts=texts, what=label)
+            found = images(pictures, replace(settings, groups=("clip_score",)), None, texts, label, told[0][1])
             metrics_of |= {f"{label}.{k}": v for k, v in found.metrics.items()}
             skipped |= found.skipped
     return metrics_of, skipped
 
 
-def significance(found, before, after, names):
-    """[(metric, report.Paired of after - before, Holm's p)] of two pairings' numbers over the same pictures."""
-    rows = []
+def _pixels(pairing, resized):
+    """Facts of numbers of pairs."""
+    n = resized[pairing]
+    return {"pictures": "uint8 RGB", "resized": f"{n} pairs to the smaller picture (Lanczos)" if n else "none"}
+
+
+class Change(NamedTuple):
+    """What a metric says of a change: the test of after - before, corrected p values, and whether after is nearer (None: the same)."""
+
+    test: report.Paired
+    p_t: float  # after Holm
+    p_wilcoxon: float  # after Holm
+    nearer: bool | None
+
+
+def significance(found, before, after, names, seed=0):
+    """{metric: Change} of two pairings' numbers over the same pictures. Of sharpness_ratio the distance from 1 counts: |log ratio|."""
+    tests = {}
     for name in names:
         a, b = ([p.numbers[k].get(name) for p in found] for k in (before, after))
-        if not any(v is None for v in (*a, *b)) and (test := report.paired(a, b)):
-            rows.append((name, test))
-    corrected = report.holm([t.p_t for _, t in rows]) if rows else []
-    return [(name, test, p) for (name, test), p in zip(rows, corrected, strict=True)]
+        if any(v is None for v in (*a, *b)):
+            continue
+        if name == "sharpness_ratio":
+            with np.errstate(divide="ignore"):
+                a, b = np.abs(np.log(a)), np.abs(np.log(b))
+        if test := report.paired(a, b, seed):
+            tests[name] = test
+    p_t, p_w = (report.holm([getattr(t, k) for t in tests.values()]) for k in ("p_t", "p_wilcoxon"))
+    out = {}
+    for (name, test), pt, pw in zip(tests.items(), p_t, p_w, strict=True):
+        up = bool(similarity.HIGHER_IS_NEARER[name])
+        out[name] = Change(test, pt, pw, None if test.mean == 0 else (test.mean > 0) == up)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -450,6 +532,10 @@ def significance(found, before, after, names):
 def captions(candidates, references, tokenizer="ptb", names=textmetrics.NAMES, resamples=1000, seed=0):
     """({metric: entry}, ids, {metric: Score}) of {id: [caption]} and {id: [captions]}. Raises UserError for ids that differ."""
     ids, mine, theirs = textmetrics.paired(candidates, references)
+    if "cider" in names and len(ids) == 1:
+        raise UserError(
+            "cider weighs words by how few pictures have them, so it needs more than one picture; choose --metrics without it"
+        )
     if tokenizer == "ptb":
         mine, theirs = [textmetrics.tokenize(t) for t in mine], [[textmetrics.tokenize(t) for t in r] for r in theirs]
     found = textmetrics.scores(mine, theirs, names)

@@ -4,8 +4,8 @@
     rows = extract(net, dataset, cache="cache")                   # [N, D] float32, the order of the dataset
 
 What a figure means depends on all three, so a Network carries them as `facts`, which stand beside every result. Weights are files of the
-user's, found by their published names in --weights-dir (safetensors, or the pickle itself with --allow-pickle); nothing is
-downloaded, and where a file is absent the error says which one, from where, and the hash it should have.
+user's, found by their published names in --weights-dir (safetensors, or the pickle itself with --allow-pickle); nothing but a
+CLIP that is asked for by name is downloaded, and where a file is absent the error says which one, from where, and its hash.
 
 Resize rules of FID (`MODES`), each as its program does it:
   torch-fidelity   TensorFlow 1's bilinear: source = destination × scale, no half-pixel centres, no antialiasing; (x - 128) / 128
@@ -13,8 +13,8 @@ Resize rules of FID (`MODES`), each as its program does it:
   clean-fid        Pillow's bicubic (antialiased) of each channel in floats, cut to [0, 255]; (x - 128) / 128
   torchmetrics     bilinear, antialiased; (x - 128) / 128
 
-Features are kept under the hash of the picture's file and of the network, so they can never be stale; under torchrun the
-processes compute them in turns.
+Features are kept under the hash of the picture's file and of all that decides them (weights, settings, resize rule, Pillow's version,
+kind of device), so they can never be stale; under torchrun the processes compute them in turns.
 """
 
 import concurrent.futures
@@ -23,18 +23,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from nanodiff import dist, hub, weights
 from nanodiff.config import UserError, printable, read_json
+from nanodiff.images import as_uint8
 from nanodiff.loader import Cache
 from nanodiff.models import inception as inception_v3
 from nanodiff.models import lpips
 from nanodiff.models.clip import CLIPModel
 from nanodiff.tokenizer import CLIPTokenizer
 
+VERSION = 1  # counted up when the same picture and weights would give other features
 SIDE = 299
 BATCH = 16
 MODES = ("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics")
@@ -67,7 +70,9 @@ class Network:
 
     def key(self):
         """Stands for everything that decides a feature, but the picture."""
-        return hashlib.sha256(repr((self.name, sorted(self.facts.items()))).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((VERSION, PIL.__version__, self.name, sorted(self.facts.items()))).encode()
+        ).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -168,7 +173,11 @@ def inception(folder, mode="torch-fidelity", device="cpu", tap=2048, variant="fi
     def encode(batch):
         return model(batch.to(device, memory_format=torch.channels_last), tap)
 
-    facts |= {"network": f"Inception-v3 ({variant}), {tap} features", "resize": mode}
+    facts |= {
+        "network": f"Inception-v3 ({variant}), {tap} features",
+        "resize": mode,
+        "device": torch.device(device).type,
+    }
     return Network(
         f"inception-{variant}-{tap}",
         lambda image: resized(image, mode),
@@ -182,26 +191,59 @@ def clip(path, device="cpu"):
     """A whole CLIP from a Hub folder or id: pictures and texts as unit vectors."""
     folder = _clip_folder(path)
     model = weights.load(CLIPModel, folder, torch.float32, device)
-    tokenizer, vision = CLIPTokenizer.load(folder), model.cfg.vision
-    settings = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
-    mean = torch.tensor(settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073)))[:, None, None]
-    std = torch.tensor(settings.get("image_std", (0.26862954, 0.26130258, 0.27577711)))[:, None, None]
-    side = vision.image_size
+    tokenizer, side = CLIPTokenizer.load(folder), model.cfg.vision.image_size
+    mean, std = _preprocessing(folder / "preprocessor_config.json", side)
 
     def prepare(image):
         return (_planes(cropped(image, side)).float() / 255 - mean) / std
 
     def texts(lines):
-        ids = torch.tensor(tokenizer(lines, min(tokenizer.length, model.cfg.text.max_position_embeddings)))
+        length = min(tokenizer.length, model.cfg.text.max_position_embeddings)
+        if cut := sum(bool(tokenizer.overflow(line, length)) for line in lines):
+            dist.say(f"warning: CLIP reads {length} tokens: {cut} of {len(lines)} prompts are longer, and cut")
+        ids = torch.tensor(tokenizer(lines, length))
         parts = [model.text(ids[i : i + 64].to(device)).cpu() for i in range(0, len(ids), 64)]
         return torch.cat(parts).numpy()
 
-    file = weights.find_files(folder)[0]
+    files = weights.find_files(folder)
+    digests = [sha256(file) for file in files]
+    settings = [f.read_bytes() for f in (folder / "config.json", folder / "preprocessor_config.json") if f.exists()]
     facts = {
-        "network": f"CLIP ({Path(path).name}), {model.cfg.projection_dim} features", "weights": file.name, "weights_sha256": sha256(file),
-        "published": None, "resize": f"Pillow bicubic, shortest side to {side}, centre crop",
+        "network": f"CLIP ({folder.name if Path(path).exists() else path}), {model.cfg.projection_dim} features",
+        "weights": ", ".join(f.name for f in files), "weights_sha256": digests[0] if len(files) == 1 else digests,
+        "settings_sha256": hashlib.sha256(b"".join(settings)).hexdigest(), "published": None, "device": torch.device(device).type,
+        "resize": f"Pillow bicubic, shortest side to {side}, centre crop",
     }  # fmt: skip
     return Network("clip", prepare, lambda batch: model.image(batch.to(device)), facts, texts=torch.no_grad()(texts))
+
+
+def _preprocessing(file, side):
+    """(mean, std) [3, 1, 1] of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for another resize."""
+    settings = read_json(file) if file.exists() else {}
+    found = []
+    for name, usual in (
+        ("image_mean", (0.48145466, 0.4578275, 0.40821073)),
+        ("image_std", (0.26862954, 0.26130258, 0.27577711)),
+    ):
+        value = settings.get(name, usual)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != 3
+            or not all(isinstance(v, int | float) and v > 0 for v in value)
+        ):
+            raise UserError(f"{file}: {name} is {printable(value)}, expected three numbers")
+        found.append(torch.tensor(value, dtype=torch.float32)[:, None, None])
+    size, crop = settings.get("size", side), settings.get("crop_size", side)
+    size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    for name, value, known in (
+        ("size", size, side),
+        ("crop_size", crop, side),
+        ("resample", settings.get("resample", 3), 3),
+    ):
+        if value != known:
+            raise UserError(f"{file}: {name} {printable(value)} is not supported, only {known}")
+    return found
 
 
 def _clip_folder(path):
@@ -251,7 +293,13 @@ def perceptual(folder, device="cpu", allow_pickle=False):
     lpips.fill(model.vgg, {k: v for k, v in tensors.items() if k.startswith("features.")}, facts["weights"])
     heads = weights.load_tensors(LPIPS_HEADS)
     lpips.fill(model.lins, {f"{i}.weight": heads.get(f"lin{i}.model.1.weight") for i in range(5)}, LPIPS_HEADS)
-    return model.to(device), facts | {"network": "VGG16 + LPIPS v0.1 heads", "resize": "none"}
+    facts |= {
+        "network": "VGG16 + LPIPS v0.1 heads",
+        "heads_sha256": sha256(LPIPS_HEADS),
+        "resize": "none",
+        "device": torch.device(device).type,
+    }
+    return model.to(device), facts
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -291,13 +339,28 @@ def each(f, dataset, positions, workers=2):
         return list(pool.map(one, positions))
 
 
-def shared(f, positions):
+def shared(f, positions, what):
     """[f(i)] of positions, each process computing a part; all get all, or raise the first one's UserError."""
     rank, size = dist.world().rank, dist.world().size
-    parts = dist.gathered(dist.together(lambda: [f(i) for i in positions[rank::size]]))
+    mine = positions[rank::size]
+    parts = dist.gathered(dist.together(lambda: [f(i) for i in dist.progress(mine, len(mine), what)]))
     return [parts[i % size][i // size] for i in range(len(positions))]
 
 
 def hashes(dataset):
     """The hash of each picture's file."""
-    return shared(lambda i: hashlib.blake2b(dataset.data(i), digest_size=16).hexdigest(), range(len(dataset)))
+    return shared(
+        lambda i: hashlib.blake2b(dataset.data(i), digest_size=16).hexdigest(), range(len(dataset)), "reading pictures"
+    )
+
+
+def of_pixels(net, pixels, batch_size=BATCH):
+    """[N, D] float32 features of pictures in memory: uint8, or floats in [0, 1]; arrays [N, H, W, 3] or tensors [N, 3, H, W].
+
+    The same as those of a lossless file of each. Raises UserError for floats of another range."""
+    rows = []
+    with torch.inference_mode():
+        for first in range(0, len(pixels), batch_size):
+            batch = [net.prepare(Image.fromarray(as_uint8(p))) for p in pixels[first : first + batch_size]]
+            rows.append(net.encode(torch.stack(batch)).float().cpu())
+    return torch.cat(rows).numpy()

@@ -50,6 +50,26 @@ def to_uint8(pixels):
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def as_uint8(image):
+    """uint8 [H, W, 3] of a PIL picture, a uint8 array, or floats in [0, 1] ([H, W, 3] array or [3, H, W] tensor).
+
+    Raises UserError for floats outside [0, 1], which would be another scale."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.dim() == 3 and image.shape[0] == 3 else image).numpy()
+    x = np.asarray(image)
+    if x.dtype != np.uint8:
+        x = x.astype(np.float64)
+        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+            raise UserError(
+                f"a picture of {np.asarray(image).dtype} must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}"
+            )
+        x = np.rint(x * 255).astype(np.uint8)
+    if x.ndim != 3 or x.shape[2] != 3:
+        raise UserError(f"a picture has the shape {list(x.shape)}, expected [H, W, 3]")
+    return x
+
+
 def to_pil(pixels):
     """[B, 3, H, W] -> list of PIL images."""
     return [Image.fromarray(a.numpy()) for a in to_uint8(pixels)]
@@ -141,6 +161,17 @@ def read_record(path):
     if not isinstance(record, dict):
         raise UserError(f"{path}: carries no settings of ours (was it made with --no-metadata or by another tool?)")
     return record
+
+
+def recorded(path):
+    """What read_record() gives, without decoding the picture; None when it carries nothing. Raises UserError for an unreadable file."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            text = image.info.get(CHUNK)
+            record = json.loads(text) if text else None
+    except (*FAULTS, RecursionError) as e:
+        raise UserError(f"{path}: not a readable image: {e}") from None
+    return record if isinstance(record, dict) else None
 
 
 def save_gif(frames, path, milliseconds=500):

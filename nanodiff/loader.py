@@ -5,6 +5,7 @@ processes, and a run that is resumed at update k sees what an uninterrupted one 
 last update is smaller when the numbers do not divide, and weighs its samples right.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -398,31 +399,40 @@ class Cache:
         fresh, world = {}, dist.world()
         bar = tqdm(total=len(missing), desc=what, disable=not dist.is_main() or not _terminal())
         began = said = time.monotonic()
-        for i in range(0, len(missing), batch * world.size):
-            names = missing[i : i + batch * world.size]
-            mine = names[world.rank * batch : (world.rank + 1) * batch]
-            made = dist.together(self._made, make, mine, wanted)
-            for part in dist.gathered(made):
-                fresh |= part
-            bar.update(len(names))
-            now = time.monotonic()
-            if now - said > 30 and not _terminal():
-                dist.say(f"{what}: {len(fresh)}/{len(missing)}, {len(fresh) / (now - began):.1f}/s")
-                said = now
-        bar.close()
+        try:
+            for i in range(0, len(missing), batch * world.size):
+                names = missing[i : i + batch * world.size]
+                mine = names[world.rank * batch : (world.rank + 1) * batch]
+                made = dist.together(self._made, make, mine, wanted)
+                for part in dist.gathered(made):
+                    fresh |= part
+                bar.update(len(names))
+                now = time.monotonic()
+                if now - said > 30 and not _terminal():
+                    dist.say(f"{what}: {len(fresh)}/{len(missing)}, {len(fresh) / (now - began):.1f}/s")
+                    said = now
+        except BaseException:  # a bad picture, Ctrl-C: the next run goes on from what there is
+            if self.path and fresh and dist.is_main():
+                self._write(fresh)
+            raise
+        finally:
+            bar.close()
         self.rows |= fresh
         if self.path:
-            dist.on_main(self._write)
+            dist.on_main(self._write, fresh)
 
     def _made(self, make, names, wanted):
         return (
             dict(zip(names, (t.cpu().clone() for t in make([wanted[n] for n in names])), strict=True)) if names else {}
         )
 
-    def _write(self):
+    def _write(self, fresh):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.path, self.rows)
+            there = {}
+            with contextlib.suppress(UserError):  # broken, which was said when it was read
+                there = load_tensors(self.path) if self.path.exists() else {}  # another run may have written since
+            save_tensors(self.path, there | self.rows | fresh)
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written: {e.strerror}") from None
 

@@ -25,6 +25,7 @@ from nanodiff.config import UserError
 
 FEW = 2048  # pictures below which FID says little, and its covariance of 2048 features is singular
 WHOLE = 4096  # rows up to which a matrix of all pairs is made at once
+BLOCK = 1 << 24  # numbers of such a matrix that are made at a time: 128 MB
 SEED = 2020  # torch-fidelity's, for subsets and splits
 
 
@@ -117,9 +118,14 @@ def _root(s):
 def fid(a, b):
     """FID of two sets of features [N, D]; with fewer rows than columns by way of the small matrix (see above)."""
     a, b = checked(a, "the first set"), checked(b, "the second set")
-    if min(len(a), len(b)) >= a.shape[1]:
-        return frechet(Moments().add(a), Moments().add(b))
-    return _Gram(a, b).fid(np.arange(len(a)), np.arange(len(b)), exact=True)
+    if _small(a, b):
+        return _Gram(a, b).fid(np.arange(len(a)), np.arange(len(b)), exact=True)
+    return frechet(Moments().add(a), Moments().add(b))
+
+
+def _small(a, b):
+    """Is the matrix of inner products of rows the smaller way?"""
+    return min(len(a), len(b)) < a.shape[1] and max(len(a), len(b)) <= 2 * a.shape[1]
 
 
 class _Gram:
@@ -153,7 +159,7 @@ def fid_interval(a, b, resamples=20, seed=0, level=0.95):
     """
     a, b = checked(a, "the first set"), checked(b, "the second set")
     rng = np.random.default_rng(seed)
-    if min(len(a), len(b)) < a.shape[1]:
+    if _small(a, b):
         gram = _Gram(a, b)
         value = gram.fid
     else:
@@ -224,11 +230,17 @@ def distances(a, b):
     return np.sqrt(squares.clip(min=0))
 
 
+def _blocks(x, other):
+    """(first row, rows) of x in parts, so that their distances to the other rows stay within BLOCK."""
+    step = max(BLOCK // max(len(other), 1), 1)
+    return ((first, x[first : first + step]) for first in range(0, len(x), step))
+
+
 def _radii(x, k):
     """Distance of each row to its k-th nearest other row."""
     found = []
-    for first in range(0, len(x), WHOLE):
-        d = distances(x[first : first + WHOLE], x)
+    for first, part in _blocks(x, x):
+        d = distances(part, x)
         d[np.arange(len(d)), np.arange(first, first + len(d))] = 0.0  # itself, but for rounding
         found.append(np.partition(d, k, axis=1)[:, k])
     return np.concatenate(found)
@@ -239,8 +251,8 @@ def prdc(real, generated, k=5):
     real, generated = checked(real, "the real set", k + 1), checked(generated, "the generated set", k + 1)
     r, g = _radii(real, k), _radii(generated, k)
     balls, recalled, covered = np.zeros(len(generated)), 0, 0
-    for first in range(0, len(real), WHOLE):
-        d, radius = distances(real[first : first + WHOLE], generated), r[first : first + WHOLE]
+    for first, part in _blocks(real, generated):
+        d, radius = distances(part, generated), r[first : first + len(part)]
         balls += (d < radius[:, None]).sum(0)  # of real pictures, around each generated one
         recalled += (d < g).any(1).sum()
         covered += (d.min(1) < radius).sum()
@@ -270,17 +282,20 @@ class Copies(NamedTuple):
 
 
 def memorisation(training, generated):
-    """Copies: 1 - authenticity. Training data itself, drawn anew, gives about a half; copies give 1."""
+    """Copies: 1 - authenticity. Training data itself, drawn anew, gives about a half; copies give 1.
+
+    Of equal training pictures one is looked at: beside its double a picture would have no distance to be nearer than."""
     training, generated = checked(training, "the training set"), checked(generated, "the generated set", 1)
+    different, first_of = np.unique(training, axis=0, return_index=True)
+    different = checked(different, "the different pictures of the training set")
     nearest, distance = [], []
-    for first in range(0, len(generated), WHOLE):
-        d = distances(generated[first : first + WHOLE], training)
+    for _, part in _blocks(generated, different):
+        d = distances(part, different)
         nearest.append(d.argmin(1))
         distance.append(d.min(1))
     nearest, distance = np.concatenate(nearest), np.concatenate(distance)
-    own = _radii(training, 1)[nearest]
-    ratio = distance / own.clip(min=1e-12)
-    return Copies(float((distance < own).mean()), nearest, distance, ratio)
+    own = _radii(different, 1)[nearest]
+    return Copies(float((distance < own).mean()), first_of[nearest], distance, distance / own.clip(min=1e-12))
 
 
 def clip_score(images, texts):

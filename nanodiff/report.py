@@ -12,22 +12,25 @@ import base64
 import csv
 import html
 import io
+import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import scipy
 import torch
 
-from nanodiff.config import UserError, printable, read_json, spreadsheet
+from nanodiff.config import UserError, commit, printable, read_json, spreadsheet
 from nanodiff.weights import write_bytes, write_json
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-COLUMNS = ("metric", "value", "std", "ci_low", "ci_high", "n")
+COLUMNS = ("metric", "value", "std", "ci_low", "ci_high", "n", "provenance")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -36,8 +39,9 @@ COLUMNS = ("metric", "value", "std", "ci_low", "ci_high", "n")
 
 def provenance(**facts):
     """Facts of a number and of the program that made it."""
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+    versions = {"nanodiff": commit(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+                "pillow": PIL.__version__}  # fmt: skip
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
     return facts | {"versions": versions, "command": printable(command)}
 
 
@@ -77,8 +81,20 @@ def read_metrics(folder):
     path = path / "metrics.json" if path.is_dir() else path
     found = read_json(path)
     for name, m in found.items():
-        if not isinstance(m, dict) or not isinstance(m.get("value"), int | float | str) or "n" not in m:
-            raise UserError(f"{path}: {printable(name)} has no value and n, so this is no metrics.json of ours")
+        parts = {
+            "value": int | float | str,
+            "n": int,
+            "provenance": dict,
+            "ci": list | None,
+            "std": int | float | str | None,
+        }
+        wrong = [k for k, kind in parts.items() if not isinstance(m, dict) or not isinstance(m.get(k), kind)]
+        if wrong or (m.get("ci") and len(m["ci"]) != 2):
+            raise UserError(
+                f"{path}: {printable(name)} lacks a right {(wrong or ['ci'])[0]}, so this is no metrics.json of ours"
+            )
+    if not found:
+        raise UserError(f"{path}: no numbers in it")
     return found
 
 
@@ -259,6 +275,8 @@ def _cell(value):
 
 def metrics_table(report, metrics):
     """The table of a metrics.json, and below it how the numbers were made, each way once."""
+    if not metrics:
+        return report.text("None.")
     report.table(("metric", "value", "std", "95 % interval", "n"),
                  [[n, v, s, f"{shown(lo)} to {shown(hi)}" if lo is not None else None, k] for n, v, s, lo, hi, k in rows(metrics)])  # fmt: skip
     made = {}
@@ -269,13 +287,16 @@ def metrics_table(report, metrics):
         ).append(name)
     report.heading("How these numbers were made")
     report.table(("metrics", "made with"), [[", ".join(names), facts] for facts, names in made.items()])
-    first = next(iter(metrics.values()))["provenance"]
-    report.code(f"{first['command']}\n" + ", ".join(f"{k} {v}" for k, v in first["versions"].items()))
+    for command in dict.fromkeys(
+        (m["provenance"].get("command", ""), *m["provenance"].get("versions", {}).items()) for m in metrics.values()
+    ):
+        report.code(f"{command[0]}\n" + ", ".join(f"{k} {v}" for k, v in command[1:]))
 
 
 def write_metrics(folder, metrics):
     """metrics.json and metrics.csv; returns their paths."""
     folder = Path(folder)
     write_json(folder / "metrics.json", metrics)
-    write_csv(folder / "metrics.csv", COLUMNS, rows(metrics))
+    lines = [[*row, json.dumps(m["provenance"])] for row, m in zip(rows(metrics), metrics.values(), strict=True)]
+    write_csv(folder / "metrics.csv", COLUMNS, lines)
     return [folder / "metrics.json", folder / "metrics.csv"]

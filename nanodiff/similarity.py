@@ -16,37 +16,21 @@ import functools
 import numpy as np
 import scipy.fft
 import scipy.ndimage
-import torch
 from PIL import Image, ImageFilter
 
 from nanodiff.config import UserError
+from nanodiff.images import as_uint8
 
 NAMES = ("ssim", "ms_ssim", "mse", "psnr", "lpips", "hist_correlation", "hist_bhattacharyya", "hist_similarity", "phash",
          "median_hash", "sharpness_ratio", "color_similarity")  # fmt: skip
 HIGHER_IS_NEARER = {n: n not in ("mse", "lpips", "hist_bhattacharyya") for n in NAMES} | {"sharpness_ratio": None}
 K1, K2 = 0.01, 0.03
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SMALLEST = 161  # the side from which an 11×11 window fits in MS-SSIM's smallest scale
-
-
-def as_uint8(image):
-    """uint8 [H, W, 3] of a PIL picture, a uint8 array, or floats in [0, 1] ([H, W, 3] array or [3, H, W] tensor).
-
-    Raises UserError for floats outside [0, 1], which would be another scale."""
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.permute(1, 2, 0) if image.dim() == 3 and image.shape[0] == 3 else image).numpy()
-    x = np.asarray(image)
-    if x.dtype != np.uint8:
-        x = x.astype(np.float64)
-        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-            raise UserError(
-                f"a picture of {np.asarray(image).dtype} must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}"
-            )
-        x = np.rint(x * 255).astype(np.uint8)
-    if x.ndim != 3 or x.shape[2] != 3:
-        raise UserError(f"a picture has the shape {list(x.shape)}, expected [H, W, 3]")
-    return x
+LEAST = {
+    "ssim": 7,
+    "ms_ssim": 161,
+    "lpips": 16,
+}  # the smallest side: of a window, of one in the fifth scale, of VGG16's four pools
 
 
 def grey(image):
@@ -116,7 +100,7 @@ def ssim_gaussian(a, b):
 
 def ms_ssim(a, b):
     """Multi-scale SSIM of two uint8 pictures [H, W, 3] of at least 161×161; None for smaller ones."""
-    if min(a.shape[:2]) < SMALLEST:
+    if min(a.shape[:2]) < LEAST["ms_ssim"]:
         return None
     x, y, product = a.astype(np.float64), b.astype(np.float64), 1.0
     for i, weight in enumerate(SCALES):
@@ -255,7 +239,7 @@ def compare(a, b, names=NAMES):
         )
     found = {}
     if "ssim" in names:
-        found["ssim"] = ssim(a.grey, b.grey)
+        found["ssim"] = ssim(a.grey, b.grey) if min(a.image.shape[:2]) >= LEAST["ssim"] else None
     if "ms_ssim" in names:
         found["ms_ssim"] = ms_ssim(a.image, b.image)
     if "mse" in names or "psnr" in names:

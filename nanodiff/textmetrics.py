@@ -358,44 +358,54 @@ def bootstrap(candidates, references, found, seed=0, resamples=1000, level=0.95)
     """{name: (low, high)}: percentile interval of each score under resampling of the pictures (Koehn 2004, EMNLP). BLEU is
     computed anew from resampled counts, the others are means; CIDEr's document frequencies stay those of the whole set."""
     rng, n = np.random.default_rng(seed), len(candidates)
-    picks = rng.integers(n, size=(resamples, n))
     tails = [50 * (1 - level), 100 - 50 * (1 - level)]
-    intervals = {}
-    if any(name.startswith("bleu") for name in found):
-        counts = np.array([_bleu_counts(c, r) for c, r in zip(candidates, references, strict=True)])
-        values = np.array([_bleu_of(counts[p].sum(0).tolist()) for p in picks])
-        intervals = {f"bleu{i + 1}": np.percentile(values[:, i], tails) for i in range(N)}
-    for name, score in found.items():
-        if not name.startswith("bleu"):
-            intervals[name] = np.percentile(np.array(score.each)[picks].mean(1), tails)
-    return {name: tuple(map(float, intervals[name])) for name in found}
+    each = {name: np.array(score.each) for name, score in found.items() if not name.startswith("bleu")}
+    counts = (
+        np.array([_bleu_counts(c, r) for c, r in zip(candidates, references, strict=True)])
+        if len(each) < len(found)
+        else None
+    )
+    drawn = {name: [] for name in found}
+    for _ in range(resamples):
+        picks = rng.integers(n, size=n)
+        bleu = _bleu_of(counts[picks].sum(0).tolist()) if counts is not None else ()
+        for name in found:
+            drawn[name].append(each[name][picks].mean() if name in each else bleu[int(name[4:]) - 1])
+    return {name: tuple(map(float, np.percentile(values, tails))) for name, values in drawn.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
 
-def read(path):
+def read(path, by_file=False):
     """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations) or a CSV (Image_Name, Title).
 
-    Raises UserError naming the file for anything else, and for an empty one."""
+    by_file: the ids of COCO annotations are the pictures' file names, where the file has them. Raises UserError naming the file for anything else, and for an empty one."""
     path = Path(path)
     try:
         if path.stat().st_size > 16 * JSON_SIZE_LIMIT:
             raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for captions")
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-        found = _from_csv(path, text) if path.suffix == ".csv" else _from_json(path, json.loads(text))
+        found = _from_csv(path, text) if path.suffix == ".csv" else _from_json(path, json.loads(text), by_file)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable as JSON: {e}") from None
+    except (ValueError, RecursionError, csv.Error) as e:
+        raise UserError(f"{path}: not readable as {'CSV' if path.suffix == '.csv' else 'JSON'}: {e}") from None
     if not found:
         raise UserError(f"{path}: no captions in it")
     return found
 
 
-def _from_json(path, value):
+def _from_json(path, value, by_file):
+    names = {}
     if isinstance(value, dict) and isinstance(value.get("annotations"), list):
+        if by_file and isinstance(value.get("images"), list):
+            names = {
+                str(v["id"]): str(v["file_name"])
+                for v in value["images"]
+                if isinstance(v, dict) and {"id", "file_name"} <= set(v)
+            }
         value = value["annotations"]
     if isinstance(value, dict):
         found = {str(k): [v] if isinstance(v, str) else v for k, v in value.items()}
@@ -404,7 +414,8 @@ def _from_json(path, value):
         for i, row in enumerate(value):
             if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
                 raise UserError(f"{path}: entry {i} has no image_id and caption")
-            found.setdefault(str(row["image_id"]), []).append(row["caption"])
+            key = str(row["image_id"])
+            found.setdefault(names.get(key, key), []).append(row["caption"])
     else:
         raise UserError(f"{path}: expected an object or a list, found {type(value).__name__}")
     for key, captions in found.items():

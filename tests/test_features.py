@@ -1,6 +1,7 @@
 """Features: the resize rule of each program, the weights' names and hashes, the cache, order and batches."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nanodiff import data, features
 from nanodiff.config import UserError
 from nanodiff.models.inception import InceptionV3
 from nanodiff.models.lpips import VGG16
-from nanodiff.weights import save_tensors
+from nanodiff.weights import load_tensors, save_tensors
 
 NAME = "pt_inception-2015-12-05-6726825d"
 
@@ -127,6 +128,54 @@ def test_cache_order_batches_and_workers(pictures, tmp_path):
     Image.new("RGB", (9, 9), "red").save(pictures / "4.png")
     again = features.extract(net, data.load(pictures, captions=False), tmp_path)
     assert sum(calls) == 1 and not np.array_equal(again[4], want[4]), "a changed picture is another one"
+
+
+def test_pixels_in_memory_count_as_their_file(folder):
+    """uint8 and floats, arrays and tensors, give what the PNG gives; another scale is refused, not cut."""
+    net, rng = features.inception(folder, tap=64), np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (3, 40, 30, 3), np.uint8)
+    want = net.encode(torch.stack([net.prepare(Image.fromarray(p)) for p in pixels])).numpy()
+    forms = (
+        pixels,
+        pixels / 255,
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
+    )
+    for form in forms:
+        np.testing.assert_allclose(features.of_pixels(net, form, 2), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
+        features.of_pixels(net, pixels / 127.5 - 1)
+
+
+def test_what_was_computed_before_a_fault_is_kept(pictures, tmp_path):
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    (broken / "8.png").write_bytes(b"not a picture")
+    net = features.colour_pixels()
+    with pytest.raises(UserError, match=r"8.png: not a readable image"):
+        features.extract(net, data.load(broken, captions=False), tmp_path / "cache", batch_size=2)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert len(load_tensors(file)) == 8
+
+
+def test_a_clips_key_sees_its_settings(tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(TINY / "clip", folder)
+    keys = [features.clip(folder).key()]
+    for name, old, new in (("config.json", "quick_gelu", "gelu"), ("preprocessor_config.json", "0.48145466", "0.5")):
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+        keys.append(features.clip(folder).key())
+    assert len(set(keys)) == 3
+    for old, new, said in (
+        (": 3", ": 2", "resample 2"),
+        ("0.5,", '"x",', "image_mean"),
+        ('"size": 32', '"size": 64', "size 64"),
+    ):
+        text = (folder / "preprocessor_config.json").read_text()
+        (folder / "preprocessor_config.json").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=said):
+            features.clip(folder)
+        (folder / "preprocessor_config.json").write_text(text)
 
 
 def test_features_that_are_not_finite(pictures):

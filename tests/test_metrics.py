@@ -99,6 +99,7 @@ def test_large_sets_give_the_same(recorded, monkeypatch):
     a, b, _, _ = recorded
     before = metrics.kid(a, b, 10, 50), metrics.prdc(a, b), metrics.memorisation(a, b)
     monkeypatch.setattr(metrics, "WHOLE", 37)
+    monkeypatch.setattr(metrics, "BLOCK", 500)
     after = metrics.kid(a, b, 10, 50), metrics.prdc(a, b), metrics.memorisation(a, b)
     assert after[0][0] == pytest.approx(before[0][0]) and after[1] == pytest.approx(before[1])
     assert after[2].share == before[2].share and (after[2].nearest == before[2].nearest).all()
@@ -144,6 +145,13 @@ def test_memorisation():
     assert 0.3 < metrics.memorisation(train, rng.normal(size=(300, 5))).share < 0.7
     copies = metrics.memorisation(train, train[7:8] + 1e-9)
     assert copies.nearest.tolist() == [7] and copies.ratio[0] < 1e-6
+    twice = np.concatenate(
+        [train, train[7:8]]
+    )  # a picture with a double in the training set is copied most easily of all
+    copies = metrics.memorisation(twice, train[7:8] + 1e-9)
+    assert copies.share == 1 and copies.nearest.tolist() == [7] and copies.ratio[0] < 1e-6
+    with pytest.raises(UserError, match="different pictures of the training set: 1 pictures"):
+        metrics.memorisation(train[[3, 3, 3]], train)
 
 
 def test_modality_gap():

@@ -119,7 +119,7 @@ def test_the_same_however_it_is_run(alone, sets, weights, tmp_path, how):
         assert again[name]["value"] == pytest.approx(value, rel=2e-4, abs=1e-6), name
 
 
-def test_png_jpeg_tar_and_order(sets, tmp_path):
+def test_containers_and_order(sets, tmp_path):
     """Lossless copies in another container and order give the same numbers; identical sets an FID of 0."""
     emoji = data.load(sets / "teacher")
     data.pack(sets / "finetuned", tmp_path / "x.tar")
@@ -133,6 +133,12 @@ def test_png_jpeg_tar_and_order(sets, tmp_path):
         emoji.image(i).save(turned / f"{99 - i}.bmp")
     c, *_ = evaluate("images", tmp_path / "c", "--generated", turned, *argv)
     assert abs(c["pixels_fid"]["value"]) < 1e-8 and c["pixels_precision"]["value"] == 1
+    moved, other = tmp_path / "moved", data.load(sets / "finetuned", captions=False)
+    moved.mkdir()
+    for i in range(len(other)):
+        other.image(i).save(moved / f"{99 - i}.png")
+    d, *_ = evaluate("images", tmp_path / "d", "--generated", moved, *argv)
+    assert values(d) == pytest.approx(values(a), rel=1e-9)
 
 
 def test_fid_grows_with_blur_over_sets(sets, weights, tmp_path):
@@ -141,6 +147,10 @@ def test_fid_grows_with_blur_over_sets(sets, weights, tmp_path):
     evaluate("images", out, *argv, "--real", sets / "teacher", "--weights-dir", weights, "--metrics", "fid", "--fid-dims", 192,
              "--features", "inception,pixels")  # fmt: skip
     over = json.loads((out / "generations.json").read_text())
+    assert json.loads((out / "metrics.json").read_text())["original.fid"] == over["original"]["fid"]
+    assert Image.open(out / "across.png").size[0] < Image.open(out / "across.png").size[1], (
+        "3 sets across, 8 pictures down"
+    )
     for name in ("fid", "pixels_fid"):
         series = [over[label][name]["value"] for label in ("teacher", "finetuned", "original")]
         assert series == sorted(series) and abs(series[0]) < 1e-6 < series[1]
@@ -155,6 +165,8 @@ def test_streamed_fid_is_the_same(sets, weights, tmp_path):
     kept, *_ = evaluate("images", tmp_path / "a", *argv)
     streamed, *_ = evaluate("images", tmp_path / "b", *argv, "--no-cache")
     assert streamed["fid"]["value"] == pytest.approx(kept["fid"]["value"], rel=1e-6)
+    both, _, said = evaluate("images", tmp_path / "c", *argv, "--no-cache", n=2)
+    assert both["fid"]["value"] == pytest.approx(kept["fid"]["value"], rel=2e-4) and "biased" in said
     assert (tmp_path / "a" / "cache").exists() and not (tmp_path / "b" / "cache").exists()
 
 
@@ -186,6 +198,73 @@ def test_drawing_first(tmp_path):
     )
 
 
+def test_drawn_pictures_are_of_these_weights(tmp_path):
+    """The same command after the weights at that path have changed draws anew; prompts may be a JSON or a CSV."""
+    import shutil
+
+    import torch
+
+    from nanodiff.weights import load_tensors
+
+    shutil.copytree(ROOT / "assets" / "nano", tmp_path / "model")
+    (tmp_path / "p.json").write_text('{"a": "red apple", "b": "fire"}')
+    argv = ["--prompts", tmp_path / "p.json", "--model", tmp_path / "model", "--steps", 1, "--metrics", "colours"]
+    found, *_ = evaluate("images", tmp_path / "o", *argv)
+    _, _, said = evaluate("images", tmp_path / "o", *argv)
+    assert "2 of 2 pictures are there already" in said and found["brightness"]["n"] == 2
+    drawn_with = found["brightness"]["provenance"]["drawn_with"]
+    assert drawn_with["steps"] == 1 and len(drawn_with["model_sha256"]) == 64
+    file = next((tmp_path / "model" / "unet").glob("*.safetensors"))
+    tensors = {k: v.clone() for k, v in load_tensors(file).items()}
+    key = max(tensors, key=lambda k: tensors[k].numel())
+    save_tensors(file, tensors | {key: torch.zeros_like(tensors[key])})
+    other, _, said = evaluate("images", tmp_path / "o", *argv)
+    assert "are there already" not in said and values(other) != values(found)
+
+
+def test_names_of_sets():
+    """Dots belong to a name (the folders of a study by guidance scale); only containers' suffixes do not."""
+    base = "/x/sd_to_sd_cfg_1.5_steps_50_gen_"
+    assert evaluation._names([f"{base}{i}" for i in range(3)], "generated") == [
+        f"sd_to_sd_cfg_1.5_steps_50_gen_{i}" for i in range(3)
+    ]
+    assert evaluation._names(["/a/x.tar", "/b/x"], "generated") == ["a/x", "b/x"]
+    assert evaluation._names(["."], "inputs") == [os.path.basename(os.getcwd())]
+    assert len(set(evaluation.distinct(["a b", "a_b", "a-b"]).values())) == 3
+
+
+def test_which_clip(tmp_path, weights):
+    """A path is that path, whatever else lies in --weights-dir; a bare name is looked for there."""
+    from nanodiff import evaluate as library
+
+    mine = tmp_path / "clip-vit-base-patch32"
+    mine.symlink_to(TINY / "clip")
+    assert library.clip_path(library.Settings(clip=str(mine), weights_dir=weights)) == str(mine)
+    assert library.clip_path(library.Settings(weights_dir=weights)) == weights / "clip-vit-base-patch32"
+    with pytest.raises(config.UserError, match="other/clip-vit-base-patch32"):
+        library.clip_path(library.Settings(clip="other/clip-vit-base-patch32", weights_dir=weights))
+
+
+def test_prompts_by_name(sets, tmp_path):
+    """COCO annotations name pictures by id; captions of others are no harm, and said."""
+    from nanodiff import evaluate as library
+
+    for name in ("COCO_1.jpg", "COCO_2.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    coco = {"images": [{"id": i, "file_name": f"COCO_{i}.jpg"} for i in (1, 2, 3)],
+            "annotations": [{"image_id": i, "caption": f"picture {i}"} for i in (3, 2, 1)]}  # fmt: skip
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    dataset = data.load(tmp_path, captions=False)
+    assert library.prompts_for(dataset, tmp_path / "coco.json") == (["picture 1", "picture 2"], None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "COCO_1.png")
+    (tmp_path / "stems.json").write_text('{"COCO_1": "x", "COCO_2": "y"}')
+    with pytest.raises(config.UserError, match="differ by suffix only"):
+        library.prompts_for(data.load(tmp_path, captions=False), tmp_path / "stems.json")
+    half = data.load(sets / "teacher", captions=False)
+    half = data.Dataset([item if i else item._replace(captions=()) for i, item in enumerate(half.items)], half.root)
+    assert library.prompts_for(half)[0] is None and "1 of 20 have none" in library.prompts_for(half)[1]
+
+
 def test_compare_triples(sets, weights, tmp_path):
     out = tmp_path / "o"
     found, *_ = evaluate("compare", out, "--original", sets / "original", "--finetuned", sets / "finetuned", "--teacher",
@@ -198,8 +277,16 @@ def test_compare_triples(sets, weights, tmp_path):
     )
     assert "original_vs_teacher.ms_ssim" not in found, "64-pixel pictures are too small"
     rows = (out / "metrics" / "significance.csv").read_text().splitlines()
-    ssim = next(r for r in rows if r.startswith("ssim,")).split(",")
-    assert float(ssim[1]) > 0 and float(ssim[4]) < 1e-4 and "Holm" in rows[0]
+    table = {r.split(",")[0]: r.split(",") for r in rows[1:]}
+    assert (
+        table["ssim"][1] == "20"
+        and float(table["ssim"][2]) > 0
+        and float(table["ssim"][6]) < 1e-4
+        and "Holm" in rows[0]
+    )
+    assert (
+        table["ssim"][-1] == table["mse"][-1] == table["sharpness_ratio"][-1] == "nearer" and float(table["mse"][2]) < 0
+    )
     one = json.loads((out / "metrics" / "metrics_standard_3.json").read_text())
     assert one["name"] == "standard/07" and set(one) == {
         "name",
@@ -251,6 +338,32 @@ def test_compare_two_processes_and_sizes(sets, tmp_path):
     assert "20 pairs differ in size" in said and "20 pairs" in one["ssim"]["provenance"]["resized"]
 
 
+def test_each_pairing_is_resized_for_itself(sets, tmp_path):
+    """A larger teacher leaves before and after as they are."""
+    for label, side in (("finetuned", 32), ("original", 32), ("teacher", 64)):
+        for i in range(4):
+            (tmp_path / label).mkdir(exist_ok=True)
+            path = sets / label / ("standard" if i % 2 else "closeup") / f"{i:02d}.png"
+            Image.open(path).resize((side, side)).save(tmp_path / label / f"{i}.png")
+    argv = [a for label in ("original", "finetuned", "teacher") for a in (f"--{label}", tmp_path / label)]
+    found, *_ = evaluate("compare", tmp_path / "o", *argv, "--metrics", "ssim,sharpness_ratio", "--panels", 0)
+    assert found["original_vs_finetuned.ssim"]["provenance"]["resized"] == "none"
+    assert found["original_vs_teacher.ssim"]["provenance"]["resized"].startswith("4 pairs")
+    pair, *_ = evaluate(
+        "compare",
+        tmp_path / "p",
+        "--a",
+        tmp_path / "original",
+        "--b",
+        tmp_path / "finetuned",
+        "--metrics",
+        "ssim",
+        "--panels",
+        0,
+    )
+    assert found["original_vs_finetuned.ssim"]["value"] == pair["ssim"]["value"]
+
+
 def test_captions(tmp_path):
     facts = json.loads((GOLDEN / "captions" / "coco_fakecap_1000.json").read_text())
     ids = list(facts["refs"])[:60]
@@ -263,6 +376,29 @@ def test_captions(tmp_path):
     assert found["bleu4"]["ci"][0] <= found["bleu4"]["value"] <= found["bleu4"]["ci"][1]
     assert "no synonyms" in found["meteor"]["provenance"]["form"] and found["bleu1"]["provenance"]["tokenizer"] == "ptb"
     assert len((tmp_path / "o" / "captions.csv").read_text().splitlines()) == 61
+
+
+def test_a_bad_picture_on_one_of_two_processes(sets, tmp_path):
+    """Both end, with the cause in one line."""
+    import shutil
+
+    shutil.copytree(sets / "finetuned", tmp_path / "p")
+    (tmp_path / "p" / "standard" / "07.png").write_bytes(b"no picture")
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval.py", "images"]
+    argv = [
+        "--generated",
+        tmp_path / "p",
+        "--real",
+        sets / "teacher",
+        "--features",
+        "pixels",
+        "--output-dir",
+        tmp_path / "o",
+    ]
+    done = subprocess.run([*head, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode and len(lines) == 1 and "07.png: not a readable image" in lines[0], done.stderr
 
 
 def test_report_of_runs(sets, tmp_path):
@@ -326,7 +462,14 @@ def test_bad_input_of_images(sets, tmp_path):
     assert "at least 2 are needed" in refused("images", "--generated", tmp_path / "one", "--metrics", "fid", *teacher)
     (tmp_path / "one" / "b.png").write_bytes((tmp_path / "one" / "a.png").read_bytes()[:500])
     assert "b.png: not a readable image" in refused("images", "--generated", tmp_path / "one", *teacher)
+    (tmp_path / "one" / "a.png").write_bytes(b"")
+    told = refused("images", "--generated", tmp_path / "one", *teacher)
+    assert "a.png: not a readable" in told
     plain = ["images", "--generated", sets / "finetuned", *out]
+    assert "--bootstrap 1 has no spread" in refused(*plain, "--bootstrap", "1")
+    assert "lies in --generated" in refused("images", "--generated", sets, "--output-dir", sets / "closeup" / "eval")
+    assert "--steps is for drawing" in refused(*plain, "--steps", "3")
+    assert "--across x" in refused(*plain, "--across", "x")
     assert "needs real pictures (--real)" in refused(*plain, "--metrics", "fid")
     assert "needs the prompts" in refused(*plain, "--metrics", "clip_score")
     assert "pt_inception-2015-12-05-6726825d.pth is not there" in refused(*plain, "--metrics", "is")
@@ -343,6 +486,8 @@ def test_bad_input_of_images(sets, tmp_path):
 
 def test_bad_input_of_the_others(sets, tmp_path):
     out = ["--output-dir", tmp_path / "o"]
+    one = tmp_path / "one.json"
+    one.write_text('{"a": "x"}')
     (tmp_path / "less").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "less" / "x.png")
     told = refused("compare", "--a", sets / "teacher", "--b", tmp_path / "less", *out)
@@ -351,6 +496,16 @@ def test_bad_input_of_the_others(sets, tmp_path):
     assert "'ssm' is none of" in refused(
         "compare", "--a", sets / "teacher", "--b", sets / "teacher", "--metrics", "ssm", *out
     )
+    same = ["compare", "--a", sets / "teacher", "--b", sets / "teacher", *out]
+    assert "smaller than 161 pixels" in refused(*same, "--metrics", "ms_ssim")
+    assert "pt_inception-2015-12-05-6726825d.pth is not there" in refused(*same, "--metrics", "fid")
+    assert "needs more than one picture" in refused(
+        "captions", "--candidates", one, "--references", one, "--metrics", "cider", *out
+    )
+    (tmp_path / "metrics.json").write_text('{"fid": {"value": 1, "n": 2}}')
+    assert "fid lacks a right provenance" in refused("report", "--inputs", tmp_path, *out)
+    (tmp_path / "metrics.json").write_text("{}")
+    assert "no numbers in it" in refused("report", "--inputs", tmp_path, *out)
     assert "vgg16-397923af.pth is not there" in refused(
         "compare", "--a", sets / "teacher", "--b", sets / "teacher", "--metrics", "lpips", *out
     )
