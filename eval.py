@@ -185,7 +185,7 @@ def distinct(names):
     from nanodiff.images import slug
 
     found = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         plain = part = slug(name)
         n = 1
         while part in found.values():

@@ -65,14 +65,17 @@ def ssim(a, b, window=7):
     """Structural similarity of two uint8 pictures, [H, W] or [H, W, 3] (then the mean over channels), uniform window."""
     if min(a.shape[:2]) < window:
         raise UserError(f"SSIM needs pictures of {window}x{window} pixels or more, here {a.shape[1]}x{a.shape[0]}")
-    kind = np.int32 if 2 * (255 * window * window) ** 2 < 1 << 31 else np.int64
-    x, y = a.astype(kind), b.astype(kind)
     n = window * window
-    sx, sy, sxx, syy, sxy = (_box(z, window) for z in (x, y, x * x, y * y, x * y))
+    small, kind = (
+        (np.int16, np.int32) if 255 * n < 1 << 15 else (np.int64, np.int64)
+    )  # nothing below exceeds 2 (255 n)²
+    sx, sy = (_box(z.astype(small), window).astype(kind) for z in (a, b))
+    x, y = a.astype(kind), b.astype(kind)
+    sxy, both = _box(x * y, window), _box(x * x + y * y, window)
     product, squares = sx * sy, sx * sx + sy * sy  # of means: n² times too large; of covariances below: n (n - 1) times
     c1, c2 = (K1 * 255 * n) ** 2, (K2 * 255) ** 2 * n * (n - 1)
     top = (2 * product + c1) * (2 * (n * sxy - product) + c2)
-    return float((top / ((squares + c1) * (n * (sxx + syy) - squares + c2))).mean())
+    return float((top / ((squares + c1) * (n * both - squares + c2))).mean())
 
 
 def _gaussian(x, size=11, sigma=1.5):

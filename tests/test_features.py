@@ -167,7 +167,7 @@ def test_a_clips_key_sees_its_settings(tmp_path):
         keys.append(features.clip(folder).key())
     assert len(set(keys)) == 3
     for old, new, said in (
-        (": 3", ": 2", "resample 2"),
+        ('"resample": 3', '"resample": 2', "resample 2"),
         ("0.5,", '"x",', "image_mean"),
         ('"size": 32', '"size": 64', "size 64"),
     ):

@@ -1,8 +1,10 @@
 """Inception-v3 against the recordings of torch-fidelity's (metrics.inception, recipe weights), and folded against plain."""
 
+import json
+
 import pytest
 import torch
-from util import golden, manifest, max_error, recipe, rms_ratio
+from util import GOLDEN, golden, manifest, max_error, recipe, rms_ratio
 
 from nanodiff.features import tf1_bilinear
 from nanodiff.models import inception
@@ -40,6 +42,19 @@ def test_folded_takes_any_batch(model):
     for n in (1, 3, 1):
         x = torch.randn(n, 3, 299, 299)
         assert rms_ratio(folded(x, 192), model(x, 192)) < 1e-5
+
+
+def test_torchvisions_network():
+    want = json.loads((GOLDEN / "goldens" / "metrics.more.json").read_text())["inception_torchvision"]
+    other = inception.InceptionV3("torchvision")
+    other.load_state_dict(recipe(other, "inception"), strict=False)
+    x = torch.rand(2, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        features = other.eval()(x)
+        logits = other.logits(features)
+    for got, name in ((features, "feature"), (logits, "logit")):
+        assert max_error(got[:, :24], torch.tensor(want[f"{name}s"])) < 1e-4
+        assert max_error(got.mean(1), torch.tensor(want[f"{name}_means"])) < 1e-5
 
 
 def test_torchvisions_network_differs_in_its_pools():
