@@ -2,7 +2,8 @@
 
 - fid: process start to the number for two folders of 1,000 pictures each (256 px PNGs, made once under --work), Inception-v3 with the
   same made-up weights: `eval.py images --metrics fid` beside torch-fidelity's and pytorch-fid's own functions as they come.
-- pairs: process start to SSIM and pHash of 1,000 pairs: evaluate.pairs beside a loop over scikit-image and imagehash.
+- pairs: SSIM and pHash of 1,000 pairs, evaluate.pairs beside a loop over scikit-image and imagehash: from process start (which for us
+  is importing PyTorch), and without the imports.
 
 Sides alternate, every run is a process of its own, and figures are compared too. PEER is the interpreter of an environment with
 torch-fidelity, pytorch-fid, scikit-image and imagehash. Results: benchmarks/evaluation-NAME.json.
@@ -45,11 +46,12 @@ inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights)
 print("RESULT", fid_score.calculate_fid_given_paths([a, b], 50, "cpu", 2048))
 """,
     "scikit-image + imagehash": """
-import sys, numpy as np, imagehash
+import sys, time, numpy as np, imagehash
 from pathlib import Path
 from PIL import Image
 from skimage.metrics import structural_similarity
 a, b, _ = sys.argv[1:4]
+start = time.perf_counter()
 ssim, phash = [], []
 for path in sorted(Path(a).iterdir()):
     x, y = (Image.open(p).convert("RGB") for p in (path, Path(b) / path.name))
@@ -57,15 +59,18 @@ for path in sorted(Path(a).iterdir()):
     ssim.append(structural_similarity(*(g.astype(np.uint8) for g in grey), data_range=255))
     phash.append(1 - (imagehash.phash(x) - imagehash.phash(y)) / 64)
 print("RESULT", np.mean(ssim), np.mean(phash))
+print("WORK", time.perf_counter() - start)
 """,
 }
 PAIRS = """
-import sys
+import sys, time
 from statistics import fmean
 from nanodiff import data, evaluate
+start = time.perf_counter()
 folders = {k: data.load(p, captions=False) for k, p in zip("ab", sys.argv[1:3])}
 found, _ = evaluate.pairs(folders, [("a", "b")], evaluate.Settings(), ("ssim", "phash"))
 print("RESULT", *(fmean(p.numbers["a_vs_b"][n] for p in found) for n in ("ssim", "phash")))
+print("WORK", time.perf_counter() - start)
 """
 
 
@@ -98,7 +103,7 @@ def make(work, n):
 
 
 def run(argv, label):
-    """(seconds from start to end, numbers) of a process."""
+    """(seconds from start to end, numbers, seconds of work or None) of a process."""
     start = time.perf_counter()
     done = subprocess.run(list(map(str, argv)), cwd=ROOT, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT) if argv[0] == sys.executable else ""})  # fmt: skip
@@ -106,14 +111,16 @@ def run(argv, label):
     if done.returncode:
         sys.exit(f"error: {label} failed:\n{done.stderr[-2000:]}")
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), "RESULT")
-    return seconds, [float(v) for v in line.split()[1:]]
+    work = next((float(x.split()[1]) for x in done.stdout.splitlines() if x.startswith("WORK")), None)
+    return seconds, [float(v) for v in line.split()[1:]], work
 
 
 def row(ours, theirs):
-    ratios = [t / o for (o, _), (t, _) in zip(ours, theirs, strict=True)]
+    ratios = [t[0] / o[0] for o, t in zip(ours, theirs, strict=True)]
     apart = max(abs(a - b) / abs(b) for a, b in zip(ours[0][1], theirs[0][1], strict=True))
-    return {
-        "ours_s": statistics.median(o for o, _ in ours), "peer_s": statistics.median(t for t, _ in theirs),
+    work = [t[2] / o[2] for o, t in zip(ours, theirs, strict=True) if o[2]]
+    return ({"work_ratio": statistics.median(work), "work_ratio_min": min(work)} if work else {}) | {
+        "ours_s": statistics.median(o[0] for o in ours), "peer_s": statistics.median(t[0] for t in theirs),
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": len(ratios),
         "ours": ours[0][1], "peer": theirs[0][1], "relative_difference": apart,
     }  # fmt: skip
@@ -135,16 +142,18 @@ def main():
     folders = [work / f"{label}{args.pictures}" for label in "ab"]
     target = ROOT / "benchmarks" / f"evaluation-{args.name}.json"
     results = json.loads(target.read_text()) if target.exists() else {}
-    results["machine"] = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    name = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
+        "",
     )
+    results["machine"] = f"{name or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
     def fid(mode):
         out = work / "eval"
         argv = ["eval.py", "images", "--generated", folders[1], "--real", folders[0], "--weights-dir", weights, "--metrics", "fid",
                 "--fid-mode", mode, "--bootstrap", 0, "--no-cache", "--output-dir", out]  # fmt: skip
-        seconds, _ = run([sys.executable, *argv], "eval.py")
-        return seconds, [json.loads((out / "metrics.json").read_text())["fid"]["value"]]
+        seconds, *_ = run([sys.executable, *argv], "eval.py")
+        return seconds, [json.loads((out / "metrics.json").read_text())["fid"]["value"]], None
 
     for name, code in PEERS.items():
         of_pairs = "image" in name

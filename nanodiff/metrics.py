@@ -18,8 +18,7 @@ they come from, and with which resize, is features.py's business, and stands bes
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
-import scipy.special
+import scipy  # its parts are imported where they are first used
 
 from nanodiff.config import UserError
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-import scipy
+import scipy  # its parts are imported where they are first used
 import torch
 
 from nanodiff.config import UserError, commit, printable, read_json, spreadsheet
@@ -130,16 +130,12 @@ def paired(a, b, seed=0):
     if std <= 1e-12 * max(abs(mean), 1e-300):  # every pair differs by the same
         p = 1.0 if mean == 0 else 0.0
         return Paired(n, float(mean), 0.0, low, high, math.inf * np.sign(mean) if mean else 0.0, p, _wilcoxon(difference), math.inf * np.sign(mean) if mean else 0.0)  # fmt: skip
-    from scipy import stats  # takes a second to import, so only where it is wanted
-
-    t, p = stats.ttest_1samp(difference, 0.0)
+    t, p = scipy.stats.ttest_1samp(difference, 0.0)
     return Paired(n, float(mean), float(std), low, high, float(t), float(p), _wilcoxon(difference), float(mean / std))
 
 
 def _wilcoxon(difference):
-    from scipy import stats
-
-    return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+    return float(scipy.stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
 
 
 def interval(values, seed=0, resamples=RESAMPLES, level=LEVEL):

@@ -14,8 +14,7 @@ pixels are, not which is better: read a CLIP score or FID beside them.
 import functools
 
 import numpy as np
-import scipy.fft
-import scipy.ndimage
+import scipy  # its parts are imported where they are first used
 from PIL import Image, ImageFilter
 
 from nanodiff.config import UserError
