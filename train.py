@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, script
+from nanodiff.options import Adapters, Noise, Training
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -22,38 +23,18 @@ LESS_MEMORY = (
     "try a smaller --batch-size with more --grad-accum, a smaller --resolution, --gradient-checkpointing, --mixed-precision "
     "bf16, or --parallel fsdp on several GPUs (--dry-run predicts what fits)"
 )
-RANGES = [  # (option, smallest, largest)
-    ("resolution", 1, 8192), ("batch_size", 1, 1 << 20), ("grad_accum", 1, 1 << 20), ("max_steps", 0, 1 << 40),
-    ("epochs", 1, 1 << 30), ("lr", 1e-12, 1e3), ("lr_warmup_steps", 0, 1 << 40), ("max_grad_norm", 1e-12, 1e12),
-    ("ema_decay", 0, 1), ("checkpointing_steps", 0, 1 << 40), ("checkpoints_total_limit", 1, 1 << 20),
-    ("sample_every", 0, 1 << 40), ("log_every", 0, 1 << 40), ("kl_weight", 0, 1e6), ("vocab_size", 514, 1 << 20),
-    ("max_length", 3, 4096), ("caption_dropout", 0, 1), ("min_snr", 1e-6, 1e12), ("snr_clip", 1e-6, 1e12),
-    ("num_workers", 0, 256), ("validation", 0, 0.9), ("random_jitter", 0, 0.9), ("random_rotate", 0, 180),
-    ("bad_image_limit", 0, 1), ("offset_noise", 0, 10), ("timestep_shift", 1e-3, 1e3), ("lora_rank", 1, 1 << 14),
-    ("sample_steps", 1, 1000), ("ddpm_num_steps", 1, 100_000), ("eval_batch_size", 1, 1 << 12), ("world_size", 1, 1 << 24),
-    ("mfu", 1e-3, 1), ("free_bits", 0, 1e6), ("kl_target", 1e-6, 1e9), ("latent_dim", 16, 1 << 16), ("dist_timeout", 1, 1 << 20),
-    ("lr_min", 0, 1e3), ("ema_inv_gamma", 1e-6, 1e12), ("ema_power", 0, 10), ("kl_warmup", 0, 1 << 30),
-    ("early_stopping_patience", 0, 1 << 30), ("oscillation_window", 0, 1 << 20), ("max_samples", 1, 1 << 40),
-    ("seed", 0, (1 << 63) - 1), ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.999999), ("adam_weight_decay", 0, 1e6),
-    ("adam_epsilon", 1e-30, 1), ("lr_cycles", 1, 1 << 20), ("lr_first_cycle", 1, 1 << 20), ("lr_power", 0, 100),
-    ("early_stopping_delta", 0, 1e9), ("oscillation_threshold", 0, 1e9), ("checkpoint_epochs", 0, 1 << 30),
-    ("save_model_epochs", 0, 1 << 30), ("save_images_epochs", 0, 1 << 30), ("perceptual_weight", 0, 1e6),
-    ("discriminator_weight", 0, 1e6), ("discriminator_start", 0, 1 << 40), ("timestep_std", 0, 100),
-]  # fmt: skip
 
 
 @dataclass
-class Common:
+class Common(Training):
     data: str = arg("", "folder, .tar shards, .csv, COCO .json or .parquet of pictures (and captions)",
                     "train-data-dir", "data-dir", "image-dir", "dataset-name")  # fmt: skip
     dataset_config_name: str | None = arg(None, "folder inside --data to use")
     image_column: str | None = arg(None, "column of the file names or pictures in a listing or table")
     caption_column: str | None = arg(None, "column of the captions")
     max_samples: int | None = arg(None, "use only the first N pictures", "max-train-samples")
-    output_dir: str = arg("", "where everything of this run goes")
     base_dir: str = arg(".", "folder that relative paths start from")
     cache_dir: str | None = arg(None, "where encoded pictures and captions are kept; default OUTPUT_DIR/cache")
-    overwrite_output_dir: bool = arg(False, "delete the checkpoints of an earlier run in --output-dir")
     resolution: int = arg(64, "pixels along one side", "image-size")
     interpolation: str = arg("lanczos", "how pictures are resized", choices=("lanczos", "bilinear"))
     center_crop: bool = arg(True, "crop the middle; --no-center-crop: anywhere")
@@ -65,64 +46,16 @@ class Common:
                             choices=("stop", "skip"))  # fmt: skip
     bad_image_limit: float = arg(0.01, "share of such pictures beyond which the run stops anyway")
     validation: float = arg(0.0, "share of the pictures held out; their loss then judges every epoch")
-    batch_size: int = arg(16, "samples of a process in a micro-batch", "train-batch-size")
-    grad_accum: int = arg(1, "micro-batches per update", "gradient-accumulation-steps")
-    max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps")
-    epochs: int = arg(1, "passes over the data, when --max-steps is 0", "num-epochs", "num-train-epochs")
-    lr: float = arg(1e-3, "peak learning rate", "learning-rate")
-    lr_scheduler: str = arg("cosine", "learning rate over the run", choices=(
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
-        "polynomial", "plateau", "none"))  # fmt: skip
-    lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run")
-    lr_min: float = arg(0.0, "smallest learning rate after the warm-up")
-    lr_cycles: int = arg(1, "cosines of cosine_with_restarts")
-    lr_power: float = arg(1.0, "exponent of polynomial")
-    lr_first_cycle: int = arg(50, "epochs of the first cosine of cosine_warm_restarts; each next one is twice as long")
-    adam_beta1: float = arg(0.9, "AdamW's decay of the mean")
-    adam_beta2: float = arg(0.99, "AdamW's decay of the square")
-    adam_weight_decay: float = arg(0.01, "AdamW's weight decay")
-    adam_epsilon: float = arg(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = arg(1.0, "gradient clipping")
-    mixed_precision: str = arg("auto", "type of the forward pass; auto: bf16 where the device computes in it",
-                               choices=("auto", "no", "fp16", "bf16"))  # fmt: skip
     no_mixed_precision: bool = arg(False, "the same as --mixed-precision no")
-    gradient_checkpointing: bool = arg(False, "keep less for the backward pass, compute it again")
-    ema: bool = arg(True, "average the weights; samples and the final model use the average", "use-ema")
-    ema_decay: float = arg(0.999, "largest decay of the average", "ema-max-decay")
-    ema_inv_gamma: float = arg(1.0, "the average's warm-up: 1 - (1 + step / this)^-power")
-    ema_power: float = arg(0.75, "see --ema-inv-gamma")
-    parallel: str = arg(
-        "ddp", "under torchrun: a copy of everything on every process, or shards", choices=("ddp", "fsdp")
-    )
-    dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost")
     local_rank: int = arg(-1, "set by launchers; torchrun's LOCAL_RANK is what counts")
-    early_stopping_patience: int = arg(0, "stop after so many epochs without a better loss; 0 = never")
-    early_stopping_delta: float = arg(0.0, "how much better counts as better")
-    oscillation_window: int = arg(0, "stop when the loss of so many epochs no longer moves; 0 = never")
-    oscillation_threshold: float = arg(0.0005, "standard deviation below which it no longer moves")
-    seed: int = arg(0, "every random draw is a function of it")
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    kernels: str = arg(
-        "auto",
-        "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",
-        choices=("auto", "triton", "torch"),
-    )
     enable_xformers_memory_efficient_attention: bool = arg(
         False, "memory-efficient attention: what --kernels auto has anyway"
     )
-    resume: str | None = arg(None, "continue from the newest checkpoint (auto, latest), or from this folder",
-                             "resume-from-checkpoint", const="auto")  # fmt: skip
-    checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end")
-    checkpoint_epochs: int = arg(0, "epochs between checkpoints; 0 = none", "save-checkpoint-epochs")
-    checkpoints_total_limit: int | None = arg(2, "checkpoints to keep")
     save_model_epochs: int = arg(0, "epochs between model folders model-epoch-N; 0 = only the final one")
     keep_best: bool = arg(False, "write best_model after every epoch whose loss is the best so far")
     save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
     sample_every: int = arg(0, "updates between sample sheets; 0 = none")
     save_images_epochs: int = arg(0, "epochs between sample sheets; 0 = none", "sample-epochs")
-    log_every: int = arg(20, "updates between lines of metrics.jsonl")
-    report_to: str = arg("none", "also log to", "logger", choices=("none", "tensorboard", "wandb"))
-    logging_dir: str | None = arg(None, "TensorBoard's folder; default OUTPUT_DIR/logs")
     push_to_hub: bool = arg(False, "upload the final model")
     hub_model_id: str | None = arg(None, "its name, org/name; default: the output folder's")
     hub_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
@@ -141,12 +74,7 @@ class Common:
                 if name == "output_dir" and self.dry_run:
                     continue
                 raise UserError(f"--{name.replace('_', '-')} is required")
-        for name, low, high in RANGES:
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value:g} must be between {low:g} and {high:g}")
-        if self.oscillation_window == 1:
-            raise UserError("--oscillation-window 1: one epoch alone does not move; it is 0 (never) or at least 2")
+        self.check_ranges()
         for name in PATHS:
             if value := getattr(self, name, None):
                 setattr(self, name, under(self.base_dir, value))
@@ -186,7 +114,7 @@ class VAEConfig(Common):
 
 
 @dataclass
-class DiffusionConfig(Common):
+class DiffusionConfig(Common, Adapters, Noise):
     vae: str | None = arg(
         None, "folder of a trained VAE: diffusion in its latents; without: in pixels", "vae-checkpoint"
     )
@@ -194,9 +122,6 @@ class DiffusionConfig(Common):
         None, "pipeline to go on from (folder or Hub id), in place of a new one", "pretrained-model-name-or-path"
     )
     lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is")
-    lora_rank: int = arg(4, "rank of the adapters", "rank")
-    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
-    lora_targets: str = arg("", "names of the layers to adapt, comma-separated; default: all attention projections")
     model_config: str | None = arg(
         None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
     )
@@ -217,19 +142,6 @@ class DiffusionConfig(Common):
                              choices=("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"))  # fmt: skip
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
-    min_snr: float | None = arg(None, "gamma of the min-SNR weighting; none = unweighted", "snr-gamma")
-    snr_weighting: bool = arg(
-        False, "with --prediction-type sample: weigh by the SNR, as an epsilon loss does by itself"
-    )
-    snr_clip: float | None = arg(None, "largest weight of --snr-weighting")
-    offset_noise: float = arg(0.0, "strength of noise that is the same everywhere in a channel", "noise-offset")
-    timestep_sampling: str = arg("uniform", "how a flow's times are drawn", choices=("uniform", "logit_normal"))
-    timestep_mean: float = arg(0.0, "of logit_normal")
-    timestep_std: float = arg(1.0, "of logit_normal")
-    timestep_shift: float | None = arg(
-        None, "moves a flow's times towards noise, in training and in a new model's sampling; default: 1, or --model's"
-    )
-    caption_dropout: float = arg(0.1, "share of captions replaced by the empty text, for guidance")
     cache: bool = arg(True, "encode pictures and captions once, where nothing about them is random")
     aspect_buckets: bool = arg(False, "sizes of about resolution² pixels in place of one square crop")
     sample_prompts: list[str] = arg(
@@ -521,7 +433,7 @@ def advice_loss(run):
 def train_diffusion(cfg):
     import torch
 
-    from nanodiff import build, dist, engine, latents, objective
+    from nanodiff import build, dist, engine, latents
 
     cfg.check()
     if cfg.dry_run:
@@ -553,21 +465,7 @@ def train_diffusion(cfg):
         held_text = latents.Texts(
             sd, texts_of(held), cfg.seed + 1, run.device, 0.0, calls.get("text_encoder"), dtype=low, **kept
         )
-    gamma = cfg.min_snr
-    if gamma is None and cfg.snr_weighting and sd.schedule.prediction == "sample":
-        gamma = cfg.snr_clip or float("inf")
-    shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
-
-    def losses(batch, x0_of, text_of, seed):
-        """(weighted, unweighted) loss of a micro-batch; everything random is drawn by (seed, global sample index)."""
-        x0 = x0_of(batch)
-        noise = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
-        noise = objective.offset(noise, cfg.offset_noise, seed, batch.indices)
-        t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
-                                shift).to(run.device)  # fmt: skip
-        states, pooled = text_of(batch)
-        denoise = lambda x, t: sd.denoise(calls[sd.denoiser_name], x, t, states, pooled)  # noqa: E731
-        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma)
+    losses = build.losses(cfg, sd, calls, run.device)
 
     for step in run.steps():
         for batch in feed.update(step):
@@ -655,15 +553,22 @@ def prompts_of(cfg, sd, dataset):
 
 def write_model(run, sd, cfg, name):
     """The averaged model as a Hub folder; of adapters, their file alone."""
-    from nanodiff import dist, lora, weights
+    from nanodiff import dist, lora, lorafile, weights
 
     with run.averaged():
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = weights.DTYPES[cfg.save_dtype]
         if cfg.lora:
-            path = run.out / name / "pytorch_lora_weights.safetensors"
-            dist.on_main(path.parent.mkdir, exist_ok=True)
-            dist.on_main(lora.save_adapters, path, dict(run.net.items()), kind, states)
+            form = cfg.lora_format
+            if form == "auto":  # kohya's has names for a UNet's layers only
+                form = "diffusers" if "transformer" in sd.models() else "kohya"
+            folder = run.out / name
+            path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for
+            facts = {"title": run.out.resolve().name, "steps": run.step + 1, "seed": cfg.seed, "learning_rate": cfg.lr,
+                     "resolution": f"{cfg.resolution}x{cfg.resolution}", "prediction_type": sd.schedule.prediction}  # fmt: skip
+            dist.on_main(folder.mkdir, exist_ok=True)
+            made = lora.trained(dict(run.net.items()), states, kind) if dist.is_main() else None
+            dist.on_main(lorafile.write, path, made, sd.models(), form, facts)
         else:
             dist.on_main(sd.save, run.out / name, kind, states)
     run.record.file(run.out / name)
@@ -740,7 +645,7 @@ def plan_diffusion(cfg):
     net.requires_grad_(True)
     if cfg.lora:
         with torch.device("meta"):
-            lora.adapt(net, cfg.lora_rank, cfg.lora_alpha, build.lora_targets(cfg))
+            lora.adapt(net, **build.lora_settings(cfg))
     c = net.cfg
     side = cfg.resolution // scale
     x, t = torch.empty(rows, c.in_channels, side, side, device="meta"), torch.empty(rows, device="meta")

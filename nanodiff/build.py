@@ -9,8 +9,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from nanodiff import hub, lora, pipeline, sources, weights
-from nanodiff.config import UserError, read_json
+from nanodiff import hub, lora, objective, pipeline, sources, weights
+from nanodiff.config import UserError, printable, read_json
 from nanodiff.models import mmdit, unet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.clip import Config as TextConfig
@@ -109,7 +109,7 @@ def go_on(cfg):
         nets["text_encoder"] = sd.text_encoder
     for name, net in nets.items():
         if cfg.lora:
-            lora.adapt(net, cfg.lora_rank, cfg.lora_alpha, lora_targets(cfg), name)
+            lora.adapt(net, component=name, **lora_settings(cfg))
         else:
             net.requires_grad_(True)
     return sd, nets
@@ -119,8 +119,57 @@ NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", 
             "condition", "vocab_size", "max_length")  # fmt: skip
 
 
-def lora_targets(cfg):
-    return tuple(t.strip() for t in cfg.lora_targets.split(",") if t.strip()) or lora.ATTENTION
+def lora_settings(cfg):
+    """What lora.adapt() takes, from the command line. Raises UserError."""
+    patterns = {}
+    for name in ("rank", "alpha"):
+        patterns[name] = {}
+        for part in filter(None, map(str.strip, getattr(cfg, f"lora_{name}_pattern").split(","))):
+            target, equals, value = part.rpartition("=")
+            try:
+                patterns[name][target.strip()] = float(value)
+            except ValueError:
+                equals = ""
+            if not equals or not target.strip():
+                raise UserError(f"--lora-{name}-pattern {printable(part)}: expected TARGET=NUMBER")
+    return {
+        "rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "dropout": cfg.lora_dropout, "rslora": cfg.lora_rslora,
+        "targets": tuple(t.strip() for t in cfg.lora_targets.split(",") if t.strip()) or lora.ATTENTION,
+        "rank_pattern": patterns["rank"], "alpha_pattern": patterns["alpha"],
+    }  # fmt: skip
+
+
+def student(model):
+    """(pipeline, {name: module to train}): all of a model's denoiser."""
+    weights.keep_freed_memory()
+    sd = pipeline.load(model, torch.float32, "cpu")
+    sd.net.requires_grad_(True)
+    return sd, {sd.denoiser_name: sd.net}
+
+
+def losses(cfg, sd, calls, device):
+    """f(batch, x0_of, text_of, seed) -> (weighted, unweighted) loss of a micro-batch, by options.Noise; everything random is drawn by
+    (seed, global sample index). calls: {component: what to call in its place}; x0_of, text_of: latents.Latents and Texts."""
+    gamma = cfg.min_snr
+    if gamma is None and cfg.snr_weighting and sd.schedule.prediction == "sample":
+        gamma = cfg.snr_clip or float("inf")
+    shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
+
+    def of(batch, x0_of, text_of, seed):
+        if getattr(
+            cfg, "lora_dropout", 0
+        ):  # torch's own generator: a resumed run must begin each micro-batch as the other did
+            torch.manual_seed(objective.generator(seed, "adapter", next(iter(batch.indices), 0)).initial_seed())
+        x0 = x0_of(batch)
+        noise = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
+        noise = objective.offset(noise, cfg.offset_noise, seed, batch.indices)
+        t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
+                                shift).to(device)  # fmt: skip
+        states, pooled = text_of(batch)
+        denoise = lambda x, t: sd.denoise(calls[sd.denoiser_name], x, t, states, pooled)  # noqa: E731
+        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma)
+
+    return of
 
 
 def begin(cfg, dataset, device):

@@ -201,13 +201,14 @@ def synchronise(module, yes):
         module.set_requires_gradient_sync(yes)
 
 
-def recompute(module):
+def recompute(module, random=False):
     """Keep only the inputs of each unit in the forward pass and compute the rest again in the backward pass
-    (Chen et al. 2016, arXiv 1604.06174). Names and weights stay."""
+    (Chen et al. 2016, arXiv 1604.06174). Names and weights stay. random: units draw random numbers (dropout), which must
+    be the same again."""
     from torch.utils.checkpoint import checkpoint
 
     for unit in units(module):
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=random)
 
 
 def whole_state(module):

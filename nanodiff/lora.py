@@ -9,14 +9,16 @@ Dialects: PEFT (`lora_A`), diffusers new (`lora.down`) and old (`processor.to_q_
 block names or sgm's or SD 3's), a PEFT folder. Names are never parsed: underscored ones are ambiguous. Instead every name that a
 dialect could give to each of *our* modules is generated, and a file's keys are looked up among those.
 
-    adapt(unet, rank=16); …train…; save_adapters("lora.safetensors", {"unet": unet})      # fp32 adapters on a frozen model
+    adapt(unet, rank=16); …train…; trained({"unet": unet})          # fp32 adapters on a frozen model; then lorafile.write()
 
 alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else alpha = rank.
 
-    python -m nanodiff.lora inspect FILE
+    python -m nanodiff.lora inspect|convert|merge|extract|verify …        (lorafile.py)
 """
 
+import fnmatch
 import functools
+import importlib
 import json
 import math
 import re
@@ -30,8 +32,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff import onednn, singlefile, weights
-from nanodiff.config import UserError, nearest, printable, read_json, tool
+from nanodiff.config import UserError, nearest, printable, read_json
 
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DOWN, UP = "down", "up"
 SUFFIXES = {  # the end of a key -> what the tensor is
     ".lora_down.weight": DOWN,
@@ -158,7 +161,12 @@ def read(path, models, allow_partial=False):
     """A Lora for `models` ({component: module}). Raises UserError for keys that none of them knows (unless
     allow_partial, then each is said), for shapes that do not fit, for methods that are no LoRA."""
     path = Path(path)
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    if inside := [
+        n for n in models if (path / n / "adapter_model.safetensors").exists()
+    ]:  # a PEFT folder for each component
+        parts = [read(path / n, {n: models[n]}, allow_partial) for n in inside]
+        return Lora(path.name, [d for p in parts for d in p.deltas], [k for p in parts for k in p.skipped])
+    file = file_of(path)
     if file.suffix in weights.PICKLES:
         raise UserError(
             f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT --allow-pickle`"
@@ -166,11 +174,13 @@ def read(path, models, allow_partial=False):
     tensors, metadata = weights.load_tensors(file), weights.metadata(file)
     for model in models.values():  # their layers' shapes are asked for
         onednn.undo(model)
-    groups, strange = _grouped(tensors, file)
+    groups, strange = grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent = [], list(strange)
     for name, parts in groups.items():
         targets = known.get(name) or known.get(name.removeprefix("base_model.model."))
+        if targets is None and len(models) == 1:  # PEFT's folder of one text encoder
+            targets = known.get(f"{next(iter(models))}.{name.removeprefix('base_model.model.')}")
         if targets is None:
             absent.append(name)
             continue
@@ -198,7 +208,14 @@ def read(path, models, allow_partial=False):
     return Lora(file.name, deltas, absent)
 
 
-def _grouped(tensors, file):
+def file_of(path):
+    """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder."""
+    path = Path(path)
+    names = ("adapter_model.safetensors", DIFFUSERS_NAME)
+    return next((path / n for n in names if (path / n).exists()), path / names[0]) if path.is_dir() else path
+
+
+def grouped(tensors, file):
     """({layer name: {"down", "up", "alpha"}}, keys of no known form)"""
     groups, strange = {}, []
     for key, tensor in tensors.items():
@@ -369,64 +386,81 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "
              "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # fmt: skip
 
 
-def adapt(model, rank=4, alpha=None, targets=ATTENTION, component="model"):
-    """Freeze `model` and put trainable adapters beside the layers whose names end with one of `targets`:
-    y = W x + alpha/rank · B (A x), A drawn as a linear layer's weights are, B zero, both in fp32 (an fp16 adapter could
-    not be unscaled). The base keeps its names; the adapters are `….lora_A.weight` and `….lora_B.weight`.
+def adapt(model, rank=4, alpha=None, targets=ATTENTION, component="model", rank_pattern=None, alpha_pattern=None, dropout=0.0,
+          rslora=False):  # fmt: skip
+    """Freeze `model` and put trainable adapters beside the layers that `targets` name: y = W x + s · B (A drop(x)), A drawn as a
+    linear layer's weights are, B zero, both in fp32 (an fp16 adapter could not be unscaled). The base keeps its names; the
+    adapters are `….lora_A.weight` and `….lora_B.weight`.
 
-    alpha: default rank. Returns the number of adapted layers. Raises UserError when no layer matches.
+    targets: the end of a layer's name (`to_q`, `attn2.to_k`), or a pattern with * for all of it (`down_blocks.*.conv1`).
+    s = alpha / rank (rslora: alpha / √rank, Kalajdzievski 2023, arXiv 2312.03732 eq. 8); alpha: default rank. rank_pattern,
+    alpha_pattern: {target: another rank, alpha}. dropout: of the adapter's input, while training. Returns the number of
+    adapted layers. Raises UserError when a target or pattern matches no layer.
     """
     if rank < 1:
         raise UserError(f"--lora-rank {rank} must be at least 1")
-    alpha = rank if alpha is None else alpha
     model.requires_grad_(False)
-    found = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d) and any(name == t or name.endswith(f".{t}") for t in targets)
-    ]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    found = {name: m for name, m in layers.items() if any(matches(name, t) for t in targets)}
     if not found:
-        layers = sorted(
-            {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        )
+        ends = sorted({n.rpartition(".")[2] for n in layers})
         raise UserError(
-            f"--lora-targets {','.join(targets)}: no layer of the {component} has such a name; it has {', '.join(layers)}"
+            f"--lora-targets {','.join(targets)}: no layer of the {component} has such a name; it has {', '.join(ends)}"
         )
-    for _, layer in found:
+    ranks, alphas = (_by_name(found, p or {}, f) for p, f in ((rank_pattern, "rank"), (alpha_pattern, "alpha")))
+    if bad := [r for r in ranks.values() if r < 1 or int(r) != r]:
+        raise UserError(f"--lora-rank-pattern: {bad[0]:g} is no rank")
+    for name, layer in found.items():
+        r = int(ranks.get(name, rank))
+        a = alphas.get(name, r if alpha is None else alpha)
         if isinstance(layer, nn.Conv2d):
-            layer.lora_A = nn.Conv2d(
-                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False
-            )
-            layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            layer.lora_A = nn.Conv2d(layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            layer.lora_B = nn.Conv2d(r, layer.out_channels, 1, bias=False)
         else:
-            layer.lora_A = nn.Linear(layer.in_features, rank, bias=False)
-            layer.lora_B = nn.Linear(rank, layer.out_features, bias=False)
+            layer.lora_A = nn.Linear(layer.in_features, r, bias=False)
+            layer.lora_B = nn.Linear(r, layer.out_features, bias=False)
         nn.init.kaiming_uniform_(layer.lora_A.weight, a=5**0.5)
         nn.init.zeros_(layer.lora_B.weight)
-        layer.register_forward_hook(functools.partial(_beside, alpha / rank))
-    model.lora = {"r": rank, "lora_alpha": alpha, "target_modules": [t for t in targets if _matched(t, found)]}
+        layer.lora_scale = a / r**0.5 if rslora else a / r
+        layer.register_forward_hook(functools.partial(_beside, dropout))
     return len(found)
 
 
-def _matched(target, found):
-    return any(name == target or name.endswith(f".{target}") for name, _ in found)
+def matches(name, target):
+    """Does `target` name a layer? See adapt()."""
+    return fnmatch.fnmatchcase(name, target) if "*" in target else name == target or name.endswith(f".{target}")
 
 
-def _beside(scale, layer, args, out):
-    return out + (layer.lora_B(layer.lora_A(args[0].to(layer.lora_A.weight.dtype))) * scale).to(out.dtype)
+def _by_name(found, patterns, what):
+    """{layer: value} of {target: value}. Raises UserError for a target that matches none of the adapted layers."""
+    values = {}
+    for target, value in patterns.items():
+        mine = [name for name in found if matches(name, target)]
+        if not mine:
+            raise UserError(
+                f"--lora-{what}-pattern {printable(target)}: matches none of the {len(found)} adapted layers"
+            )
+        values |= dict.fromkeys(mine, value)
+    return values
 
 
-def save_adapters(path, models, dtype=torch.float32, states=None):
-    """Write the adapters of adapt()ed models ({component: module}) in diffusers' form, with rank and alpha in the header, as
-    its own training scripts write them. states: {component: state_dict} in place of the models' own."""
-    tensors, settings = {}, {}
+def _beside(dropout, layer, args, out):
+    x = args[0].to(layer.lora_A.weight.dtype)
+    if dropout and layer.training:
+        x = F.dropout(x, dropout)
+    return out + (layer.lora_B(layer.lora_A(x)) * layer.lora_scale).to(out.dtype)
+
+
+def trained(models, states=None, dtype=torch.float32, name="adapters"):
+    """The Lora of adapt()ed models ({component: module}). states: {component: state_dict} in place of the models' own."""
+    deltas = []
     for component, model in models.items():
-        told = model.lora
-        for name, value in (states[component] if states else model.state_dict()).items():
-            if ".lora_A." in name or ".lora_B." in name:
-                tensors[f"{component}.{name}"] = value.to(dtype)
-        settings |= {f"{component}.{k}": v for k, v in told.items()}
-    weights.save_tensors(path, tensors, {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
+        state = states[component] if states else model.state_dict()
+        for path, layer in model.named_modules():
+            if hasattr(layer, "lora_scale"):
+                down, up = (state[f"{path}.{part}.weight"].detach().to("cpu", dtype) for part in ("lora_A", "lora_B"))
+                deltas.append(Delta(component, path, down, up, layer.lora_scale))
+    return Lora(name, deltas, [])
 
 
 def parse(text):
@@ -442,27 +476,5 @@ def parse(text):
     return text, 1.0
 
 
-def inspect(path):
-    """Print every layer of a LoRA file with its shapes, rank and alpha."""
-    tensors, groups = weights.load_tensors(path), {}
-    groups, strange = _grouped(tensors, path)
-    for name, parts in groups.items():
-        facts = [f"{k} {list(parts[k].shape)}" for k in (DOWN, UP) if k in parts]
-        facts += [f"alpha {float(parts['alpha']):g}"] if "alpha" in parts else []
-        print(printable(name), ", ".join(facts))
-    for key in strange:
-        print(f"unknown: {printable(key)}")
-
-
-def main():
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m nanodiff.lora", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("inspect", help="list the layers of a file").add_argument("path")
-    args = parser.parse_args()
-    return tool(lambda: inspect(args.path))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # files as a whole are lorafile's business; this is only where people look for them
+    sys.exit(importlib.import_module("nanodiff.lorafile").main())

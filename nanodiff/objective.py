@@ -15,7 +15,7 @@ import math
 
 import torch
 
-STREAMS = ("timestep", "noise", "dropout", "posterior", "offset", "caption", "sample")
+STREAMS = ("timestep", "noise", "dropout", "posterior", "offset", "caption", "sample", "adapter")
 
 
 def generator(seed, stream, index):

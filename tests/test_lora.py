@@ -6,7 +6,7 @@ import pytest
 import torch
 from util import GOLDEN, ROOT, TINY, error_line, golden, manifest, max_error, rms_ratio, run
 
-from nanodiff import lora, memory, pipeline, weights
+from nanodiff import lora, lorafile, memory, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.models.unet import UNet2DConditionModel
 
@@ -395,8 +395,9 @@ def test_adapters_begin_as_nothing_and_train_alone():
     assert all(p.grad is not None for p in trained.values())
 
 
+@pytest.mark.parametrize("form", lorafile.FORMS)
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
-def test_what_is_written_is_what_was_trained(tmp_path, name):
+def test_what_is_written_is_what_was_trained(tmp_path, name, form):
     """adapt, change, save; read into a fresh model beside the weights and fused: the same outputs, in every family."""
     sd, fresh = pipeline.load(TINY / name), pipeline.load(TINY / name)
     lora.adapt(sd.net, rank=3, alpha=5)
@@ -404,12 +405,12 @@ def test_what_is_written_is_what_was_trained(tmp_path, name):
     for k, p in sd.net.named_parameters():
         if ".lora_B." in k:
             torch.nn.init.normal_(p, std=0.2)
-    lora.save_adapters(tmp_path / "l.safetensors", {sd.denoiser_name: sd.net})
+    path = lorafile.write(tmp_path / "l.safetensors", lora.trained({sd.denoiser_name: sd.net}), sd.models(), form)
     made = lambda s: s.generate(["a cat"], steps=2, seeds=[1], height=32, width=32).latents  # noqa: E731
     with torch.no_grad():
         want, plain = made(sd), made(fresh)
         assert rms_ratio(plain, want) > 1e-3
-        read = lora.read(tmp_path / "l.safetensors", fresh.models())
+        read = lora.read(path, fresh.models())
         attached = lora.attach(fresh.models(), read)
         assert rms_ratio(made(fresh), want) < 1e-5
         attached.remove()
@@ -423,7 +424,7 @@ def test_convolutions_are_adapted_too(tmp_path):
     for k, p in sd.net.named_parameters():
         if ".lora_B." in k:
             torch.nn.init.normal_(p, std=0.2)
-    lora.save_adapters(tmp_path / "l.safetensors", {"unet": sd.net})
+    lorafile.write(tmp_path / "l.safetensors", lora.trained({"unet": sd.net}), sd.models())
     lora.attach(fresh.models(), lora.read(tmp_path / "l.safetensors", fresh.models()))
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 7, sd.net.cfg.cross_attention_dim)
     assert rms_ratio(fresh.net(x, t, text), sd.net(x, t, text)) < 1e-5
@@ -435,3 +436,56 @@ def test_no_match_is_an_error():
         lora.adapt(sd.net, targets=("to_x",), component="unet")
     with pytest.raises(UserError, match="--lora-rank 0"):
         lora.adapt(sd.net, rank=0)
+    with pytest.raises(UserError, match="--lora-rank-pattern ff: matches none of the"):
+        lora.adapt(sd.net, rank_pattern={"ff": 2})
+    with pytest.raises(UserError, match=r"--lora-rank-pattern: 0\.5 is no rank"):
+        lora.adapt(sd.net, rank_pattern={"to_q": 0.5})
+
+
+def test_patterns_of_targets_ranks_and_alphas():
+    sd = pipeline.load(TINY / "sd15")
+    n = lora.adapt(sd.net, 4, 8, ("down_blocks.*.conv1", "attn2.to_k", "attn1.to_q"), rank_pattern={"attn2.to_k": 2},
+                   alpha_pattern={"mid_block.*": 1})  # fmt: skip
+    found = {d.module: d for d in lora.trained({"unet": sd.net}).deltas}
+    assert len(found) == n and {p.rpartition(".")[2] for p in found} == {"conv1", "to_k", "to_q"}
+    assert all(p.startswith("down_blocks.") for p in found if p.endswith("conv1"))
+    for path, d in found.items():
+        rank = 2 if path.endswith("to_k") else 4
+        assert d.down.shape[0] == rank and d.scale == (1 if path.startswith("mid_block.") else 8) / rank, path
+
+
+def test_rank_stabilised_strength(tmp_path):
+    """alpha / √rank while training, and in every dialect's file."""
+    sd = pipeline.load(TINY / "sd15")
+    lora.adapt(sd.net, 4, 6, rslora=True)
+    made = lora.trained({"unet": sd.net})
+    assert {d.scale for d in made.deltas} == {3.0}
+    for form in lorafile.FORMS:
+        path = lorafile.write(tmp_path / form, made, sd.models(), form)
+        assert {d.scale for d in lora.read(path, pipeline.load(TINY / "sd15").models()).deltas} == {3.0}
+
+
+def test_dropout_is_of_training_alone():
+    sd = pipeline.load(TINY / "sd15")
+    lora.adapt(sd.net, 4, dropout=0.5)
+    for k, p in sd.net.named_parameters():
+        if ".lora_B." in k:
+            torch.nn.init.normal_(p, std=0.2)
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 7, sd.net.cfg.cross_attention_dim)
+    with torch.no_grad():
+        assert torch.equal(sd.net(x, t, text), sd.net(x, t, text))
+        sd.net.train()
+        seeded = [torch.manual_seed(s) and sd.net(x, t, text) for s in (0, 0, 1)]
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_a_half_precision_model_are_fp32(dtype):
+    """GradScaler refuses fp16 gradients; ours are never that."""
+    sd = pipeline.load(TINY / "sd15", dtype)
+    lora.adapt(sd.net)
+    x, t, text = (torch.randn(s, dtype=dtype) for s in ((1, 4, 8, 8), (1,), (1, 7, sd.net.cfg.cross_attention_dim)))
+    out = sd.net(x, t.abs(), text)
+    out.float().sum().backward()
+    grads = [p.grad for p in sd.net.parameters() if p.requires_grad]
+    assert out.dtype == dtype and grads and all(g.dtype == torch.float32 for g in grads)
