@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, printable, script
+from nanodiff.config import UserError, arg, as_dict, printable, script
 
 # torch is imported inside the stages, so that --help answers at once.
 
@@ -24,16 +24,6 @@ LEAST = {"batch_size": 1, "num_workers": 0, "panels": 0, "bootstrap": 0, "neares
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
 PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
 OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
-RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
-TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
-          "sharpness_ratio": "Sharpness Ratio", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
-NEARER = {True: "nearer", False: "farther", None: "the same"}
-KEY_FIGURES = ("radar_chart.png", "improvement_percentage_chart.png", "improvement_table.png", "ssim_comparison.png")
-CANNOT = (
-    "SSIM, MSE, PSNR, histograms and hashes compare pixels. For two versions of one picture they say how much has changed; for two "
-    "pictures of different content, such as two models' answers to one prompt, they say nothing about which is better, and a change in "
-    "them is no improvement by itself. Read them beside the CLIP score and FID of the sets, which need weights (--weights-dir)."
-)
 
 
 @dataclass
@@ -180,27 +170,12 @@ def finish(record, metrics, make):
     dist.finish()
 
 
-def distinct(names):
-    """{name: a part of file names}, no two alike."""
-    from nanodiff.images import slug
-
-    found = {}
-    for name in dict.fromkeys(names):
-        plain = part = slug(name)
-        n = 1
-        while part in found.values():
-            n += 1
-            part = f"{plain}_{n}"
-        found[name] = part
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------
 # images
 
 
 def images(cfg):
-    from nanodiff import dist, evaluate, report
+    from nanodiff import dist, evaluate, pages, report
 
     wanted = evaluate.wanted(listed(cfg.metrics))
     spaces = tuple(listed(cfg.features)) or ("inception",)
@@ -249,7 +224,7 @@ def images(cfg):
         document = report.Report("Pictures: " + ", ".join(names))
         rows = [["generated", path, len(sets[name])] for path, name in zip(cfg.generated, names, strict=True)]
         document.table(("set", "from", "pictures"), rows + ([["real", cfg.real, len(real)]] if real else []))
-        return document, _figures(cfg, out, document, found, sets, real, told)
+        return document, pages.sets(out, document, found, sets, real, told, [int(part) for part in listed(cfg.across)])
 
     finish(record, numbers, make)
 
@@ -266,177 +241,20 @@ def _names(paths, flag):
     raise UserError(f"--{flag}: {printable(twice)} is given twice")
 
 
-def _figures(cfg, out, document, found, sets, real, told):
-    """The body of the report and its figures, on rank 0. Returns the files."""
-    from nanodiff import charts, report, weights
-    from nanodiff import images as pictures
-
-    files, names, parts = [], list(found), distinct(found)
-    for name, prompts in told.items():
-        if prompts:
-            files.append(out / f"prompts_{parts[name]}.json")
-            weights.write_json(files[-1], dict(zip(sets[name].keys, prompts, strict=True)))
-    if len(names) > 1:
-        document.heading("Over the sets")
-        common = [m for m in found[names[0]].metrics if all(m in f.metrics for f in found.values())]
-        document.table(("metric", *names), [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common])
-        panels = {m: {"": [_band(found[n].metrics[m]) for n in names]} for m in common}
-        path = charts.lines(out / "generations.png", names, panels, "set")
-        document.picture(path, "Each number over the sets, with its interval where it has one")
-        weights.write_json(out / "generations.json", {n: found[n].metrics for n in names})
-        report.write_csv(
-            out / "generations.csv",
-            ("metric", *names),
-            [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common],
-        )
-        files += [p for p in (path, out / "generations.json", out / "generations.csv") if p]
-        files.append(_across(out / "across.png", cfg, sets, told))
-        document.picture(
-            files[-1], "The same pictures in each set, by name where the sets have the same names, else by place"
-        )
-    for name in names:
-        document.heading(f"Numbers of {name}" if len(names) > 1 else "Numbers")
-        report.metrics_table(document, found[name].metrics)
-        if found[name].skipped:
-            document.heading("Not computed")
-            document.table(("metric", "why"), found[name].skipped.items())
-        shown = [sets[name].image(i) for i in _spread(len(sets[name]), 24)]
-        path = out / f"sheet_{parts[name]}.png"
-        pictures.save_png(pictures.grid([_small(p) for p in shown], 8), path)
-        document.picture(path, f"{name}: {len(shown)} of {len(sets[name])} pictures")
-        files.append(path)
-        for space, copies in found[name].copies.items():
-            path = out / f"nearest_{space}_{parts[name]}.png"
-            _nearest_sheet(path, sets[name], real, copies)
-            if all(real.captions):  # a caption for each picture, found by its neighbour: `eval.py captions` scores them
-                told = {k: real.captions[int(i)] for k, i in zip(sets[name].keys, copies.nearest, strict=True)}
-                weights.write_json(path.with_suffix(".json"), told)
-                files.append(path.with_suffix(".json"))
-            document.picture(path, f"{name}: the generated pictures nearest to a real one by {space} (left), and that one (right); "
-                                   "the number is the distance over the real picture's own distance to its nearest neighbour")  # fmt: skip
-            files.append(path)
-    return files
-
-
-def _across(path, cfg, sets, told):
-    """A sheet: one row a picture, one column a set."""
-    from nanodiff import images as pictures
-
-    names, first = list(sets), next(iter(sets.values()))
-    if all(set(d.keys) == set(first.keys) for d in sets.values()):
-        places = {n: {k: i for i, k in enumerate(d.keys)} for n, d in sets.items()}
-        find = lambda n, i: places[n][first.keys[i]]  # noqa: E731
-    else:
-        find = lambda n, i: i  # noqa: E731
-    least = min(map(len, sets.values()))
-    chosen = [int(part) for part in listed(cfg.across)] or _spread(least, 8)
-    if max(chosen) >= least:
-        raise UserError(f"--across {max(chosen)}: the smallest set has {least} pictures, counted from 0")
-    cells = [_small(sets[n].image(find(n, i)), 128) for i in chosen for n in names]
-    labels = [n if n != names[0] or not told[n] else f"{n}: {told[n][i]}" for i in chosen for n in names]
-    pictures.save_png(pictures.grid(cells, len(names), labels, size=14), path)
-    return path
-
-
-def _band(m):
-    low, high = m.get("ci") or (m["value"] - m.get("std", 0), m["value"] + m.get("std", 0))
-    return m["value"], low, high
-
-
-def _spread(n, most):
-    """Up to `most` positions, evenly spread."""
-    k = min(n, most)
-    return sorted({round(i * (n - 1) / max(k - 1, 1)) for i in range(k)})
-
-
-def _small(picture, side=112):
-    """For a sheet: enlarged or reduced to one size, not distorted."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white")
-
-
-def _nearest_sheet(path, generated, real, copies, shown=8):
-    from nanodiff import images as pictures
-
-    order = copies.ratio.argsort(kind="stable")[:shown]
-    cells, labels = [], []
-    for i in order:
-        cells += [_small(generated.image(int(i))), _small(real.image(int(copies.nearest[i])))]
-        labels += [f"{copies.ratio[i]:.3g}", ""]
-    pictures.save_png(pictures.grid(cells, 8, labels, size=20), path)
-
-
 def draw(cfg, record, device):
-    """Draw the prompts' pictures into OUTPUT_DIR/generated, shared out among the processes; what is there from the same weights and
-    settings stays. Returns the folder, and the facts of how they were drawn."""
-    import json
+    """Draw the prompts' pictures into OUTPUT_DIR/generated. Returns the folder, and the facts of how they were drawn."""
+    from nanodiff import dist, engine, evaluate, gallery, pipeline
 
-    from nanodiff import dist, engine, evaluate, loader, pipeline, samplers
-    from nanodiff import images as pictures
-
-    folder = record.out / "generated"
-    dist.on_main(engine.out_dir, folder)
     lines = dist.on_main(evaluate.prompts_in, cfg.prompts)
     dtype = engine.pick_dtype(cfg.dtype or "auto", device)
     sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device).with_scheduler(cfg.scheduler)
-    steps = cfg.steps or sd.sampling("steps") or (sd.turbo_steps if sd.turbo else sd.steps)
-    scale = cfg.guidance_scale if cfg.guidance_scale is not None else sd.sampling("guidance_scale")
-    scale = scale if scale is not None else 0.0 if sd.turbo else 3.0 if cfg.model is None else sd.guidance
-    samplers.check_steps(sd.schedule, steps)
-    facts = {
-        "model": cfg.model or "embedded",
-        "steps": steps,
-        "guidance_scale": scale,
-        "scheduler": samplers.name_of(sd.schedule),
-        "dtype": str(dtype).removeprefix("torch."),
-        "model_sha256": loader.fingerprint(*(m for m in (sd.net, sd.vae, *sd.encoders) if m is not None)),
-    }
-    height, width = sd.size
-    every = [p for p in lines for _ in range(cfg.num_images or 1)]
-    jobs = [(folder / f"{i:05d}.png", facts | {"prompt": p, "seed": (cfg.draw_seed or 0) + i, "width": width, "height": height})
-            for i, p in enumerate(every)]  # fmt: skip
-
-    def lacking():
-        expected = {path for path, _ in jobs}
-        for path in sorted(folder.glob("*.png")):
-            if path not in expected:
-                raise UserError(f"{path}: is of another run; use another --output-dir")
-        return [i for i, (path, of) in enumerate(jobs) if _known(path) != json.loads(json.dumps(of))]
-
-    todo = [jobs[i] for i in dist.on_main(lacking)]
-    if len(todo) < len(jobs):
-        dist.say(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are there already, from these weights and settings")
-    batches = [todo[i : i + cfg.batch_size] for i in range(0, len(todo), cfg.batch_size)]
-    mine = batches[dist.world().rank :: dist.world().size]
-
-    def run():
-        for batch in dist.progress(mine, len(mine), "drawing (batches)"):
-            made = sd.generate(
-                [r["prompt"] for _, r in batch],
-                None,
-                steps,
-                scale,
-                [r["seed"] for _, r in batch],
-                height=height,
-                width=width,
-            )
-            for (path, facts_of), picture in zip(batch, pictures.to_pil(made.pixels), strict=True):
-                pictures.save_png(picture, path.with_suffix(".part"), facts_of)
-                path.with_suffix(".part").replace(path)
-
-    dist.together(run)
-    return folder, {"drawn_with": facts}
-
-
-def _known(path):
-    """The record inside a PNG of ours that is there, or None."""
-    from nanodiff import images as pictures
-
-    try:
-        return pictures.recorded(path) if path.is_file() else None
-    except UserError:  # no picture at all: drawn again
-        return None
+    scale = 3.0 if cfg.guidance_scale is None and cfg.model is None else cfg.guidance_scale
+    how = gallery.settings(sd, cfg.model or "embedded", cfg.steps, scale)
+    every = [prompt for prompt in lines for _ in range(cfg.num_images or 1)]
+    jobs = [gallery.Job(f"{i:05d}.png", prompt, (cfg.draw_seed or 0) + i) for i, prompt in enumerate(every)]
+    folder = record.out / "generated"
+    gallery.draw(sd, jobs, folder, how, cfg.batch_size, anew=True)
+    return folder, {"drawn_with": how}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -444,7 +262,7 @@ def _known(path):
 
 
 def compare(cfg):
-    from nanodiff import dist, evaluate, features, report, similarity
+    from nanodiff import dist, evaluate, features, pages, report, similarity
 
     paths = {n: getattr(cfg, n) for n in ("a", "b", "original", "finetuned", "teacher") if getattr(cfg, n)}
     if set(paths) == {"a", "b"}:
@@ -462,7 +280,7 @@ def compare(cfg):
     folders = {label: dataset(path, label, cfg) for label, path in paths.items()}
     settings = evaluate.Settings(
         tuple(n for n in OF_SETS if n in names), bool(cfg.metrics), ("inception",), cfg.weights_dir, cfg.allow_pickle, cfg.clip,
-        cfg.fid_mode, seed=cfg.seed, batch_size=cfg.batch_size, workers=cfg.num_workers, device=device,
+        cfg.fid_mode, cache=str(record.out / "cache"), seed=cfg.seed, batch_size=cfg.batch_size, workers=cfg.num_workers, device=device,
     )  # fmt: skip
     loss, facts, skipped = None, {}, {}
     if "lpips" in names:
@@ -490,202 +308,11 @@ def compare(cfg):
 
     def make():
         document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
-        return document, _comparison(cfg, record.out, document, found, folders, pairings, metrics, skipped)
+        return document, pages.comparison(
+            record.out, document, found, folders, pairings, metrics, skipped, as_dict(cfg), cfg.panels, cfg.seed
+        )
 
     finish(record, metrics, make)
-
-
-def _comparison(cfg, out, document, found, folders, pairings, metrics, skipped):
-    """The report, the figures and the documents' files of a comparison, on rank 0. Returns the files."""
-    from nanodiff import evaluate, report
-
-    document.text(CANNOT)
-    document.text(f"{len(found)} pictures in {len({p.category for p in found})} categories.")
-    files = write_pairs(out / "metrics", found)
-    drawn = figures_of(cfg.panels, out, document, found, folders, pairings, metrics)
-    files += drawn
-    if len(pairings) == 3:
-        document.heading("Nearer to the teacher?")
-        names = list(found[0].numbers["original_vs_teacher"])
-        tests = evaluate.significance(found, "original_vs_teacher", "finetuned_vs_teacher", names, cfg.seed)
-        header = ("metric", "pairs", "mean difference", "low", "high", "t", "p (t)", "p (t, Holm)", "p (Wilcoxon)", "p (Wilcoxon, Holm)",
-                  "Cohen's d", "finetuned is")  # fmt: skip
-        lines = [
-            [n, c.test.n, c.test.mean, c.test.low, c.test.high, c.test.t, c.test.p_t, c.p_t, c.test.p_wilcoxon, c.p_wilcoxon, c.test.d, NEARER[c.nearer]]
-            for n, c in tests.items()
-        ]  # fmt: skip
-        document.text("The finetuned pictures' number against the teacher, less the original's, over the same pictures (of the sharpness "
-                      "ratio: its distance from 1, as |log|); low and high: 95 % bootstrap interval. A pair where one number is infinite "
-                      "does not count.")  # fmt: skip
-        document.table(header, lines)
-        report.write_csv(out / "metrics" / "significance.csv", header, lines)
-        files.append(out / "metrics" / "significance.csv")
-        files += research(cfg, out / "research_paper_materials", tests, metrics, drawn)
-    document.heading("Numbers")
-    report.metrics_table(document, metrics)
-    if skipped:
-        document.heading("Not computed")
-        document.table(("metric", "why"), skipped.items())
-    return files
-
-
-def research(cfg, folder, tests, metrics, drawn):
-    """research_summary.md: settings, findings in sentences, numbers, and the key figures copied beside it. Returns the files."""
-    import shutil
-
-    from nanodiff import engine, report
-    from nanodiff.weights import write_bytes
-
-    document, files = report.Report("Summary of the comparison"), [engine.out_dir(folder) / "research_summary.md"]
-    document.heading("Settings")
-    document.table(("setting", "value"), [[k, str(v)] for k, v in engine.as_dict(cfg).items() if v is not None])
-    document.heading("Findings")
-    for name, (t, p, _, nearer) in tests.items():
-        before, after = (metrics[f"{k}_vs_teacher.{name}"]["value"] for k in ("original", "finetuned"))
-        document.text(
-            f"{name.replace('_', ' ')} against the teacher: {report.shown(before)} before, {report.shown(after)} after: {NEARER[nearer]}; mean "
-            f"difference {t.mean:+.3g} (95 % interval {t.low:.3g} to {t.high:.3g}, d = {t.d:.2f}), "
-            + (f"significant at 5 % (Holm's p = {p:.2g})." if p < 0.05 else f"not significant (Holm's p = {p:.2g}).")
-        )
-    document.text(CANNOT)
-    document.heading("The sets as wholes")
-    document.table(
-        ("metric", "value", "n"), [[k, m["value"], m["n"]] for k, m in metrics.items() if k.split(".")[1] in OF_SETS]
-    )
-    document.heading("Figures")
-    for path in [p for p in drawn if p.name in KEY_FIGURES] + [
-        p for p in drawn if p.name.startswith("comparison_all_")
-    ][:3]:
-        files.append(shutil.copy(path, folder / path.name))
-        document.picture(files[-1], path.stem.replace("_", " "))
-    write_bytes(files[0], document.markdown(folder).encode("utf-8", "replace"))
-    return files
-
-
-def write_pairs(folder, found):
-    """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files."""
-    import json
-
-    from nanodiff import engine, evaluate, report, weights
-
-    engine.out_dir(folder)
-    files, counts, parts = [], {}, distinct(p.category for p in found)
-    columns = [n for n in TITLES if n in next(iter(found[0].numbers.values()))]
-    for pair in found:
-        i = counts[pair.category] = counts.get(pair.category, -1) + 1
-        stem = folder / f"metrics_{parts[pair.category]}_{i}"
-        text = json.dumps({"name": pair.name} | _finite(pair.numbers), indent=2)
-        stem.with_suffix(".json").write_text(
-            text + "\n", encoding="utf-8"
-        )  # not through the disk one by one: there may be thousands
-        lines = [[k.replace("_", " "), *(v[c] for c in columns)] for k, v in pair.numbers.items()]
-        report.write_csv(stem.with_suffix(".csv"), ("Comparison", *(TITLES[c] for c in columns)), lines)
-        files += [stem.with_suffix(".json"), stem.with_suffix(".csv")]
-    categories = list(counts)
-    weights.write_json(folder / "category_averages.json", {c: evaluate.average(found, c) for c in categories})
-    weights.write_json(folder / "overall_metrics.json", evaluate.average(found))
-    return [*files, folder / "category_averages.json", folder / "overall_metrics.json"]
-
-
-def _finite(numbers):
-    import math
-
-    return {
-        k: {n: v if v is None or math.isfinite(v) else str(v) for n, v in row.items()} for k, row in numbers.items()
-    }
-
-
-def figures_of(panels, out, document, found, folders, pairings, metrics):
-    """Panels, difference maps, radar, bars, improvement; each into the report. Returns the files."""
-    import numpy as np
-    from PIL import Image
-
-    from nanodiff import charts, engine, evaluate
-    from nanodiff import images as pictures
-
-    look, side = engine.out_dir(out / "visualization"), engine.out_dir(out / "comparison_output")
-    _, sets = evaluate.matched(folders)
-    files, counts, chosen = [], {}, set(_spread(len(found), panels) if panels else ())
-    parts = distinct(p.category for p in found)
-    labels = [k for k in ("a", "b", "original", "finetuned", "teacher") if k in folders]
-    document.heading("Pictures")
-    for k, pair in enumerate(found):
-        i = counts[pair.category] = counts.get(pair.category, -1) + 1
-        if k not in chosen:
-            continue
-        shown = {n: sets[n].image(k) for n in labels}
-        name = f"{parts[pair.category]}_{i}"
-        path = side / f"comparison_all_{name}.png"
-        pictures.save_png(pictures.grid([_small(p, 256) for p in shown.values()], len(labels), labels, size=20), path)
-        document.picture(path, f"{pair.name}: {', '.join(labels)}")
-        files.append(path)
-        for a, b in pairings:
-            least = min(shown[a].size, shown[b].size, key=lambda s: s[0] * s[1])
-            x, y = (np.asarray(shown[n].resize(least, Image.Resampling.LANCZOS)) for n in (a, b))
-            path = charts.difference(
-                look / f"difference_{a}_vs_{b}_{name}.png", x, y, (a, b), pair.numbers[f"{a}_vs_{b}"]
-            )
-            if path:
-                files.append(path)
-                document.picture(path if len(chosen) <= 3 or k == min(chosen) else None, f"{pair.name}: {a} and {b}")
-    document.heading("Figures")
-    means, categories = evaluate.average(found), sorted(counts)
-    radar = {f"{a} and {b}": [_unit(n, means[f"{a}_vs_{b}"].get(n)) for n in RADAR] for a, b in pairings}
-    if all(n in means[f"{a}_vs_{b}"] for n in RADAR for a, b in pairings):
-        axes = [TITLES[n].replace(" Similarity", "") if n != "mse" else "inverted MSE" for n in RADAR]
-        path = charts.radar(look / "radar_chart.png", axes, radar)
-        document.picture(path, "Means over all pictures; inverted MSE is max(0, 1 - MSE / 10000)")
-        files.append(path)
-    by_category = {c: evaluate.average(found, c) for c in categories}
-    for name, mean in means[f"{pairings[0][0]}_vs_{pairings[0][1]}"].items():
-        if mean is None:
-            continue
-        series = {f"{a} and {b}": [by_category[c][f"{a}_vs_{b}"][name] for c in categories] for a, b in pairings}
-        path = charts.bars(look / f"{name}_comparison.png", categories, series, name.replace("_", " "))
-        document.picture(path, f"{name.replace('_', ' ')} by category")
-        files.append(path)
-    if len(pairings) == 3:
-        for k in means:
-            means[k] |= {n: metrics[f"{k}.{n}"]["value"] for n in ("fid",) if f"{k}.{n}" in metrics}
-        files += _improvement(look, document, means)
-    return [f for f in files if f]
-
-
-def _unit(name, value):
-    """A number on the radar's axis from 0 to 1."""
-    if value is None:
-        return 0.0
-    return min(max(1 - value / 10000 if name == "mse" else value, 0.0), 1.0)
-
-
-def _improvement(look, document, means):
-    """By how much the finetuned pictures are nearer to the teacher than the original ones: (ft - orig) / orig, the other way round where
-    less is nearer."""
-    from nanodiff import charts, similarity
-
-    before, after, rows = means["original_vs_teacher"], means["finetuned_vs_teacher"], []
-    for name, direction in (similarity.HIGHER_IS_NEARER | {"fid": False}).items():
-        if direction is None or not before.get(name) or after.get(name) is None:
-            continue
-        change = 100 * (after[name] - before[name]) / abs(before[name])
-        rows.append((name.replace("_", " "), before[name], after[name], change if direction else -change))
-    if not rows:
-        return []
-    document.heading("Change towards the teacher")
-    document.table(("metric", "original", "finetuned", "nearer by %"), rows)
-    chart = charts.bars(
-        look / "improvement_percentage_chart.png",
-        [r[0] for r in rows],
-        {"": [r[3] for r in rows]},
-        "nearer to the teacher",
-        "%",
-    )
-    table = charts.table(look / "improvement_table.png", ("metric", "original", "finetuned", "nearer by"),
-                         [(n, f"{a:.4g}", f"{b:.4g}", f"{c:+.1f} %") for n, a, b, c in rows])  # fmt: skip
-    document.picture(
-        chart, "Per cent by which the finetuned pictures' mean is nearer to the teacher's; see the note above"
-    )
-    return [chart, table]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -735,7 +362,7 @@ def captions(cfg):
 
 
 def summary(cfg):
-    from nanodiff import charts, dist, report
+    from nanodiff import charts, dist, pages, report
 
     if not cfg.inputs:
         raise UserError("--inputs FOLDER is required")
@@ -748,7 +375,7 @@ def summary(cfg):
     def make():
         document, files = report.Report(cfg.title), []
         if any(m.split(".")[-1] in ("ssim", "mse", "psnr") for m in every):
-            document.text(CANNOT)
+            document.text(pages.CANNOT)
         document.heading("Side by side")
         document.table(
             ("metric", *names), [[m, *(f[m]["value"] if m in f else None for f in found.values())] for m in every]
@@ -757,7 +384,9 @@ def summary(cfg):
         common = [m for m in every if sum(drawable(f, m) for f in found.values()) > 1]
         if common:
             nothing = (float("nan"),) * 3
-            panels = {m: {"": [_band(f[m]) if drawable(f, m) else nothing for f in found.values()]} for m in common}
+            panels = {
+                m: {"": [pages.band(f[m]) if drawable(f, m) else nothing for f in found.values()]} for m in common
+            }
             chart = charts.lines(record.out / "runs.png", names, panels, "run")
             document.picture(chart, "Numbers that more than one run has")
             files += [chart] if chart else []

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from util import GOLDEN, ROOT, TINY, error_line, recipe, run
 
 import eval as evaluation
-from nanodiff import config, data
+from nanodiff import config, data, pages
 from nanodiff.models.inception import InceptionV3
 from nanodiff.models.lpips import VGG16
 from nanodiff.weights import save_tensors
@@ -186,7 +186,9 @@ def test_drawing_first(tmp_path):
     ]
     found, *_ = evaluate("images", tmp_path / "o", *argv)
     files = sorted((tmp_path / "o" / "generated").iterdir())
-    assert [f.name for f in files] == [f"{i:05d}.png" for i in range(6)] and found["pixels_fid"]["n"] == 6
+    assert [f.name for f in files] == [*(f"{i:05d}.png" for i in range(6)), "drawn.json"] and found["pixels_fid"][
+        "n"
+    ] == 6
     first = files[3].read_bytes()
     files[3].unlink()
     other, *_ = evaluate("images", tmp_path / "o", *argv, "--batch-size", 1, n=2)
@@ -230,7 +232,7 @@ def test_names_of_sets():
     ]
     assert evaluation._names(["/a/x.tar", "/b/x"], "generated") == ["a/x", "b/x"]
     assert evaluation._names(["."], "inputs") == [os.path.basename(os.getcwd())]
-    assert len(set(evaluation.distinct(["a b", "a_b", "a-b"]).values())) == 3
+    assert len(set(pages.distinct(["a b", "a_b", "a-b"]).values())) == 3
 
 
 def test_which_clip(tmp_path, weights):
