@@ -209,7 +209,8 @@ def _add(parser, field, hint):
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **kwargs)
         return
     if typing.get_origin(kind) is list:
-        kwargs |= {"action": "append", "type": typing.get_args(kind)[0]}
+        (one,) = typing.get_args(kind)  # numbers may follow one flag; of texts, which may lack quotes, each has its own
+        kwargs |= {"action": "append", "type": one} if one is str else {"action": "extend", "nargs": "+", "type": one}
     else:
         kwargs |= {"type": kind, "choices": m["choices"]}
     if m["const"] is not None:

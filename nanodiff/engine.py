@@ -298,7 +298,7 @@ class Run:
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:
-            dist.recompute(self.net)
+            dist.recompute(self.net, random=getattr(cfg, "lora_dropout", 0) > 0)
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
         self.opt = torch.optim.AdamW(
             recipe.trainable(self.net).values(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
@@ -684,14 +684,16 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def close(self):
-        """Write run.json and leave the other processes."""
+    def close(self, leave=True):
+        """Write run.json and leave the other processes; leave=False: another run follows."""
         self.record.result("steps", self.step)
         if self.skipped:
             self.record.result("skipped_updates", self.skipped)
         self.record.write()
         self.watch.close()
-        dist.finish()
+        self.lock.close()
+        if leave:
+            dist.finish()
 
 
 def _few(keys):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from util import ROOT, run
 
+import distill
 import eval as evaluation
 import sample
 import train
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [c for c in re.findall(r"`([^`\n]+)`", README) if c.startswith("python ")]
 DOCSTRINGS = [
     line.strip().split("  #")[0]
-    for m in (sample, train, evaluation)
+    for m in (sample, train, evaluation, distill)
     for line in m.__doc__.splitlines()
     if line.strip().startswith("python ")
 ]
@@ -32,6 +33,8 @@ def test_commands_parse(command):
         config.parse(STAGES[argv[0]], argv[1:], presets=train.PRESETS[argv[0]])
     elif script == "eval.py":
         config.parse(evaluation.STAGES[argv[0]][0], argv[1:])
+    elif script == "distill.py":
+        config.parse(distill.STAGES[argv[0]][0], argv[1:])
     elif script == "-m":
         assert (ROOT / (argv[0].replace(".", "/") + ".py")).exists()
     else:

@@ -1,0 +1,145 @@
+"""distill.py: generations of a model that learns from its own pictures."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import sys
+
+import pytest
+from util import ROOT
+
+import distill
+from nanodiff import config, data, gallery, pipeline
+
+
+def script(*argv):
+    """distill.py in this process: (exit code, stdout, stderr)."""
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["distill.py", *map(str, argv)])
+        code = config.script(distill.STAGES, distill.__doc__)
+    signal.signal(signal.SIGTERM, before)
+    return code, out.getvalue(), err.getvalue()
+
+
+def arguments(folder, **more):
+    """A study of seconds on the embedded model."""
+    coco = folder / "captions.json"
+    if not coco.exists():
+        texts = ("red apple", "fire", "crescent moon", "cat face", "strawberry")
+        rows = [{"image_id": 10 * i + 9, "caption": t} for i, t in enumerate(texts)]
+        coco.write_text(
+            json.dumps({"images": [], "annotations": [*reversed(rows), {"image_id": 9, "caption": "second"}]})
+        )
+    options = {"model": ROOT / "assets" / "nano", "captions": coco, "data-root": folder / "data", "models-root": folder / "models",
+               "output-dir": folder / "out", "target-gen": 2, "steps": 2, "num-images": 4, "gen0-images": 5, "epochs": 1, "lr": 1e-4,
+               "features": "pixels", "nearest-k": 1, "cfg-scale": 1.5, "mixed-precision": "no"} | more  # fmt: skip
+    return ["recursive", *(a for k, v in options.items() if v is not None for a in (f"--{k}", v))]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    code, out, err = script(*arguments(folder))
+    assert code == 0, err
+    return folder, out, err
+
+
+def files(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix in (".jpg", ".safetensors")
+    }
+
+
+def test_folders_and_names(study):
+    folder, out, err = study
+    base = "sd_to_sd_cfg_1.5_steps_2_gen_"
+    assert {p.name for p in (folder / "data").iterdir()} == {f"{base}{k}" for k in range(3)}
+    assert {p.name for p in (folder / "models").iterdir()} == {f"{base}{k}" for k in (1, 2)}
+    names = [f"COCO_train2014_{10 * i + 9:012d}.jpg" for i in range(5)]
+    for k, n in ((0, 5), (1, 4), (2, 4)):
+        pictures = data.load(folder / "data" / f"{base}{k}")
+        assert pictures.keys == names[:n] and pictures.captions[0] == "red apple"
+        assert gallery.planned(folder / "data" / f"{base}{k}")[names[1]].seed == 19
+    assert pipeline.load(folder / "models" / f"{base}2").net is not None
+    assert json.loads((folder / "models" / f"{base}1" / "training.json").read_text())["updates"] == 5
+    assert json.loads((folder / "models" / f"{base}2" / "training.json").read_text())["updates"] == 4
+    assert "target_gen: 2" in err and "cfg_scale: 1.5" in err and "generation\tcfg\tsteps\tloss\tFID" in out
+
+
+def test_the_table_and_the_report(study):
+    folder, out, _ = study
+    rows = json.loads((folder / "out" / "cfg_1.5" / "table.json").read_text())
+    assert [r["generation"] for r in rows] == [0, 1, 2] and rows[0]["loss"] is None and rows[2]["loss"] > 0
+    assert abs(rows[0]["FID"]) < 1e-6 < rows[2]["FID"], "generation 0 against itself"
+    for name in ("report.html", "generations.png", "across.png", "table.csv", "metrics.json"):
+        assert (folder / "out" / "cfg_1.5" / name).exists()
+    record = json.loads((folder / "out" / "run.json").read_text())
+    assert record["results"]["gen_2.pixels_fid"] == rows[2]["FID"] and "gen_1.pixels_fid" in out
+
+
+def test_going_on_changes_nothing_that_is_there(study, tmp_path):
+    """A picture that was lost comes back the same; a model that was lost is trained again to the same bytes."""
+    folder, _, _ = study
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    want = {part: files(folder / part) for part in ("data", "models")}
+    base = "sd_to_sd_cfg_1.5_steps_2_gen_"
+    (again / "data" / f"{base}1" / "COCO_train2014_000000000019.jpg").write_bytes(b"half")
+    shutil.rmtree(again / "models" / f"{base}2")
+    code, _, err = script(*arguments(again, captions=folder / "captions.json"))
+    assert code == 0 and "3 of 4 pictures are there already" in err, err
+    assert {part: files(again / part) for part in want} == want
+
+
+@pytest.mark.parametrize("more, suffix, size", [
+    ({"baseline": ""}, "_baseline", 5), ({"accumulate": ""}, "_all", 9), ({"real-fraction": 0.5, "real": "assets/emoji/emoji.tar"}, "_real_0.5", 4),
+])  # fmt: skip
+def test_what_a_generation_learns_from(study, tmp_path, more, suffix, size):
+    folder, _, _ = study
+    shutil.copytree(folder / "data", tmp_path / "data")
+    argv = [a for a in arguments(tmp_path, **more) if a != ""]
+    code, _, err = script(*argv, "--no-evaluate")
+    assert code == 0, err
+    told = json.loads((tmp_path / "models" / f"sd_to_sd_cfg_1.5_steps_2_gen_2{suffix}" / "training.json").read_text())
+    assert told["pictures"] == size
+
+
+@pytest.mark.parametrize("argv", [
+    "", "--cfg_scale 7.5", "--target_gen 5", "--num_images 1 --steps 1 --epochs 1", "--cfg_scale 7.5 --target_gen 5 --steps 100 --epochs 10",
+    "--cfg_scales 1.0 7.5", "--baseline", "--finetune --real x",
+])  # fmt: skip
+def test_the_documents_commands_parse(argv):
+    cfg = config.parse(distill.Recursive, argv.split())
+    cfg.check()
+    assert cfg.cfg_scales == ([1.0, 7.5] if "scales" in argv else []) and cfg.model == "CompVis/stable-diffusion-v1-4"
+
+
+def refused(*argv):
+    code, _, err = script(*argv)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, (code, err)
+    return lines[0]
+
+
+def test_mistakes(study, tmp_path):
+    folder, _, _ = study
+    plain = arguments(tmp_path)
+    assert "give one of the two" in refused(*plain, "--baseline", "--finetune")
+    assert "--finetune needs --real" in refused(*plain, "--finetune")
+    assert "5 pictures have captions, 9 are wanted" in refused(*arguments(tmp_path, **{"gen0-images": 9}))
+    assert "gone.json" in refused(*arguments(tmp_path, captions=tmp_path / "gone.json"))
+    assert "--target-gen must be at least 0" in refused(*arguments(tmp_path, **{"target-gen": -1}))
+    assert "--real-fraction 1 must be" in refused(*arguments(tmp_path, **{"real-fraction": 1}))
+    (tmp_path / "data").mkdir()
+    shutil.copytree(
+        folder / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0", tmp_path / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0"
+    )
+    told = refused(*arguments(tmp_path, scheduler="euler"))
+    assert "holds pictures of another scheduler" in told and "gen_0" in told
+    (tmp_path / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0" / "mine.png").write_bytes(b"")
+    assert "mine.png: is no picture of this run" in refused(*plain)
