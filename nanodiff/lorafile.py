@@ -101,7 +101,7 @@ def write(path, found, models, form="kohya", facts=None):
             f"{path}: {'.'.join(twice[0])} is changed twice, which a file cannot say; merge the two instead"
         )
     if form == "peft":
-        return _write_peft(path, deltas, facts or {})
+        return _write_peft(path, deltas, models, facts or {})
     if form == "diffusers":
         tensors, settings = {}, {}
         for component in dict.fromkeys(d.component for d in deltas):
@@ -179,8 +179,11 @@ def _write_hashed(path, tensors, metadata):
 
 
 def settings_of(deltas):
-    """LoraConfig's fields for one component's layers: the commonest rank and alpha, the others by their full names."""
-    ranks, alphas = {d.module: d.down.shape[0] for d in deltas}, {d.module: alpha_of(d) for d in deltas}
+    """LoraConfig's fields for one component's layers: the commonest rank and alpha, the others by their names.
+
+    Names are matched by their ends, and are without `text_model.`, which the newer transformers do not have in memory."""
+    short = {d.module: d.module.removeprefix("text_model.") for d in deltas}
+    ranks, alphas = {short[d.module]: d.down.shape[0] for d in deltas}, {short[d.module]: alpha_of(d) for d in deltas}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     return {
         "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks),
@@ -193,7 +196,8 @@ def _peft_tensors(deltas):
     return {f"{d.module}.{part}.weight": v for d in deltas for part, v in (("lora_A", d.down), ("lora_B", d.up))}
 
 
-def _write_peft(path, deltas, facts):
+def _write_peft(path, deltas, models, facts):
+    """A CLIP without projection has no `text_model.` in memory in transformers 5, one with it has; PEFT goes by the names in memory."""
     components = list(dict.fromkeys(d.component for d in deltas))
     for component in components:
         folder = path / component if len(components) > 1 else path
@@ -204,7 +208,11 @@ def _write_peft(path, deltas, facts):
             "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         } | settings_of(mine)  # fmt: skip
         weights.write_json(folder / "adapter_config.json", config)
-        tensors = {f"base_model.model.{k}": v for k, v in _peft_tensors(mine).items()}
+        plain = component.startswith("text") and not getattr(models[component].cfg, "with_projection", True)
+        tensors = {
+            f"base_model.model.{k.removeprefix('text_model.') if plain else k}": v
+            for k, v in _peft_tensors(mine).items()
+        }
         weights.save_tensors(folder / "adapter_model.safetensors", tensors)
     return path
 

@@ -65,10 +65,10 @@ def test_every_rule_reads_the_same_change(tmp_path, name):
         tensors = load_file(tmp_path / "p" / component / "adapter_model.safetensors")
         for (of, module), change in want.items():
             if of == component:
-                a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+                a, b = (tensors[f"base_model.model.{module.removeprefix('text_model.')}.lora_{x}.weight"] for x in "AB")
                 assert (
                     torch.allclose(config["lora_alpha"] / config["r"] * b @ a, change, atol=1e-6)
-                    and module in config["target_modules"]
+                    and module.removeprefix("text_model.") in config["target_modules"]
                 )
     lorafile.write(tmp_path / "d", made, models, "diffusers")
     told = json.loads(weights.metadata(tmp_path / "d")["lora_adapter_metadata"])
