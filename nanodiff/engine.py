@@ -239,6 +239,7 @@ class Run:
         dist.agree({k: v for k, v in as_dict(cfg).items() if k != "local_rank"}, "configuration")
         layers.use_kernels(cfg.kernels)
         self.out = Path(cfg.output_dir)
+        self.lock = None  # rank 0's
         dist.on_main(self._claim)
         self.record = Record(cfg, self.device)
         if self.device.type == "cpu":
@@ -691,7 +692,8 @@ class Run:
             self.record.result("skipped_updates", self.skipped)
         self.record.write()
         self.watch.close()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
         if leave:
             dist.finish()
 
