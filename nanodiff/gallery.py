@@ -51,7 +51,11 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing"):
     todo = dist.on_main(_begin, folder, jobs, how, anew)
     if len(todo) < len(jobs):
         dist.say(f"{folder}: {len(jobs) - len(todo)} of {len(jobs)} pictures are there already")
-    batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+    lacking = {
+        job.name for job in todo
+    }  # batches are those of the whole list: what is drawn again is rounded as it was
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    batches = [batch for batch in batches if any(job.name in lacking for job in batch)]
     mine, failed = batches[dist.world().rank :: dist.world().size], {}
 
     def run():
@@ -68,6 +72,8 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing"):
                         failed[some[0].name] = str(e)
                     continue
                 for job, picture in zip(some, made, strict=True):
+                    if job.name not in lacking:
+                        continue
                     save(picture, folder / job.name, how | {"prompt": job.prompt, "seed": job.seed})
                 if some is batch:
                     break

@@ -1,14 +1,20 @@
 """Shared by the tests: where the recordings are, how to compare, how to run a script."""
 
+import contextlib
+import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from nanodiff import config
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -110,3 +116,13 @@ def coefficients(schedule, t):
 def double_noise(shape, seed=0):
     g = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def in_process(module, name, *argv):
+    """A script in this process, which has imported everything: (exit code, stdout, stderr). module: with STAGES, such as eval.py."""
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, argv)])
+        code = config.script(module.STAGES, module.__doc__)
+    signal.signal(signal.SIGTERM, before)
+    return code, out.getvalue(), err.getvalue()

@@ -1,27 +1,17 @@
 """distill.py: generations of a model that learns from its own pictures."""
 
-import contextlib
-import io
 import json
 import shutil
-import signal
-import sys
 
 import pytest
-from util import ROOT
+from util import ROOT, in_process
 
 import distill
 from nanodiff import config, data, gallery, pipeline
 
 
 def script(*argv):
-    """distill.py in this process: (exit code, stdout, stderr)."""
-    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["distill.py", *map(str, argv)])
-        code = config.script(distill.STAGES, distill.__doc__)
-    signal.signal(signal.SIGTERM, before)
-    return code, out.getvalue(), err.getvalue()
+    return in_process(distill, "distill.py", *argv)
 
 
 def arguments(folder, **more):
