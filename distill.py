@@ -1,11 +1,18 @@
 """Models that learn from models.
 
     python distill.py recursive --cfg_scale 7.5 --target_gen 3        # a model trained on its own pictures, again and again
+    python distill.py transfer all --config transfer.json               # SDXL teaches SD 1.5, by its pictures
+    python distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method consistency --output-dir out/four
 
 recursive: generation 0 are pictures of --model from the captions; generation k is generation k-1's model trained on the pictures of
 generation k-1, and pictures of it from the same captions and seeds. Every generation is measured; the report shows what is lost
 on the way (Shumailov et al. 2024, Nature 631: model collapse). --baseline trains on generation 0 always, --finetune on real
 pictures, --real-fraction mixes some in, --accumulate keeps all generations: what slows the loss (Gerstgrasser et al. 2024, arXiv 2404.01413).
+
+transfer: a teacher draws, a smaller student learns from it by adapters, and both are compared, before and after: generate, train, evaluate,
+visualize, or all of them.
+
+few-step: a student that needs 1 to 8 steps where its teacher needs 50 (nanodiff/fewstep.py has the equations).
 
 Everything may be killed at any moment: the same command goes on with what is missing. Under torchrun the same pictures come out.
 """
@@ -15,10 +22,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, printable, script
-from nanodiff.options import Noise, Training
+from nanodiff.config import UserError, arg, as_dict, printable, script
+from nanodiff.options import Adapters, Noise, Training
 
 LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a smaller --resolution"
+
+
+def least(cfg, **bounds):
+    """Raise UserError for an option below its bound."""
+    for name, bound in bounds.items():
+        if getattr(cfg, name) < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(cfg, name)}")
+
+
+def listed(text):
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass
@@ -61,16 +79,7 @@ class Recursive(Training, Noise):
 
     def check(self):
         self.check_ranges()
-        for name, least in (
-            ("target_gen", 0),
-            ("steps", 1),
-            ("num_images", 1),
-            ("gen0_images", 1),
-            ("draw_batch_size", 1),
-            ("epochs", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        least(self, target_gen=0, steps=1, num_images=1, gen0_images=1, draw_batch_size=1, epochs=1)
         if self.baseline and self.finetune:
             raise UserError("--baseline trains on generation 0 and --finetune on real pictures; give one of the two")
         if self.accumulate and (self.baseline or self.finetune):
@@ -82,73 +91,6 @@ class Recursive(Training, Noise):
         for name in ("finetune", "real_fraction"):
             if getattr(self, name) and not self.real:
                 raise UserError(f"--{name.replace('_', '-')} needs --real PICTURES with captions")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Training a student
-
-
-def train(cfg, model, dataset, folder):
-    """Train `model`'s denoiser on a data set, and write the whole model into `folder`, all at once when it is done. Checkpoints lie in
-    folder.training until then. Returns nothing; a folder that is there is left as it is."""
-    import json
-    import shutil
-
-    import torch
-
-    from nanodiff import build, dist, engine, latents, loader, weights
-
-    if dist.on_main((folder / "model_index.json").is_file):
-        return
-    work = folder.with_name(f"{folder.name}.training")
-    group = cfg.batch_size * cfg.grad_accum * dist.world().size
-    updates = cfg.max_steps or cfg.epochs * max(1, -(-len(dataset) // group))
-    part = dataclasses.replace(
-        cfg, output_dir=str(work), resume="auto", checkpointing_steps=cfg.checkpointing_steps or max(1, updates // 10)
-    )
-    run = engine.Run(part)
-    sd, nets = dist.together(build.student, model)
-    for frozen in (sd.vae, *sd.encoders):
-        if frozen is not None:
-            frozen.to(run.device)
-    side = cfg.resolution or sd.size[0]
-    feed = loader.Feed(
-        dataset, loader.Transform(side, True), cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout
-    )
-    calls = run.trainable(nets)
-    run.schedule(feed.per_epoch)
-    run.resume()
-    run.same("data set", dataset.fingerprint(), must=True)
-    feed.interrupted = run.interrupted
-    x0_of = latents.Latents(sd.vae, feed, cfg.seed, run.device, work / "cache")
-    text_of = latents.Texts(sd, dataset.texts, cfg.seed, run.device, cfg.caption_dropout, folder=work / "cache",
-                            dtype=run.precision or torch.float32)  # fmt: skip
-    losses = build.losses(cfg, sd, calls, run.device)
-    for _ in run.steps():
-        for batch in feed.update(run.step):
-            with run.forward(batch):
-                loss, plain = losses(batch, x0_of, text_of, cfg.seed)
-            run.backward(loss, batch, unweighted_loss=plain)
-        run.update()
-        if run.epoch_ended():
-            run.more["epoch_loss"] = run.epoch_loss
-            run.judge(run.epoch_loss)
-    run.save()
-    with run.averaged():
-        states = {k: dist.whole_state(m) for k, m in run.net.items()}
-
-        def write():
-            fresh = folder.with_name(f"{folder.name}.part")
-            shutil.rmtree(fresh, ignore_errors=True)
-            sd.save(fresh, weights.DTYPES[cfg.save_dtype], states)
-            (fresh / "training.json").write_text(
-                json.dumps({"loss": run.more.get("epoch_loss"), "updates": run.step, "pictures": len(dataset)})
-            )
-            fresh.rename(folder)
-
-        dist.on_main(write)
-    run.close(leave=False)
-    dist.on_main(shutil.rmtree, work, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,6 +191,26 @@ def draw(study, k, captions, device):
     gc.collect()
 
 
+def learn(cfg, model, dataset, folder):
+    """Train a model's denoiser on a data set, and write the whole model into `folder`; one that is there is left as it is. Checkpoints
+    lie in folder.training until then."""
+    import shutil
+
+    from nanodiff import dist, teach
+
+    if dist.on_main((folder / "model_index.json").is_file):
+        return
+    work = folder.with_name(f"{folder.name}.training")
+    sd, nets = dist.together(teach.student, model)
+
+    def write(run, states):
+        facts = {"loss": run.more.get("epoch_loss"), "updates": run.step, "pictures": len(dataset)}
+        teach.save_model(sd, folder, cfg.save_dtype, states, **facts)
+
+    teach.fit(cfg, work, sd, nets, dataset, teach.plain(cfg), write, cfg.resolution)
+    dist.on_main(shutil.rmtree, work, ignore_errors=True)
+
+
 def recursive(cfg):
     from nanodiff import dist, engine
 
@@ -267,7 +229,7 @@ def recursive(cfg):
             if k:
                 dataset = dist.on_main(study.dataset, k)
                 with record.timed("train"):
-                    train(cfg, study.model(k - 1), dataset, study.model(k))
+                    learn(cfg, study.model(k - 1), dataset, study.model(k))
             with record.timed("draw"):
                 draw(study, k, captions[: cfg.num_images if k else cfg.gen0_images], device)
         with record.timed("evaluate"):
@@ -287,8 +249,7 @@ def summary(study, record, device):
     out = record.out / f"cfg_{study.scale:g}{study.suffix}"
     sets = {f"gen_{k}": dist.on_main(data.load, study.pictures(k)) for k in generations}
     real = dist.on_main(data.load, cfg.real, captions=False) if cfg.real else sets["gen_0"]
-    spaces = tuple(part.strip() for part in cfg.features.split(",") if part.strip())
-    settings = evaluate.Settings(spaces=spaces, weights_dir=cfg.weights_dir, clip=cfg.clip, nearest_k=cfg.nearest_k,
+    settings = evaluate.Settings(spaces=listed(cfg.features), weights_dir=cfg.weights_dir, clip=cfg.clip, nearest_k=cfg.nearest_k,
                                  cache=str(record.out / "cache"), seed=cfg.seed, device=device)  # fmt: skip
     found = {n: evaluate.images(d, settings, real, d.captions, n) for n, d in sets.items()} if cfg.evaluate else {}
     losses = {
@@ -341,7 +302,651 @@ def summary(study, record, device):
     }
 
 
-STAGES = {"recursive": (Recursive, recursive)}
+# ---------------------------------------------------------------------------------------------------------
+# Teacher to student
+
+
+@dataclass
+class Transfer(Training, Noise, Adapters):
+    model: str = arg(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "the student: folder or Hub id", "base-model-id", "student"
+    )
+    teacher: str = arg("stabilityai/stable-diffusion-xl-base-1.0", "the teacher", "teacher-model-id")
+    prompt_source: str = arg("assets/prompts/dogs.json", "words and templates (JSON, to be edited), .csv, .txt, or pictures with captions", "prompts")  # fmt: skip
+    prompt_column: str | None = arg(None, "column of the prompts in a table")
+    num_images: int = arg(1000, "the teacher's pictures to learn from", "num-images-to-generate")
+    sdxl_image_dir: str | None = arg(None, "where they are; default OUTPUT_DIR/sdxl_images", "teacher-image-dir")
+    output_dir: str = arg("output", "everything goes here (visualize with --metrics-dir: the figures)")
+    method: str = arg("data", "learn from the teacher's pictures, from its denoiser's output on them, or both, one after the other, compared", choices=("data", "online", "both"))  # fmt: skip
+    feature_weight: float = arg(0.0, "online: weight of the difference between both UNets' attention maps")
+    steps: int = arg(50, "sampling steps", "num-inference-steps")
+    guidance_scale: float = arg(7.5, "guidance")
+    teacher_steps: int | None = arg(None, "the teacher's; default --steps")
+    teacher_guidance_scale: float | None = arg(None, "the teacher's; default --guidance-scale")
+    teacher_resolution: int | None = arg(None, "pixels along one side of the teacher's pictures; default: its own")
+    resolution: int | None = arg(
+        None, "pixels along one side of the student's pictures; default: its own (SD 1.5: 512)"
+    )
+    eval_batch_size: int = arg(1, "pictures drawn at a time", "draw-batch-size")
+    evaluation_prompts: str | None = arg(
+        None, "as --prompt-source, with a column `category`; default: other prompts of --prompt-source"
+    )
+    num_evaluation_prompts: int = arg(100, "pictures that are compared")
+    checkpoint: str | None = arg(
+        None, "evaluate: the adapters (or the whole model) after training; default: what train wrote"
+    )
+    metrics_dir: str | None = arg(None, "visualize: numbers of an evaluation; default OUTPUT_DIR/metrics")
+    panels: int = arg(12, "pictures of which panels and difference maps are drawn")
+    weights_dir: str | None = arg(None, "Inception's and CLIP's weights, for FID and CLIP score (see eval.py)")
+    clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
+    lora: bool = arg(True, "train adapters; --no-lora: the whole denoiser", "use-lora")
+    lora_rank: int = arg(16, "rank of the adapters", "lora-r", "rank")
+    lora_alpha: float | None = arg(32.0, "their strength is alpha / rank")
+    lora_dropout: float = arg(0.1, "of the adapters' inputs, while training")
+    lora_targets: list[str] = arg([], "layers to adapt, of the denoiser (to_q …) or the text encoder (q_proj, fc1 …); default: the denoiser's attention", "lora-target-modules")  # fmt: skip
+    seed: int = arg(42, "every random draw is a function of it")
+    batch_size: int = arg(4, "samples of a process in a micro-batch", "train-batch-size")
+    epochs: int = arg(10, "passes over the pictures", "num-epochs", "num-train-epochs")
+    lr: float = arg(1e-4, "peak learning rate", "learning-rate")
+    lr_warmup_steps: float = arg(0, "updates of linear warm-up; below 1: a share of the run")
+    adam_beta2: float = arg(0.999, "AdamW's decay of the square")
+    ema: bool = arg(False, "average the weights", "use-ema")
+    gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
+    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text, for guidance")
+    checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
+    sample_every: int = arg(0, "updates between sheets of pictures; 0 = none")
+    save_dtype: str = arg("fp32", "type of the written weights", choices=("fp32", "fp16", "bf16"))
+    dry_run: bool = arg(False, "print the memory of every stage, and make nothing (needs no weights)")
+
+    def check(self):
+        self.check_ranges()
+        least(self, num_images=1, num_evaluation_prompts=2, steps=1, eval_batch_size=1, panels=0, feature_weight=0)
+        if not self.lora and set(getattr(self, "given", ())) & {f.name for f in dataclasses.fields(Adapters)}:
+            raise UserError("--lora-… are settings of --lora")
+        if self.feature_weight and self.method == "data":
+            raise UserError("--feature-weight is for --method online or both")
+
+    @property
+    def methods(self):
+        return ("data", "online") if self.method == "both" else (self.method,)
+
+    @property
+    def root(self):
+        return Path(self.output_dir)
+
+    @property
+    def teacher_images(self):
+        return Path(self.sdxl_image_dir) if self.sdxl_image_dir else self.root / "sdxl_images"
+
+    def work(self, method):
+        """Where a student is trained: the first one's checkpoints lie in checkpoints/."""
+        return self.root / "checkpoints" / ("" if method == self.methods[0] else method)
+
+
+ARMS = {"original": "weakmodel_images", "finetuned": "comparison_output/finetuned", "online": "comparison_output/online",
+        "teacher": "comparison_output/teacher"}  # fmt: skip
+PAIRINGS = [("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher")]
+
+
+def transfer(*stages):
+    """The main of `transfer` and some of its parts, one after the other."""
+
+    def main(cfg):
+        from nanodiff import dist, engine
+
+        cfg.check()
+        if cfg.dry_run:
+            return transfer_plan(cfg)
+        device = engine.pick_device(cfg.device)
+        dist.start(device, cfg.dist_timeout)
+        dist.agree(as_dict(cfg), "configuration")
+        record = engine.Record(cfg, device)
+        for stage in stages:
+            with record.timed(stage.__name__.removeprefix("transfer_")):
+                stage(cfg, record, device)
+        record.write()
+        dist.finish()
+
+    return main
+
+
+def learning_prompts(cfg):
+    """[(category, prompt)] of the teacher's pictures."""
+    from nanodiff import promptset
+
+    return promptset.read(cfg.prompt_source, cfg.prompt_column).draw(cfg.num_images, cfg.seed)
+
+
+def evaluation_prompts(cfg):
+    """[(category, prompt)] of the comparison: none that is learned from, where there are others."""
+    from nanodiff import promptset
+
+    n, learned = cfg.num_evaluation_prompts, [p for _, p in learning_prompts(cfg)]
+    if cfg.evaluation_prompts:
+        source = promptset.read(cfg.evaluation_prompts, cfg.prompt_column)
+        return source.draw(n, cfg.seed + 1, list(getattr(source, "templates", ())))
+    source = promptset.read(cfg.prompt_source, cfg.prompt_column)
+    chosen = source.draw(n, cfg.seed + 1, list(getattr(source, "templates", ())), learned)
+    if set(learned) & {p for _, p in chosen}:
+        from nanodiff import dist
+
+        dist.say(
+            f"note: {cfg.prompt_source} has no other prompts, so those that are learned from are compared; --evaluation-prompts names others"
+        )
+    return chosen
+
+
+def painter(model, device, adapters=None):
+    """A pipeline that draws; adapters: a LoRA's file or folder, which is merged into its weights."""
+    from nanodiff import dist, engine, lora, pipeline
+
+    sd = dist.together(pipeline.load, model, engine.pick_dtype("auto", device), device)
+    if adapters:
+        dist.together(lambda: lora.fuse(sd.models(), lora.read(adapters, sd.models()), keep=False))
+    return sd
+
+
+def let_go(sd):
+    """Give a model's memory back; the caller has no other name for it."""
+    import gc
+
+    import torch
+
+    for module in sd.models().values():
+        module.to("meta")
+    del sd
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def transfer_generate(cfg, record, device):
+    """The teacher's pictures, each with its prompt beside it."""
+    from nanodiff import dist, gallery
+
+    prompts = dist.on_main(learning_prompts, cfg)
+    jobs = [gallery.Job(f"{i:05d}.png", prompt, cfg.seed + i) for i, (_, prompt) in enumerate(prompts)]
+    sd = painter(cfg.teacher, device)
+    how = teacher_settings(cfg, sd)
+    failed = gallery.draw(sd, jobs, cfg.teacher_images, how, cfg.eval_batch_size, what="teacher", captions=True)
+    let_go(sd)  # before the student is there: 16 GB are enough for one of them
+    record.result("teacher_images", len(jobs) - len(failed))
+    record.result("teacher_images_dropped", len(failed))
+
+
+def teacher_settings(cfg, sd):
+    from nanodiff import gallery
+
+    scale = cfg.guidance_scale if cfg.teacher_guidance_scale is None else cfg.teacher_guidance_scale
+    return gallery.settings(
+        sd,
+        Path(cfg.teacher).name,
+        cfg.teacher_steps or cfg.steps,
+        scale,
+        cfg.teacher_resolution,
+        cfg.teacher_resolution,
+    )
+
+
+def teacher_data(cfg):
+    """The pictures to learn from. Raises UserError for a folder that is not complete."""
+    from nanodiff import data, gallery
+
+    folder = cfg.teacher_images
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not there; `transfer generate` makes it")
+    if (folder / gallery.PLAN).is_file():
+        lacking, _ = gallery.lacking(folder)
+        if lacking:
+            raise UserError(f"{folder}: {len(lacking)} of {len(gallery.planned(folder))} pictures are not there, such as {lacking[0]}; "
+                            "`transfer generate` goes on with them")  # fmt: skip
+    return data.load(folder)
+
+
+def transfer_train(cfg, record, device):
+    """The student, once for every method."""
+    import torch
+
+    from nanodiff import build, dist, fewstep, pipeline, teach
+
+    dataset = dist.on_main(teacher_data, cfg)
+    for method in cfg.methods:
+        torch.manual_seed(cfg.seed)  # the adapters' beginnings
+        sd, nets = dist.together(teach.student, cfg.model, build.lora_settings(cfg) if cfg.lora else None)
+        make = teach.plain(cfg)
+        if method == "online":
+            master = dist.together(pipeline.load, cfg.teacher, torch.float32, "cpu")
+            dist.together(fewstep.same_space, sd, master)
+            make = teach.online(cfg, master, dataset.texts)
+        work = cfg.work(method)
+        dist.say(f"{method}: {len(dataset)} pictures of {Path(cfg.teacher).name} teach {Path(cfg.model).name}")
+
+        def write(run, states, sd=sd, work=work):
+            if not cfg.lora:
+                return teach.save_model(
+                    sd, work / "model", cfg.save_dtype, states, loss=run.more.get("epoch_loss"), updates=run.step
+                )
+            targets = {"peft": work / "lora_weights"}
+            if "transformer" not in sd.models():  # kohya's form has names for a UNet's layers only
+                targets["kohya"] = work / "lora_kohya.safetensors"
+            return teach.save_adapters(
+                sd, run, states, targets, cfg.save_dtype, title=f"{Path(cfg.teacher).name} to {Path(cfg.model).name}"
+            )
+
+        shown = [p for _, p in dist.on_main(evaluation_prompts, cfg)[:8]] if cfg.sample_every else ()
+        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, shown, (cfg.steps, cfg.guidance_scale))
+        record.file(work / ("lora_weights" if cfg.lora else "model"))
+        let_go(sd)
+
+
+def transfer_evaluate(cfg, record, device):
+    """Before, after and teacher: the same prompts, and the same initial latents for the student's two."""
+    from nanodiff import data, dist, evaluate, gallery, pages, report, weights
+
+    prompts, counts, jobs = dist.on_main(evaluation_prompts, cfg), {}, []
+    for i, (category, prompt) in enumerate(prompts):
+        k = counts[category] = counts.get(category, -1) + 1
+        jobs.append(gallery.Job(f"{category}/{k:04d}.png", prompt, cfg.seed + 1_000_000 + i))
+    arms = ["original", "finetuned", *(["online"] if cfg.method == "both" else []), "teacher"]
+    failed = {}
+    for arm in arms:
+        trained = (
+            None if arm in ("original", "teacher") else taught(cfg, "online" if arm == "online" else cfg.methods[0])
+        )
+        if arm == "teacher":
+            sd = painter(cfg.teacher, device)
+            how = teacher_settings(cfg, sd)
+        else:
+            whole = trained is not None and (trained / "model_index.json").is_file()
+            sd = painter(trained if whole else cfg.model, device, None if whole else trained)
+            how = gallery.settings(sd, arm, cfg.steps, cfg.guidance_scale, cfg.resolution, cfg.resolution)
+        failed |= gallery.draw(
+            sd, jobs, cfg.root / ARMS[arm], how, cfg.eval_batch_size, anew=True, what=arm, captions=True
+        )
+        let_go(sd)
+    names = [j.name for j in jobs if j.name not in failed]
+    if len(names) < 2:
+        raise UserError("fewer than two pictures could be drawn by all models, so nothing can be compared")
+    folders = {}
+    for arm in arms:
+        every = dist.on_main(data.load, cfg.root / ARMS[arm])
+        folders[arm] = every.subset([i for i, key in enumerate(every.keys) if key in set(names)])
+    settings = evaluate.Settings(("fid", "clip_score"), weights_dir=cfg.weights_dir, clip=cfg.clip, seed=cfg.seed, device=device,
+                                 cache=str(cfg.root / "cache"))  # fmt: skip
+    three = {k: v for k, v in folders.items() if k != "online"}
+    found, resized = evaluate.pairs(three, PAIRINGS, settings)
+    metrics = evaluate.pair_metrics(found, {}, resized, cfg.seed)
+    whole, skipped = evaluate.of_sets(three, PAIRINGS, settings)
+    metrics |= whole
+    if "online" in folders:
+        both = {k: folders[k] for k in ("finetuned", "online", "teacher")}
+        second, resized = evaluate.pairs(both, [("online", "teacher")], settings)
+        metrics |= {
+            f"online_vs_teacher.{k}": m for k, m in evaluate.pair_metrics(second, {}, resized, cfg.seed).items()
+        }
+        found = [p._replace(numbers=p.numbers | q.numbers) for p, q in zip(found, second, strict=True)]
+    for reason in dict.fromkeys(skipped.values()):
+        dist.say(f"note: not computed: {printable(reason)}")
+
+    def write():
+        from nanodiff import engine
+
+        folder, side, maps = (
+            engine.out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons")
+        )
+        for old in folder.glob("metrics_*"):
+            old.unlink()
+        files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
+        facts = {k: str(v) for k, v in as_dict(cfg).items() if v not in (None, "", [])}
+        weights.write_json(folder / "evaluation.json", {"settings": facts, "skipped": skipped, "dropped": failed})
+        return files + pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
+
+    for path in dist.on_main(write):
+        record.file(path)
+    for name in ("original_vs_teacher.mse", "finetuned_vs_teacher.mse", "online_vs_teacher.mse", "original_vs_teacher.ssim",
+                 "finetuned_vs_teacher.ssim", "online_vs_teacher.ssim"):  # fmt: skip
+        if name in metrics:
+            record.result(name, metrics[name]["value"])
+    record.result("pictures_compared", len(names))
+
+
+def taught(cfg, method):
+    """What train wrote, or --checkpoint: a LoRA's file or folder, or a model's folder."""
+    if cfg.checkpoint and method == cfg.methods[0]:
+        path = Path(cfg.checkpoint)
+        if not path.exists():
+            raise UserError(f"--checkpoint {path}: no such file or folder")
+        return path
+    path = cfg.work(method) / ("lora_weights" if cfg.lora else "model")
+    if not path.is_dir():
+        raise UserError(f"{path}: is not there; `transfer train` makes it, or --checkpoint names another")
+    return path
+
+
+def transfer_visualize(cfg, record, device):
+    """Figures, tests and the report, from the numbers of evaluate alone."""
+    from nanodiff import dist
+
+    for path in dist.on_main(_visualize, cfg):
+        record.file(path)
+
+
+def _visualize(cfg):
+    from nanodiff import engine, pages, report
+    from nanodiff.config import read_json
+
+    numbers = Path(cfg.metrics_dir) if cfg.metrics_dir else cfg.root / "metrics"
+    if not numbers.is_dir():
+        raise UserError(f"{numbers}: is not there; `transfer evaluate` makes it")
+    root = numbers.resolve().parent
+    look = engine.out_dir(cfg.root if cfg.metrics_dir else root / "visualization")
+    found, metrics, facts = (
+        pages.read_pairs(numbers),
+        report.read_metrics(numbers),
+        read_json(numbers / "evaluation.json"),
+    )
+    settings = facts["settings"]
+    document = report.Report(f"From {Path(settings['teacher']).name} to {Path(settings['model']).name}")
+    document.text(pages.CANNOT)
+    document.text(f"{len(found)} prompts in {len({p.category for p in found})} categories. The student before and after training began from the "
+                  f"same latents. {len(facts['dropped'])} pictures could not be drawn and are left out.")  # fmt: skip
+    for path in sorted((root / "comparison_output").glob("comparison_all_*.png"))[:6]:
+        document.picture(path, path.stem)
+    tests, path = pages.nearer(look, document, found, int(settings["seed"]))
+    files = [path]
+    if "online_vs_teacher" in found[0].numbers:
+        document.heading("Two ways to learn")
+        document.text("Finetuned: trained on the teacher's pictures. Online: trained on the output of the teacher's denoiser on the same pictures, "
+                      "with as many updates. The test asks whether online's pictures are nearer to the teacher's than finetuned's.")  # fmt: skip
+        files.append(pages.nearer(look, document, found, int(settings["seed"]), "finetuned", "online", "online.csv")[1])
+    drawn = pages.charts_of(look, document, found, PAIRINGS, metrics)
+    for curve in sorted((root / "checkpoints").rglob("loss.png")):
+        document.picture(curve, f"loss: {curve.parent.name}")
+    panels = sorted((root / "comparison_output").glob("comparison_all_*.png"))
+    files += [*drawn, *pages.research(settings, root / "research_paper_materials", tests, metrics, [*drawn, *panels])]
+    document.heading("Numbers")
+    report.metrics_table(document, metrics)
+    if facts["skipped"]:
+        document.heading("Not computed")
+        document.table(("metric", "why"), facts["skipped"].items())
+    print(f"report: {look / 'report.html'}")
+    return [*files, *document.write(look)]
+
+
+def transfer_plan(cfg):
+    """Memory of each stage on a GPU, from configurations alone."""
+    import torch
+
+    from nanodiff import build, memory, pipeline, sources, teach
+
+    low = {"fp16": torch.float16, "no": None}.get(cfg.mixed_precision, torch.bfloat16)
+    peaks = {}
+    for name, model, side in (
+        ("generate (teacher)", cfg.teacher, cfg.teacher_resolution),
+        ("evaluate (student)", cfg.model, cfg.resolution),
+    ):
+        stages = pipeline.plan(
+            sources.configs(model), torch.float16, side, side, cfg.eval_batch_size, True, None, True, 256, False
+        )
+        print(f"{name}: {model}")
+        print("\n".join(memory.table(stages, None)))
+        peaks[name] = memory.peaks(stages)["none"]
+    found = teach.estimate(cfg, cfg.model, build.lora_settings(cfg) if cfg.lora else None, cfg.resolution, low)
+    print(
+        f"train (student): {found.trained / 1e6:.2f} M trained, {found.frozen / 1e6:.2f} M frozen, activations {found.activations / 1e9:.3f} GB"
+    )
+    peaks["train (student)"] = found.peak
+    for name, peak in peaks.items():
+        print(
+            f"{name}: peak {peak / 1e9:.2f} GB: {'fits' if peak * 1.1 < 16e9 else 'does not fit'} in 16 GB with a tenth to spare"
+        )
+    print(
+        "the teacher is freed before the student trains, so the largest of these counts (--method online has both at once)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fewer steps
+
+
+@dataclass
+class FewStep(Training, Noise, Adapters):
+    model: str = arg("stable-diffusion-v1-5/stable-diffusion-v1-5", "the teacher: folder or Hub id", "teacher")
+    student: str | None = arg(None, "what the student begins as; default: the teacher")
+    data: str = arg("", "pictures with captions, as train.py takes them")
+    method: str = arg(
+        "consistency", "how the student learns", choices=("progressive", "consistency", "dmd", "guidance")
+    )
+    student_steps: int = arg(4, "steps that the student is to need (guidance keeps the teacher's)")
+    guidance_scale: float | None = arg(
+        None, "the teacher's guidance, which the student then has by itself; default: the model's"
+    )
+    teacher_steps: int | None = arg(None, "the teacher's steps, in the comparison; default: the model's")
+    first_steps: int | None = arg(
+        None, "steps of the first round of progressive, halved in every other; default: four times --student-steps"
+    )
+    substeps: int = arg(2, "the teacher's steps in one of the student's, in every round of progressive")
+    known_steps: int = arg(50, "times that a latent consistency student knows", "original-inference-steps")
+    critic_steps: int = arg(5, "updates of dmd's critic for one of the student")
+    lora: bool = arg(False, "train adapters in place of the whole denoiser (LCM-LoRA; consistency and guidance)")
+    resolution: int | None = arg(None, "pixels along one side; default: the model's")
+    evaluate: bool = arg(True, "draw with teacher and student at --check-steps, and measure")
+    check_steps: list[int] = arg([1, 2, 4, 8], "steps at which both draw, beside the teacher's own")
+    num_images: int = arg(64, "pictures of each such comparison")
+    draw_batch_size: int = arg(16, "pictures drawn at a time")
+    weights_dir: str | None = arg(None, "Inception's weights (see eval.py images)")
+    features: str = arg("pixels", "spaces of the distances, comma-separated: inception, clip, pixels")
+    output_dir: str = arg("out/few-step", "checkpoints, the student, figures")
+    batch_size: int = arg(4, "samples of a process in a micro-batch", "train-batch-size")
+    lr: float = arg(1e-5, "peak learning rate", "learning-rate")
+    max_steps: int = arg(1000, "updates (of each round); 0 = by --epochs", "max-train-steps")
+    ema: bool = arg(True, "average the weights; the student is the average", "use-ema")
+    ema_decay: float = arg(0.99, "largest decay of the average", "ema-max-decay")
+    sample_every: int = arg(0, "updates between sample sheets; 0 = none")
+    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text")
+    checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
+    checkpoints_total_limit: int | None = arg(1, "checkpoints to keep")
+    save_dtype: str = arg("fp32", "type of the written model", choices=("fp32", "fp16", "bf16"))
+
+    def check(self):
+        self.check_ranges()
+        least(self, student_steps=1, substeps=2, known_steps=2, critic_steps=1, num_images=2, draw_batch_size=1)
+        if not self.data:
+            raise UserError("--data is required")
+        if self.lora and self.method in ("progressive", "dmd"):
+            raise UserError(
+                f"--lora: {self.method} trains the whole network; adapters are for consistency and guidance"
+            )
+        if self.lora and self.student:
+            raise UserError(
+                "--lora: adapters belong to the --model they were trained on, so there is no other --student"
+            )
+        if not self.lora and set(self.given) & {f.name for f in dataclasses.fields(Adapters)}:
+            raise UserError("--lora-… are settings of --lora")
+        if self.first_steps is not None:
+            if self.method != "progressive":
+                raise UserError("--first-steps is progressive's")
+            if self.first_steps < self.student_steps or self.first_steps not in [
+                self.student_steps << i for i in range(31)
+            ]:
+                raise UserError(
+                    f"--first-steps {self.first_steps} halved again and again must give --student-steps {self.student_steps}"
+                )
+        if any(n < 1 for n in self.check_steps):
+            raise UserError("--check-steps must be at least 1")
+
+
+def few_schedule(cfg, sd):
+    """The student's pipeline as it will draw: its sampler, and what its folder asks for."""
+    flow = sd.schedule.flow
+    if cfg.method == "guidance":
+        sd = sd.with_scheduler(None)
+    elif cfg.method == "progressive":
+        sd = sd.with_scheduler(
+            *(("flow_euler",) if flow else ("ddim",)), **({} if flow else {"timestep_spacing": "trailing"})
+        )
+    elif flow:
+        sd = sd.with_scheduler("flow_euler", stochastic_sampling=True)
+    else:
+        sd = sd.with_scheduler("lcm", original_inference_steps=max(cfg.known_steps, cfg.student_steps))
+    return sd
+
+
+def few_step(cfg):
+    """See the module docstring."""
+    import torch
+
+    from nanodiff import build, data, dist, engine, fewstep, pipeline, teach
+
+    cfg.check()
+    device = engine.pick_device(cfg.device)
+    dist.start(device, cfg.dist_timeout)
+    record = engine.Record(cfg, device)
+    dataset, target, last = dist.on_main(data.load, cfg.data), record.out / "model", cfg.model
+    torch.manual_seed(cfg.seed)
+    rounds = [cfg.student_steps]
+    if cfg.method == "progressive":
+        first = cfg.first_steps or 4 * cfg.student_steps
+        rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
+    settings = build.lora_settings(cfg) if cfg.lora else None
+    for i, n in enumerate(rounds):
+        folder = target if n == rounds[-1] else record.out / f"steps-{n}"
+        if not dist.on_main((folder / ("training.json")).is_file):
+            sd, nets = dist.together(teach.student, cfg.student or last if i == 0 else last, settings)
+            scale = guidance_of(cfg, sd) if i == 0 else 1.0
+            if cfg.lora and not cfg.student:
+                master = None
+            elif cfg.student and i == 0:
+                other = dist.together(teach.student, last)[0]
+                fewstep.same_space(sd, other)
+                master = other.net.requires_grad_(False).eval()
+            else:
+                master = fewstep.frozen(sd.net)
+            sd = few_schedule(cfg, sd)
+            if cfg.method == "dmd":
+                nets["critic"] = fewstep.frozen(master).requires_grad_(True)
+            steps = guided_steps(cfg, sd) if cfg.method == "guidance" else n
+            sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
+            if i == 0:
+                dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
+            with record.timed("train"):
+                teach.fit(cfg, folder.with_name(f"{folder.name}.training"), sd, nets, dataset, teach.few_step(cfg, n, scale, master),
+                          few_writer(cfg, sd, folder), cfg.resolution, dataset.captions[:8], (steps, 1.0))  # fmt: skip
+        last = str(folder)
+    record.file(target)
+    if cfg.evaluate:
+        with record.timed("evaluate"):
+            few_quality(cfg, record, dataset, device)
+    record.write()
+    if dist.is_main():
+        print(f"student: {target}")
+    dist.finish()
+
+
+def guidance_of(cfg, sd):
+    own = sd.sampling("guidance_scale")
+    return cfg.guidance_scale if cfg.guidance_scale is not None else own if own is not None else sd.guidance
+
+
+def guided_steps(cfg, sd):
+    return cfg.teacher_steps or sd.sampling("steps") or sd.steps
+
+
+def few_writer(cfg, sd, folder):
+    """write() of teach.fit()."""
+    import shutil
+
+    from nanodiff import teach, weights
+
+    def write(run, states):
+        facts = {"method": cfg.method, "loss": run.more.get("epoch_loss"), "updates": run.step}
+        states.pop("critic", None)
+        if not cfg.lora:
+            return teach.save_model(sd, folder, cfg.save_dtype, states, **facts)
+        folder.mkdir(exist_ok=True)
+        run.net.pop("critic") if "critic" in run.net else None
+        form = "diffusers" if "transformer" in sd.models() else "kohya"
+        name = folder / "pytorch_lora_weights.safetensors"
+        teach.save_adapters(sd, run, states, {form: name}, cfg.save_dtype, title=f"{cfg.method}-{cfg.student_steps}")
+        weights.write_json(folder / "training.json", facts)
+        return shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+
+    return write
+
+
+def few_quality(cfg, record, dataset, device):
+    """Draw with teacher and student at several steps, measure, and show quality against steps."""
+    import gc
+
+    from nanodiff import charts, data, dist, engine, evaluate, gallery, lora, pages, pipeline, report
+
+    out, found, sets = record.out, {}, {}
+    chosen = pages.spread(len(dataset), min(cfg.num_images, len(dataset)))
+    jobs = [gallery.Job(f"{i:05d}.png", dataset.captions[p], i) for i, p in enumerate(chosen)]
+    settings = evaluate.Settings(groups=("fid", "kid"), spaces=listed(cfg.features), weights_dir=cfg.weights_dir, cache=str(out / "cache"),
+                                 seed=cfg.seed, device=device)  # fmt: skip
+    dtype = engine.pick_dtype("auto", device)
+    for who in ("teacher", "student"):
+        taught = who == "student"
+        sd = dist.together(pipeline.load, cfg.model if cfg.lora or not taught else out / "model", dtype, device)
+        if taught and cfg.lora:
+            lora.fuse(sd.models(), lora.read(out / "model", sd.models()), keep=False)
+            sd = few_schedule(cfg, sd)
+        own = guided_steps(cfg, sd) if not taught or cfg.method == "guidance" else cfg.student_steps
+        for steps in sorted({*cfg.check_steps, own}):
+            folder = out / "check" / f"{who}-{steps}"
+            how = gallery.settings(
+                sd, who, steps, 1.0 if taught else guidance_of(cfg, sd), cfg.resolution, cfg.resolution
+            )
+            gallery.draw(sd, jobs, folder, how, cfg.draw_batch_size, anew=True, what=f"{who}, {steps} steps")
+            sets[who, steps] = dist.on_main(data.load, folder, captions=False)
+            found[who, steps] = evaluate.images(sets[who, steps], settings, dataset, what=f"{who}-{steps}")
+        del sd
+        gc.collect()
+    numbers = {f"{who}.steps_{n}.{k}": m for (who, n), f in found.items() for k, m in f.metrics.items()}
+
+    def write():
+        document = report.Report(f"{cfg.method.capitalize()}: a student of {cfg.student_steps} steps")
+        document.text(f"{len(jobs)} pictures at each number of steps, the same prompts and seeds, against the {len(dataset)} of {cfg.data}. "
+                      "The teacher's steps with guidance are two passes of the network, the student's one.")  # fmt: skip
+        steps = sorted({n for _, n in found})
+        names = list(dict.fromkeys(k for f in found.values() for k in f.metrics))
+        nothing = (float("nan"),) * 3
+        panels = {k: {who: [pages.band(found[who, n].metrics[k]) if (who, n) in found and k in found[who, n].metrics else nothing for n in steps]
+                      for who in ("teacher", "student")} for k in names}  # fmt: skip
+        chart = charts.lines(out / "quality.png", steps, panels, "steps", "less is better")
+        document.picture(chart, "Distance to the real pictures against steps")
+        document.table(
+            ("who", "steps", *names),
+            [[who, n, *(f.metrics[k]["value"] for k in names)] for (who, n), f in found.items()],
+        )
+        labels, cells = [], []
+        for (who, n), d in sets.items():
+            cells += [pages.small(d.image(i), 96) for i in range(min(8, len(d)))]
+            labels += [f"{who}, {n}", *[""] * (min(8, len(d)) - 1)]
+        images.save_png(images.grid(cells, min(8, len(jobs)), labels), out / "pictures.png")
+        document.picture(out / "pictures.png", "The same prompts and seeds")
+        return [
+            *report.write_metrics(out, numbers),
+            *(p for p in (chart, out / "pictures.png") if p),
+            *document.write(out),
+        ]
+
+    from nanodiff import images
+
+    for path in dist.on_main(write):
+        record.file(path)
+    for k, m in numbers.items():
+        record.result(k, m["value"])
+
+
+PARTS = {"generate": (transfer_generate,), "train": (transfer_train,), "evaluate": (transfer_evaluate,), "visualize": (transfer_visualize,),
+         "all": (transfer_generate, transfer_train, transfer_evaluate, transfer_visualize)}  # fmt: skip
+STAGES = {
+    "recursive": (Recursive, recursive),
+    **{f"transfer {name}": (Transfer, transfer(*parts)) for name, parts in PARTS.items()},
+    "few-step": (FewStep, few_step),
+}
 
 if __name__ == "__main__":
     sys.exit(script(STAGES, __doc__, less_memory=LESS_MEMORY))

@@ -494,39 +494,21 @@ def train_diffusion(cfg):
 
 def sheet(run, sd, cfg, dataset, path, strip=False):
     """Sample pictures with the averaged weights and fixed noise. strip: x_t at some of the steps instead, a row a prompt."""
-    import torch
-
-    from nanodiff import dist, images, onednn
+    from nanodiff import teach
 
     prompts = prompts_of(cfg, sd, dataset)[: 4 if strip else cfg.eval_batch_size]
     guidance = 1.0 if sd.unconditional else cfg.sample_guidance
-    size = {"height": cfg.resolution, "width": cfg.resolution}
-
-    def draw():
-        made = sd.generate(prompts, steps=cfg.sample_steps, guidance_scale=guidance, seeds=range(len(prompts)),
-                           keep_steps=strip, **size)  # fmt: skip
-        for module in sd.models().values():
-            onednn.undo(module)  # training goes on with the layers it had
-        if strip:
-            chosen = sorted({round(i * (len(made.history) - 1) / 7) for i in range(8)})
-            frames = [sd.decode(made.history[i].x.float()) for i in chosen]
-            return torch.stack(frames, dim=1).flatten(0, 1), len(chosen), None
-        return made.pixels, None, None if sd.unconditional else prompts
-
-    with run.averaged():
-        sd.kept.clear()  # what the text encoder said before
-        if cfg.parallel == "fsdp":  # every rank computes its shards
-            drawn = dist.together(draw)
-            dist.on_main(images.save_grid, drawn[0], path, nrow=drawn[1], labels=drawn[2])
-        else:
-            dist.on_main(lambda: images.save_grid(*_grid(draw(), path)))
-        sd.kept.clear()
-    if dist.is_main():
-        run.watch.picture(run.step + 1, "denoising" if strip else "samples", images.open_image(path))
-
-
-def _grid(drawn, path):
-    return drawn[0], path, drawn[1], drawn[2]
+    teach.sheet(
+        run,
+        sd,
+        prompts,
+        path,
+        cfg.sample_steps,
+        guidance,
+        (cfg.resolution, cfg.resolution),
+        strip,
+        not sd.unconditional,
+    )
 
 
 def prompts_of(cfg, sd, dataset):
@@ -646,19 +628,7 @@ def plan_diffusion(cfg):
     if cfg.lora:
         with torch.device("meta"):
             lora.adapt(net, **build.lora_settings(cfg))
-    c = net.cfg
-    side = cfg.resolution // scale
-    x, t = torch.empty(rows, c.in_channels, side, side, device="meta"), torch.empty(rows, device="meta")
-    if hasattr(c, "joint_attention_dim"):
-        given = (
-            torch.empty(rows, length, c.joint_attention_dim, device="meta"),
-            torch.empty(rows, c.pooled_projection_dim, device="meta"),
-        )
-    else:
-        given = (torch.empty(rows, length, c.cross_attention_dim, device="meta"),)
-        if c.addition_embed_type:
-            wide = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-            given += ((torch.empty(rows, wide, device="meta"), torch.empty(rows, 6, device="meta")),)
+    x, t, given = build.outline(net, rows, cfg.resolution // scale, length)
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
 
     def loss():

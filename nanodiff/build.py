@@ -121,7 +121,7 @@ NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", 
 
 def lora_settings(cfg):
     """What lora.adapt() takes, from the command line. Raises UserError."""
-    patterns = {}
+    patterns, given = {}, [cfg.lora_targets] if isinstance(cfg.lora_targets, str) else cfg.lora_targets
     for name in ("rank", "alpha"):
         patterns[name] = {}
         for part in filter(None, map(str.strip, getattr(cfg, f"lora_{name}_pattern").split(","))):
@@ -134,7 +134,7 @@ def lora_settings(cfg):
                 raise UserError(f"--lora-{name}-pattern {printable(part)}: expected TARGET=NUMBER")
     return {
         "rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "dropout": cfg.lora_dropout, "rslora": cfg.lora_rslora,
-        "targets": tuple(t.strip() for t in cfg.lora_targets.split(",") if t.strip()) or lora.ATTENTION,
+        "targets": tuple(t.strip() for group in given for t in group.split(",") if t.strip()) or lora.ATTENTION,
         "rank_pattern": patterns["rank"], "alpha_pattern": patterns["alpha"],
     }  # fmt: skip
 
@@ -145,6 +145,19 @@ def student(model):
     sd = pipeline.load(model, torch.float32, "cpu")
     sd.net.requires_grad_(True)
     return sd, {sd.denoiser_name: sd.net}
+
+
+def outline(net, rows, side, length):
+    """(x, t, (states, pooled)) on the meta device: what a denoiser is called with in training. side: of the latents; length: text tokens."""
+    c, empty = net.cfg, lambda *shape: torch.empty(shape, device="meta")
+    x, t = empty(rows, c.in_channels, side, side), empty(rows)
+    if hasattr(c, "joint_attention_dim"):
+        return x, t, (empty(rows, length, c.joint_attention_dim), empty(rows, c.pooled_projection_dim))
+    given = (empty(rows, length, c.cross_attention_dim),)
+    if c.addition_embed_type:
+        wide = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+        given += ((empty(rows, wide), empty(rows, 6)),)
+    return x, t, given
 
 
 def losses(cfg, sd, calls, device):

@@ -267,14 +267,22 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     try:
         if "" in stages:
             stage = ""
+        elif " ".join(argv[:2]) in stages:  # a stage of parts: `distill.py transfer train`
+            stage, argv = " ".join(argv[:2]), argv[2:]
         elif argv and argv[0] in stages:
             stage, argv = argv[0], argv[1:]
         elif argv and argv[0] in ("-h", "--help"):
             print(f"{doc}\n\nstages: {', '.join(stages)} (`{prog} STAGE --help` lists a stage's options)")
             return 0
+        elif argv and (parts := [s.split(" ")[1] for s in stages if s.startswith(f"{argv[0]} ")]):
+            second = printable(argv[1]) if len(argv) > 1 else "nothing"
+            raise UserError(f"after {argv[0]} comes one of {', '.join(parts)}, not {second}{nearest(second, parts)}")
         else:
-            first = printable(argv[0]) if argv else "nothing"
-            raise UserError(f"the first word must be one of {', '.join(stages)}, not {first}{nearest(first, stages)}")
+            first, words = (
+                printable(argv[0]) if argv else "nothing",
+                list(dict.fromkeys(s.split(" ")[0] for s in stages)),
+            )
+            raise UserError(f"the first word must be one of {', '.join(words)}, not {first}{nearest(first, words)}")
         cls, main = stages[stage]
         cfg = parse(cls, argv, doc, (presets or {}).get(stage), f"{prog} {stage}".strip())
         signal.signal(signal.SIGTERM, _stop)

@@ -41,11 +41,11 @@ def settings(sd, model, steps=None, scale=None, height=None, width=None):
     }  # fmt: skip
 
 
-def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing"):
+def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", captions=False):
     """Draw the jobs whose pictures are not there yet. Every process must call it. Returns {name: why} of those that failed: a model's
     NaN costs its own picture, not the run.
 
-    anew: pictures that the folder has from other settings are drawn again; otherwise they raise UserError, since a folder of
+    captions: put the prompt beside each picture, NAME.txt, as training data has it. anew: pictures that the folder has from other settings are drawn again; otherwise they raise UserError, since a folder of
     two kinds would be measured as one. Raises UserError when all fail."""
     folder = Path(folder)
     todo = dist.on_main(_begin, folder, jobs, how, anew)
@@ -74,12 +74,17 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing"):
                 for job, picture in zip(some, made, strict=True):
                     if job.name not in lacking:
                         continue
-                    save(picture, folder / job.name, how | {"prompt": job.prompt, "seed": job.seed})
+                    path = folder / job.name
+                    path.parent.mkdir(exist_ok=True)
+                    if captions:
+                        weights.write_bytes(path.with_suffix(".txt"), f"{job.prompt}\n".encode())
+                    save(picture, path, how | {"prompt": job.prompt, "seed": job.seed})
                 if some is batch:
                     break
         return failed
 
     failed = {k: v for part in dist.gathered(dist.together(run)) for k, v in part.items()}
+    dist.on_main(_failures, folder, failed)
     if failed:
         if len(failed) == len(jobs):
             raise UserError(f"{folder}: no picture could be drawn: {next(iter(failed.values()))}")
@@ -108,6 +113,19 @@ def planned(folder):
     return {k: Job(k, *v) for k, v in read_json(path)["pictures"].items()}
 
 
+def lacking(folder):
+    """(names of the plan that are not there, though they did not fail, {name: why} of those that failed)."""
+    folder = Path(folder)
+    failed = read_json(folder / PLAN).get("failed", {})
+    return [n for n in planned(folder) if n not in failed and not there(folder / n)], failed
+
+
+def _failures(folder, failed):
+    plan = read_json(folder / PLAN)
+    if plan.get("failed", {}) != failed:
+        weights.write_json(folder / PLAN, plan | {"failed": failed})
+
+
 def complete(folder, names):
     """Are the pictures of these names there, each readable to its end?"""
     return all(there(Path(folder) / name) for name in names)
@@ -123,7 +141,7 @@ def there(path):
 def _begin(folder, jobs, how, anew):
     """The jobs that are to be drawn, after writing the plan."""
     out_dir(folder)
-    for part in folder.glob(".*.part"):  # of a run that was killed
+    for part in folder.rglob(".*.part"):  # of a run that was killed
         part.unlink()
     path, how = folder / PLAN, json.loads(json.dumps(how))
     before = read_json(path) if path.is_file() else {"settings": how, "pictures": {}}

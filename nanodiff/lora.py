@@ -16,6 +16,7 @@ alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else a
     python -m nanodiff.lora inspect|convert|merge|extract|verify …        (lorafile.py)
 """
 
+import contextlib
 import fnmatch
 import functools
 import importlib
@@ -444,7 +445,22 @@ def _by_name(found, patterns, what):
     return values
 
 
+@contextlib.contextmanager
+def without(model):
+    """Inside, an adapt()ed model is its base again: a teacher that costs no memory."""
+    scales = {layer: layer.lora_scale for layer in model.modules() if hasattr(layer, "lora_scale")}
+    try:
+        for layer in scales:
+            layer.lora_scale = None
+        yield
+    finally:
+        for layer, scale in scales.items():
+            layer.lora_scale = scale
+
+
 def _beside(dropout, layer, args, out):
+    if layer.lora_scale is None:
+        return out
     x = args[0].to(layer.lora_A.weight.dtype)
     if dropout and layer.training:
         x = F.dropout(x, dropout)

@@ -8,12 +8,13 @@ files = pages.comparison(out, document, found, folders, pairings, …)  # pairs:
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from nanodiff import charts, engine, evaluate, images, report, similarity, weights
-from nanodiff.config import UserError
+from nanodiff.config import UserError, read_json
 
 RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
 TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
@@ -142,28 +143,32 @@ def comparison(out, document, found, folders, pairings, metrics, skipped=None, s
     drawn = figures_of(panels, out, document, found, folders, pairings, metrics)
     files += drawn
     if len(pairings) == 3:
-        document.heading("Nearer to the teacher?")
-        names = list(found[0].numbers["original_vs_teacher"])
-        tests = evaluate.significance(found, "original_vs_teacher", "finetuned_vs_teacher", names, seed)
-        header = ("metric", "pairs", "mean difference", "low", "high", "t", "p (t)", "p (t, Holm)", "p (Wilcoxon)", "p (Wilcoxon, Holm)",
-                  "Cohen's d", "finetuned is")  # fmt: skip
-        lines = [
-            [n, c.test.n, c.test.mean, c.test.low, c.test.high, c.test.t, c.test.p_t, c.p_t, c.test.p_wilcoxon, c.p_wilcoxon, c.test.d, NEARER[c.nearer]]
-            for n, c in tests.items()
-        ]  # fmt: skip
-        document.text("The finetuned pictures' number against the teacher, less the original's, over the same pictures (of the sharpness "
-                      "ratio: its distance from 1, as |log|); low and high: 95 % bootstrap interval. A pair where one number is infinite "
-                      "does not count.")  # fmt: skip
-        document.table(header, lines)
-        report.write_csv(out / "metrics" / "significance.csv", header, lines)
-        files.append(out / "metrics" / "significance.csv")
-        files += research(settings or {}, out / "research_paper_materials", tests, metrics, drawn)
+        tests, path = nearer(out / "metrics", document, found, seed)
+        files += [path, *research(settings or {}, out / "research_paper_materials", tests, metrics, drawn)]
     document.heading("Numbers")
     report.metrics_table(document, metrics)
     if skipped:
         document.heading("Not computed")
         document.table(("metric", "why"), skipped.items())
     return files
+
+
+def nearer(folder, document, found, seed=0, before="original", after="finetuned", name="significance.csv"):
+    """Is `after` nearer to the teacher than `before`, number by number, picture by picture? Returns ({metric: evaluate.Change}, the CSV)."""
+    document.heading("Nearer to the teacher?")
+    names = list(found[0].numbers[f"{before}_vs_teacher"])
+    tests = evaluate.significance(found, f"{before}_vs_teacher", f"{after}_vs_teacher", names, seed)
+    header = ("metric", "pairs", "mean difference", "low", "high", "t", "p (t)", "p (t, Holm)", "p (Wilcoxon)", "p (Wilcoxon, Holm)",
+              "Cohen's d", f"{after} is")  # fmt: skip
+    lines = [
+        [n, c.test.n, c.test.mean, c.test.low, c.test.high, c.test.t, c.test.p_t, c.p_t, c.test.p_wilcoxon, c.p_wilcoxon, c.test.d, NEARER[c.nearer]]
+        for n, c in tests.items()
+    ]  # fmt: skip
+    document.text(f"The {after} pictures' number against the teacher, less the {before} ones', over the same pictures (of the sharpness ratio: its "
+                  "distance from 1, as |log|); low and high: 95 % bootstrap interval. A pair where one number is infinite does not count.")  # fmt: skip
+    document.table(header, lines)
+    report.write_csv(folder / name, header, lines)
+    return tests, folder / name
 
 
 def research(settings, folder, tests, metrics, drawn):
@@ -218,6 +223,24 @@ def write_pairs(folder, found):
     return [*files, folder / "category_averages.json", folder / "overall_metrics.json"]
 
 
+def read_pairs(folder):
+    """[evaluate.Pair] of a folder that write_pairs() wrote, in the order of their names. Raises UserError."""
+    found = []
+    for path in sorted(Path(folder).glob("metrics_*.json")):
+        raw = read_json(path)
+        if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
+            raise UserError(f"{path}: is no file of a picture's numbers")
+        numbers = {
+            k: {n: float(v) if isinstance(v, str) else v for n, v in row.items()}
+            for k, row in raw.items()
+            if k != "name"
+        }
+        found.append(evaluate.Pair(raw["name"], raw["name"].split("/")[0] if "/" in raw["name"] else "all", numbers))
+    if not found:
+        raise UserError(f"{folder}: has no metrics_….json, so nothing was evaluated there")
+    return sorted(found)
+
+
 def _finite(numbers):
 
     return {
@@ -227,12 +250,17 @@ def _finite(numbers):
 
 def figures_of(panels, out, document, found, folders, pairings, metrics):
     """Panels, difference maps, radar, bars, improvement; each into the report. Returns the files."""
-
     look, side = engine.out_dir(out / "visualization"), engine.out_dir(out / "comparison_output")
+    files = pictures_of(panels, side, look, document, found, folders, pairings)
+    return files + charts_of(look, document, found, pairings, metrics)
+
+
+def pictures_of(panels, side, maps, document, found, folders, pairings):
+    """Of some of the pictures: a panel of all folders' in `side`, and difference maps of the pairings in `maps`. Returns the files."""
     _, sets = evaluate.matched(folders)
     files, counts, chosen = [], {}, set(spread(len(found), panels) if panels else ())
     parts = distinct(p.category for p in found)
-    labels = [k for k in ("a", "b", "original", "finetuned", "teacher") if k in folders]
+    labels = [k for k in ("a", "b", "original", "finetuned", "online", "teacher") if k in folders]
     document.heading("Pictures")
     for k, pair in enumerate(found):
         i = counts[pair.category] = counts.get(pair.category, -1) + 1
@@ -248,13 +276,19 @@ def figures_of(panels, out, document, found, folders, pairings, metrics):
             least = min(shown[a].size, shown[b].size, key=lambda s: s[0] * s[1])
             x, y = (np.asarray(shown[n].resize(least, Image.Resampling.LANCZOS)) for n in (a, b))
             path = charts.difference(
-                look / f"difference_{a}_vs_{b}_{name}.png", x, y, (a, b), pair.numbers[f"{a}_vs_{b}"]
+                maps / f"difference_{a}_vs_{b}_{name}.png", x, y, (a, b), pair.numbers[f"{a}_vs_{b}"]
             )
             if path:
                 files.append(path)
                 document.picture(path if len(chosen) <= 3 or k == min(chosen) else None, f"{pair.name}: {a} and {b}")
+    return files
+
+
+def charts_of(look, document, found, pairings, metrics):
+    """What needs the numbers alone: radar, bars by category, improvement. Returns the files."""
+    files = []
     document.heading("Figures")
-    means, categories = evaluate.average(found), sorted(counts)
+    means, categories = evaluate.average(found), sorted({p.category for p in found})
     radar = {f"{a} and {b}": [_unit(n, means[f"{a}_vs_{b}"].get(n)) for n in RADAR] for a, b in pairings}
     if all(n in means[f"{a}_vs_{b}"] for n in RADAR for a, b in pairings):
         axes = [TITLES[n].replace(" Similarity", "") if n != "mse" else "inverted MSE" for n in RADAR]

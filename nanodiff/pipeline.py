@@ -155,14 +155,14 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
     def empty(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
 
-    def run(name, model):
+    def run(name, model, own):
         if name == "text_encoder_3":
             return lambda: model(empty(rows, length, of=torch.long))
         if name.startswith("text_encoder"):
             return lambda: model(empty(rows, model.cfg.max_position_embeddings, of=torch.long))
         if name == "vae":
             size = (min(h, 64), min(w, 64)) if tiled else (h, w)
-            return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size))
+            return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size, of=own))
         x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
         if name == "transformer":
             text = empty(rows, 77 + length, model.cfg.joint_attention_dim)
@@ -180,7 +180,7 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
                 own = torch.float32
             small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
             sizes = quantize.sizes(model, small) if small else {}
-            stage = memory.stage(name, model.to(own), run(name, model), own, sizes)
+            stage = memory.stage(name, model.to(own), run(name, model, own), own, sizes)
             stages.append(stage._replace(block=0.0) if name == "vae" else stage)  # it moves as a whole
     return stages
 

@@ -41,10 +41,12 @@ FLOORS = [  # a file may import from lower floors only (and from the same floor 
         "latents",
         "corel",
         "plan",
+        "fewstep",
+        "promptset",
     },
     {"pipeline", "captioner", "engine", "metrics", "similarity", "features", "report"},
     {"build", "evaluate", "lorafile", "gallery"},
-    {"pages"},
+    {"pages", "teach"},
 ]
 GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
     "config": set(),
@@ -62,6 +64,8 @@ GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom ther
 ALLOWED = {
     ("samplers", "schedule"),
     ("objective", "schedule"),
+    ("fewstep", "samplers"),
+    ("promptset", "data"),
     ("latents", "objective"),
     ("latents", "loader"),
     ("plan", "memory"),
