@@ -9,7 +9,7 @@ WEIGHTS ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo test test-slow test-gpu lint format bench bench-train bench-eval bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo test test-slow test-gpu lint format bench bench-train bench-eval bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -121,6 +121,37 @@ report-demo: $(STAMP)  ## numbers, figures and a report on the embedded model, o
 	$(PY) eval.py report --inputs $(DEMO)/images --inputs $(DEMO)/compare --inputs $(DEMO)/captions --title "The embedded model" \
 		--output-dir $(DEMO)/report
 	@echo "the reports: $(DEMO)/*/report.html"
+
+# A model taught by its own pictures; what is lost is seen in the table, the curves and the sheet of generations
+RECURSIVE = --model assets/nano --captions assets/emoji/emoji.tar --real assets/emoji/emoji.tar --data-root $(OUT)/recursive-demo/data \
+	--models-root $(OUT)/recursive-demo/models --output-dir $(OUT)/recursive-demo --cfg-scale 3 --steps 10 --num-images 96 --gen0-images 96 \
+	--epochs 10 --batch-size 16 --lr 5e-4 --draw-batch-size 16 --no-gradient-checkpointing --features pixels
+recursive-demo: $(STAMP)  ## generation after generation on its own pictures: the embedded model loses its way (minutes, on a CPU)
+	$(PY) distill.py recursive $(RECURSIVE) --target-gen 4
+	@echo "the report: $(OUT)/recursive-demo/cfg_3/report.html"
+
+# A student of half the width, trained a little, learns from the embedded model: from its pictures, and from its output on them
+TRANSFER = $(OUT)/transfer-demo
+transfer-demo: $(STAMP)  ## teacher to student: before, after, by two methods, with tests (a quarter of an hour, on a CPU)
+	$(PY) train.py diffusion --data assets/emoji/emoji.tar --vae assets/nano --text-encoder assets/nano --model-config assets/nano/half.json \
+		--max-steps 400 --batch-size 24 --lr 1e-3 --lr-warmup-steps 50 --ema-decay 0.99 --resume auto --output-dir $(TRANSFER)/student
+	$(PY) distill.py transfer all --model $(TRANSFER)/student/model --teacher assets/nano --prompt-source assets/emoji/emoji.tar \
+		--evaluation-prompts assets/emoji/emoji.tar --num-images 400 --num-evaluation-prompts 60 --steps 12 --guidance-scale 3 \
+		--method both --feature-weight 0.1 --epochs 12 --batch-size 16 --lr 2e-3 --lr-warmup-steps 0.1 --lora-rank 32 --lora-alpha 32 \
+		--lora-dropout 0 --lora-targets "to_q,to_k,to_v,to_out.0,proj,net.2,conv1,conv2" --no-gradient-checkpointing --eval-batch-size 20 \
+		--panels 6 --output-dir $(TRANSFER)/output
+	@echo "the report: $(TRANSFER)/output/visualization/report.html"
+
+FEW      = $(OUT)/few-step-demo
+FEWSTEP  = $(PY) distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --guidance-scale 3 --caption-dropout 0.5 --batch-size 16 \
+	--lr 2e-4 --no-evaluate --seed 1
+few-step-demo: $(STAMP)  ## four ways to fewer steps, each on the embedded model; quality against steps (an hour, on a CPU)
+	$(FEWSTEP) --method guidance --max-steps 400 --output-dir $(FEW)/guidance
+	$(FEWSTEP) --method consistency --max-steps 600 --output-dir $(FEW)/consistency
+	$(FEWSTEP) --method progressive --first-steps 8 --max-steps 250 --output-dir $(FEW)/progressive
+	$(FEWSTEP) --method dmd --student $(FEW)/consistency/model --max-steps 500 --output-dir $(FEW)/dmd
+	$(PY) -m assets.nano.steps --student guidance=$(FEW)/guidance/model --student consistency=$(FEW)/consistency/model \
+		--student progressive=$(FEW)/progressive/model --student dmd=$(FEW)/dmd/model --output-dir $(FEW)
 
 test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest

@@ -302,6 +302,67 @@ def summary(study, record, device):
     }
 
 
+@dataclass
+class Grid(Recursive):
+    index: list[int] = arg([], "numbers of pictures, by ascending id")
+    prompt: str | None = arg(None, "a caption of your own, drawn by every generation's model")
+    prompt_seed: int = arg(0, "its seed")
+    output: str | None = arg(None, "the sheet; default: OUTPUT_DIR/generations.png")
+
+    def check(self):
+        super().check()
+        if bool(self.index) == (self.prompt is not None):
+            raise UserError("give --index N …, or --prompt TEXT")
+
+
+def grid(cfg):
+    """One sheet: a row a picture (or the caption), a column a generation."""
+    from nanodiff import dist, engine, gallery, images, pages, pipeline
+
+    cfg.check()
+    device = engine.pick_device(cfg.device)
+    dist.start(device, cfg.dist_timeout)
+    record = engine.Record(cfg, device)
+    study = Study(cfg, (cfg.cfg_scales or [cfg.cfg_scale])[0])
+    generations, rows = range(cfg.target_gen + 1), []
+    if cfg.prompt is not None:
+        row = []
+        for k in generations:
+            if k and not (study.model(k) / "model_index.json").is_file():
+                raise UserError(f"{study.model(k)}: is not there, so generation {k} cannot draw")
+            # generation k's pictures are drawn by its model: of generation 0 the one that all begin with
+            sd = dist.together(pipeline.load, study.model(k), engine.pick_dtype("auto", device), device).with_scheduler(
+                cfg.scheduler
+            )
+            made = sd.generate(
+                [cfg.prompt], None, cfg.steps, study.scale, [cfg.prompt_seed], cfg.resolution, cfg.resolution
+            )
+            row += images.to_pil(made.pixels)
+        rows.append((cfg.prompt, row))
+    for i in cfg.index:
+        row = []
+        for k in generations:
+            planned = sorted(gallery.planned(study.pictures(k)))
+            if not 0 <= i < len(planned):
+                raise UserError(f"--index {i}: {study.pictures(k)} has {len(planned)} pictures")
+            row.append(images.open_image(study.pictures(k) / planned[i]))
+        rows.append((gallery.planned(study.pictures(0))[planned[i]].prompt, row))
+    target = Path(cfg.output) if cfg.output else record.out / "generations.png"
+    labels = [f"{k}: {text}" if k == 0 else str(k) for text, row in rows for k in range(len(row))]
+
+    def write():
+        engine.out_dir(target.parent)
+        sheet = images.grid([pages.small(p, 192) for _, row in rows for p in row], len(generations), labels, size=12)
+        images.save_png(sheet, target)
+
+    dist.on_main(write)
+    record.file(target)
+    record.write()
+    if dist.is_main():
+        print(f"the sheet: {target}")
+    dist.finish()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Teacher to student
 
@@ -944,6 +1005,7 @@ PARTS = {"generate": (transfer_generate,), "train": (transfer_train,), "evaluate
          "all": (transfer_generate, transfer_train, transfer_evaluate, transfer_visualize)}  # fmt: skip
 STAGES = {
     "recursive": (Recursive, recursive),
+    "recursive grid": (Grid, grid),
     **{f"transfer {name}": (Transfer, transfer(*parts)) for name, parts in PARTS.items()},
     "few-step": (FewStep, few_step),
 }

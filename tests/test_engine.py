@@ -12,6 +12,7 @@ from torch import nn
 
 from nanodiff import checkpoint, engine
 from nanodiff.config import UserError
+from nanodiff.models import layers
 
 
 @dataclass
@@ -109,6 +110,27 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert run._tensors().keys() == resumed._tensors().keys()
     assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
+
+
+@pytest.mark.parametrize("ema", (True, False))
+def test_what_is_derived_from_weights_follows_an_update(tmp_path, ema):
+    """A sheet, a critic, a consistency target: calls without gradients between updates see the weights as they are."""
+    run, net = start(tmp_path / "run", net=layers.Upsample(4), ema=ema)
+    x = torch.randn(2, 4, 3, 3)
+    enlarged = lambda: net.conv(torch.nn.functional.interpolate(x, scale_factor=2.0))  # noqa: E731
+    for step in run.steps():
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), enlarged(), rtol=1e-4, atol=1e-5)
+        before = net.conv.weight.detach().clone()
+        batch = Micro(x, weight=1.0)
+        with run.forward(batch):
+            loss = net(x).pow(2).mean()
+        run.backward(loss, batch)
+        run.update()
+        assert not torch.equal(net.conv.weight, before)
+        if step == 3:
+            break
+    run.lock.close()
 
 
 @pytest.mark.parametrize("lost", ["opt/", "ema/"])

@@ -233,6 +233,8 @@ def test_phases_follow_the_weights():
         torch.testing.assert_close(up(x), enlarged(up, x))
         up.conv.weight.data = torch.randn(8, 8, 3, 3)
         torch.testing.assert_close(up(x), enlarged(up, x))
+        up.conv.bias.add_(1)
+        torch.testing.assert_close(up(x), enlarged(up, x))
     assert [k for k, _ in up.named_parameters()] == ["conv.weight", "conv.bias"], "phases are not in a checkpoint"
 
 

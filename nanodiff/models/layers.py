@@ -139,8 +139,16 @@ class Upsample(nn.Module):
 
     def _by_phases(self, x):
         B, C, H, W = x.shape
-        weight = self.conv.weight
-        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device, type(self.conv))
+        weight, bias = self.conv.weight, self.conv.bias
+        state = (
+            weight.data_ptr(),
+            weight._version,
+            bias.data_ptr(),
+            bias._version,
+            weight.dtype,
+            weight.device,
+            type(self.conv),
+        )
         if not self.phases or self.phases[0] != state:
             conv = type(self.conv)(C, 4 * C, 2, padding=1, device="meta")
             sums = weight.new_empty(4 * C, 2, 2, C).permute(0, 3, 1, 2)  # channels last

@@ -7,7 +7,7 @@ import pytest
 from util import ROOT, in_process
 
 import distill
-from nanodiff import config, data, gallery, pipeline
+from nanodiff import config, data, gallery, images, pipeline
 
 
 def script(*argv):
@@ -133,3 +133,20 @@ def test_mistakes(study, tmp_path):
     assert "holds pictures of another scheduler" in told and "gen_0" in told
     (tmp_path / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0" / "mine.png").write_bytes(b"")
     assert "mine.png: is no picture of this run" in refused(*plain)
+
+
+def test_a_sheet_across_generations(study, tmp_path):
+    """Of pictures that are there, by number; of a caption of one's own, drawn by every generation."""
+    folder, _, _ = study
+    sheet = tmp_path / "s" / "sheet.png"
+    argv = arguments(folder, **{"output-dir": tmp_path / "o"})[1:]
+    code, out, err = script("recursive", "grid", *argv, "--index", 0, 2, "--output", sheet)
+    assert code == 0 and f"the sheet: {sheet}" in out, err
+    wide, high = images.open_image(sheet).size
+    assert wide > 3 * 192 and 2 * 192 < high < 3 * 192
+    code, _, err = script("recursive", "grid", *argv, "--prompt", "fire", "--prompt-seed", 5)
+    assert code == 0 and (tmp_path / "o" / "generations.png").exists(), err
+    for more, said in ((("--index", 4), "--index 4: "), ((), "give --index N"), (("--index", 0, "--target-gen", 3), "is no folder of generated"),
+                       (("--prompt", "a", "--target-gen", 3), "gen_3: is not there")):  # fmt: skip
+        code, _, err = script("recursive", "grid", *argv, *more)
+        assert code == 2 and said in err, err

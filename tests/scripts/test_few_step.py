@@ -1,0 +1,142 @@
+"""distill.py few-step: students of the embedded model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from util import ROOT, in_process
+
+import distill
+from nanodiff import lora, pipeline, samplers
+
+NANO = ROOT / "assets" / "nano"
+
+
+def script(folder, **more):
+    options = {"model": NANO, "data": folder / "data", "output-dir": folder / "out", "method": "consistency", "max-steps": 2, "batch-size": 2,
+               "guidance-scale": 3, "num-images": 2, "lr": 1e-3, "mixed-precision": "no", "seed": 3, "ema-decay": 0.5} | more  # fmt: skip
+    argv = [a for k, v in options.items() if v is not None for a in ([f"--{k}"] if v is True else [f"--{k}", v])]
+    return in_process(distill, "distill.py", "few-step", *argv)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Four of the embedded pictures."""
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("data")
+    with tarfile.open(ROOT / "assets" / "emoji" / "emoji.tar") as tar:
+        names = tar.getnames()[:8]
+        for name in names:
+            (folder / name).write_bytes(tar.extractfile(name).read())
+    return folder
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    (tmp_path / "data").symlink_to(pictures)
+    return tmp_path
+
+
+def moved(model):
+    """How far a student's denoiser is from the embedded model's."""
+    a, b = (pipeline.load(p, torch.float32).net.state_dict() for p in (NANO, model))
+    return max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+
+
+SAMPLERS = {"consistency": "lcm", "dmd": "lcm", "progressive": "ddim", "guidance": "ddim"}
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_methods(folder, method):
+    """Each trains, and leaves a folder that draws in its few steps when nothing more is said."""
+    code, _, err = script(folder, method=method, **{"no-evaluate": True, "student-steps": 2, "teacher-steps": 6})
+    assert code == 0, err
+    sd = pipeline.load(folder / "out" / "model", torch.float32)
+    assert samplers.name_of(sd.schedule) == SAMPLERS[method] and sd.sampling("guidance_scale") == 1.0
+    assert sd.sampling("steps") == (6 if method == "guidance" else 2)
+    assert 1e-6 < moved(folder / "out" / "model") < 1
+    rows = [json.loads(line) for line in (folder / "out" / "model.training" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0 and ("critic" in rows[-1]) == (method == "dmd")
+    if method == "progressive":
+        assert "8 → 4 → 2 steps" in err and (folder / "out" / "steps-4" / "model_index.json").is_file()
+    picture = sd.generate(["fire"], steps=2, guidance_scale=1.0, seeds=[0]).pixels
+    assert torch.isfinite(picture).all()
+
+
+def test_the_comparison(folder):
+    code, out, err = script(folder, **{"check-steps": 1, "teacher-steps": 3, "student-steps": 2})
+    assert code == 0, err
+    for name in ("teacher.steps_1", "teacher.steps_3", "student.steps_1", "student.steps_2"):
+        assert f"{name}.pixels_fid" in out
+    assert "student.steps_3" not in out
+    assert all(
+        (folder / "out" / n).exists()
+        for n in ("quality.png", "pictures.png", "report.html", "metrics.json", "run.json")
+    )
+    plans = {
+        n: json.loads((folder / "out" / "check" / n / "drawn.json").read_text()) for n in ("teacher-1", "student-1")
+    }
+    assert plans["teacher-1"]["pictures"] == plans["student-1"]["pictures"], "the same prompts and seeds"
+    assert (
+        plans["teacher-1"]["settings"]["guidance_scale"] == 3 and plans["student-1"]["settings"]["guidance_scale"] == 1
+    )
+
+
+def test_adapters_alone(folder):
+    """--lora: a file that gives any copy of the base the student's few steps; the base is its own teacher."""
+    code, _, err = script(
+        folder, **{"lora": True, "lora-rank": 2, "check-steps": 1, "teacher-steps": 2, "student-steps": 2}
+    )
+    assert code == 0, err
+    path = folder / "out" / "model" / "pytorch_lora_weights.safetensors"
+    sd = pipeline.load(NANO, torch.float32)
+    found = lora.read(path, sd.models())
+    assert {d.component for d in found.deltas} == {"unet"} and all(d.down.shape[0] == 2 for d in found.deltas)
+    assert max((d.up @ d.down).abs().max() for d in found.deltas) > 0
+    assert not (folder / "out" / "model" / "unet").exists()
+
+
+def test_resumed_to_the_same_bytes(folder):
+    """Stopped after an update, gone on with: what one run gives. dmd has the most state: two networks, a simulated start."""
+    options = {"method": "dmd", "critic-steps": 2, "max-steps": 3, "no-evaluate": True, "student-steps": 2, "checkpointing-steps": 1,
+               "lr-scheduler": "constant", "lr-warmup-steps": 0}  # fmt: skip
+    code, _, err = script(folder, **options)
+    assert code == 0, err
+    want = load_file(folder / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    shutil.rmtree(folder / "out")
+    assert script(folder, **options | {"max-steps": 1})[0] == 0
+    shutil.rmtree(folder / "out" / "model")  # which says that it is done
+    code, _, err = script(folder, **options)
+    assert code == 0 and "resumed at step 1" in err, err
+    got = load_file(folder / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    code, _, err = script(folder, **options)
+    assert code == 0 and "resumed" not in err, "a student that is there is left as it is"
+
+
+BAD = {
+    "no data": ({"data": None}, "--data is required"),
+    "no such data": ({"data": "absent"}, "absent: no such file or folder"),
+    "a method": ({"method": "consistent"}, "invalid choice: 'consistent'"),
+    "rounds": (
+        {"method": "progressive", "first-steps": 6},
+        "--first-steps 6 halved again and again must give --student-steps 4",
+    ),
+    "rounds of another": ({"first-steps": 8}, "--first-steps is progressive's"),
+    "adapters": ({"method": "progressive", "lora": True}, "--lora: progressive trains the whole network"),
+    "settings of adapters": ({"lora-rank": 4}, "--lora-… are settings of --lora"),
+    "no steps": ({"student-steps": 0}, "--student-steps must be at least 1, not 0"),
+    "more steps than times": ({"known-steps": 1}, "--known-steps must be at least 2, not 1"),
+    "check": ({"check-steps": 0}, "--check-steps must be at least 1"),
+    "another base": ({"student": ROOT / "tests" / "golden" / "tiny" / "sd15"}, "the teacher has another"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_with_one_line(folder, case):
+    more, said = BAD[case]
+    code, _, err = script(folder, **more)
+    assert code == 2 and said in err and "Traceback" not in err, err

@@ -1,0 +1,320 @@
+"""distill.py transfer: a teacher's pictures, a student, both compared."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from util import ROOT, in_process
+
+import distill
+from nanodiff import config, data, images, lora, pipeline, weights
+
+NANO = ROOT / "assets" / "nano"
+FOLDERS = ("checkpoints", "comparison_output", "metrics", "research_comparisons", "research_paper_materials", "sdxl_images", "visualization",
+           "weakmodel_images")  # fmt: skip
+
+
+def script(*argv):
+    return in_process(distill, "distill.py", "transfer", *argv)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.json"
+    path.write_text(json.dumps({"templates": {"standard": "{what}", "closeup": "{what} {how}"}, "training": ["standard"],
+                                "words": {"what": ["fire", "red apple", "cat face", "sunflower"], "how": ["near"]}}))  # fmt: skip
+    return path
+
+
+def settings(folder, words, **more):
+    """The document's CONFIG, in seconds: the embedded model teaches itself, disturbed."""
+    return {
+        "prompt_source": str(words), "num_images_to_generate": 3, "base_model_id": str(folder / "student"), "teacher_model_id": str(NANO),
+        "output_dir": str(folder / "output"), "seed": 42, "resolution": 64, "train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 1e-3,
+        "lr_scheduler": "constant", "mixed_precision": "no", "gradient_accumulation_steps": 1, "use_lora": True, "lora_r": 2, "lora_alpha": 4,
+        "lora_dropout": 0.1, "lora_target_modules": ["to_q", "to_v", "q_proj", "fc1"], "eval_batch_size": 4, "num_inference_steps": 2,
+        "guidance_scale": 3.0, "num_evaluation_prompts": 3, "panels": 1,
+    } | more  # fmt: skip
+
+
+def student(folder):
+    """A model that lost its way a little."""
+    sd = pipeline.load(NANO)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in sd.net.parameters():
+            p.add_(0.05 * p.std() * torch.randn_like(p) if p.numel() > 1 else 0)
+    sd.save(folder / "student")
+
+
+def written(folder, words, **more):
+    path = folder / "config.json"
+    path.write_text(json.dumps(settings(folder, words, **more)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("transfer")
+    student(folder)
+    code, out, err = script(
+        "all", "--config", written(folder, words, method="both", feature_weight=0.1, sample_every=2)
+    )
+    assert code == 0, err
+    return folder, out, err
+
+
+def test_the_documents_folders(done):
+    folder, out, _ = done
+    root = folder / "output"
+    assert all((root / name).is_dir() for name in FOLDERS)
+    assert "teacher_images: 3" in out and "teacher_images_dropped: 0" in out and "pictures_compared: 3" in out
+    learned = data.load(root / "sdxl_images")
+    assert len(learned) == 3 and set(learned.captions) <= {"fire", "red apple", "cat face", "sunflower"}
+    facts = images.metadata(root / "sdxl_images" / "00001.png") if hasattr(images, "metadata") else None
+    assert (root / "sdxl_images" / "00001.txt").read_text().strip() == learned.captions[1] and (
+        facts is None or facts["seed"] == 43
+    )
+    names = {p.relative_to(root / "weakmodel_images").as_posix() for p in (root / "weakmodel_images").rglob("*.png")}
+    assert names == {"standard/0000.png", "standard/0001.png", "closeup/0000.png"}, (
+        "other prompts than the learned ones, where there are"
+    )
+    for arm in ("finetuned", "online", "teacher"):
+        assert {
+            p.relative_to(root / "comparison_output" / arm).as_posix()
+            for p in (root / "comparison_output" / arm).rglob("*.png")
+        } == names
+    assert len(list((root / "research_comparisons").glob("difference_*.png"))) == 3
+    assert len(list((root / "comparison_output").glob("comparison_all_*.png"))) == 1
+    assert (root / "checkpoints" / "samples" / "000002.png").exists() and (root / "checkpoints" / "loss.png").exists()
+
+
+def test_before_and_after_begin_from_the_same_latents(done):
+    """Both galleries were drawn from the same seeds, so with a LoRA of strength 0 the pictures would be the same ones."""
+    root = done[0] / "output"
+    plans = {n: json.loads((root / distill.ARMS[n] / "drawn.json").read_text()) for n in distill.ARMS}
+    assert plans["original"]["pictures"] == plans["finetuned"]["pictures"] == plans["online"]["pictures"]
+    assert plans["original"]["settings"]["model_sha256"] != plans["finetuned"]["settings"]["model_sha256"]
+    seeds = [seed for _, seed in plans["original"]["pictures"].values()]
+    assert len(set(seeds)) == 3
+
+
+def test_adapters_in_peft_form_and_in_kohyas(done):
+    """Both components, both files: one change."""
+    folder = done[0]
+    base = pipeline.load(folder / "student")
+    peft, kohya = (
+        lora.read(folder / "output" / "checkpoints" / n, base.models())
+        for n in ("lora_weights", "lora_kohya.safetensors")
+    )
+    assert {d.component for d in peft.deltas} == {"unet", "text_encoder"} and len(peft.deltas) == len(kohya.deltas)
+    changes = {(d.component, d.module): d.scale * d.up @ d.down for d in peft.deltas}
+    for d in kohya.deltas:
+        assert torch.allclose(changes[d.component, d.module], d.scale * d.up @ d.down, atol=1e-6)
+        assert d.scale == 2.0 and d.up.abs().max() > 0
+    for part in ("unet", "text_encoder"):
+        told = json.loads(
+            (folder / "output" / "checkpoints" / "lora_weights" / part / "adapter_config.json").read_text()
+        )
+        assert told["r"] == 2 and told["lora_alpha"] == 4 and told["peft_type"] == "LORA"
+    assert all(
+        v.dtype == torch.float32
+        for v in load_file(folder / "output" / "checkpoints" / "lora_kohya.safetensors").values()
+    )
+
+
+def test_numbers_and_report(done):
+    root = done[0] / "output"
+    with open(root / "metrics" / "metrics_standard_0.csv", encoding="utf-8") as f:
+        assert next(csv.reader(f)) == [
+            "Comparison",
+            "SSIM",
+            "MSE",
+            "Histogram Similarity",
+            "Hash Similarity",
+            "Sharpness Ratio",
+            "Color Similarity",
+        ]
+    assert set(json.loads((root / "metrics" / "category_averages.json").read_text())) == {"standard", "closeup"}
+    assert {"original_vs_finetuned", "original_vs_teacher", "finetuned_vs_teacher"} <= set(
+        json.loads((root / "metrics" / "overall_metrics.json").read_text())
+    )
+    report = (root / "visualization" / "report.md").read_text()
+    for words in (
+        "Nearer to the teacher?",
+        "Two ways to learn",
+        "same latents",
+        "they say nothing about which is better",
+        "Not computed",
+        "loss",
+    ):
+        assert words in report, words
+    for name in ("radar_chart.png", "ssim_comparison.png", "improvement_percentage_chart.png", "improvement_table.png", "significance.csv",
+                 "online.csv", "report.html"):  # fmt: skip
+        assert (root / "visualization" / name).exists(), name
+    summary = (root / "research_paper_materials" / "research_summary.md").read_text()
+    assert "lora\\_rank | 2" in summary and "against the teacher" in summary
+    assert (
+        "http"
+        not in (root / "visualization" / "report.html")
+        .read_text()
+        .replace("http-equiv", "")
+        .split("<h2>Not computed")[0]
+    )
+
+
+def test_figures_from_the_numbers_alone(done, tmp_path):
+    """The document's command, `--metrics_dir … --output_dir …`, with the pictures gone."""
+    shutil.copytree(done[0] / "output" / "metrics", tmp_path / "o" / "metrics")
+    code, _, err = script(
+        "visualize", "--metrics_dir", tmp_path / "o" / "metrics", "--output_dir", tmp_path / "o" / "charts"
+    )
+    assert code == 0, err
+    assert (tmp_path / "o" / "charts" / "radar_chart.png").exists() and (
+        tmp_path / "o" / "research_paper_materials" / "research_summary.md"
+    ).exists()
+    before = (done[0] / "output" / "visualization" / "significance.csv").read_text()
+    assert (tmp_path / "o" / "charts" / "significance.csv").read_text() == before
+
+
+def copied(done, tmp_path):
+    shutil.copytree(done[0] / "output", tmp_path / "output")
+    (tmp_path / "student").symlink_to(done[0] / "student")
+    return tmp_path / "output"
+
+
+def test_generate_goes_on_with_what_is_missing(done, tmp_path, words):
+    root = copied(done, tmp_path)
+    want = {p.name: p.read_bytes() for p in (root / "sdxl_images").iterdir()}
+    (root / "sdxl_images" / "00001.png").unlink()
+    (root / "sdxl_images" / ".00002.png.part").write_bytes(b"half")
+    path = written(tmp_path, words, method="both", feature_weight=0.1, sample_every=2)
+    code, _, err = script("train", "--config", path)
+    assert (
+        code == 2 and "1 of 3 pictures are not there, such as 00001.png; `transfer generate` goes on with them" in err
+    )
+    code, _, err = script("generate", "--config", path)
+    assert code == 0 and "2 of 3 pictures are there already" in err, err
+    assert {p.name: p.read_bytes() for p in (root / "sdxl_images").iterdir()} == want
+
+
+def test_training_again_gives_the_same_adapters(done, tmp_path, words):
+    """Killed after its first checkpoint: the same bytes as without. With dropout in the adapters."""
+    root = copied(done, tmp_path)
+    path = written(tmp_path, words, checkpointing_steps=1)
+    want = (root / "checkpoints" / "lora_kohya.safetensors").read_bytes()
+    shutil.rmtree(root / "checkpoints")
+    code, _, err = script("train", "--config", path, "--max-steps", 1, "--lr-scheduler", "constant")
+    assert code == 0, err
+    assert (root / "checkpoints" / "checkpoint-1").is_dir()
+    code, _, err = script("train", "--config", path)
+    assert code == 0 and "resumed at step 1" in err, err
+    got = load_file(root / "checkpoints" / "lora_kohya.safetensors")
+    (tmp_path / "want.safetensors").write_bytes(want)
+    for name, tensor in load_file(tmp_path / "want.safetensors").items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_a_picture_that_fails_is_dropped_and_counted(tmp_path, words, monkeypatch):
+    original = pipeline.Pipeline.generate
+
+    def generate(self, prompts, *args, **more):
+        if "fire" in prompts:
+            raise config.UserError("not finite")
+        return original(self, prompts, *args, **more)
+
+    monkeypatch.setattr(pipeline.Pipeline, "generate", generate)
+    (tmp_path / "student").symlink_to(NANO)
+    path = written(tmp_path, words, num_images_to_generate=4)
+    code, out, err = script("generate", "--config", path)
+    assert (
+        code == 0
+        and "teacher_images: 3" in out
+        and "teacher_images_dropped: 1" in out
+        and "1 of 4 pictures could not be drawn" in err
+    )
+    code, _, err = script("train", "--config", path)
+    assert code == 0 and "3 pictures of nano teach student" in err, "a failed picture is no missing one"
+
+
+def test_a_checkpoint_of_anothers(done, tmp_path, words):
+    """--checkpoint names what is compared; adapters for another base are refused."""
+    root = copied(done, tmp_path)
+    path = written(tmp_path, words)
+    code, _, err = script(
+        "evaluate", "--config", path, "--checkpoint", root / "checkpoints" / "online" / "lora_kohya.safetensors"
+    )
+    assert code == 0, err
+    plan = json.loads((root / "comparison_output" / "finetuned" / "drawn.json").read_text())
+    assert (
+        plan["settings"]["model_sha256"]
+        == json.loads((root / "comparison_output" / "online" / "drawn.json").read_text())["settings"]["model_sha256"]
+    )
+    strange = tmp_path / "strange.safetensors"
+    down, up = torch.zeros(2, 7), torch.zeros(9, 2)
+    weights.save_tensors(strange, {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": down,
+                                   "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight": up})  # fmt: skip
+    code, _, err = script("evaluate", "--config", path, "--checkpoint", strange)
+    assert code == 2 and "strange.safetensors" in err and "it is for another family" in err
+
+
+def test_the_whole_model_as_student(tmp_path, words):
+    (tmp_path / "student").symlink_to(NANO)
+    path = written(
+        tmp_path, words, use_lora=False, lora_target_modules=[], num_images_to_generate=2, panels=0, method="online"
+    )
+    code, _, err = script("all", "--config", path)
+    assert code == 0, err
+    assert pipeline.load(tmp_path / "output" / "checkpoints" / "model").net is not None
+    assert "finetuned" in (tmp_path / "output" / "visualization" / "report.md").read_text()
+
+
+BAD = {
+    "a key": (
+        {"num_inference_step": 5},
+        "generate",
+        "unknown key 'num_inference_step'; did you mean num_inference_steps",
+    ),
+    "a type": ({"learning_rate": "1e-4"}, "generate", "learning_rate = '1e-4' has the wrong type"),
+    "rank 0": ({"lora_r": 0}, "train", "--lora-rank 0 must be between 1"),
+    "no layer": ({"lora_target_modules": ["to_q", "to_z"]}, "train", "--lora-targets to_z: no layer of"),
+    "no prompts": ({"prompt_source": "absent.csv"}, "generate", "absent.csv: no such file"),
+    "no teacher pictures": ({}, "train", "sdxl_images: is not there; `transfer generate` makes it"),
+    "nothing trained": ({}, "evaluate", "lora_weights: is not there; `transfer train` makes it"),
+    "nothing measured": ({}, "visualize", "metrics: is not there; `transfer evaluate` makes it"),
+    "features of pictures": ({"feature_weight": 1.0}, "train", "--feature-weight is for --method online or both"),
+    "a scheduler": ({"lr_scheduler": "cosin"}, "train", "lr_scheduler = 'cosin' is not one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_with_one_line(tmp_path, words, case, done):
+    more, part, said = BAD[case]
+    (tmp_path / "student").symlink_to(NANO)
+    if case in ("no layer", "nothing trained"):
+        shutil.copytree(done[0] / "output" / "sdxl_images", tmp_path / "output" / "sdxl_images")
+    code, _, err = script(part, "--config", written(tmp_path, words, **more))
+    assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_words_after_transfer():
+    for argv, said in (
+        ((), "after transfer comes one of generate, train, evaluate, visualize, all, not nothing"),
+        (("trian",), "did you mean train"),
+    ):
+        code, _, err = script(*argv)
+        assert code == 2 and said in err
+    code, _, err = in_process(distill, "distill.py", "tranfer")
+    assert code == 2 and "one of recursive, transfer, few-step, not tranfer; did you mean transfer" in err
+
+
+def test_sixteen_gigabytes():
+    """The defaults, from configurations alone: no weights are there."""
+    code, out, err = script("all", "--dry-run")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if ": peak" in line]
+    assert len(lines) == 3 and all("fits in 16 GB" in line for line in lines)
+    assert "train (student): 3.19 M trained, 1066.24 M frozen" in out
