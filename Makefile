@@ -9,7 +9,7 @@ WEIGHTS ?=
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo test test-slow test-gpu lint format bench bench-train bench-eval bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo test test-slow test-gpu lint format bench bench-train bench-lora bench-eval bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -130,14 +130,14 @@ recursive-demo: $(STAMP)  ## generation after generation on its own pictures: th
 	$(PY) distill.py recursive $(RECURSIVE) --target-gen 4
 	@echo "the report: $(OUT)/recursive-demo/cfg_3/report.html"
 
-# A student of half the width, trained a little, learns from the embedded model: from its pictures, and from its output on them
+# A student of half the width, trained a little, learns 64 words from the embedded model: from its pictures, and from its output on them
 TRANSFER = $(OUT)/transfer-demo
 transfer-demo: $(STAMP)  ## teacher to student: before, after, by two methods, with tests (a quarter of an hour, on a CPU)
 	$(PY) train.py diffusion --data assets/emoji/emoji.tar --vae assets/nano --text-encoder assets/nano --model-config assets/nano/half.json \
 		--max-steps 400 --batch-size 24 --lr 1e-3 --lr-warmup-steps 50 --ema-decay 0.99 --resume auto --output-dir $(TRANSFER)/student
-	$(PY) distill.py transfer all --model $(TRANSFER)/student/model --teacher assets/nano --prompt-source assets/emoji/emoji.tar \
-		--evaluation-prompts assets/emoji/emoji.tar --num-images 400 --num-evaluation-prompts 60 --steps 12 --guidance-scale 3 \
-		--method both --feature-weight 0.1 --epochs 12 --batch-size 16 --lr 2e-3 --lr-warmup-steps 0.1 --lora-rank 32 --lora-alpha 32 \
+	$(PY) distill.py transfer all --model $(TRANSFER)/student/model --teacher assets/nano --prompt-source assets/nano/concepts.txt \
+		--num-images 192 --num-evaluation-prompts 64 --steps 12 --guidance-scale 3 \
+		--method both --feature-weight 0.1 --epochs 30 --batch-size 16 --lr 2e-3 --lr-warmup-steps 0.1 --lora-rank 32 --lora-alpha 32 \
 		--lora-dropout 0 --lora-targets "to_q,to_k,to_v,to_out.0,proj,net.2,conv1,conv2" --no-gradient-checkpointing --eval-batch-size 20 \
 		--panels 6 --output-dir $(TRANSFER)/output
 	@echo "the report: $(TRANSFER)/output/visualization/report.html"
@@ -175,6 +175,9 @@ bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an envir
 
 bench-train: $(STAMP)  ## whole training runs beside diffusers' own loop: images a second, memory, quality (PEER=…)
 	$(PY) benchmarks/recipe.py --peer "$(PEER)"
+
+bench-lora: $(STAMP)  ## a LoRA step of SD 1.5's whole UNet beside peft and diffusers: time and memory (PEER=…)
+	$(PY) benchmarks/lora.py --peer "$(PEER)"
 
 bench-eval: $(STAMP)  ## FID beside torch-fidelity and pytorch-fid, SSIM and pHash beside scikit-image and imagehash (PEER=…)
 	$(PY) benchmarks/evaluation.py --peer "$(PEER)"

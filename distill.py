@@ -1,7 +1,7 @@
 """Models that learn from models.
 
     python distill.py recursive --cfg_scale 7.5 --target_gen 3        # a model trained on its own pictures, again and again
-    python distill.py transfer all --config transfer.json               # SDXL teaches SD 1.5, by its pictures
+    python distill.py transfer all --config assets/prompts/transfer.json  # SDXL teaches SD 1.5, by its pictures
     python distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method consistency --output-dir out/four
 
 recursive: generation 0 are pictures of --model from the captions; generation k is generation k-1's model trained on the pictures of
@@ -36,6 +36,7 @@ def least(cfg, **bounds):
 
 
 def listed(text):
+    """The parts of a comma-separated option."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -198,9 +199,10 @@ def learn(cfg, model, dataset, folder):
 
     from nanodiff import dist, teach
 
-    if dist.on_main((folder / "model_index.json").is_file):
-        return
     work = folder.with_name(f"{folder.name}.training")
+    if dist.on_main((folder / "model_index.json").is_file):
+        dist.on_main(shutil.rmtree, work, ignore_errors=True)  # of a run that was killed after its last word
+        return
     sd, nets = dist.together(teach.student, model)
 
     def write(run, states):
@@ -212,6 +214,7 @@ def learn(cfg, model, dataset, folder):
 
 
 def recursive(cfg):
+    """The stage `recursive`: see the module docstring."""
     from nanodiff import dist, engine
 
     cfg.check()
@@ -307,6 +310,7 @@ class Grid(Recursive):
     index: list[int] = arg([], "numbers of pictures, by ascending id")
     prompt: str | None = arg(None, "a caption of your own, drawn by every generation's model")
     prompt_seed: int = arg(0, "its seed")
+    output_dir: str = arg("out/grid", "run.json, and the sheet unless --output names it")
     output: str | None = arg(None, "the sheet; default: OUTPUT_DIR/generations.png")
 
     def check(self):
@@ -404,6 +408,7 @@ class Transfer(Training, Noise, Adapters):
     lora_rank: int = arg(16, "rank of the adapters", "lora-r", "rank")
     lora_alpha: float | None = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.1, "of the adapters' inputs, while training")
+    lora_format: str = arg("auto", "the file beside PEFT's folder: kohya's or diffusers' form; auto is kohya, for an MMDiT diffusers; peft: none", choices=("auto", "kohya", "diffusers", "peft"))  # fmt: skip
     lora_targets: list[str] = arg([], "layers to adapt, of the denoiser (to_q …) or the text encoder (q_proj, fc1 …); default: the denoiser's attention", "lora-target-modules")  # fmt: skip
     seed: int = arg(42, "every random draw is a function of it")
     batch_size: int = arg(4, "samples of a process in a micro-batch", "train-batch-size")
@@ -426,6 +431,10 @@ class Transfer(Training, Noise, Adapters):
             raise UserError("--lora-… are settings of --lora")
         if self.feature_weight and self.method == "data":
             raise UserError("--feature-weight is for --method online or both")
+        if self.method != "data" and (self.min_snr is not None or self.snr_weighting):
+            raise UserError(
+                "--min-snr and --snr-weighting are for --method data: online's error is weighed as v-prediction's"
+            )
 
     @property
     def methods(self):
@@ -440,8 +449,8 @@ class Transfer(Training, Noise, Adapters):
         return Path(self.sdxl_image_dir) if self.sdxl_image_dir else self.root / "sdxl_images"
 
     def work(self, method):
-        """Where a student is trained: the first one's checkpoints lie in checkpoints/."""
-        return self.root / "checkpoints" / ("" if method == self.methods[0] else method)
+        """Where a student is trained."""
+        return self.root / "checkpoints" / ("online" if method == "online" else "")
 
 
 ARMS = {"original": "weakmodel_images", "finetuned": "comparison_output/finetuned", "online": "comparison_output/online",
@@ -453,6 +462,8 @@ def transfer(*stages):
     """The main of `transfer` and some of its parts, one after the other."""
 
     def main(cfg):
+        import shutil
+
         from nanodiff import dist, engine
 
         cfg.check()
@@ -462,13 +473,45 @@ def transfer(*stages):
         dist.start(device, cfg.dist_timeout)
         dist.agree(as_dict(cfg), "configuration")
         record = engine.Record(cfg, device)
+        dist.on_main(preflight, cfg, stages)
         for stage in stages:
             with record.timed(stage.__name__.removeprefix("transfer_")):
                 stage(cfg, record, device)
         record.write()
+        if len(stages) == 1:  # the next part's run.json takes this one's place
+            name = stages[0].__name__.removeprefix("transfer_")
+            dist.on_main(lambda: shutil.copy(record.out / "run.json", record.out / f"run-{name}.json"))
         dist.finish()
 
     return main
+
+
+def preflight(cfg, stages):
+    """What can be known to be wrong before hours of work. Raises UserError."""
+    from nanodiff import lora, lorafile, sources
+    from nanodiff.schedule import Schedule
+
+    if transfer_generate in stages or transfer_evaluate in stages:
+        learning_prompts(cfg)
+    if transfer_evaluate in stages:
+        evaluation_prompts(cfg)
+    if cfg.method != "data" and (transfer_generate in stages or transfer_train in stages):
+        both = [sources.configs(m) for m in (cfg.model, cfg.teacher)]
+        a, b = (src.config("vae") if "vae" in src.parts else None for src in both)
+        if a != b:
+            raise UserError(
+                f"--method {cfg.method}: {cfg.teacher} has another VAE than {cfg.model}, so they do not share latents; use --method data"
+            )
+        a, b = (Schedule.from_config(src.scheduler()[0]) for src in both)
+        if a.flow != b.flow or (not a.flow and (a.alphas_cumprod != b.alphas_cumprod).any()):
+            raise UserError(
+                f"--method {cfg.method}: {cfg.teacher} has another noise schedule than {cfg.model}; use --method data"
+            )
+    if transfer_evaluate in stages and transfer_train not in stages:
+        for method in cfg.methods:
+            path = taught(cfg, method)
+            if not (path / "model_index.json").is_file():
+                lora.read(path, lorafile.skeletons(cfg.model))
 
 
 def learning_prompts(cfg):
@@ -478,21 +521,20 @@ def learning_prompts(cfg):
     return promptset.read(cfg.prompt_source, cfg.prompt_column).draw(cfg.num_images, cfg.seed)
 
 
-def evaluation_prompts(cfg):
-    """[(category, prompt)] of the comparison: none that is learned from, where there are others."""
-    from nanodiff import promptset
+def evaluation_prompts(cfg, say=False):
+    """[(category, prompt)] of the comparison: none that is learned from, where there are others. say: what weakens it."""
+    from nanodiff import dist, promptset
 
-    n, learned = cfg.num_evaluation_prompts, [p for _, p in learning_prompts(cfg)]
-    if cfg.evaluation_prompts:
-        source = promptset.read(cfg.evaluation_prompts, cfg.prompt_column)
-        return source.draw(n, cfg.seed + 1, list(getattr(source, "templates", ())))
-    source = promptset.read(cfg.prompt_source, cfg.prompt_column)
-    chosen = source.draw(n, cfg.seed + 1, list(getattr(source, "templates", ())), learned)
-    if set(learned) & {p for _, p in chosen}:
-        from nanodiff import dist
-
+    learned = [p for _, p in learning_prompts(cfg)]
+    source = promptset.read(cfg.evaluation_prompts or cfg.prompt_source, cfg.prompt_column)
+    categories = list(source.templates) if isinstance(source, promptset.Words) else None
+    chosen = source.draw(cfg.num_evaluation_prompts, cfg.seed + 1, categories, learned)
+    texts = [p for _, p in chosen]
+    if say and (again := set(learned) & set(texts)):
+        dist.say(f"note: {len(again)} of the compared prompts are learned from, too: there are no others")
+    if say and len(set(texts)) < len(texts):
         dist.say(
-            f"note: {cfg.prompt_source} has no other prompts, so those that are learned from are compared; --evaluation-prompts names others"
+            f"warning: {len(texts)} pictures of {len(set(texts))} different prompts: the tests take them for independent ones"
         )
     return chosen
 
@@ -507,35 +549,22 @@ def painter(model, device, adapters=None):
     return sd
 
 
-def let_go(sd):
-    """Give a model's memory back; the caller has no other name for it."""
-    import gc
-
-    import torch
-
-    for module in sd.models().values():
-        module.to("meta")
-    del sd
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def transfer_generate(cfg, record, device):
     """The teacher's pictures, each with its prompt beside it."""
-    from nanodiff import dist, gallery
+    from nanodiff import dist, gallery, teach
 
     prompts = dist.on_main(learning_prompts, cfg)
     jobs = [gallery.Job(f"{i:05d}.png", prompt, cfg.seed + i) for i, (_, prompt) in enumerate(prompts)]
     sd = painter(cfg.teacher, device)
     how = teacher_settings(cfg, sd)
     failed = gallery.draw(sd, jobs, cfg.teacher_images, how, cfg.eval_batch_size, what="teacher", captions=True)
-    let_go(sd)  # before the student is there: 16 GB are enough for one of them
+    teach.free(sd)  # before the student is there: 16 GB are enough for one of them
     record.result("teacher_images", len(jobs) - len(failed))
     record.result("teacher_images_dropped", len(failed))
 
 
 def teacher_settings(cfg, sd):
+    """gallery.settings of the teacher's pictures."""
     from nanodiff import gallery
 
     scale = cfg.guidance_scale if cfg.teacher_guidance_scale is None else cfg.teacher_guidance_scale
@@ -558,9 +587,13 @@ def teacher_data(cfg):
         raise UserError(f"{folder}: is not there; `transfer generate` makes it")
     if (folder / gallery.PLAN).is_file():
         lacking, _ = gallery.lacking(folder)
+        lacking = [n for n in lacking if n in {f"{i:05d}.png" for i in range(cfg.num_images)}]
         if lacking:
             raise UserError(f"{folder}: {len(lacking)} of {len(gallery.planned(folder))} pictures are not there, such as {lacking[0]}; "
                             "`transfer generate` goes on with them")  # fmt: skip
+        names = {f"{i:05d}.png" for i in range(cfg.num_images)}  # an earlier run may have made more
+        every = data.load(folder)
+        return every.subset([i for i, key in enumerate(every.keys) if key in names])
     return data.load(folder)
 
 
@@ -579,6 +612,8 @@ def transfer_train(cfg, record, device):
             master = dist.together(pipeline.load, cfg.teacher, torch.float32, "cpu")
             dist.together(fewstep.same_space, sd, master)
             make = teach.online(cfg, master, dataset.texts)
+        else:
+            master = None
         work = cfg.work(method)
         dist.say(f"{method}: {len(dataset)} pictures of {Path(cfg.teacher).name} teach {Path(cfg.model).name}")
 
@@ -587,24 +622,27 @@ def transfer_train(cfg, record, device):
                 return teach.save_model(
                     sd, work / "model", cfg.save_dtype, states, loss=run.more.get("epoch_loss"), updates=run.step
                 )
-            targets = {"peft": work / "lora_weights"}
-            if "transformer" not in sd.models():  # kohya's form has names for a UNet's layers only
-                targets["kohya"] = work / "lora_kohya.safetensors"
-            return teach.save_adapters(
-                sd, run, states, targets, cfg.save_dtype, title=f"{Path(cfg.teacher).name} to {Path(cfg.model).name}"
+            form = cfg.lora_format
+            if form == "auto":  # kohya's has names for a UNet's layers only
+                form = "diffusers" if "transformer" in sd.models() else "kohya"
+            targets = {"peft": work / "lora_weights"} | (
+                {} if form == "peft" else {form: work / f"lora_{form}.safetensors"}
             )
+            names = {"title": f"{Path(cfg.teacher).name} to {Path(cfg.model).name}", "base_model": cfg.model}
+            return teach.save_adapters(sd, run, states, targets, cfg.save_dtype, **names)
 
         shown = [p for _, p in dist.on_main(evaluation_prompts, cfg)[:8]] if cfg.sample_every else ()
-        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, shown, (cfg.steps, cfg.guidance_scale))
+        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, shown, (cfg.steps, cfg.guidance_scale),
+                  (method, str(cfg.teacher), str(cfg.model), cfg.feature_weight if method == "online" else 0))  # fmt: skip
         record.file(work / ("lora_weights" if cfg.lora else "model"))
-        let_go(sd)
+        teach.free(sd, *([master] if master else []))
 
 
 def transfer_evaluate(cfg, record, device):
     """Before, after and teacher: the same prompts, and the same initial latents for the student's two."""
-    from nanodiff import data, dist, evaluate, gallery, pages, report, weights
+    from nanodiff import data, dist, evaluate, gallery, pages, report, teach, weights
 
-    prompts, counts, jobs = dist.on_main(evaluation_prompts, cfg), {}, []
+    prompts, counts, jobs = dist.on_main(evaluation_prompts, cfg, True), {}, []
     for i, (category, prompt) in enumerate(prompts):
         k = counts[category] = counts.get(category, -1) + 1
         jobs.append(gallery.Job(f"{category}/{k:04d}.png", prompt, cfg.seed + 1_000_000 + i))
@@ -624,7 +662,7 @@ def transfer_evaluate(cfg, record, device):
         failed |= gallery.draw(
             sd, jobs, cfg.root / ARMS[arm], how, cfg.eval_batch_size, anew=True, what=arm, captions=True
         )
-        let_go(sd)
+        teach.free(sd)
     names = [j.name for j in jobs if j.name not in failed]
     if len(names) < 2:
         raise UserError("fewer than two pictures could be drawn by all models, so nothing can be compared")
@@ -645,6 +683,10 @@ def transfer_evaluate(cfg, record, device):
         metrics |= {
             f"online_vs_teacher.{k}": m for k, m in evaluate.pair_metrics(second, {}, resized, cfg.seed).items()
         }
+        whole, _ = evaluate.of_sets({k: folders[k] for k in ("online", "teacher")}, [("online", "teacher")], settings)
+        metrics |= {
+            k if k.startswith(("online.", "teacher.")) else f"online_vs_teacher.{k}": m for k, m in whole.items()
+        }
         found = [p._replace(numbers=p.numbers | q.numbers) for p, q in zip(found, second, strict=True)]
     for reason in dict.fromkeys(skipped.values()):
         dist.say(f"note: not computed: {printable(reason)}")
@@ -655,12 +697,18 @@ def transfer_evaluate(cfg, record, device):
         folder, side, maps = (
             engine.out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons")
         )
+        (folder / "evaluation.json").unlink(
+            missing_ok=True
+        )  # it is written last: without it nothing was evaluated to the end
         for old in folder.glob("metrics_*"):
             old.unlink()
         files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
         facts = {k: str(v) for k, v in as_dict(cfg).items() if v not in (None, "", [])}
+        for old in (*side.glob("comparison_all_*"), *maps.glob("difference_*")):
+            old.unlink()
+        files += pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
         weights.write_json(folder / "evaluation.json", {"settings": facts, "skipped": skipped, "dropped": failed})
-        return files + pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
+        return files
 
     for path in dist.on_main(write):
         record.file(path)
@@ -697,8 +745,8 @@ def _visualize(cfg):
     from nanodiff.config import read_json
 
     numbers = Path(cfg.metrics_dir) if cfg.metrics_dir else cfg.root / "metrics"
-    if not numbers.is_dir():
-        raise UserError(f"{numbers}: is not there; `transfer evaluate` makes it")
+    if not (numbers / "evaluation.json").is_file():
+        raise UserError(f"{numbers}: is not there, or not complete; `transfer evaluate` makes it")
     root = numbers.resolve().parent
     look = engine.out_dir(cfg.root if cfg.metrics_dir else root / "visualization")
     found, metrics, facts = (
@@ -730,6 +778,11 @@ def _visualize(cfg):
     if facts["skipped"]:
         document.heading("Not computed")
         document.table(("metric", "why"), facts["skipped"].items())
+    for name in ("ssim", "mse"):
+        if name in tests:
+            print(
+                f"{name}: finetuned is {pages.NEARER[tests[name].nearer]}, p = {tests[name].p_t:.2g} (paired t test, Holm)"
+            )
     print(f"report: {look / 'report.html'}")
     return [*files, *document.write(look)]
 
@@ -741,7 +794,7 @@ def transfer_plan(cfg):
     from nanodiff import build, memory, pipeline, sources, teach
 
     low = {"fp16": torch.float16, "no": None}.get(cfg.mixed_precision, torch.bfloat16)
-    peaks = {}
+    peaks, teacher = {}, 0
     for name, model, side in (
         ("generate (teacher)", cfg.teacher, cfg.teacher_resolution),
         ("evaluate (student)", cfg.model, cfg.resolution),
@@ -752,18 +805,18 @@ def transfer_plan(cfg):
         print(f"{name}: {model}")
         print("\n".join(memory.table(stages, None)))
         peaks[name] = memory.peaks(stages)["none"]
+        teacher = teacher or sum(s.parameters for s in stages)
     found = teach.estimate(cfg, cfg.model, build.lora_settings(cfg) if cfg.lora else None, cfg.resolution, low)
     print(
         f"train (student): {found.trained / 1e6:.2f} M trained, {found.frozen / 1e6:.2f} M frozen, activations {found.activations / 1e9:.3f} GB"
     )
-    peaks["train (student)"] = found.peak
+    peaks["train (student)"] = found.peak + (4 * teacher if cfg.method != "data" else 0)
     for name, peak in peaks.items():
         print(
             f"{name}: peak {peak / 1e9:.2f} GB: {'fits' if peak * 1.1 < 16e9 else 'does not fit'} in 16 GB with a tenth to spare"
         )
-    print(
-        "the teacher is freed before the student trains, so the largest of these counts (--method online has both at once)"
-    )
+    print("the teacher is freed before the student trains, so the largest of these counts" if cfg.method == "data" else
+          "--method online trains with the teacher beside the student")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -771,7 +824,7 @@ def transfer_plan(cfg):
 
 
 @dataclass
-class FewStep(Training, Noise, Adapters):
+class FewStep(Training, Adapters):
     model: str = arg("stable-diffusion-v1-5/stable-diffusion-v1-5", "the teacher: folder or Hub id", "teacher")
     student: str | None = arg(None, "what the student begins as; default: the teacher")
     data: str = arg("", "pictures with captions, as train.py takes them")
@@ -822,77 +875,113 @@ class FewStep(Training, Noise, Adapters):
             raise UserError(
                 "--lora: adapters belong to the --model they were trained on, so there is no other --student"
             )
-        if not self.lora and set(self.given) & {f.name for f in dataclasses.fields(Adapters)}:
+        given = set(getattr(self, "given", ()))
+        if not self.lora and given & {f.name for f in dataclasses.fields(Adapters)}:
             raise UserError("--lora-… are settings of --lora")
-        if self.first_steps is not None:
-            if self.method != "progressive":
-                raise UserError("--first-steps is progressive's")
-            if self.first_steps < self.student_steps or self.first_steps not in [
-                self.student_steps << i for i in range(31)
-            ]:
-                raise UserError(
-                    f"--first-steps {self.first_steps} halved again and again must give --student-steps {self.student_steps}"
-                )
+        for name, methods in OF_METHODS.items():
+            if name in given and self.method not in methods:
+                raise UserError(f"--{name.replace('_', '-')} is {' and '.join(methods)}'s, not {self.method}'s")
+        if self.method in ("consistency", "dmd") and self.student_steps > self.known_steps:
+            raise UserError(
+                f"--student-steps {self.student_steps}: the student knows --known-steps {self.known_steps} times"
+            )
+        if self.first_steps not in [None, *(self.student_steps << i for i in range(31))]:
+            raise UserError(
+                f"--first-steps {self.first_steps} halved again and again must give --student-steps {self.student_steps}"
+            )
         if any(n < 1 for n in self.check_steps):
             raise UserError("--check-steps must be at least 1")
 
 
+OF_METHODS = {
+    "first_steps": ("progressive",),
+    "substeps": ("progressive",),
+    "known_steps": ("consistency", "dmd"),
+    "critic_steps": ("dmd",),
+}
+
+
 def few_schedule(cfg, sd):
-    """The student's pipeline as it will draw: its sampler, and what its folder asks for."""
+    """The student's pipeline as it will draw: its sampler."""
     flow = sd.schedule.flow
     if cfg.method == "guidance":
-        sd = sd.with_scheduler(None)
-    elif cfg.method == "progressive":
-        sd = sd.with_scheduler(
-            *(("flow_euler",) if flow else ("ddim",)), **({} if flow else {"timestep_spacing": "trailing"})
+        return sd.with_scheduler(None)
+    if cfg.method == "progressive":  # the last jump ends at x̂0 itself
+        return (
+            sd.with_scheduler("flow_euler")
+            if flow
+            else sd.with_scheduler("ddim", timestep_spacing="trailing", set_alpha_to_one=True)
         )
-    elif flow:
-        sd = sd.with_scheduler("flow_euler", stochastic_sampling=True)
-    else:
-        sd = sd.with_scheduler("lcm", original_inference_steps=max(cfg.known_steps, cfg.student_steps))
-    return sd
+    if flow:
+        return sd.with_scheduler("flow_euler", stochastic_sampling=True)
+    return sd.with_scheduler("lcm", original_inference_steps=cfg.known_steps)
 
 
 def few_step(cfg):
-    """See the module docstring."""
+    """The stage `few-step`: see the module docstring."""
+    import shutil
+
     import torch
 
-    from nanodiff import build, data, dist, engine, fewstep, pipeline, teach
+    from nanodiff import build, data, dist, engine, fewstep, loader, pipeline, samplers, teach
 
     cfg.check()
     device = engine.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
     record = engine.Record(cfg, device)
-    dataset, target, last = dist.on_main(data.load, cfg.data), record.out / "model", cfg.model
+    dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
     torch.manual_seed(cfg.seed)
     rounds = [cfg.student_steps]
     if cfg.method == "progressive":
         first = cfg.first_steps or 4 * cfg.student_steps
         rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
-    settings = build.lora_settings(cfg) if cfg.lora else None
+    settings, last = build.lora_settings(cfg) if cfg.lora else None, cfg.model
     for i, n in enumerate(rounds):
         folder = target if n == rounds[-1] else record.out / f"steps-{n}"
-        if not dist.on_main((folder / ("training.json")).is_file):
-            sd, nets = dist.together(teach.student, cfg.student or last if i == 0 else last, settings)
-            scale = guidance_of(cfg, sd) if i == 0 else 1.0
-            if cfg.lora and not cfg.student:
-                master = None
-            elif cfg.student and i == 0:
-                other = dist.together(teach.student, last)[0]
-                fewstep.same_space(sd, other)
-                master = other.net.requires_grad_(False).eval()
-            else:
-                master = fewstep.frozen(sd.net)
+        work = folder.with_name(f"{folder.name}.training")
+        facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "guidance": cfg.guidance_scale,
+                 "data": dataset.fingerprint(), "lr": cfg.lr, "seed": cfg.seed, "lora": settings}  # fmt: skip
+        if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
+            begins = cfg.student if cfg.student and i == 0 else last
+            sd, nets = dist.together(teach.student, begins, settings)
+            if cfg.lora and set(nets) != {sd.denoiser_name}:
+                raise UserError("--lora-targets: few steps are the denoiser's business; name its layers")
+            master = None if cfg.lora else fewstep.frozen(sd.net)
+            teacher = sd
+            if begins != last:
+                teacher = dist.together(pipeline.load, last, torch.float32, "cpu")
+                fewstep.same_space(sd, teacher)
+                if sd.schedule.prediction != teacher.schedule.prediction:
+                    raise UserError(
+                        f"--student {begins} predicts {sd.schedule.prediction}, its teacher {teacher.schedule.prediction}"
+                    )
+                if loader.fingerprint(*sd.encoders) != loader.fingerprint(*teacher.encoders):
+                    raise UserError(f"--student {begins} has another text encoder than its teacher")
+                master = teacher.net.requires_grad_(False).eval()
+            scale, steps = (
+                guidance_of(cfg, teacher) if i == 0 else 1.0,
+                guided_steps(cfg, teacher) if cfg.method == "guidance" else n,
+            )
             sd = few_schedule(cfg, sd)
+            samplers.check_steps(sd.schedule, steps)
             if cfg.method == "dmd":
                 nets["critic"] = fewstep.frozen(master).requires_grad_(True)
-            steps = guided_steps(cfg, sd) if cfg.method == "guidance" else n
             sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
             if i == 0:
                 dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
             with record.timed("train"):
-                teach.fit(cfg, folder.with_name(f"{folder.name}.training"), sd, nets, dataset, teach.few_step(cfg, n, scale, master),
-                          few_writer(cfg, sd, folder), cfg.resolution, dataset.captions[:8], (steps, 1.0))  # fmt: skip
+                teach.fit(cfg, work, sd, nets, dataset, teach.few_step(cfg, n, scale, master), few_writer(cfg, sd, folder, facts), cfg.resolution,
+                          dataset.captions[:8], (steps, 1.0), (cfg.method, str(last), n, scale))  # fmt: skip
+            teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
+
+            def tidy(folder=folder, work=work):
+                for name in ("metrics.jsonl", "loss.png", "samples"):  # what people look at; the rest is for going on
+                    if (work / name).exists():
+                        shutil.rmtree(folder / name) if (folder / name).is_dir() else None
+                        (work / name).replace(folder / name)
+                shutil.rmtree(work, ignore_errors=True)
+
+            dist.on_main(tidy)
         last = str(folder)
     record.file(target)
     if cfg.evaluate:
@@ -905,41 +994,48 @@ def few_step(cfg):
 
 
 def guidance_of(cfg, sd):
+    """The teacher's guidance: --guidance-scale, or what its folder or family has."""
     own = sd.sampling("guidance_scale")
     return cfg.guidance_scale if cfg.guidance_scale is not None else own if own is not None else sd.guidance
 
 
 def guided_steps(cfg, sd):
+    """The teacher's own steps: --teacher-steps, or what its folder or family has."""
     return cfg.teacher_steps or sd.sampling("steps") or sd.steps
 
 
-def few_writer(cfg, sd, folder):
+def few_writer(cfg, sd, folder, facts):
     """write() of teach.fit()."""
-    import shutil
-
     from nanodiff import teach, weights
 
     def write(run, states):
-        facts = {"method": cfg.method, "loss": run.more.get("epoch_loss"), "updates": run.step}
+        loss = run.more.get("epoch_loss") or (run.numbers or {}).get("loss")
+        told = facts | {"loss": loss, "updates": run.step}
         states.pop("critic", None)
         if not cfg.lora:
-            return teach.save_model(sd, folder, cfg.save_dtype, states, **facts)
+            return teach.save_model(sd, folder, cfg.save_dtype, states, **told)
+        form = cfg.lora_format
+        if form == "auto":
+            form = "diffusers" if "transformer" in sd.models() else "kohya"
         folder.mkdir(exist_ok=True)
-        run.net.pop("critic") if "critic" in run.net else None
-        form = "diffusers" if "transformer" in sd.models() else "kohya"
-        name = folder / "pytorch_lora_weights.safetensors"
-        teach.save_adapters(sd, run, states, {form: name}, cfg.save_dtype, title=f"{cfg.method}-{cfg.student_steps}")
-        weights.write_json(folder / "training.json", facts)
-        return shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+        path = folder / ("lora_weights" if form == "peft" else "pytorch_lora_weights.safetensors")
+        teach.save_adapters(
+            sd,
+            run,
+            states,
+            {form: path},
+            cfg.save_dtype,
+            title=f"{cfg.method}-{cfg.student_steps}",
+            base_model=cfg.model,
+        )
+        return weights.write_json(folder / "training.json", told)
 
     return write
 
 
 def few_quality(cfg, record, dataset, device):
     """Draw with teacher and student at several steps, measure, and show quality against steps."""
-    import gc
-
-    from nanodiff import charts, data, dist, engine, evaluate, gallery, lora, pages, pipeline, report
+    from nanodiff import charts, data, dist, engine, evaluate, gallery, images, lora, pages, pipeline, report, teach
 
     out, found, sets = record.out, {}, {}
     chosen = pages.spread(len(dataset), min(cfg.num_images, len(dataset)))
@@ -951,7 +1047,8 @@ def few_quality(cfg, record, dataset, device):
         taught = who == "student"
         sd = dist.together(pipeline.load, cfg.model if cfg.lora or not taught else out / "model", dtype, device)
         if taught and cfg.lora:
-            lora.fuse(sd.models(), lora.read(out / "model", sd.models()), keep=False)
+            files = out / "model" / "lora_weights"
+            lora.fuse(sd.models(), lora.read(files if files.is_dir() else out / "model", sd.models()), keep=False)
             sd = few_schedule(cfg, sd)
         own = guided_steps(cfg, sd) if not taught or cfg.method == "guidance" else cfg.student_steps
         for steps in sorted({*cfg.check_steps, own}):
@@ -962,8 +1059,7 @@ def few_quality(cfg, record, dataset, device):
             gallery.draw(sd, jobs, folder, how, cfg.draw_batch_size, anew=True, what=f"{who}, {steps} steps")
             sets[who, steps] = dist.on_main(data.load, folder, captions=False)
             found[who, steps] = evaluate.images(sets[who, steps], settings, dataset, what=f"{who}-{steps}")
-        del sd
-        gc.collect()
+        teach.free(sd)
     numbers = {f"{who}.steps_{n}.{k}": m for (who, n), f in found.items() for k, m in f.metrics.items()}
 
     def write():
@@ -992,8 +1088,6 @@ def few_quality(cfg, record, dataset, device):
             *(p for p in (chart, out / "pictures.png") if p),
             *document.write(out),
         ]
-
-    from nanodiff import images
 
     for path in dist.on_main(write):
         record.file(path)

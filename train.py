@@ -204,6 +204,10 @@ PRESETS = {
                      "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999, "caption_dropout": 0.0},
         "lora": {"resolution": 512, "batch_size": 1, "lr": 1e-4, "lora": True, "gradient_checkpointing": True, "ema": False,
                  "adam_beta2": 0.999, "caption_dropout": 0.0},
+        # S2's second task: adapters on a whole Stable Diffusion, denoiser and text encoder
+        "corel-lora": {"resolution": 512, "batch_size": 1, "grad_accum": 4, "epochs": 200, "lr": 1e-4, "lora": True, "lora_rank": 4,
+                       "lora_alpha": 4.0, "train_text_encoder": True, "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999,
+                       "caption_dropout": 0.0},
         # plans: 512 px and the real sizes, for --dry-run
         "sd15": {"model_size": "sd15", "resolution": 512, "max_steps": 500_000, "mixed_precision": "bf16"},
         "sd35-medium": {"model_size": "sd35-medium", "resolution": 1024, "max_steps": 500_000, "mixed_precision": "bf16"},

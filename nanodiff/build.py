@@ -147,6 +147,12 @@ def student(model):
     return sd, {sd.denoiser_name: sd.net}
 
 
+def reseed(cfg, seed, batch):
+    """Before a micro-batch of adapters with dropout: torch's own generator, so that a resumed run draws what the other did."""
+    if getattr(cfg, "lora_dropout", 0):
+        torch.manual_seed(objective.generator(seed, "adapter", next(iter(batch.indices), 0)).initial_seed())
+
+
 def outline(net, rows, side, length):
     """(x, t, (states, pooled)) on the meta device: what a denoiser is called with in training. side: of the latents; length: text tokens."""
     c, empty = net.cfg, lambda *shape: torch.empty(shape, device="meta")
@@ -169,17 +175,15 @@ def losses(cfg, sd, calls, device):
     shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
     def of(batch, x0_of, text_of, seed):
-        if getattr(
-            cfg, "lora_dropout", 0
-        ):  # torch's own generator: a resumed run must begin each micro-batch as the other did
-            torch.manual_seed(objective.generator(seed, "adapter", next(iter(batch.indices), 0)).initial_seed())
+        reseed(cfg, seed, batch)
         x0 = x0_of(batch)
         noise = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
         noise = objective.offset(noise, cfg.offset_noise, seed, batch.indices)
         t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
                                 shift).to(device)  # fmt: skip
         states, pooled = text_of(batch)
-        denoise = lambda x, t: sd.denoise(calls[sd.denoiser_name], x, t, states, pooled)  # noqa: E731
+        net = calls.get(sd.denoiser_name, sd.net)  # it may rest, and the text encoder learn
+        denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
         return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma)
 
     return of

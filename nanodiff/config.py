@@ -274,6 +274,9 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         elif argv and argv[0] in ("-h", "--help"):
             print(f"{doc}\n\nstages: {', '.join(stages)} (`{prog} STAGE --help` lists a stage's options)")
             return 0
+        elif len(argv) == 2 and argv[1] in ("-h", "--help") and any(s.startswith(f"{argv[0]} ") for s in stages):
+            print(f"{doc}\n\nstages: {', '.join(s for s in stages if s.startswith(f'{argv[0]} '))}")
+            return 0
         elif argv and (parts := [s.split(" ")[1] for s in stages if s.startswith(f"{argv[0]} ")]):
             second = printable(argv[1]) if len(argv) > 1 else "nothing"
             raise UserError(f"after {argv[0]} comes one of {', '.join(parts)}, not {second}{nearest(second, parts)}")

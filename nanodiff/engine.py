@@ -331,7 +331,10 @@ class Run:
         """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
         if self.more.setdefault(name, value) != value:
             if must:
-                raise UserError(f"the {name} is not what it was when this run began: the weights would not fit it")
+                raise UserError(
+                    f"{self.out}: the {name} is not what it was when this run began, so it cannot go on; take another output folder, "
+                    "or begin anew (--overwrite-output-dir)"
+                )
             dist.say(f"note: the {name} is not what it was when this run began")
             self.more[name] = value
 

@@ -152,6 +152,8 @@ def _begin(folder, jobs, how, anew):
                             "take another folder, or delete it")  # fmt: skip
         before["pictures"] = dict.fromkeys(before["pictures"])
     old, new = before["pictures"], {j.name: [j.prompt, j.seed] for j in jobs}
+    if bad := [n for n in new if Path(n).is_absolute() or ".." in Path(n).parts]:
+        raise UserError(f"{folder}: {printable(bad[0])} is no name inside it")
     if len(new) < len(jobs):
         raise UserError(f"{folder}: two pictures would have one name")
     stranger = next((p for p in sorted(folder.iterdir()) if p.suffix in (".png", ".jpg") and p.name not in old), None)

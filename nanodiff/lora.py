@@ -461,7 +461,10 @@ def without(model):
 def _beside(dropout, layer, args, out):
     if layer.lora_scale is None:
         return out
-    x = args[0].to(layer.lora_A.weight.dtype)
+    x = args[0]
+    # autocast casts by itself, without keeping another copy for the backward pass (a plan on the meta device does as it does)
+    if not (x.is_meta or torch.is_autocast_enabled(x.device.type)):
+        x = x.to(layer.lora_A.weight.dtype)
     if dropout and layer.training:
         x = F.dropout(x, dropout)
     return out + (layer.lora_B(layer.lora_A(x)) * layer.lora_scale).to(out.dtype)

@@ -21,6 +21,7 @@ from nanodiff.config import UserError, nearest, printable, read_json
 
 COLUMNS = ("prompt", "prompts", "caption", "text", "Title")
 LISTED = "standard"  # the category of a list's prompts
+FOLDER = re.compile(r"[\w][\w ().-]{0,60}")  # what a category may be called
 
 
 class Words(NamedTuple):
@@ -113,8 +114,8 @@ def _words(raw, path):
         rest = re.sub(r"\{\w+\}", "", template)
         if "{" in rest or "}" in rest:
             raise UserError(f"{path}: template {category!r} has a brace that is no {{name}}")
-        if "/" in category or category.startswith("."):
-            raise UserError(f"{path}: category {category!r} cannot name a folder")
+        if not FOLDER.fullmatch(category):
+            raise UserError(f"{path}: category {printable(category)!r} cannot name a folder")
         for name in names_in(template):
             if name not in words:
                 raise UserError(
@@ -146,13 +147,10 @@ def _table(path, column):
         raise UserError(f"{path}: has {lacks}; it has {', '.join(map(printable, there))} (--prompt-column names one)")
     pairs = []
     for i, row in enumerate(rows, 2):
-        text, category = (row[name] or "").strip(), (row.get("category") or LISTED).strip()
+        text, category = (row[name] or "").strip(), (row.get("category") or "").strip() or LISTED
         if not text:
             raise UserError(f"{path}: line {i} has no {name}")
-        if "/" in category or category.startswith("."):
+        if not FOLDER.fullmatch(category):
             raise UserError(f"{path}: line {i}: category {printable(category)!r} cannot name a folder")
         pairs.append((category, text))
     return pairs
-
-
-DOGS = Path(__file__).parent.parent / "assets" / "prompts" / "dogs.json"

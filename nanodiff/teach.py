@@ -8,6 +8,7 @@ make(Lesson) -> f(batch) -> (loss, {name: part for the log}); write(run, states)
 
 import contextlib
 import dataclasses
+import gc
 import json
 import shutil
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from nanodiff import (
     sources,
     weights,
 )
-from nanodiff.config import UserError
+from nanodiff.config import UserError, read_json
 
 
 class Lesson(NamedTuple):
@@ -47,8 +48,15 @@ class Lesson(NamedTuple):
 
     def denoise(self, told, call=None, sd=None):
         """f(x, t) -> the student's prediction, told (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
-        call, sd = call or self.calls[self.sd.denoiser_name], sd or self.sd
+        call, sd = call or self.calls.get(self.sd.denoiser_name, self.sd.net), sd or self.sd
         return lambda x, t: sd.denoise(call, x, t, *told)
+
+    def nothing(self, told, batch):
+        """(states, pooled) against which the model's guidance works: of the empty text, or what its family has in its place."""
+        if type(self.sd).nothing is not pipeline.Pipeline.nothing:
+            text = self.sd.nothing(pipeline.Text(*told), {"clip_skip": 0})
+            return text.states, text.pooled
+        return self.text_of(batch, [""] * len(batch.indices))
 
 
 def plain(cfg):
@@ -72,7 +80,7 @@ def few_step(cfg, n, scale, teacher):
 
     def made(lesson):
         sd, run = lesson.sd, lesson.run
-        schedule, own = sd.schedule, run.net[sd.denoiser_name]
+        schedule, own = sd.schedule, sd.net
         if teacher is not None:
             teacher.to(run.device)
 
@@ -85,7 +93,8 @@ def few_step(cfg, n, scale, teacher):
             def normal(part):
                 return draw("noise", part, lambda g: torch.randn(x0.shape[1:], generator=g))
 
-            told, empty = lesson.text_of(batch), lesson.text_of(batch, [""] * len(rows))
+            told = lesson.text_of(batch)
+            empty = lesson.nothing(told, batch)
             student, now = lesson.denoise(told), lesson.denoise(told, own)
             net = own if teacher is None else teacher
             predict = fewstep.guided(lesson.denoise(told, net), lesson.denoise(empty, net), scale)
@@ -97,7 +106,8 @@ def few_step(cfg, n, scale, teacher):
             if cfg.method == "dmd":
                 return matching(batch, draw, normal, told, student, now, guide)
             if cfg.method == "guidance":
-                t = objective.timesteps(schedule, lesson.seed, rows).to(x0.device)
+                shift = schedule.cfg["shift"] if schedule.flow else 1.0
+                t = objective.timesteps(schedule, lesson.seed, rows, shift=shift).to(x0.device)
                 return fewstep.guidance(student, guide, schedule, schedule.add_noise(x0, normal(0), t), t), {}
             count = n if cfg.method == "progressive" else cfg.known_steps
             i = draw("timestep", 0, lambda g: torch.randint(count, (), generator=g))
@@ -135,17 +145,24 @@ def online(cfg, teacher, texts):
         sd, run = lesson.sd, lesson.run
         for module in teacher.models().values():
             module.to(run.device).requires_grad_(False).eval()
+        teacher.vae = None  # the student's is the same
         theirs = latents.Texts(teacher, texts, lesson.seed, run.device, cfg.caption_dropout, folder=run.out / "cache",
                                dtype=run.precision or torch.float32)  # fmt: skip
-        places = [fewstep.Features(n) for n in (run.net[sd.denoiser_name], teacher.net)] if cfg.feature_weight else []
+        places = (
+            [fewstep.Features(n) for n in (sd.net, teacher.net)] if cfg.feature_weight else []
+        )  # for as long as they live
+        shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
         def loss(batch):
             x0 = lesson.x0_of(batch)
-            t = objective.timesteps(sd.schedule, lesson.seed, batch.indices).to(x0.device)
+            t = objective.timesteps(sd.schedule, lesson.seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
+                                    shift).to(x0.device)  # fmt: skip
             noise = objective.draw(
                 lesson.seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)
             )
-            x = sd.schedule.add_noise(x0, noise.to(x0), t)
+            x = sd.schedule.add_noise(
+                x0, objective.offset(noise.to(x0), cfg.offset_noise, lesson.seed, batch.indices), t
+            )
             with torch.no_grad():
                 want, _ = fewstep.split(
                     teacher.schedule, lesson.denoise(theirs(batch), teacher.net, teacher)(x, t), x, t
@@ -161,26 +178,33 @@ def online(cfg, teacher, texts):
     return made
 
 
-def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(None, None)):
+def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(None, None), lesson_of=()):
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
     killed run goes on. side: pixels, default the model's. prompts, how: of the sheets of cfg.sample_every, and their (steps, guidance).
 
-    Raises UserError when `work` was begun with another data set."""
+    lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher. Raises UserError for a `work` that was begun
+    with another one or another data set, and for a size that the model cannot have."""
+    if side and side % sd.multiple:
+        raise UserError(f"--resolution {side} must be a multiple of {sd.multiple}")
     updates = cfg.max_steps or cfg.epochs * max(
         1, -(-len(dataset) // (cfg.batch_size * cfg.grad_accum * dist.world().size))
     )
     part = dataclasses.replace(cfg, output_dir=str(work), resume=None if cfg.overwrite_output_dir else cfg.resume or "auto",
                                checkpointing_steps=cfg.checkpointing_steps or max(1, updates // 10))  # fmt: skip
     run = engine.Run(part)
-    for frozen in (sd.vae, *sd.encoders):
-        if frozen is not None:
-            frozen.to(run.device)
+    for module in sd.models().values():
+        module.to(run.device)
     transform = loader.Transform(side or sd.size[0], True)
     feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout)
     calls = run.trainable(nets)
+    if (
+        cfg.gradient_checkpointing and sd.denoiser_name not in nets
+    ):  # it rests, but gradients pass through it to the text encoder
+        dist.recompute(sd.net)
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
+    run.same("method or teacher", list(lesson_of), must=True)
     feed.interrupted = run.interrupted
     cache = work / "cache"
     lesson = Lesson(
@@ -191,6 +215,7 @@ def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(N
     loss_of = make(lesson)
     for step in run.steps():
         for batch in feed.update(step):
+            build.reseed(cfg, cfg.seed, batch)
             with run.forward(batch):
                 loss, parts = loss_of(batch)
             run.backward(loss, batch, **parts)
@@ -222,25 +247,40 @@ def student(model, settings=None):
         return sd, nets
     sd.net.requires_grad_(False)
     parts = {sd.denoiser_name: sd.net} | {n: m for n, m in sd.models().items() if n.startswith("text_encoder")}
+    shared = adapters_of(parts, settings, model)
+    if len(parts) > 2 and set(shared) - {sd.denoiser_name}:
+        raise UserError("--lora-targets: adapters on a text encoder are trained where a model has one, not several")
+    for n, mine in shared.items():
+        lora.adapt(parts[n], component=n, **mine)
+    return sd, {n: parts[n] for n in shared}
+
+
+def adapters_of(parts, settings, model):
+    """{component: settings of lora.adapt()}: every target and pattern goes to the components that have such layers; the default targets are
+    the denoiser's, which is the first of `parts`. Raises UserError for one that is nowhere."""
     layers = {
         n: [k for k, m in net.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
         for n, net in parts.items()
     }
-    mine, default = {}, settings["targets"] == lora.ATTENTION
-    for target in settings["targets"]:
-        places = [n for n, names in layers.items() if any(lora.matches(k, target) for k in names)]
-        if default:  # all attention, of the denoiser alone
-            places = [n for n in places if n == sd.denoiser_name]
-        elif not places:
+    if settings["targets"] == lora.ATTENTION:
+        layers = dict([next(iter(layers.items()))])
+        return dict.fromkeys(layers, settings)
+    places = lambda target: [n for n, names in layers.items() if any(lora.matches(k, target) for k in names)]  # noqa: E731
+    found = {target: places(target) for target in settings["targets"]}
+    for target, where in found.items():
+        if not where:
             ends = sorted({k.rpartition(".")[2] for names in layers.values() for k in names})
             raise UserError(f"--lora-targets {target}: no layer of {model} has such a name; it has {', '.join(ends)}")
-        for n in places:
-            mine.setdefault(n, []).append(target)
-    if len([n for n in parts if n.startswith("text_encoder")]) > 1 and any(n != sd.denoiser_name for n in mine):
-        raise UserError("--lora-targets: adapters on a text encoder are trained where a model has one, not several")
-    for n, targets in mine.items():
-        lora.adapt(parts[n], component=n, **settings | {"targets": tuple(targets)})
-    return sd, {n: parts[n] for n in mine}
+    out = {}
+    for n in (n for n in layers if any(n in where for where in found.values())):
+        out[n] = settings | {"targets": tuple(t for t, where in found.items() if n in where)}
+        for kind in ("rank_pattern", "alpha_pattern"):
+            out[n][kind] = {t: v for t, v in settings[kind].items() if n in places(t)}
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for target in settings[kind]:
+            if not any(target in mine[kind] for mine in out.values()):
+                raise UserError(f"--lora-{kind.replace('_', '-')} {target}: matches none of the adapted layers")
+    return out
 
 
 def estimate(cfg, model, settings, side, dtype):
@@ -248,16 +288,28 @@ def estimate(cfg, model, settings, side, dtype):
     src = sources.configs(model)
     family = pipeline.FAMILIES[src.kind]
     meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in pipeline.BUILDERS if n in src.parts}
-    net = meta.pop(family.denoiser_name).requires_grad_(True)
+    net, texts = meta[family.denoiser_name], {n: m for n, m in meta.items() if n.startswith("text_encoder")}
     scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     own = net.cfg.sample_size if isinstance(net.cfg.sample_size, int) else 64
+    trained = {family.denoiser_name: net.requires_grad_(settings is None)}
     if settings is not None:
         with torch.device("meta"):
-            lora.adapt(net, **settings)
+            for n, mine in adapters_of({family.denoiser_name: net} | texts, settings, model).items():
+                lora.adapt(meta[n], component=n, **mine)
+                trained[n] = meta[n]
     length = 333 if family is pipeline.SD3 else 77
     x, t, given = build.outline(net, cfg.batch_size, side // scale if side else own, length)
-    return plan.estimate({"denoiser": net}, lambda: net(x, t, *given).float().pow(2).mean(), meta, 4, dtype, ema=cfg.ema,
-                         recompute=cfg.gradient_checkpointing)  # fmt: skip
+    ids = torch.zeros(cfg.batch_size, length, dtype=torch.long, device="meta")
+
+    def loss():
+        told = given
+        for n in trained:
+            if n != family.denoiser_name:
+                told = (trained[n](ids)[0][-1], *given[1:])
+        return net(x, t, *told).float().pow(2).mean()
+
+    frozen = {n: m for n, m in meta.items() if n not in trained}
+    return plan.estimate(trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -275,7 +327,7 @@ def save_model(sd, folder, dtype, states, **facts):
 
 
 def save_adapters(sd, run, states, targets, dtype, **facts):
-    """Adapters in several forms. targets: {form: path}; facts: for kohya's header. Returns the paths."""
+    """Adapters in several forms. targets: {form: path}; facts: for kohya's header, and base_model for PEFT's. Returns the paths."""
     made = lora.trained(dict(run.net.items()), states, weights.DTYPES[dtype])
     facts = {
         "steps": run.step,
@@ -283,7 +335,42 @@ def save_adapters(sd, run, states, targets, dtype, **facts):
         "learning_rate": run.cfg.lr,
         "prediction_type": sd.schedule.prediction,
     } | facts
-    return [lorafile.write(path, made, sd.models(), form, facts) for form, path in targets.items()]
+    for form, path in targets.items():
+        fresh = path.with_name(f"{path.name}.part") if form == "peft" else path
+        shutil.rmtree(fresh, ignore_errors=True) if form == "peft" else None  # PEFT's are folders
+        lorafile.write(fresh, made, sd.models(), form, facts)
+        if form == "peft":
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.rename(path)
+    return list(targets.values())
+
+
+def settled(folder, facts, anew=False):
+    """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it. Raises UserError when it was made with others.
+    On rank 0."""
+    path = folder / "training.json"
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not path.is_file():
+        return False
+    before = read_json(path)
+    for name, value in json.loads(json.dumps(facts)).items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{folder}: was made with {name} {before[name]}, not {value}; take another --output-dir (or --overwrite-output-dir)"
+            )
+    dist.say(f"{folder}: is there already")
+    return True
+
+
+def free(*pipelines):
+    """Give the memory of pipelines and networks back, whoever else has a name for them."""
+    for one in pipelines:
+        for module in one.models().values() if hasattr(one, "models") else [one]:
+            module.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def sheet(run, sd, prompts, path, steps=None, guidance=None, size=None, strip=False, labels=True):

@@ -1,6 +1,7 @@
 """LoRA files: recordings in every dialect, beside the weights and fused; real files; what must be refused."""
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from nanodiff import lora, lorafile, memory, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.models.unet import UNet2DConditionModel
 
-CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.lora.*.json"))
+CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.lora.*.json") if "gradient" not in p.stem)
 FILES = GOLDEN / "lora"
 REAL = ROOT.parent / "shared" / "real" / "lora"
 
@@ -48,6 +49,34 @@ def test_golden(case, use):
         one.remove()
     after = state(models)
     assert all(torch.equal(before[k], after[k]) for k in before), "unfusing is exact"
+
+
+def test_gradients_are_pefts():
+    """adapt() against peft inside diffusers: output and gradients, linear and convolution, one layer of another rank."""
+    tensors, facts = golden("sd15.lora.gradient")
+    args = facts["args"]
+
+    def drawn(name, shape):
+        return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+    net = pipeline.load(TINY / "sd15").net
+    # peft gives a layer of rank_pattern the same alpha, so another strength
+    n = lora.adapt(net, args["rank"], args["alpha"], tuple(args["targets"]), "unet", rank_pattern=args["rank_pattern"])
+    assert 2 * n == facts["adapters"]
+    mine = {k.removesuffix(".weight"): p for k, p in net.named_parameters() if ".lora_" in k}
+    for name, p in mine.items():
+        p.data = drawn(name, p.shape)
+    x, states = 10 * drawn("x", (2, 4, 8, 8)), 10 * drawn("states", (2, 7, 32))
+    got = net.train()(x, torch.tensor([10, 700]), states)
+    assert max_error(got, tensors["sample"]) < 1e-5
+    got.pow(2).mean().backward()
+    kept = {k.removeprefix("grad."): v for k, v in tensors.items() if k.startswith("grad.")}
+    assert len(kept) == 8
+    for name, gradient in kept.items():
+        assert max_error(mine[name].grad, gradient) < 1e-4, name
+    others = torch.stack([p.grad.norm() for k, p in mine.items() if k not in kept]).norm()
+    assert max_error(others, tensors["norm_of_the_others"]) < 1e-4
+    assert all(p.grad is None for k, p in net.named_parameters() if ".lora_" not in k)
 
 
 def dialect(models, targets, name_of, alpha=None, rank=3, seed=0):

@@ -66,8 +66,8 @@ def test_the_dogs():
 
 
 def test_lists(tmp_path):
-    csv = put(tmp_path, "p.csv", 'id,prompt,category\n1,"a cat, sitting",closeup\n2,a dog,\n')
-    assert promptset.read(csv).pairs == [("closeup", "a cat, sitting"), ("standard", "a dog")]
+    csv = put(tmp_path, "p.csv", 'id,prompt,category\n1,"a cat, sitting",closeup\n2,a dog,\n3,a fox, \n')
+    assert promptset.read(csv).pairs == [("closeup", "a cat, sitting"), ("standard", "a dog"), ("standard", "a fox")]
     assert promptset.read(put(tmp_path, "p.tsv", "what\tn\na fox\t1\n"), "what").pairs == [("standard", "a fox")]
     text = promptset.read(put(tmp_path, "p.txt", "﻿# mine\na cat\n\n a dog \na fox\n"))
     assert [p for _, p in text.draw(2, 0)] == ["a cat", "a dog"]
@@ -81,6 +81,12 @@ BAD = {
     "no rows": ("p.csv", "prompt\n", "has no rows"),
     "an empty prompt": ("p.csv", "prompt\na\n \n", "line 3 has no prompt"),
     "a folder": ("p.csv", "prompt,category\na,../x\n", "line 2: category '../x' cannot name a folder"),
+    "a long folder": ("p.csv", f"prompt,category\na,{'x' * 99}\n", "cannot name a folder"),
+    "no folder": (
+        "w.json",
+        WORDS | {"templates": {"": "a"}, "training": [""]},
+        "category '' cannot name a folder|training is no list",
+    ),
     "nothing": ("p.txt", "\n# x\n", "has no prompts"),
     "another key": ("w.json", WORDS | {"wordz": {}}, "unknown key 'wordz'; did you mean words"),
     "no word": (

@@ -34,7 +34,8 @@ def test_commands_parse(command):
     elif script == "eval.py":
         config.parse(evaluation.STAGES[argv[0]][0], argv[1:])
     elif script == "distill.py":
-        config.parse(distill.STAGES[argv[0]][0], argv[1:])
+        words = 2 if " ".join(argv[:2]) in distill.STAGES else 1
+        config.parse(distill.STAGES[" ".join(argv[:words])][0], argv[words:])
     elif script == "-m":
         assert (ROOT / (argv[0].replace(".", "/") + ".py")).exists()
     else:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from util import ROOT, in_process
 
 import distill
-from nanodiff import lora, pipeline, samplers
+from nanodiff import engine, lora, pipeline, samplers
 
 NANO = ROOT / "assets" / "nano"
 
@@ -58,7 +58,7 @@ def test_methods(folder, method):
     assert samplers.name_of(sd.schedule) == SAMPLERS[method] and sd.sampling("guidance_scale") == 1.0
     assert sd.sampling("steps") == (6 if method == "guidance" else 2)
     assert 1e-6 < moved(folder / "out" / "model") < 1
-    rows = [json.loads(line) for line in (folder / "out" / "model.training" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "out" / "model" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0 and ("critic" in rows[-1]) == (method == "dmd")
     if method == "progressive":
         assert "8 → 4 → 2 steps" in err and (folder / "out" / "steps-4" / "model_index.json").is_file()
@@ -99,27 +99,57 @@ def test_adapters_alone(folder):
     assert not (folder / "out" / "model" / "unet").exists()
 
 
-def test_resumed_to_the_same_bytes(folder):
-    """Stopped after an update, gone on with: what one run gives. dmd has the most state: two networks, a simulated start."""
-    options = {"method": "dmd", "critic-steps": 2, "max-steps": 3, "no-evaluate": True, "student-steps": 2, "checkpointing-steps": 1,
-               "lr-scheduler": "constant", "lr-warmup-steps": 0}  # fmt: skip
+def test_the_guidance_is_the_teachers(folder):
+    """A student that few-step wrote asks for guidance 1; that is not what its own student is to learn."""
+    sd = pipeline.load(NANO, torch.float32)
+    sd.index = {**sd.index, pipeline.SAMPLING: {"steps": 2, "guidance_scale": 1.0}}
+    sd.save(folder / "student")
+    options = {"student": folder / "student", "guidance-scale": None, "no-evaluate": True, "max-steps": 1}
+    code, _, err = script(folder, **options)
+    assert code == 0 and "consistency: guidance 7.5, 4 steps" in err, err
+    sd = pipeline.load(NANO, torch.float32)
+    sd.schedule = type(sd.schedule).from_config(sd.schedule.to_json() | {"prediction_type": "sample"})
+    sd.save(folder / "other")
+    code, _, err = script(folder, **options | {"student": folder / "other", "output-dir": folder / "o2"})
+    assert code == 2 and "predicts sample, its teacher v_prediction" in err, err
+
+
+@pytest.mark.parametrize("more", [
+    {"method": "dmd", "critic-steps": 2},  # the most state: two networks, a simulated start
+    {"lora": True, "lora-rank": 2, "lora-dropout": 0.2},
+])  # fmt: skip
+def test_resumed_to_the_same_bytes(folder, more, monkeypatch):
+    """Stopped in its second update, gone on with: what one run gives."""
+    options = {"max-steps": 3, "no-evaluate": True, "student-steps": 2, "checkpointing-steps": 1} | more
     code, _, err = script(folder, **options)
     assert code == 0, err
-    want = load_file(folder / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    name = "pytorch_lora_weights.safetensors" if "lora" in more else "unet/diffusion_pytorch_model.safetensors"
+    want = load_file(folder / "out" / "model" / name)
     shutil.rmtree(folder / "out")
-    assert script(folder, **options | {"max-steps": 1})[0] == 0
-    shutil.rmtree(folder / "out" / "model")  # which says that it is done
+    update = engine.Run.update
+
+    def stop(self):
+        if self.step == 1:
+            self.lock.close()  # as the end of a process does
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(engine.Run, "update", stop)
+    assert script(folder, **options)[0] == 130 and not (folder / "out" / "model").exists()
+    monkeypatch.undo()
     code, _, err = script(folder, **options)
     assert code == 0 and "resumed at step 1" in err, err
-    got = load_file(folder / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    got = load_file(folder / "out" / "model" / name)
     assert all(torch.equal(got[k], want[k]) for k in want)
     code, _, err = script(folder, **options)
-    assert code == 0 and "resumed" not in err, "a student that is there is left as it is"
+    assert code == 0 and "is there already" in err and "resumed at" not in err, "a student that is there is left as it is"
+    code, _, err = script(folder, **options | {"lr": 2e-3})
+    assert code == 2 and "was made with lr 0.001, not 0.002" in err, err
 
 
 BAD = {
     "no data": ({"data": None}, "--data is required"),
-    "no such data": ({"data": "absent"}, "absent: no such file or folder"),
+    "no such data": ({"data": "absent"}, "absent: no such folder"),
     "a method": ({"method": "consistent"}, "invalid choice: 'consistent'"),
     "rounds": (
         {"method": "progressive", "first-steps": 6},
@@ -130,6 +160,10 @@ BAD = {
     "settings of adapters": ({"lora-rank": 4}, "--lora-… are settings of --lora"),
     "no steps": ({"student-steps": 0}, "--student-steps must be at least 1, not 0"),
     "more steps than times": ({"known-steps": 1}, "--known-steps must be at least 2, not 1"),
+    "more steps than known": ({"student-steps": 60}, "--student-steps 60: the student knows --known-steps 50 times"),
+    "more than there are": ({"method": "progressive", "student-steps": 600}, "must be between 1 and the 1000"),
+    "another's option": ({"method": "guidance", "critic-steps": 3}, "--critic-steps is dmd's, not guidance's"),
+    "a text encoder's layers": ({"lora": True, "lora-targets": "q_proj"}, "few steps are the denoiser's business"),
     "check": ({"check-steps": 0}, "--check-steps must be at least 1"),
     "another base": ({"student": ROOT / "tests" / "golden" / "tiny" / "sd15"}, "the teacher has another"),
 }

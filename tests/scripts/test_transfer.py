@@ -4,13 +4,14 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import ROOT, in_process
+from util import ROOT, TINY, in_process
 
 import distill
-from nanodiff import config, data, images, lora, pipeline, weights
+from nanodiff import config, data, engine, images, lora, pipeline, weights
 
 NANO = ROOT / "assets" / "nano"
 FOLDERS = ("checkpoints", "comparison_output", "metrics", "research_comparisons", "research_paper_materials", "sdxl_images", "visualization",
@@ -74,10 +75,9 @@ def test_the_documents_folders(done):
     assert "teacher_images: 3" in out and "teacher_images_dropped: 0" in out and "pictures_compared: 3" in out
     learned = data.load(root / "sdxl_images")
     assert len(learned) == 3 and set(learned.captions) <= {"fire", "red apple", "cat face", "sunflower"}
-    facts = images.metadata(root / "sdxl_images" / "00001.png") if hasattr(images, "metadata") else None
-    assert (root / "sdxl_images" / "00001.txt").read_text().strip() == learned.captions[1] and (
-        facts is None or facts["seed"] == 43
-    )
+    told = images.read_record(root / "sdxl_images" / "00001.png")
+    assert (root / "sdxl_images" / "00001.txt").read_text().strip() == learned.captions[1] == told["prompt"]
+    assert told["seed"] == 43 and told["steps"] == 2 and told["guidance_scale"] == 3.0
     names = {p.relative_to(root / "weakmodel_images").as_posix() for p in (root / "weakmodel_images").rglob("*.png")}
     assert names == {"standard/0000.png", "standard/0001.png", "closeup/0000.png"}, (
         "other prompts than the learned ones, where there are"
@@ -92,14 +92,24 @@ def test_the_documents_folders(done):
     assert (root / "checkpoints" / "samples" / "000002.png").exists() and (root / "checkpoints" / "loss.png").exists()
 
 
-def test_before_and_after_begin_from_the_same_latents(done):
-    """Both galleries were drawn from the same seeds, so with a LoRA of strength 0 the pictures would be the same ones."""
-    root = done[0] / "output"
-    plans = {n: json.loads((root / distill.ARMS[n] / "drawn.json").read_text()) for n in distill.ARMS}
+def test_before_and_after_begin_from_the_same_latents(done, tmp_path, words):
+    """With adapters that change nothing, before and after are the same pictures."""
+    root = copied(done, tmp_path)
+    nothing = tmp_path / "nothing.safetensors"
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    weights.save_tensors(
+        nothing, {f"{layer}.lora_down.weight": torch.randn(2, 128), f"{layer}.lora_up.weight": torch.zeros(128, 2)}
+    )
+    code, _, err = script("evaluate", "--config", written(tmp_path, words), "--checkpoint", nothing)
+    assert code == 0, err
+    before, after = (root / distill.ARMS[n] for n in ("original", "finetuned"))
+    pictures = sorted(p.relative_to(before) for p in before.rglob("*.png"))
+    assert len(pictures) == 3
+    for name in pictures:
+        assert (np.asarray(images.open_image(before / name)) == np.asarray(images.open_image(after / name))).all()
+    plans = {n: json.loads((done[0] / "output" / distill.ARMS[n] / "drawn.json").read_text()) for n in distill.ARMS}
     assert plans["original"]["pictures"] == plans["finetuned"]["pictures"] == plans["online"]["pictures"]
     assert plans["original"]["settings"]["model_sha256"] != plans["finetuned"]["settings"]["model_sha256"]
-    seeds = [seed for _, seed in plans["original"]["pictures"].values()]
-    assert len(set(seeds)) == 3
 
 
 def test_adapters_in_peft_form_and_in_kohyas(done):
@@ -201,21 +211,40 @@ def test_generate_goes_on_with_what_is_missing(done, tmp_path, words):
     assert {p.name: p.read_bytes() for p in (root / "sdxl_images").iterdir()} == want
 
 
-def test_training_again_gives_the_same_adapters(done, tmp_path, words):
-    """Killed after its first checkpoint: the same bytes as without. With dropout in the adapters."""
+@pytest.mark.parametrize(
+    "method, targets", [("data", ["q_proj", "v_proj", "k_proj", "out_proj", "fc1", "fc2"]), ("online", ["to_q", "fc1"])]
+)
+def test_resumed_to_the_same_adapters(done, tmp_path, words, method, targets, monkeypatch):
+    """Stopped in its second update, gone on with: the same bytes, dropout included. The document's targets are the text encoder's alone."""
     root = copied(done, tmp_path)
-    path = written(tmp_path, words, checkpointing_steps=1)
-    want = (root / "checkpoints" / "lora_kohya.safetensors").read_bytes()
+    path = written(tmp_path, words, checkpointing_steps=1, method=method, lora_target_modules=targets)
+    file = root / "checkpoints" / ("online" if method == "online" else "") / "lora_kohya.safetensors"
     shutil.rmtree(root / "checkpoints")
-    code, _, err = script("train", "--config", path, "--max-steps", 1, "--lr-scheduler", "constant")
+    code, _, err = script("train", "--config", path)
     assert code == 0, err
-    assert (root / "checkpoints" / "checkpoint-1").is_dir()
+    want = load_file(file)
+    assert (
+        all(k.startswith("lora_te_") for k in want) == (method == "data")
+        and max(v.abs().max() for k, v in want.items() if "lora_up" in k) > 0
+    )
+    shutil.rmtree(root / "checkpoints")
+    update = engine.Run.update
+
+    def stop(self):
+        if self.step == 1:
+            self.lock.close()  # as the end of a process does
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(engine.Run, "update", stop)
+    assert script("train", "--config", path)[0] == 130 and not file.exists()
+    monkeypatch.undo()
     code, _, err = script("train", "--config", path)
     assert code == 0 and "resumed at step 1" in err, err
-    got = load_file(root / "checkpoints" / "lora_kohya.safetensors")
-    (tmp_path / "want.safetensors").write_bytes(want)
-    for name, tensor in load_file(tmp_path / "want.safetensors").items():
-        assert torch.equal(got[name], tensor), name
+    got = load_file(file)
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    code, _, err = script("train", "--config", path, "--teacher", tmp_path / "student", "--base-model-id", NANO)
+    assert code == 2 and "method or teacher is not what it was" in err, err
 
 
 def test_a_picture_that_fails_is_dropped_and_counted(tmp_path, words, monkeypatch):
@@ -268,7 +297,7 @@ def test_the_whole_model_as_student(tmp_path, words):
     )
     code, _, err = script("all", "--config", path)
     assert code == 0, err
-    assert pipeline.load(tmp_path / "output" / "checkpoints" / "model").net is not None
+    assert pipeline.load(tmp_path / "output" / "checkpoints" / "online" / "model").net is not None
     assert "finetuned" in (tmp_path / "output" / "visualization" / "report.md").read_text()
 
 
@@ -284,7 +313,18 @@ BAD = {
     "no prompts": ({"prompt_source": "absent.csv"}, "generate", "absent.csv: no such file"),
     "no teacher pictures": ({}, "train", "sdxl_images: is not there; `transfer generate` makes it"),
     "nothing trained": ({}, "evaluate", "lora_weights: is not there; `transfer train` makes it"),
-    "nothing measured": ({}, "visualize", "metrics: is not there; `transfer evaluate` makes it"),
+    "nothing measured": ({}, "visualize", "metrics: is not there, or not complete; `transfer evaluate` makes it"),
+    "another space": (
+        {"base_model_id": str(TINY / "sd15"), "method": "online"},
+        "generate",
+        "do not share latents; use --method data",
+    ),
+    "a size": ({"resolution": 66}, "train", "--resolution 66 must be a multiple of 4"),
+    "weights of online": (
+        {"method": "online", "min_snr": 5.0},
+        "train",
+        "--min-snr and --snr-weighting are for --method data",
+    ),
     "features of pictures": ({"feature_weight": 1.0}, "train", "--feature-weight is for --method online or both"),
     "a scheduler": ({"lr_scheduler": "cosin"}, "train", "lr_scheduler = 'cosin' is not one of"),
 }
@@ -294,7 +334,7 @@ BAD = {
 def test_mistakes_end_with_one_line(tmp_path, words, case, done):
     more, part, said = BAD[case]
     (tmp_path / "student").symlink_to(NANO)
-    if case in ("no layer", "nothing trained"):
+    if case in ("no layer", "nothing trained", "a size"):
         shutil.copytree(done[0] / "output" / "sdxl_images", tmp_path / "output" / "sdxl_images")
     code, _, err = script(part, "--config", written(tmp_path, words, **more))
     assert code == 2 and said in err and "Traceback" not in err, err
@@ -309,6 +349,11 @@ def test_words_after_transfer():
         assert code == 2 and said in err
     code, _, err = in_process(distill, "distill.py", "tranfer")
     assert code == 2 and "one of recursive, transfer, few-step, not tranfer; did you mean transfer" in err
+
+
+def test_memory_of_the_documents_targets():
+    code, out, err = script("train", "--dry-run", *(a for t in ("q_proj", "fc1") for a in ("--lora-target-modules", t)))
+    assert code == 0 and "M trained" in out, err
 
 
 def test_sixteen_gigabytes():

@@ -1,0 +1,82 @@
+"""distill.py on two processes (gloo, CPU): the same pictures and the same students as on one."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import torch
+from PIL import Image
+from util import ROOT
+
+from nanodiff.weights import load_tensors
+
+NANO = ROOT / "assets" / "nano"
+
+
+def launch(n, *argv):
+    head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *head, "distill.py", *map(str, argv)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def close(a, b):
+    """Weights after a few updates: rounding apart, which AdamW's division makes larger than it was."""
+    for name, tensor in load_tensors(a).items():
+        other = load_tensors(b)[name]
+        assert (tensor - other).abs().max() <= 5e-3 * tensor.abs().max().clamp(min=1e-3), name
+
+
+def test_transfer_on_two_processes(tmp_path):
+    """Pictures shared out by prompt; a micro-batch of two on one process, of one on each of two."""
+    words = tmp_path / "prompts.txt"
+    words.write_text("fire\nred apple\ncat face\n")
+    for n in (1, 2):
+        common = ["--model", NANO, "--teacher", NANO, "--prompt-source", words, "--num-images", 3, "--steps", 2, "--guidance-scale", 3, "--epochs", 1,
+                  "--batch-size", 2 // n, "--lr", 1e-3, "--lora-rank", 2, "--lora-dropout", 0, "--eval-batch-size", 1, "--mixed-precision", "no",
+                  "--num-evaluation-prompts", 2, "--panels", 0, "--lr-scheduler", "constant", "--output-dir", tmp_path / str(n)]  # fmt: skip
+        done = launch(n, "transfer", "all", *common)
+        assert done.stdout.count("teacher_images: 3") == 1 and "report: " in done.stdout
+    for name in ("sdxl_images/00002.png", "weakmodel_images/standard/0001.png"):
+        a, b = (np.asarray(Image.open(tmp_path / n / name), dtype=int) for n in ("1", "2"))
+        assert abs(a - b).max() <= 1, name
+    close(*(tmp_path / n / "checkpoints" / "lora_kohya.safetensors" for n in ("1", "2")))
+    one, two = (
+        json.loads((tmp_path / n / "metrics" / "metrics.json").read_text())["finetuned_vs_teacher.ssim"]["value"]
+        for n in ("1", "2")
+    )
+    assert abs(one - two) < 1e-3
+
+
+def test_a_critic_on_two_processes(tmp_path):
+    """dmd: two networks of which one rests at most updates."""
+    with tarfile.open(ROOT / "assets" / "emoji" / "emoji.tar") as tar:
+        for name in tar.getnames()[:8]:
+            (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "data" / name).write_bytes(tar.extractfile(name).read())
+    for n in (1, 2):
+        launch(n, "few-step", "--model", NANO, "--data", tmp_path / "data", "--method", "dmd", "--student-steps", 2, "--critic-steps", 2,
+               "--max-steps", 3, "--batch-size", 2 // n, "--guidance-scale", 3, "--lr", 1e-4, "--no-evaluate", "--mixed-precision", "no",
+               "--log-every", 1, "--lr-warmup-steps", 0, "--output-dir", tmp_path / str(n))  # fmt: skip
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "model" / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2")
+    ]
+    for a, b in zip(*logs, strict=True):
+        for part in ("critic", "student"):
+            assert (part in a) == (part in b) and abs(a.get(part, 0) - b.get(part, 0)) < 2e-3 * abs(a.get(part, 1)), (
+                part,
+                a,
+                b,
+            )
+    assert torch.isfinite(torch.tensor([x["loss"] for x in logs[1]])).all()
