@@ -780,9 +780,9 @@ def _visualize(cfg):
         document.table(("metric", "why"), facts["skipped"].items())
     for name in ("ssim", "mse"):
         if name in tests:
-            print(
-                f"{name}: finetuned is {pages.NEARER[tests[name].nearer]}, p = {tests[name].p_t:.2g} (paired t test, Holm)"
-            )
+            p = tests[name].p_t
+            sure = "" if p < 0.05 else ", so it may be chance"
+            print(f"{name}: finetuned is {pages.NEARER[tests[name].nearer]}, p = {p:.2g} (paired t test, Holm){sure}")
     print(f"report: {look / 'report.html'}")
     return [*files, *document.write(look)]
 

@@ -109,19 +109,20 @@ def main():
         for kind in args.kind or ["fp32"]:
             for recompute in (0, 1):
                 rows = []
-                for _ in range(args.pairs):
-                    rows.append(
-                        [
-                            run(p, c, folder, args.side, args.batch, args.steps, kind, recompute)
-                            for p, c in ((sys.executable, OURS), (args.peer, PEER))
-                        ]
-                    )
-                    for who, row in zip(("ours", "peer"), rows[-1], strict=True):
-                        print(kind, "recomputed" if recompute else "kept", who, row, flush=True)
+                for pair in range(args.pairs):
+                    sides = [("ours", sys.executable, OURS), ("peer", args.peer, PEER)]
+                    found = {}
+                    for who, python, code in sides if pair % 2 == 0 else reversed(sides):
+                        found[who] = run(python, code, folder, args.side, args.batch, args.steps, kind, recompute)
+                        print(kind, "recomputed" if recompute else "kept", who, found[who], flush=True)
+                    first = [found[who]["losses"][0] for who in ("ours", "peer")]
+                    if abs(first[0] - first[1]) > (0.02 if kind == "bf16" else 1e-3) * abs(first[1]):
+                        sys.exit(f"error: the first losses differ, so these are not the same step: {first}")
+                    rows.append(found)
                 name = f"{kind}{', gradient checkpointing' if recompute else ''}"
-                results[name] = {"ours": rows[-1][0], "peer": rows[-1][1],
-                                 "faster": statistics.median(b["seconds"] / a["seconds"] for a, b in rows),
-                                 "memory": statistics.median(a["peak_mb"] / b["peak_mb"] for a, b in rows)}  # fmt: skip
+                ratio = lambda key, a, b, rows=rows: [r[a][key] / r[b][key] for r in rows]  # noqa: E731
+                results[name] = {"pairs": rows, "faster": statistics.median(ratio("seconds", "peer", "ours")),
+                                 "memory": statistics.median(ratio("peak_mb", "ours", "peer"))}  # fmt: skip
                 print(
                     f"{name}: {results[name]['faster']:.2f} times as fast, memory {results[name]['memory']:.2f}",
                     flush=True,

@@ -142,7 +142,9 @@ def test_resumed_to_the_same_bytes(folder, more, monkeypatch):
     got = load_file(folder / "out" / "model" / name)
     assert all(torch.equal(got[k], want[k]) for k in want)
     code, _, err = script(folder, **options)
-    assert code == 0 and "is there already" in err and "resumed at" not in err, "a student that is there is left as it is"
+    assert code == 0 and "is there already" in err and "resumed at" not in err, (
+        "a student that is there is left as it is"
+    )
     code, _, err = script(folder, **options | {"lr": 2e-3})
     assert code == 2 and "was made with lr 0.001, not 0.002" in err, err
 
