@@ -137,7 +137,7 @@ transfer-demo: $(STAMP)  ## teacher to student: before, after, by two methods, w
 		--max-steps 400 --batch-size 24 --lr 1e-3 --lr-warmup-steps 50 --ema-decay 0.99 --resume auto --output-dir $(TRANSFER)/student
 	$(PY) distill.py transfer all --model $(TRANSFER)/student/model --teacher assets/nano --prompt-source assets/nano/concepts.txt \
 		--num-images 192 --num-evaluation-prompts 64 --steps 12 --guidance-scale 3 \
-		--method both --feature-weight 0.1 --epochs 24 --batch-size 16 --lr 2e-3 --lr-warmup-steps 0.1 --lora-rank 32 --lora-alpha 32 \
+		--method both --feature-weight 0.1 --epochs 30 --batch-size 16 --lr 2e-3 --lr-warmup-steps 0.1 --lora-rank 32 --lora-alpha 32 \
 		--lora-dropout 0 --lora-targets "to_q,to_k,to_v,to_out.0,proj,net.2,conv1,conv2" --no-gradient-checkpointing --eval-batch-size 20 \
 		--panels 6 --output-dir $(TRANSFER)/output
 	@echo "the report: $(TRANSFER)/output/visualization/report.html"
