@@ -14,6 +14,9 @@ line that the prediction points out is DDIM's, and for a flow Euler's: x_u = a_u
 
 An error in x̂0 weighs 1/s² unless said otherwise: of v-prediction this is the plain error of the prediction, of a flow, too; Salimans & Ho's
 "SNR+1" (their eq. 10). Everything is computed in fp32, whatever the networks compute in.
+
+Shapes: x, x0, noise and predictions [B, C, h, w]; t, u, i [B]; student, teacher, now and critic are functions (x, t) -> prediction; losses
+are scalars.
 """
 
 import contextlib
@@ -88,14 +91,15 @@ def mean_error(schedule, got, want, t, like):
 
 
 def guidance(student, teacher, schedule, x, t):
-    """The student repeats the (guided) teacher."""
+    """‖x̂0 of the student - x̂0 of the (guided) teacher‖² / s² at x_t."""
     with torch.no_grad():
         want, _ = split(schedule, teacher(x, t), x, t)
     return mean_error(schedule, split(schedule, student(x, t), x, t)[0], want, t, x)
 
 
 def progressive(student, teacher, schedule, x0, noise, i, n, substeps=2):
-    """One jump of the student, of n, ends where `substeps` of the teacher's end. i [B]: which of the n steps."""
+    """One jump of the student, of n, ends where `substeps` of the teacher's end, at x_u: its x̂0 is to be
+    (x_u - s_u/s_t · x_t) / (a_u - s_u/s_t · a_t). i: which of the n steps."""
     times = grid(schedule, n).to(x0.device)
     t, u = times[i].float(), times[i + 1].float()
     x = schedule.add_noise(x0, noise, t)
@@ -128,7 +132,7 @@ def consistency_times(schedule, known):
 
 
 def consistency(student, now, teacher, schedule, x0, noise, i, known):
-    """The student says at x_t what it says at the x_u to which the teacher jumps; pseudo-Huber loss. The target is the student as it
+    """f(x_t, t) is to be f(x_u, u), where the teacher's jump from x_t ends at x_u and f = consistent(x̂0): √(‖difference‖² + c²) - c. The target is the student as it
     is now, without a gradient (Song & Dhariwal 2023 §3.2: an average of the past is worse): `now`. i [B]: which of the `known` times."""
     t, u = (times.to(x0.device)[i].float() for times in consistency_times(schedule, known))
     x = schedule.add_noise(x0, noise, t).float()
@@ -174,7 +178,7 @@ def distribution(x0, teacher, critic, schedule, noise, t):
 
 
 def denoising(predict, schedule, x0, noise, t):
-    """What the critic learns by: to denoise what the student draws."""
+    """What the critic learns by: ‖x̂0 - x0‖² / s² for x0 that the student drew."""
     x0 = x0.detach()
     x = schedule.add_noise(x0, noise.to(x0), t)
     return mean_error(schedule, split(schedule, predict(x, t), x, t)[0], x0, t, x)

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import torch
 from PIL import Image
-from util import ROOT
+from util import ROOT, rms_ratio
 
 from nanodiff.weights import load_tensors
 
@@ -32,10 +32,12 @@ def launch(n, *argv):
 
 
 def close(a, b):
-    """Weights after a few updates: rounding apart, which AdamW's division makes larger than it was."""
-    for name, tensor in load_tensors(a).items():
-        other = load_tensors(b)[name]
-        assert (tensor - other).abs().max() <= 5e-3 * tensor.abs().max().clamp(min=1e-3), name
+    """Adapters after a few updates. AdamW's first steps go by the gradient's sign, so single values near zero differ by more than rounding."""
+    one, two = (load_tensors(p) for p in (a, b))
+    assert one.keys() == two.keys()
+    for part in ("lora_up", "lora_down"):
+        x, y = (torch.cat([t.flatten() for k, t in some.items() if part in k]) for some in (one, two))
+        assert rms_ratio(y, x) < 5e-3, part
 
 
 def test_transfer_on_two_processes(tmp_path):
