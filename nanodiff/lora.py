@@ -129,7 +129,7 @@ def names_of(models):
                     add(full, theirs)
                 for prefix in KOHYA[component] if name != path else ():
                     add(prefix + name.replace(".", "_"), theirs)
-            for prefix in KOHYA[component]:
+            for prefix in KOHYA.get(component, ()):
                 add(prefix + path.replace(".", "_"), target)
     return found
 

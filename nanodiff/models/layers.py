@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import geglu, layer_norm, qk_norm_rope, swiglu  # noqa: F401  the models take them from here
+from kernels import (  # noqa: F401  the models take them from here
+    attention,
+    geglu,
+    layer_norm,
+    linear_cross_entropy,
+    qk_norm_rope,
+    rms_norm,
+    swiglu,
+)
 from nanodiff.config import UserError
 
 
