@@ -13,11 +13,12 @@ from nanodiff.config import UserError, printable, read_json
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.flatvae import FlatVAE
 from nanodiff.models.labels import LabelEncoder
+from nanodiff.models.llm import CausalLM
 from nanodiff.models.mmdit import SD3Transformer2DModel
 from nanodiff.models.t5 import T5EncoderModel
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer
+from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer, TextTokenizer
 
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -218,6 +219,16 @@ def load_text(path, dtype, device, projection=False):
     tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path)
     unwanted = () if cfg.with_projection else ("text_projection",)
     return weights.load(CLIPTextModel, folder, dtype, device, cfg=cfg, without=unwanted), tokenizer
+
+
+def load_language(path, dtype, device):
+    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left."""
+    raw, where = read_json(Path(path) / "config.json"), str(Path(path) / "config.json")
+    cfg = CausalLM.Config.from_json(raw, where)
+    tokenizer = TextTokenizer.load(path, cfg)
+    return weights.load(
+        CausalLM, path, dtype, device, cfg=cfg, without=("lm_head",) if cfg.tie_word_embeddings else ()
+    ), tokenizer
 
 
 def configs(model, *args, **options):

@@ -1,4 +1,4 @@
-"""Tokenizers: CLIP's byte pairs and T5's pieces.
+"""Tokenizers: CLIP's byte pairs, T5's pieces, a language model's.
 
 CLIP's comes from `tokenizer.json` or from `vocab.json` + `merges.txt` (old folders have only these). Rules (Radford et al. 2021; openai/CLIP simple_tokenizer.py): NFC, runs of whitespace to one space, lower case,
 split into words by a fixed pattern, bytes of each word, then merges in rank order; the last piece of a word
@@ -173,6 +173,42 @@ class T5Tokenizer:
 
     def decode(self, ids):
         return self.backend.decode(ids)
+
+
+class TextTokenizer:
+    """A language model's: text to ids without cut or padding, and back. begin: the id that stands before a text, or None."""
+
+    def __init__(self, backend, begin=None):
+        self.backend, self.begin = backend, begin
+
+    @classmethod
+    def load(cls, folder, cfg):
+        """From a Hub folder's tokenizer.json; cfg: the model's, which says the beginning. Raises UserError for a tokenizer with ids that the
+        model has no embedding for."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{folder}: no tokenizer.json, from which the tokenizer is read")
+        backend = _from_json(path)
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= cfg.vocab_size:
+            raise UserError(
+                f"{path}: has ids up to {largest}, the model's vocabulary has {cfg.vocab_size}: it is another model's"
+            )
+        return cls(backend, cfg.bos_token_id)
+
+    def ids(self, text, begin=True):
+        """Ids of a text; begin: with the beginning before it, unless the text has it already."""
+        found = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.begin, *found] if begin and self.begin is not None and found[:1] != [self.begin] else found
+
+    def decode(self, ids):
+        """Text of ids, without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def rest(self, prompt, ids):
+        """Text of `ids` where it goes on from `prompt`'s: a first word's space, which decoding it alone would lose, is kept."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
 
 def _byte_characters():

@@ -44,6 +44,10 @@ RENAMES = {
         (r"^(vision_model|visual_projection|logit_scale)\b", None),  # the other tower of a whole CLIP
     ],
 }
+RENAMES["CausalLM"] = [
+    (r"rotary_emb\.inv_freq$", None),  # constants that old transformers stored
+    (r"^language_model\.", ""),
+]
 RENAMES["T5EncoderModel"] = [
     (r"^encoder\.embed_tokens\.", None),  # a second copy of `shared` in some files
     (r"^text_model\.", ""),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from util import ROOT, run
 
+import caption
 import distill
 import eval as evaluation
 import sample
@@ -17,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [c for c in re.findall(r"`([^`\n]+)`", README) if c.startswith("python ")]
 DOCSTRINGS = [
     line.strip().split("  #")[0]
-    for m in (sample, train, evaluation, distill)
+    for m in (sample, train, evaluation, distill, caption)
     for line in m.__doc__.splitlines()
     if line.strip().startswith("python ")
 ]
@@ -36,6 +37,8 @@ def test_commands_parse(command):
     elif script == "distill.py":
         words = 2 if " ".join(argv[:2]) in distill.STAGES else 1
         config.parse(distill.STAGES[" ".join(argv[:words])][0], argv[words:])
+    elif script == "caption.py":
+        config.parse(caption.STAGES[argv[0]][0], argv[1:])
     elif script == "-m":
         assert (ROOT / (argv[0].replace(".", "/") + ".py")).exists()
     else:
