@@ -488,7 +488,7 @@ def transfer(*stages):
 
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
-    from nanodiff import lora, lorafile, sources
+    from nanodiff import fewstep, lora, lorafile, sources
     from nanodiff.schedule import Schedule
 
     if transfer_generate in stages or transfer_evaluate in stages:
@@ -502,8 +502,7 @@ def preflight(cfg, stages):
             raise UserError(
                 f"--method {cfg.method}: {cfg.teacher} has another VAE than {cfg.model}, so they do not share latents; use --method data"
             )
-        a, b = (Schedule.from_config(src.scheduler()[0]) for src in both)
-        if a.flow != b.flow or (not a.flow and (a.alphas_cumprod != b.alphas_cumprod).any()):
+        if not fewstep.same_schedule(*(Schedule.from_config(src.scheduler()[0]) for src in both)):
             raise UserError(
                 f"--method {cfg.method}: {cfg.teacher} has another noise schedule than {cfg.model}; use --method data"
             )
@@ -601,7 +600,7 @@ def transfer_train(cfg, record, device):
     """The student, once for every method."""
     import torch
 
-    from nanodiff import build, dist, fewstep, pipeline, teach
+    from nanodiff import build, dist, fewstep, lorafile, pipeline, teach
 
     dataset = dist.on_main(teacher_data, cfg)
     for method in cfg.methods:
@@ -622,9 +621,7 @@ def transfer_train(cfg, record, device):
                 return teach.save_model(
                     sd, work / "model", cfg.save_dtype, states, loss=run.more.get("epoch_loss"), updates=run.step
                 )
-            form = cfg.lora_format
-            if form == "auto":  # kohya's has names for a UNet's layers only
-                form = "diffusers" if "transformer" in sd.models() else "kohya"
+            form = lorafile.form_for(cfg.lora_format, sd.models())
             targets = {"peft": work / "lora_weights"} | (
                 {} if form == "peft" else {form: work / f"lora_{form}.safetensors"}
             )
@@ -697,9 +694,8 @@ def transfer_evaluate(cfg, record, device):
         folder, side, maps = (
             engine.out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons")
         )
-        (folder / "evaluation.json").unlink(
-            missing_ok=True
-        )  # it is written last: without it nothing was evaluated to the end
+        # this one is written last: without it nothing was evaluated to the end
+        (folder / "evaluation.json").unlink(missing_ok=True)
         for old in folder.glob("metrics_*"):
             old.unlink()
         files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
@@ -919,8 +915,6 @@ def few_schedule(cfg, sd):
 
 def few_step(cfg):
     """The stage `few-step`: see the module docstring."""
-    import shutil
-
     import torch
 
     from nanodiff import build, data, dist, engine, fewstep, loader, pipeline, samplers, teach
@@ -963,7 +957,8 @@ def few_step(cfg):
                 guided_steps(cfg, teacher) if cfg.method == "guidance" else n,
             )
             sd = few_schedule(cfg, sd)
-            samplers.check_steps(sd.schedule, steps)
+            for count in (steps, *(cfg.check_steps if cfg.evaluate else ())):  # known now, not after the training
+                samplers.check_steps(sd.schedule, count)
             if cfg.method == "dmd":
                 nets["critic"] = fewstep.frozen(master).requires_grad_(True)
             sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
@@ -973,15 +968,7 @@ def few_step(cfg):
                 teach.fit(cfg, work, sd, nets, dataset, teach.few_step(cfg, n, scale, master), few_writer(cfg, sd, folder, facts), cfg.resolution,
                           dataset.captions[:8], (steps, 1.0), (cfg.method, str(last), n, scale))  # fmt: skip
             teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
-
-            def tidy(folder=folder, work=work):
-                for name in ("metrics.jsonl", "loss.png", "samples"):  # what people look at; the rest is for going on
-                    if (work / name).exists():
-                        shutil.rmtree(folder / name) if (folder / name).is_dir() else None
-                        (work / name).replace(folder / name)
-                shutil.rmtree(work, ignore_errors=True)
-
-            dist.on_main(tidy)
+        dist.on_main(few_tidy, folder, work)
         last = str(folder)
     record.file(target)
     if cfg.evaluate:
@@ -991,6 +978,17 @@ def few_step(cfg):
     if dist.is_main():
         print(f"student: {target}")
     dist.finish()
+
+
+def few_tidy(folder, work):
+    """Of a student that is there, keep of its training what people look at; the rest is for going on."""
+    import shutil
+
+    for name in ("metrics.jsonl", "loss.png", "samples"):
+        if (work / name).exists():
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else None
+            (work / name).replace(folder / name)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def guidance_of(cfg, sd):
@@ -1006,7 +1004,7 @@ def guided_steps(cfg, sd):
 
 def few_writer(cfg, sd, folder, facts):
     """write() of teach.fit()."""
-    from nanodiff import teach, weights
+    from nanodiff import lorafile, teach, weights
 
     def write(run, states):
         loss = run.more.get("epoch_loss") or (run.numbers or {}).get("loss")
@@ -1014,9 +1012,7 @@ def few_writer(cfg, sd, folder, facts):
         states.pop("critic", None)
         if not cfg.lora:
             return teach.save_model(sd, folder, cfg.save_dtype, states, **told)
-        form = cfg.lora_format
-        if form == "auto":
-            form = "diffusers" if "transformer" in sd.models() else "kohya"
+        form = lorafile.form_for(cfg.lora_format, sd.models())
         folder.mkdir(exist_ok=True)
         path = folder / ("lora_weights" if form == "peft" else "pytorch_lora_weights.safetensors")
         teach.save_adapters(

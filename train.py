@@ -545,9 +545,7 @@ def write_model(run, sd, cfg, name):
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = weights.DTYPES[cfg.save_dtype]
         if cfg.lora:
-            form = cfg.lora_format
-            if form == "auto":  # kohya's has names for a UNet's layers only
-                form = "diffusers" if "transformer" in sd.models() else "kohya"
+            form = lorafile.form_for(cfg.lora_format, sd.models())
             folder = run.out / name
             path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for
             facts = {"title": run.out.resolve().name, "steps": run.step + 1, "seed": cfg.seed, "learning_rate": cfg.lr,

@@ -228,11 +228,14 @@ def features(mine, theirs):
     return torch.stack(errors).mean()
 
 
+def same_schedule(a, b):
+    """Does a time mean the same amount of noise in both?"""
+    return a.flow == b.flow and (a.flow or torch.equal(a.alphas_cumprod, b.alphas_cumprod))
+
+
 def same_space(student, teacher):
     """Raise UserError unless two pipelines denoise the same latents by the same schedule, so that one's output is a target for the other."""
-    a, b = student.schedule, teacher.schedule
-    same = a.flow == b.flow and (a.flow or torch.equal(a.alphas_cumprod, b.alphas_cumprod))
-    if not same:
+    if not same_schedule(student.schedule, teacher.schedule):
         raise UserError(
             "the teacher has another noise schedule than the student, so its output is no target; use --method data"
         )

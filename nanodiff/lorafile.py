@@ -119,6 +119,11 @@ def write(path, found, models, form="kohya", facts=None):
     return path
 
 
+def form_for(form, models):
+    """--lora-format with `auto` decided: kohya, or diffusers for an MMDiT, of which kohya's form has no names."""
+    return form if form != "auto" else "diffusers" if "transformer" in models else "kohya"
+
+
 def alpha_of(delta):
     """The alpha that gives a layer its strength by the plain rule, alpha / rank."""
     alpha = delta.scale * delta.down.shape[0]

@@ -148,9 +148,8 @@ def online(cfg, teacher, texts):
         teacher.vae = None  # the student's is the same
         theirs = latents.Texts(teacher, texts, lesson.seed, run.device, cfg.caption_dropout, folder=run.out / "cache",
                                dtype=run.precision or torch.float32)  # fmt: skip
-        places = (
-            [fewstep.Features(n) for n in (sd.net, teacher.net)] if cfg.feature_weight else []
-        )  # for as long as they live
+        # hooks that stay for as long as the networks live
+        places = [fewstep.Features(n) for n in (sd.net, teacher.net)] if cfg.feature_weight else []
         shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
         def loss(batch):
@@ -197,10 +196,8 @@ def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(N
     transform = loader.Transform(side or sd.size[0], True)
     feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout)
     calls = run.trainable(nets)
-    if (
-        cfg.gradient_checkpointing and sd.denoiser_name not in nets
-    ):  # it rests, but gradients pass through it to the text encoder
-        dist.recompute(sd.net)
+    if cfg.gradient_checkpointing and sd.denoiser_name not in nets:
+        dist.recompute(sd.net)  # it rests, but gradients pass through it to the text encoder
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)

@@ -126,3 +126,18 @@ def in_process(module, name, *argv):
         code = config.script(module.STAGES, module.__doc__)
     signal.signal(signal.SIGTERM, before)
     return code, out.getvalue(), err.getvalue()
+
+
+def stop_at_step(patch, step):
+    """Let a training run of this process end by Ctrl-C within update `step`. patch: a MonkeyPatch."""
+    from nanodiff import engine
+
+    update = engine.Run.update
+
+    def stop(self):
+        if self.step == step:
+            self.lock.close()  # as the end of a process does
+            raise KeyboardInterrupt
+        return update(self)
+
+    patch.setattr(engine.Run, "update", stop)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import ROOT, in_process
+from util import ROOT, in_process, stop_at_step
 
 import distill
-from nanodiff import engine, lora, pipeline, samplers
+from nanodiff import lora, pipeline, samplers
 
 NANO = ROOT / "assets" / "nano"
 
@@ -126,15 +126,7 @@ def test_resumed_to_the_same_bytes(folder, more, monkeypatch):
     name = "pytorch_lora_weights.safetensors" if "lora" in more else "unet/diffusion_pytorch_model.safetensors"
     want = load_file(folder / "out" / "model" / name)
     shutil.rmtree(folder / "out")
-    update = engine.Run.update
-
-    def stop(self):
-        if self.step == 1:
-            self.lock.close()  # as the end of a process does
-            raise KeyboardInterrupt
-        return update(self)
-
-    monkeypatch.setattr(engine.Run, "update", stop)
+    stop_at_step(monkeypatch, 1)
     assert script(folder, **options)[0] == 130 and not (folder / "out" / "model").exists()
     monkeypatch.undo()
     code, _, err = script(folder, **options)
@@ -163,6 +155,10 @@ BAD = {
     "no steps": ({"student-steps": 0}, "--student-steps must be at least 1, not 0"),
     "more steps than times": ({"known-steps": 1}, "--known-steps must be at least 2, not 1"),
     "more steps than known": ({"student-steps": 60}, "--student-steps 60: the student knows --known-steps 50 times"),
+    "a check that the student cannot take": (
+        {"known-steps": 4},
+        "LCM was distilled on 4 timesteps and cannot take 8 steps",
+    ),
     "more than there are": ({"method": "progressive", "student-steps": 600}, "must be between 1 and the 1000"),
     "another's option": ({"method": "guidance", "critic-steps": 3}, "--critic-steps is dmd's, not guidance's"),
     "a text encoder's layers": ({"lora": True, "lora-targets": "q_proj"}, "few steps are the denoiser's business"),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import ROOT, TINY, in_process
+from util import ROOT, TINY, in_process, stop_at_step
 
 import distill
-from nanodiff import config, data, engine, images, lora, pipeline, weights
+from nanodiff import config, data, images, lora, pipeline, weights
 
 NANO = ROOT / "assets" / "nano"
 FOLDERS = ("checkpoints", "comparison_output", "metrics", "research_comparisons", "research_paper_materials", "sdxl_images", "visualization",
@@ -228,15 +228,7 @@ def test_resumed_to_the_same_adapters(done, tmp_path, words, method, targets, mo
         and max(v.abs().max() for k, v in want.items() if "lora_up" in k) > 0
     )
     shutil.rmtree(root / "checkpoints")
-    update = engine.Run.update
-
-    def stop(self):
-        if self.step == 1:
-            self.lock.close()  # as the end of a process does
-            raise KeyboardInterrupt
-        return update(self)
-
-    monkeypatch.setattr(engine.Run, "update", stop)
+    stop_at_step(monkeypatch, 1)
     assert script("train", "--config", path)[0] == 130 and not file.exists()
     monkeypatch.undo()
     code, _, err = script("train", "--config", path)
