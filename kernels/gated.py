@@ -221,6 +221,11 @@ def _product_tile(x):
     return tuned("linear_cross_entropy", (str(x.dtype).removeprefix("torch."),), default)
 
 
+def _exact(x):
+    """fp32 on a CPU, which multiplies half precision slowly and would round the logits to it."""
+    return x if x.is_cuda else x.float()
+
+
 @on_device
 def losses(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, fused: bool) -> tuple[Tensor, Tensor]:
     """(losses [T], lse [T]) in fp32: by the kernel, or with `fused` false by PyTorch, WORDS words at a time."""
@@ -235,7 +240,7 @@ def losses(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, fused: 
                                                     per_split, PRECISION=precision(), **tile)  # fmt: skip
         lse, at = lse.logsumexp(0), at.sum(0)
     else:
-        parts = [(x @ w.T).float().logsumexp(-1) for w in weight.split(WORDS)]
+        parts = [(_exact(x) @ _exact(w).T).float().logsumexp(-1) for w in weight.split(WORDS)]
         lse = torch.stack(parts).logsumexp(0)
         at = (x.float() * weight[target.clamp(0, V - 1)].float()).sum(-1)
     return (lse - at).masked_fill(target == ignore_index, 0.0), lse
@@ -249,12 +254,19 @@ losses_op.register_fake(
 
 @on_device
 def losses_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, ignore_index: int, fused: bool
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    fused: bool,
+    learns: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), with G for WORDS words at a time."""
+    """(dx, dweight), with G for WORDS words at a time. learns: else dweight is empty, and costs nothing."""
     (T, D), V = x.shape, len(weight)
     dloss = dloss.masked_fill(target == ignore_index, 0.0).float().contiguous()
-    dx, dweight = x.new_zeros(T, D, dtype=torch.float32), weight.new_empty(V, D)
+    dx, dweight = x.new_zeros(T, D, dtype=torch.float32), weight.new_empty(V if learns else 0, D)
     for first in range(0, V, WORDS):
         w = weight[first : first + WORDS]
         if fused:
@@ -264,11 +276,12 @@ def losses_backward(
                 x, w, target, lse, dloss, g, x.stride(0), w.stride(0), first, T, len(w), D, PRECISION=precision(),
                 **tile)  # fmt: skip
         else:
-            p = ((x @ w.T).float() - lse[:, None]).exp()
+            p = ((_exact(x) @ _exact(w).T).float() - lse[:, None]).exp()
             hit = target[:, None] - first == torch.arange(len(w), device=x.device)
             g = ((p - hit.float()) * dloss[:, None]).to(x.dtype)
-        dx += g @ w
-        torch.mm(g.T, x, out=dweight[first : first + WORDS])
+        dx += _exact(g) @ _exact(w)
+        if learns:
+            torch.mm(g.T, x, out=dweight[first : first + WORDS])
     return dx.to(x.dtype), dweight
 
 
@@ -276,7 +289,10 @@ losses_backward_op = torch.library.custom_op(
     "nanodiff::linear_cross_entropy_backward", losses_backward, mutates_args=()
 )
 losses_backward_op.register_fake(
-    lambda dloss, x, weight, target, lse, ignore_index, fused: (x.new_empty(x.shape), weight.new_empty(weight.shape))
+    lambda dloss, x, weight, target, lse, ignore_index, fused, learns=True: (
+        x.new_empty(x.shape),
+        weight.new_empty(len(weight) if learns else 0, weight.shape[1]),
+    )
 )
 
 
@@ -287,8 +303,9 @@ def _losses_setup(ctx, inputs, output):
 
 
 def _losses_gradients(ctx, dloss, _):
-    dx, dweight = losses_backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.fused)
-    return dx, dweight, None, None, None
+    learns = ctx.needs_input_grad[1]
+    dx, dweight = losses_backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.fused, learns)
+    return dx, dweight if learns else None, None, None, None
 
 
 losses_op.register_autograd(_losses_gradients, setup_context=_losses_setup)

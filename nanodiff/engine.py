@@ -33,6 +33,7 @@ import torch
 from nanodiff import checkpoint, config, dist, recipe
 from nanodiff.config import SECRETS, Stopped, UserError, as_dict, printable
 from nanodiff.models import layers
+from nanodiff.onednn import computes_bf16
 from nanodiff.weights import DTYPES, keep_freed_memory, write_bytes, write_json
 
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
@@ -58,12 +59,6 @@ def pick_dtype(name, device):
     if name == "fp16" and device.type == "cpu":
         raise UserError("--dtype fp16 does not compute on a CPU at any useful speed; use fp32 or bf16")
     return DTYPES[name]
-
-
-def computes_bf16():
-    """Whether this CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def out_dir(path):

@@ -41,11 +41,12 @@ def settings(sd, model, steps=None, scale=None, height=None, width=None):
     }  # fmt: skip
 
 
-def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", captions=False):
+def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", captions=False, on_saved=None):
     """Draw the jobs whose pictures are not there yet. Every process must call it. Returns {name: why} of those that failed: a model's
     NaN costs its own picture, not the run.
 
-    captions: put the prompt beside each picture, NAME.txt, as training data has it. anew: pictures that the folder has from other settings are drawn again; otherwise they raise UserError, since a folder of
+    how: of settings(), and perhaps `negative_prompt` and `resize`, (width, height) to which each picture is brought. on_saved(job): called after
+    each picture. captions: put the prompt beside each picture, NAME.txt, as training data has it. anew: pictures that the folder has from other settings are drawn again; otherwise they raise UserError, since a folder of
     two kinds would be measured as one. Raises UserError when all fail."""
     folder = Path(folder)
     todo = dist.on_main(_begin, folder, jobs, how, anew)
@@ -65,7 +66,7 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
                 *([[job] for job in batch] if len(batch) > 1 else ()),
             ):  # one by one, where the batch had a fault
                 try:
-                    made = images.to_pil(sd.generate([j.prompt for j in some], None, how["steps"], how["guidance_scale"],
+                    made = images.to_pil(sd.generate([j.prompt for j in some], how.get("negative_prompt"), how["steps"], how["guidance_scale"],
                                                      [j.seed for j in some], how["height"], how["width"]).pixels)  # fmt: skip
                 except UserError as e:
                     if len(some) == 1:
@@ -78,7 +79,11 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
                     path.parent.mkdir(exist_ok=True)
                     if captions:
                         weights.write_bytes(path.with_suffix(".txt"), f"{job.prompt}\n".encode())
+                    if how.get("resize"):
+                        picture = picture.resize(tuple(how["resize"]), images.Image.Resampling.LANCZOS)
                     save(picture, path, how | {"prompt": job.prompt, "seed": job.seed})
+                    if on_saved:
+                        on_saved(job)
                 if some is batch:
                     break
         return failed

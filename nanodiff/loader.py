@@ -112,7 +112,8 @@ class Transform:
     """A picture -> uint8 [3, H, W]. Random parts are drawn by the generator of its global sample index.
 
     center_crop: else the crop is drawn. flip: mirror half of the pictures. jitter: brightness, contrast and saturation
-    times 1 ± jitter. rotate: up to so many degrees, corners filled with the picture's mirrored border.
+    times 1 ± jitter. rotate: up to so many degrees, corners filled with the picture's mirrored border. squash: all of the picture,
+    its sides brought to the size each for itself, in place of a crop (as ViT's processor does).
     """
 
     resolution: int
@@ -121,6 +122,7 @@ class Transform:
     jitter: float = 0.0
     rotate: float = 0.0
     interpolation: str = "lanczos"
+    squash: bool = False
 
     @property
     def fixed(self):
@@ -129,11 +131,11 @@ class Transform:
 
     @property
     def key(self):
-        return f"{self.interpolation}-center" if self.fixed else None
+        return f"{self.interpolation}-{'squash' if self.squash else 'center'}" if self.fixed else None
 
     def __call__(self, image, size, rng):
         image = image if not self.rotate else _rotated(image, rng.uniform(-self.rotate, self.rotate))
-        image = self._cropped(image, size, rng)
+        image = image.resize(size, RESAMPLING[self.interpolation]) if self.squash else self._cropped(image, size, rng)
         if self.jitter:
             for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = kind(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))

@@ -6,6 +6,10 @@ channels on an 8×8 picture that takes twice as long as the convolution. A packe
 costs seconds for a large UNet, so it pays from about four steps on. And PyTorch multiplies fp32 matrices by MKL, which on
 some processors is half as fast as oneDNN; which one it is here is measured once.
 
+A processor without an instruction for bf16 multiplies a bf16 matrix one row of x at a time, so that 200 rows take 200 times as
+long as one. A wide layer brings its weight to fp32 a few rows at a time, which stay in the cache, and multiplies there: as exact
+as fp32, with the memory of bf16.
+
 These are the operators that torch.compile uses on a CPU (torch._inductor's mkldnn passes). They are private to PyTorch,
 so `unusable()` tries them on small layers first and gives the reason when they cannot be had. They have no gradient: where
 one is wanted a direct layer takes PyTorch's way, and a packed one, which has no plain weight left, says so.
@@ -23,6 +27,15 @@ from torch import nn
 
 FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
+FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
+PIECE = 1 << 20  # weights that are in fp32 at a time: 4 MB
+
+
+@functools.cache
+def computes_bf16():
+    """Whether this CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _differentiated(module, x):
@@ -73,7 +86,69 @@ class PackedConv2d(nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *where, "none", [], "")
 
 
-PLAIN = {DirectLinear: nn.Linear, PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d}
+def _pieces(weight):
+    """[(rows, the rows in fp32)] of a weight [O, D], one after the other."""
+    n = max(1, PIECE // weight.shape[1])
+    return ((slice(i, i + n), weight[i : i + n].float()) for i in range(0, len(weight), n))
+
+
+def _wide(x, weight, direct):
+    """x wᵀ in x's type, computed in fp32. direct: by oneDNN, which has no gradient."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    y = x.new_empty(len(rows), len(weight))
+    for part, w in _pieces(weight):
+        y[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w, None, "none", [], "") if direct else rows @ w.T
+    return y.view(*x.shape[:-1], -1)
+
+
+class _Wide(torch.autograd.Function):
+    """_wide() with the gradient of x; the weight has none."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return _wide(x, weight, False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1]).float()
+        dx = rows.new_zeros(len(rows), weight.shape[1])
+        for part, w in _pieces(weight):
+            dx.addmm_(rows[:, part], w)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None
+
+
+def linear(x, weight):
+    """x wᵀ: x [..., D], weight [O, D], of one type. Half-precision weights are computed in fp32, piece by piece, on a CPU that has no
+    instruction for them, unless they learn or x has few rows."""
+    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu" and x.dtype == weight.dtype
+    few = x.numel() < FEW_ROWS * x.shape[-1]
+    if not half or few or weight.requires_grad or computes_bf16() or torch.is_autocast_enabled("cpu"):
+        return nn.functional.linear(x, weight)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Wide.apply(x, weight)
+    return _wide(x, weight, unusable(torch.float32) is None)
+
+
+class WideLinear(nn.Linear):
+    """A half-precision linear layer on a CPU without bf16: see linear()."""
+
+    def forward(self, x):
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def widen(model):
+    """Let the frozen half-precision linear layers of a model compute as WideLinear, where the CPU has no instruction for bf16."""
+    for m in model.modules():
+        frozen = type(m) is nn.Linear and m.weight.device.type == "cpu" and not m.weight.requires_grad
+        if frozen and m.weight.dtype in (torch.bfloat16, torch.float16) and not computes_bf16():
+            m.__class__ = WideLinear
+    return model
+
+
+PLAIN = {DirectLinear: nn.Linear, PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d, WideLinear: nn.Linear}
 
 
 def _release(module):

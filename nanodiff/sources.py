@@ -8,7 +8,7 @@ What model_index.json names is data: only classes that we have are built, names 
 
 from pathlib import Path
 
-from nanodiff import hub, singlefile, weights
+from nanodiff import hub, onednn, singlefile, weights
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.flatvae import FlatVAE
@@ -226,9 +226,8 @@ def load_language(path, dtype, device):
     raw, where = read_json(Path(path) / "config.json"), str(Path(path) / "config.json")
     cfg = CausalLM.Config.from_json(raw, where)
     tokenizer = TextTokenizer.load(path, cfg)
-    return weights.load(
-        CausalLM, path, dtype, device, cfg=cfg, without=("lm_head",) if cfg.tie_word_embeddings else ()
-    ), tokenizer
+    tied = ("lm_head",) if cfg.tie_word_embeddings else ()
+    return onednn.widen(weights.load(CausalLM, path, dtype, device, cfg=cfg, without=tied)), tokenizer
 
 
 def configs(model, *args, **options):

@@ -90,15 +90,21 @@ class Written(NamedTuple):
 
 
 @torch.inference_mode()
-def generate(net, prompts, new_tokens, chance=GREEDY, eos=(), seeds=None, beams=1, length_penalty=1.0, on_step=None):
+def generate(
+    net, prompts, new_tokens, chance=GREEDY, eos=(), seeds=None, beams=1, length_penalty=1.0, on_step=None, embeds=None
+):
     """[Written] for prompts, lists of ids. eos: ids that end a text. seeds: one a prompt, for `chance`. on_step(i, seconds) is called
-    after each token of the batch. beams: see beam(). Raises UserError for an empty prompt, ids beyond the vocabulary, and a text that is
+    after each token of the batch. beams: see beam(). embeds [B, L, D]: what is read in place of the prompts' embeddings (a picture's
+    tokens among them); the prompts, of L ids each, then count for lengths and repetitions alone. Raises UserError for an empty prompt, ids beyond the vocabulary, and a text that is
     longer than the model's positions."""
     check(net, prompts, new_tokens)
     if beams > 1:
         if chance.temperature:
             raise UserError("--beams takes the likeliest texts; give --temperature 0")
-        return [beam(net, p, new_tokens, beams, tuple(eos), length_penalty) for p in prompts]
+        given = [None] * len(prompts) if embeds is None else embeds[:, None]
+        return [
+            beam(net, p, new_tokens, beams, tuple(eos), length_penalty, e) for p, e in zip(prompts, given, strict=True)
+        ]
     device, eos = net.output.device, set(eos)
     generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else range(len(prompts)))]
     ids, mask = padded(prompts, net.cfg.pad_token_id or 0)
@@ -107,7 +113,7 @@ def generate(net, prompts, new_tokens, chance=GREEDY, eos=(), seeds=None, beams=
     out, scores, done = [[] for _ in prompts], [0.0] * len(prompts), [False] * len(prompts)
     for i in range(new_tokens):
         start = time.perf_counter()
-        logits = net.logits(net(x, mask, cache)[:, -1]).float().cpu()
+        logits = net.logits(net(x, mask, cache, None if i else embeds)[:, -1]).float().cpu()
         before = [list(p) + o for p, o in zip(prompts, out, strict=True)]
         asked = adjusted(logits, chance, before)
         shares = asked.log_softmax(-1)
@@ -149,12 +155,12 @@ def check(net, prompts, new_tokens):
 
 
 @torch.inference_mode()
-def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0):
+def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None):
     """The likeliest text that a search over `beams` texts at a time finds: Written of the largest sum of log-probabilities divided by
     (new tokens, the end included) ** length_penalty (Wu et al. 2016, arXiv 1609.08144 eq. 14, as the reference library has it)."""
     device = net.output.device
     cache = Cache(net.cfg, len(prompt) + new_tokens)
-    states = net(torch.tensor([list(prompt)], device=device), None, cache)[:, -1]
+    states = net(torch.tensor([list(prompt)], device=device), None, cache, embeds)[:, -1]
     cache.select([0] * beams)
     shares = net.logits(states).float().cpu().log_softmax(-1)
     alive, ended = [([], 0.0)], []

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_json
 from nanodiff.weights import write_bytes, write_json
@@ -196,6 +196,10 @@ class TextTokenizer:
             )
         return cls(backend, cfg.bos_token_id)
 
+    def save(self, folder):
+        """Write tokenizer.json into a folder."""
+        write_bytes(Path(folder) / "tokenizer.json", self.backend.to_str().encode())
+
     def ids(self, text, begin=True):
         """Ids of a text; begin: with the beginning before it, unless the text has it already."""
         found = self.backend.encode(text, add_special_tokens=False).ids
@@ -204,6 +208,14 @@ class TextTokenizer:
     def decode(self, ids):
         """Text of ids, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @classmethod
+    def learned(cls, texts, vocab_size):
+        """One whose byte-pair vocabulary is learned from `texts` (see train_bpe), for a model that begins anew: (tokenizer, end token)."""
+        made = train_bpe(texts, vocab_size, length=1 << 20)
+        made.backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+        made.backend.post_processor = None
+        return cls(made.backend, made.bos), made.eos
 
     def rest(self, prompt, ids):
         """Text of `ids` where it goes on from `prompt`'s: a first word's space, which decoding it alone would lose, is kept."""

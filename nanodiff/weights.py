@@ -52,6 +52,7 @@ RENAMES["T5EncoderModel"] = [
     (r"^encoder\.embed_tokens\.", None),  # a second copy of `shared` in some files
     (r"^text_model\.", ""),
 ]
+RENAMES["ViT"] = [(r"^(classifier|pooler)\.", None), (r"^vit\.", "")]  # heads that are not used
 RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 RENAMES["CLIPModel"] = [(r"^(.*\.)?position_ids$", None)]
 
@@ -442,7 +443,9 @@ def save(model, folder, dtype=None, state=None):
     write_json(
         folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
     )
-    stem = STEMS[1] if model.class_name.startswith(("CLIP", "T5")) else STEMS[0]  # transformers' and diffusers'
+    stem = (
+        STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
+    )  # transformers' and diffusers'
     state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
 

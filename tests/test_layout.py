@@ -43,10 +43,11 @@ FLOORS = [  # a file may import from lower floors only (and from the same floor 
         "plan",
         "fewstep",
         "promptset",
+        "captionset",
     },
-    {"pipeline", "captioner", "engine", "metrics", "similarity", "features", "report"},
+    {"pipeline", "engine", "metrics", "similarity", "features", "report"},
     {"build", "evaluate", "lorafile", "gallery"},
-    {"pages", "teach"},
+    {"pages", "teach", "captioner"},
 ]
 GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
     "config": set(),
@@ -66,6 +67,8 @@ ALLOWED = {
     ("objective", "schedule"),
     ("fewstep", "samplers"),
     ("promptset", "data"),
+    ("captionset", "data"),
+    ("captionset", "textmetrics"),
     ("latents", "objective"),
     ("latents", "loader"),
     ("plan", "memory"),

@@ -22,9 +22,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanodiff import onednn
 from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import attention, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
 
@@ -111,6 +111,18 @@ class Config:
         ]:
             raise UserError(f"{where}: layer_types is no pattern of every {self.sliding_window_pattern}th layer")
         return self
+
+    def to_json(self):
+        """The fields of config.json, as the Hub's files have them."""
+        scaling = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        local = ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "rope_local_base_freq")
+        raw = {k: v for k, v in vars(self).items() if k not in scaling and (self.gemma or k not in local)}
+        raw["eos_token_id"] = list(self.eos_token_id)
+        raw["architectures"] = ["Gemma3ForCausalLM" if self.gemma else "LlamaForCausalLM"]
+        raw |= {"hidden_activation": "gelu_pytorch_tanh"} if self.gemma else {"hidden_act": "silu"}
+        if self.rope_type == "llama3":
+            raw["rope_scaling"] = {k: getattr(self, k) for k in scaling}
+        return raw
 
     @property
     def gemma(self):
@@ -354,7 +366,7 @@ class CausalLM(nn.Module):
 
     def logits(self, states):
         """[..., D] -> [..., V]."""
-        return F.linear(states, self.output)
+        return onednn.linear(states, self.output)
 
     def loss(self, states, labels):
         """Mean cross-entropy of each token's successor, without storing the logits: states [B, L, D], labels [B, L], -100 does not count."""

@@ -1,0 +1,317 @@
+"""A captioner: what a ViT sees, projected, stands as a soft prompt before a language model, which goes on with the caption.
+
+    beginning · "Image:" · one token for the class and each patch · "." · "The description of the given image is: " · caption · end
+
+    net = load("out/captioner/checkpoints/best_model")
+    net.describe([images.open_image("dish.jpg")])             # ["a bowl of …"]
+
+Between them are three linear layers (ClipCap, Mokady et al. 2021, arXiv 2111.09734, has a deeper map; LLaVA, Liu et al. 2023, arXiv
+2304.08485, one layer). The language model learns by low-rank adapters, its base and the ViT rest, in half precision where that computes; or
+everything learns (small models from a random start). The loss is that of the caption's tokens and the end token alone.
+
+A captioner on disk is a folder: `captioner.json` (the settings), `projector.safetensors`, and beside the bases' names `llm_adapter/` and
+`vit_adapter/` in PEFT's form; where everything was trained, `llm/` and `vit/` in Hub form.
+"""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff import hub, loader, lora, lorafile, onednn, sources, textgen, weights
+from nanodiff.config import UserError, printable, read_json
+from nanodiff.models.layers import linear_cross_entropy
+from nanodiff.models.llm import CausalLM
+from nanodiff.models.llm import Config as LLMConfig
+from nanodiff.models.vit import Config as ViTConfig
+from nanodiff.models.vit import ViT
+from nanodiff.tokenizer import TextTokenizer
+
+BEFORE, BETWEEN, AFTER = "Image:", ".", "The description of the given image is: "
+LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VIT_TARGETS = ("dense",)
+NO_LABEL = -100
+RECORD = "captioner.json"
+RESAMPLING = {2: "bilinear", 1: "lanczos"}  # PIL's numbers, as preprocessor_config.json has them
+SIZES = {  # of models that begin anew: (ViT, LLaMA)
+    "tiny": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+             {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "nano": ({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64, "patch_size": 8},
+             {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}),
+}  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What captioner.json holds beside the weights."""
+
+    vision_model: str = ""  # "": the folder's own vit/
+    language_model: str = ""  # "": the folder's own llm/
+    before: str = BEFORE
+    between: str = BETWEEN
+    after: str = AFTER
+    hidden: int = 0  # width of the projector; 0: the language model's
+    dropout: float = 0.1  # in the projector, while training
+
+
+class Projector(nn.Module):
+    """x [B, T, Dv] -> [B, T, D]: three linear layers, dropout between, no activation."""
+
+    def __init__(self, d_in, hidden, d_out, dropout):
+        super().__init__()
+        self.first, self.hidden, self.last = (
+            nn.Linear(d_in, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, d_out),
+        )
+        self.dropout = dropout
+
+    def forward(self, x):
+        drop = lambda y: F.dropout(y, self.dropout, self.training)  # noqa: E731
+        return self.last(drop(self.hidden(drop(self.first(x)))))
+
+
+class Captioner(nn.Module):
+    """See the module docstring. pictures: a Pictures, how they are brought to the ViT's size."""
+
+    def __init__(self, vit, llm, tokenizer, pictures, settings):
+        super().__init__()
+        self.vit, self.llm, self.tokenizer, self.pictures, self.settings = vit, llm, tokenizer, pictures, settings
+        self.projector = Projector(
+            vit.cfg.hidden_size, settings.hidden or llm.cfg.hidden_size, llm.cfg.hidden_size, settings.dropout
+        )
+        if not llm.cfg.eos_token_id:
+            raise UserError(
+                f"{settings.language_model}: config.json names no end token (eos_token_id), so no caption could end"
+            )
+        self.before = tokenizer.ids(settings.before)
+        self.after = tokenizer.ids(settings.between, begin=False) + tokenizer.ids(settings.after, begin=False)
+        self.prompt = [
+            *self.before,
+            *[self.before[0]] * vit.cfg.tokens,
+            *self.after,
+        ]  # the picture's are not read as words
+
+    def caption_ids(self, text):
+        """Ids of a caption with the end token. Raises UserError for an empty one, and one that the model has no room for."""
+        ids = self.tokenizer.ids(text.strip(), begin=False)
+        if not ids:
+            raise UserError("a caption is empty")
+        if len(self.prompt) + len(ids) + 1 > self.llm.cfg.max_position_embeddings:
+            raise UserError(
+                f"the caption {printable(text[:40])!r}… has {len(ids)} tokens; with the picture's {len(self.prompt)} that is more than the "
+                f"{self.llm.cfg.max_position_embeddings} that the model reads"
+            )
+        return [*ids, self.llm.cfg.eos_token_id[0]]
+
+    def see(self, pixels):
+        """pixels [B, 3, R, R] in [-1, 1] -> the prompt's embeddings [B, P, D]."""
+        weight = self.llm.output
+        seen = self.projector(self.vit(self.pictures.normalised(pixels)).to(self.projector.first.weight.dtype))
+        words = [self.llm.embed(torch.tensor([ids], device=weight.device)) for ids in (self.before, self.after)]
+        first, last = (w.expand(len(pixels), -1, -1) for w in words)
+        return torch.cat([first, seen.to(first.dtype), last], 1)
+
+    def forward(self, pixels, ids):
+        """The sum of the captions' cross-entropies, in nats: pixels [B, 3, R, R], ids [B, T] with the end token, then NO_LABEL.
+
+        Padding stands on the right, where no token before it sees it, so that no mask is needed; only the captions' places reach the
+        output layer, and their logits are never stored."""
+        prompt = self.see(pixels)
+        words = self.llm.embed(ids[:, :-1].clamp(min=0)).to(prompt.dtype)
+        states = self.llm(embeds=torch.cat([prompt, words], 1))[:, prompt.shape[1] - 1 :]
+        kept = ids != NO_LABEL
+        return linear_cross_entropy(states[kept], self.llm.output, ids[kept], reduction="sum")
+
+    @torch.inference_mode()
+    def describe(self, pictures, new_tokens=120, beams=1, chance=textgen.GREEDY, seeds=None, on_step=None):
+        """[textgen.Written] with .text for PIL pictures, or pixels [B, 3, R, R]."""
+        pixels = pictures if isinstance(pictures, torch.Tensor) else self.pictures.batch(pictures)
+        room = self.llm.cfg.max_position_embeddings - len(self.prompt)
+        if room < 1:
+            raise UserError(
+                f"a picture takes {len(self.prompt)} tokens, the model reads {self.llm.cfg.max_position_embeddings}"
+            )
+        embeds = self.see(pixels.to(self.projector.first.weight.device))
+        rows = textgen.generate(self.llm, [self.prompt] * len(pixels), min(new_tokens, room), chance, self.llm.cfg.eos_token_id,
+                                seeds, beams, on_step=on_step, embeds=embeds)  # fmt: skip
+        return [self.tokenizer.decode(row.ids).strip() for row in rows]
+
+
+@dataclass
+class Pictures:
+    """How a ViT's pictures are prepared: brought to size × size, each side for itself, then (x - mean) / std of values in [0, 1]."""
+
+    size: int
+    mean: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"
+
+    @classmethod
+    def read(cls, folder, size):
+        """From a folder's preprocessor_config.json (without one: ViT's own values). Raises UserError for another size than the model's."""
+        path = Path(folder) / "preprocessor_config.json"
+        if not path.is_file():
+            return cls(size)
+        raw = read_json(path)
+        told = raw.get("size", size)
+        sides = set(told.values()) if isinstance(told, dict) else {told}
+        if sides != {size}:
+            raise UserError(f"{path}: size {told!r} is not the model's {size}x{size}")
+        kind = raw.get("resample", 2)
+        if kind not in RESAMPLING:
+            raise UserError(f"{path}: resample = {kind!r} is not supported (only 1, lanczos, and 2, bilinear)")
+        values = [tuple(map(float, raw.get(k, (0.5,) * 3))) for k in ("image_mean", "image_std")]
+        if any(len(v) != 3 for v in values) or not all(values[1]):
+            raise UserError(f"{path}: image_mean and image_std must be three numbers each, and no std 0")
+        return cls(size, *values, RESAMPLING[kind])
+
+    def to_json(self):
+        number = {v: k for k, v in RESAMPLING.items()}[self.resample]
+        return {"do_normalize": True, "do_resize": True, "image_mean": list(self.mean), "image_std": list(self.std), "resample": number,
+                "size": {"height": self.size, "width": self.size}}  # fmt: skip
+
+    @property
+    def transform(self):
+        """As the loader applies it."""
+        return loader.Transform(self.size, interpolation=self.resample, squash=True)
+
+    def batch(self, pictures):
+        """RGB PIL pictures -> pixels [B, 3, R, R] in [-1, 1]."""
+        arrays = [torch.from_numpy(self.transform(p, (self.size, self.size), None)) for p in pictures]
+        return torch.stack(arrays).float() / 127.5 - 1
+
+    def normalised(self, pixels):
+        """[-1, 1] -> what the ViT sees."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels / 2 + 0.5 - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From models, or anew
+
+
+def base(settings, dtype, device, token=None, folder=None):
+    """A Captioner of the settings' models, with a projector that begins anew; "" in their place: the folder's own."""
+    found = []
+    for name, own in ((settings.vision_model, "vit"), (settings.language_model, "llm")):
+        found.append(hub.resolve(name, None, token) if name else folder / own)
+    vit_folder, llm_folder = found
+    cfg = ViTConfig.from_json(read_json(vit_folder / "config.json"), str(vit_folder / "config.json"))
+    vit = onednn.widen(weights.load(ViT, vit_folder, dtype, device, cfg=cfg))
+    llm, tokenizer = sources.load_language(llm_folder, dtype, device)
+    net = Captioner(vit, llm, tokenizer, Pictures.read(vit_folder, cfg.image_size), settings)
+    net.projector.to(device)
+    return net
+
+
+def fresh(size, captions, settings, vocab_size, context=256):
+    """A Captioner that begins anew, in fp32, with a vocabulary learned from `captions`; weights are drawn from torch's generator."""
+    vision, language = SIZES[size]
+    texts = [*captions, settings.before, settings.between, settings.after]
+    tokenizer, end = TextTokenizer.learned(texts, vocab_size)
+    words = len(tokenizer.backend.get_vocab(with_added_tokens=True))
+    cfg = LLMConfig(**language, head_dim=language["hidden_size"] // language["num_attention_heads"], vocab_size=words,
+                    max_position_embeddings=context, bos_token_id=tokenizer.begin, eos_token_id=(end,), pad_token_id=end)  # fmt: skip
+    vit, llm = ViT(ViTConfig(**vision)), CausalLM(cfg)
+    for m in (*vit.modules(), *llm.modules()):
+        if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d):
+            nn.init.normal_(m.weight, std=0.02)
+            if getattr(m, "bias", None) is not None:
+                nn.init.zeros_(m.bias)
+    return Captioner(vit, llm, tokenizer, Pictures(vision["image_size"]), settings)
+
+
+@dataclass
+class Adapters:
+    """Of one of the two models; rank 0: it rests."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple
+
+
+def adapt(net, language, vision):
+    """Freeze both models and put Adapters beside their layers; the projector learns."""
+    for part, model, how in (("llm", net.llm, language), ("vit", net.vit, vision)):
+        model.requires_grad_(False)
+        if how.rank:
+            lora.adapt(model, how.rank, how.alpha, how.targets, component=part, dropout=how.dropout)
+    net.projector.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save(net, folder, state, whole, facts):
+    """Write a captioner's folder, there at once or not at all. state: {name: tensor} of what was trained, whole: everything was; facts: JSON
+    values for captioner.json, such as the epoch and its loss."""
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    mine = lambda name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}  # noqa: E731
+    settings = net.settings
+    weights.save_tensors(part / "projector.safetensors", {k: v.detach().cpu() for k, v in mine("projector").items()})
+    if whole:
+        settings = dataclasses.replace(settings, vision_model="", language_model="")
+        weights.save(net.llm, part / "llm", state=mine("llm"))
+        net.tokenizer.save(part / "llm")
+        weights.save(net.vit, part / "vit", state=mine("vit"))
+        weights.write_json(part / "vit" / "preprocessor_config.json", net.pictures.to_json())
+    for name, model in (("llm", net.llm), ("vit", net.vit)) if not whole else ():
+        if any(hasattr(m, "lora_scale") for m in model.modules()):
+            made = lora.trained({name: model}, {name: model.state_dict() | mine(name)})
+            about = {"base_model": settings.language_model if name == "llm" else settings.vision_model}
+            lorafile.write(part / f"{name}_adapter", made, {name: model}, "peft", about)
+    weights.write_json(part / RECORD, dataclasses.asdict(settings) | {"training": facts})
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path, dtype, device, language=None, vision=None, token=None):
+    """The Captioner of a folder that save() wrote (`X.pt` means the folder X), for inference. language, vision: models in place of those
+    that it names. Raises UserError naming what is missing or does not fit."""
+    folder = hub.trained(path)
+    if not (folder / RECORD).is_file():
+        kind = "is no captioner's folder (it has no captioner.json)" if folder.exists() else "is not there"
+        raise UserError(
+            f"--model-file {path}: {kind}; caption.py train writes checkpoints/best_model and checkpoints/last_checkpoint"
+        )
+    raw = read_json(folder / RECORD)
+    raw.pop("training", None)
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if strange := [k for k in raw if k not in known]:
+        raise UserError(f"{folder / RECORD}: unknown key {printable(strange[0])!r}")
+    try:
+        settings = Settings(**raw)
+    except TypeError as e:
+        raise UserError(f"{folder / RECORD}: {e}") from None
+    if settings.language_model:
+        settings.language_model = language or settings.language_model
+    if settings.vision_model:
+        settings.vision_model = vision or settings.vision_model
+    net = base(settings, dtype, device, token, folder)
+    tensors = weights.load_tensors(folder / "projector.safetensors")
+    shapes = {k: tuple(v.shape) for k, v in net.projector.state_dict().items()}
+    weights.check_names(shapes, {k: tuple(v.shape) for k, v in tensors.items()}, folder / "projector.safetensors")
+    net.projector.load_state_dict(tensors)
+    for name, model in (("llm", net.llm), ("vit", net.vit)):
+        if (folder / f"{name}_adapter").is_dir():
+            lora.attach({name: model}, lora.read(folder / f"{name}_adapter", {name: model}))
+    return net.to(device).eval().requires_grad_(False)
+
+
+def training_of(path):
+    """What captioner.json says of its training: {epoch, loss, …}."""
+    return read_json(hub.trained(path) / RECORD).get("training", {})
