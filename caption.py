@@ -365,8 +365,7 @@ def synthesize(cfg):
     folder, listing = record.out / "images", record.out / "synthetic_captions.csv"
     by_name = {job.name: row for job, row in zip(jobs, rows, strict=True)}
     columns = {captionset.SOURCE: lambda row: row.source}
-    if not listing.exists():
-        dist.on_main(captionset.append, listing, captionset.table([], columns))
+    dist.on_main(lambda: listing.exists() or captionset.append(listing, captionset.table([], columns)))
     with record.timed("draw"):
         failed = gallery.draw(sd, jobs, folder, how, cfg.batch_size, on_saved=lambda job: captionset.append(
             listing, captionset.line(by_name[job.name], columns)))  # fmt: skip
@@ -777,12 +776,10 @@ def infer(cfg):
         record.file(path)
     record.data["results"]["captions"] = {row.name: row.captions[0] for row in told}
     record.write()
+    alone = Path(cfg.infer_image_path).suffix != ".csv" and len(told) == 1
     for row in told:
-        print(
-            row.captions[0]
-            if Path(cfg.infer_image_path).suffix != ".csv" and len(told) == 1
-            else f"{row.name}\t{row.captions[0]}"
-        )
+        text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
+        print(text if alone else f"{printable(row.name)}\t{text}")
 
 
 def to_tell(cfg):

@@ -304,7 +304,10 @@ def load(path, dtype, device, language=None, vision=None, token=None):
     net = base(settings, dtype, device, token, folder)
     tensors = weights.load_tensors(folder / "projector.safetensors")
     shapes = {k: tuple(v.shape) for k, v in net.projector.state_dict().items()}
-    weights.check_names(shapes, {k: tuple(v.shape) for k, v in tensors.items()}, folder / "projector.safetensors")
+    try:
+        weights.check_names(shapes, {k: tuple(v.shape) for k, v in tensors.items()}, folder / "projector.safetensors")
+    except UserError as e:
+        raise UserError(f"{e}; is it a captioner of another language model or ViT?") from None
     net.projector.load_state_dict(tensors)
     for name, model in (("llm", net.llm), ("vit", net.vit)):
         if (folder / f"{name}_adapter").is_dir():

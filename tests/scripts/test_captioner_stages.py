@@ -1,0 +1,498 @@
+"""caption.py augment, synthesize, split, train, infer, eval: the whole chain on tiny models; goes on; mistakes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from util import ROOT, TINY, in_process, rms_ratio, stop_at_step
+
+import caption
+from nanodiff import captioner, captionset, hub
+from nanodiff.config import printable
+from nanodiff.weights import load_tensors
+
+SMALL = {"vision-model": TINY / "vit", "model-name": TINY / "llama", "lora-r": 4, "lora-dropout": 0.1, "vit-lora-r": 2, "lr": 3e-3,
+         "mixed-precision": "no", "max-new-tokens": 6, "samples": 2, "seed": 3}  # fmt: skip
+
+
+def words(options):
+    out = []
+    for k, v in options.items():
+        values = v if isinstance(v, list) else [v]
+        out += [w for x in values if x is not None for w in ([f"--{k}"] if x is True else [f"--{k}", x])]
+    return out
+
+
+def stage(name, **options):
+    return in_process(caption, "caption.py", name, *words({k.replace("_", "-"): v for k, v in options.items()}))
+
+
+def launch(n, name, **options):
+    """The stage on n processes."""
+    head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    argv = [
+        sys.executable,
+        *head,
+        "caption.py",
+        name,
+        *map(str, words({k.replace("_", "-"): v for k, v in options.items()})),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """24 drawn dishes of six colours and their CSV; titles plain, as lists, and two to a picture."""
+    root = tmp_path_factory.mktemp("captions")
+    (root / "images").mkdir()
+    colours = {
+        "red": (220, 30, 30),
+        "green": (30, 200, 60),
+        "blue": (40, 60, 220),
+        "dark": (20, 20, 20),
+        "white": (250, 250, 250),
+        "pink": (250, 150, 200),
+    }
+    rng, rows = np.random.default_rng(0), []
+    for i in range(24):
+        name = list(colours)[i % 6]
+        noise = rng.integers(-20, 20, (40, 60, 3))
+        Image.fromarray((np.array(colours[name]) + noise).clip(0, 255).astype(np.uint8)).save(
+            root / "images" / f"dish_{i:02d}.jpg", quality=95
+        )
+        rows.append(
+            (
+                f"dish_{i:02d}",
+                [
+                    f"{name} salad {i}",
+                    json.dumps([f"{name} salad {i}"]),
+                    json.dumps([f"{name} salad {i}", f"a {name} plate"]),
+                ][i % 3],
+            )
+        )
+    with open(root / "titles.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("Image_Name", "Title"), *rows])
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(home):
+    code, out, err = stage("split", original_csv=home / "titles.csv", output_dir=home / "data")
+    assert code == 0 and "train_original: 20" in out, err
+    return {
+        "train-csv-path": home / "data" / "train.csv",
+        "val-csv-path": home / "data" / "val.csv",
+        "image-path": home / "images",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(home, parts):
+    """A captioner with adapters, three epochs."""
+    code, out, err = stage(
+        "train", **parts, **SMALL, output_dir=home / "cap", epochs=3, batch_size=8, save_epochs=2, hf_token="hf_secret"
+    )
+    assert code == 0, err
+    return home / "cap", out, err
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_writes_what_is_promised(trained):
+    folder, out, err = trained
+    names = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert names == {"last_checkpoint", "best_model", "epoch_2"}  # S3-32
+    log = [x for x in lines(folder / "metrics.jsonl") if "val_loss" in x]
+    assert [x["epoch"] for x in log] == [1, 2, 3]
+    losses = [x["val_loss"] for x in log]
+    best = captioner.training_of(folder / "checkpoints" / "best_model")
+    assert best["val_loss"] == pytest.approx(min(losses), rel=1e-5), "the best of all epochs, not the last (S3-37)"
+    assert captioner.training_of(folder / "checkpoints" / "last_checkpoint")["epoch"] == 3
+    assert losses[-1] < losses[0]
+    assert f"best_val_loss: {min(losses):g}"[:18] in out
+    samples = lines(folder / "samples.jsonl")
+    assert len(samples) == 6 and {"epoch", "image", "reference", "prediction"} == set(samples[0])
+    assert err.count("reference:") == 6, "sample captions after each epoch"
+    assert (folder / "samples.png").is_file() and (folder / "loss.png").is_file()
+    assert "hf_secret" not in (folder / "run.json").read_text()
+
+
+def test_the_best_stays_the_best(home, parts, monkeypatch):
+    """An epoch that is worse does not take its place."""
+    told = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(caption, "validate", lambda *args: next(told))
+    assert stage("train", **parts, **SMALL, output_dir=home / "fake", epochs=3, batch_size=20)[0] == 0
+    assert captioner.training_of(home / "fake" / "checkpoints" / "best_model")["epoch"] == 2
+    assert captioner.training_of(home / "fake" / "checkpoints" / "last_checkpoint")["best_val_loss"] == 1.0
+
+
+def test_a_stopped_run_goes_on(home, parts, trained, monkeypatch):
+    """Stopped within an epoch and resumed: the same weights, dropout and all. (In processes of their own: the same bytes; here memory is
+    aligned differently.)"""
+    options = parts | SMALL | {"epochs": 3, "batch-size": 8, "save-epochs": 2, "output-dir": home / "stopped"}
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        assert stage("train", **options, checkpointing_steps=2)[0] == 130
+    code, _, err = stage("train", **options, checkpointing_steps=2, resume="auto")
+    assert code == 0 and "resumed at step 4" in err, err
+    for name in ("best_model", "last_checkpoint"):
+        one, two = (folder / "checkpoints" / name for folder in (trained[0], home / "stopped"))
+        files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+        assert len(files) == 3
+        for file in files:
+            a, b = load_tensors(one / file), load_tensors(two / file)
+            assert max(rms_ratio(b[k], a[k]) for k in a if a[k].any()) < 1e-4, file
+
+
+def test_two_processes_learn_the_same(home, parts):
+    for n in (1, 2):
+        launch(n, "train", **parts | SMALL | {"lora-dropout": 0, "vit-lora-dropout": 0, "projector-dropout": 0, "batch-size": 8 // n, "epochs": 1,
+                                              "grad-accum": 1, "output-dir": home / f"cap{n}"})  # fmt: skip
+    one, two = (lines(home / f"cap{n}" / "metrics.jsonl") for n in (1, 2))
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-4)
+    a, b = (
+        load_tensors(home / f"cap{n}" / "checkpoints" / "last_checkpoint" / "projector.safetensors") for n in (1, 2)
+    )
+    assert all(rms_ratio(b[k], a[k]) < 5e-3 for k in a)
+
+
+def test_a_small_one_from_nothing(home, parts):
+    """--model-size: all of it learns, and half-precision copies are not asked for; another caption of a picture each time."""
+    options = parts | {"model-size": "tiny", "vocab-size": 600, "output-dir": home / "tiny", "epochs": 2, "batch-size": 10, "random-flip": True,
+                       "random-jitter": 0.1, "max-length": 3, "max-new-tokens": 6}  # fmt: skip
+    code, _, err = stage("train", **options)
+    assert code == 0 and "are longer than --max-length 3 tokens, and cut" in err, err
+    folder = home / "tiny" / "checkpoints" / "best_model"
+    assert (folder / "llm" / "config.json").is_file() and not (folder / "llm_adapter").exists()
+    code, _, err = stage(
+        "complete",
+        model=folder / "llm",
+        prompt="Image:",
+        temperature=0,
+        max_new_tokens=3,
+        output_dir=home / "tiny-text",
+    )
+    assert code == 0, err
+
+
+def test_telling(home, trained):
+    """S3-33: one picture's caption alone; a folder, a CSV, a line each; the same each time, for any batch."""
+    one = {"model_file": f"{trained[0]}/checkpoints/best_model.pt", "output_dir": home / "told", "max_new_tokens": 6}
+    picture = home / "images" / "dish_03.jpg"
+    code, out, err = stage("infer", **one, infer_image_path=picture)
+    assert code == 0, err
+    net = captioner.load(one["model_file"], torch.float32, "cpu")
+    assert out == printable(net.describe([Image.open(picture)], 6)[0]) + "\n"
+    assert (home / "told" / "sheet.png").is_file()
+    code, out, err = stage("infer", **one, infer_image_path=home / "images", batch_size=5)
+    assert code == 0 and out.count("\n") == 24 and out.startswith("dish_00.jpg\t"), err
+    bare = home / "bare.csv"
+    bare.write_text("Image_Name\ndish_03\ndish_04\n")
+    code, more, err = stage("infer", **one, infer_image_path=bare)
+    assert code == 0 and [x.split("\t")[1] for x in more.splitlines()] == [
+        x.split("\t")[1] for x in out.splitlines()[3:5]
+    ], err
+    assert len(captionset.read(home / "told" / "captions.csv")) == 2
+
+
+def test_judging(home, parts, trained):
+    """S3-34, S3-38, S0-26: the metrics of the document and more, corpus and single captions told apart."""
+    options = {"model-file": trained[0] / "checkpoints" / "last_checkpoint", "test-csv-path": parts["val-csv-path"], "image-path": home / "images",
+               "max-new-tokens": 6, "output-dir": home / "judged", "bootstrap": 20}  # fmt: skip
+    code, _, err = in_process(caption, "caption.py", *caption.worded(["-t", "eval", *words(options)]))
+    assert code == 0, err
+    found = json.loads((home / "judged" / "metrics.json").read_text())
+    assert {"bleu1", "bleu2", "bleu4", "bleu1_mean", "rouge_l", "meteor", "cider", "perplexity"} <= set(found)
+    rows = captionset.located(captionset.read(parts["val-csv-path"]), [home / "images"])
+    net = captioner.load(options["model-file"], torch.float32, "cpu")
+    nats, tokens = 0.0, 0
+    for row in rows:
+        for text in row.captions:
+            ids = torch.tensor([net.caption_ids(text)])
+            nats, tokens = nats + net(net.pictures.batch([Image.open(row.path)]), ids).item(), tokens + ids.numel()
+    assert found["perplexity"]["value"] == pytest.approx(np.exp(nats / tokens), rel=1e-3)
+    assert "CLIP" in err and "not computed" in err, "without weights it is said to be missing"
+    for name in ("captions.csv", "sheet.png", "report.html", "scores.png"):
+        assert (home / "judged" / name).is_file(), name
+    code, _, err = stage("eval", **options | {"metrics": "spice"})
+    assert code == 2 and "spice needs the Stanford parser" in err
+    code, _, err = stage(
+        "eval", **options | {"metrics": "perplexity,bleu2", "max-samples": 1, "output-dir": home / "judged1"}
+    )
+    assert code == 0 and set(json.loads((home / "judged1" / "metrics.json").read_text())) == {
+        "perplexity",
+        "bleu2",
+        "bleu2_mean",
+    }, err
+
+
+VARY = {
+    "template": "{first}",
+    "chat": "no",
+    "max-new-tokens": 8,
+    "min-words": 1,
+    "attempts": 3,
+    "variations": 2,
+    "batch-size": 4,
+    "temperature": 1.2,
+}
+
+
+def test_captions_are_varied_the_same_by_any_number_of_processes(home):
+    """S3-19, S3-20, S3-39: unique, never the original; what is lacking is recorded, not raised."""
+    options = VARY | {"data-csv": home / "titles.csv", "model": TINY / "llama", "output-dir": home / "v1"}
+    code, _, err = stage("augment", **options)
+    assert code == 0, err
+    launch(2, "augment", **options | {"output-dir": home / "v2"})
+    names = ("augmented_captions.csv", "augmented_shortfall.csv", "augmented.jsonl")
+    assert [(home / "v1" / n).read_bytes() for n in names] == [(home / "v2" / n).read_bytes() for n in names]
+    rows = captionset.read(home / "v1" / "augmented_captions.csv")
+    originals = {r.name: r.captions[0] for r in captionset.read(home / "titles.csv")}
+    texts = {}
+    for row in rows:
+        assert captionset.cleaned(row.captions[0]) != captionset.cleaned(originals[row.source])
+        texts.setdefault(row.source, []).append(captionset.cleaned(row.captions[0]))
+    assert all(len(set(t)) == len(t) <= 2 for t in texts.values()) and rows
+    done = json.loads((home / "v1" / "run.json").read_text())["results"]
+    assert done["captions"] == 24 and done["variations"] == len(rows) and done["tokens_per_s"] > 0
+    few = sum(len(texts.get(n, [])) < 2 for n in originals)
+    assert (
+        done["captions_with_fewer"]
+        == few
+        == len((home / "v1" / "augmented_shortfall.csv").read_text().splitlines()) - 1
+    )
+
+
+def test_varying_goes_on(home, monkeypatch):
+    """Killed between two batches, and begun at a caption of one's own: what is there stays, the rest is made, the result is the same."""
+    options = VARY | {"data-csv": home / "titles.csv", "model": TINY / "llama"}
+    add, n = captionset.Journal.add, []
+
+    def killed(self, *args):
+        n.append(1)
+        if len(n) == 6:
+            raise KeyboardInterrupt
+        return add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(captionset.Journal, "add", killed)
+        assert stage("augment", **options, output_dir=home / "v3")[0] == 130
+    assert len(captionset.read(home / "v3" / "augmented_captions.csv")) > 0, "rows are there as they come"
+    code, _, err = stage("augment", **options, output_dir=home / "v3")
+    assert code == 0 and "5 of 24 captions are varied already" in err, err
+    assert stage("augment", **options, output_dir=home / "v4", start_idx=8)[0] == 0
+    assert stage("augment", **options, output_dir=home / "v4", max_samples=8)[0] == 0
+    if not (home / "v1").exists():
+        assert stage("augment", **options, output_dir=home / "v1")[0] == 0
+    want = (home / "v1" / "augmented_captions.csv").read_bytes()
+    assert (
+        (home / "v3" / "augmented_captions.csv").read_bytes()
+        == want
+        == (home / "v4" / "augmented_captions.csv").read_bytes()
+    )
+
+
+def test_a_gemma_is_asked_in_its_chat_form(home):
+    options = VARY | {
+        "data-csv": home / "titles.csv",
+        "model": TINY / "gemma3",
+        "chat": "auto",
+        "template": None,
+        "max-samples": 2,
+        "output-dir": home / "g",
+    }
+    code, _, err = stage("augment", **options)
+    assert code == 0, err
+    first = lines(home / "g" / "augmented.jsonl")[0]["settings"]
+    assert first["chat"] is True and "{n} different variations" in first["template"]
+
+
+def test_pictures_split_and_trained_on(home, parts):
+    """S3-21, S3-22, S3-36: names as on disk; the negative prompt counts; then 80/10/10 of both kinds."""
+    source = home / "captions.csv"
+    rows = [captionset.Row(f"dish {i:02d}_v1", (f"new dish {i}",), "", f"dish_{i:02d}") for i in range(6)]
+    captionset.write(
+        source, [r._replace(name=r.name.replace(" ", "_")) for r in rows], {captionset.SOURCE: lambda r: r.source}
+    )
+    options = {"data-csv": source, "model": TINY / "sd15", "steps": 2, "resize": "40x24", "batch-size": 2}
+    code, out, err = stage("synthesize", **options, output_dir=home / "s1")
+    assert code == 0 and "pictures: 6" in out, err
+    launch(2, "synthesize", **options | {"output-dir": home / "s2"})
+    listed = captionset.read(home / "s1" / "synthetic_captions.csv")
+    found = captionset.located(listed, [home / "s1" / "images"])
+    assert len(found) == 6 and {Image.open(r.path).size for r in found} == {(40, 24)} and found[0].path.endswith(".jpg")
+    assert (home / "s1" / "synthetic_captions.csv").read_bytes() == (
+        home / "s2" / "synthetic_captions.csv"
+    ).read_bytes()
+    for r in found:
+        a, b = (np.asarray(Image.open(home / s / "images" / f"{r.name}.jpg"), dtype=int) for s in ("s1", "s2"))
+        assert abs(a - b).max() <= 2
+    plan = json.loads((home / "s1" / "images" / "drawn.json").read_text())
+    assert plan["settings"]["scheduler"] == "ddpm" and "blurry" in plan["settings"]["negative_prompt"]
+    assert "professional" in next(iter(plan["pictures"].values()))[0]
+    before = found[0].path
+    code, _, err = stage("synthesize", **options | {"negative-prompt": ""}, output_dir=home / "s1")
+    assert code == 2 and "another negative_prompt" in err
+    assert stage("synthesize", **options | {"negative-prompt": "red", "format": "png"}, output_dir=home / "s3")[0] == 0
+    other = captionset.located(listed, [home / "s3" / "images"])
+    assert (np.asarray(Image.open(other[0].path), dtype=int) != np.asarray(Image.open(before), dtype=int)).mean() > 0.2
+    code, out, err = stage("split", original_csv=home / "titles.csv", synthetic_csv=[home / "s1" / "synthetic_captions.csv"],
+                           image_path=[home / "images", home / "s1" / "images"], output_dir=home / "both")  # fmt: skip
+    assert code == 0 and "val_synthetic: 1" in out and "test_synthetic: 0" in out and "train_synthetic: 5" in out, (
+        out,
+        err,
+    )
+    code, out, err = stage("train", **parts | SMALL | {"train-csv-path": home / "both" / "train.csv", "val-csv-path": home / "both" / "val.csv",
+                                                       "image-path": [home / "images", home / "s1" / "images"], "epochs": 1, "samples": 0,
+                                                       "output-dir": home / "cap-both"})  # fmt: skip
+    assert code == 0 and "24 training and 3 validation" in err, err
+
+
+def test_turbo_models_are_drawn_without_guidance(home):
+    source = home / "one.csv"
+    captionset.write(source, [captionset.Row("only", ("a dish",))])
+    code, _, err = stage(
+        "synthesize",
+        data_csv=source,
+        model=TINY / "sd-turbo",
+        resize="none",
+        scheduler="euler",
+        output_dir=home / "turbo",
+    )
+    assert code == 0 and "the negative prompt is not used" in err, err
+
+
+def test_the_documents_commands(home, parts):
+    """S3-29: -t in any place; its flags with underscores."""
+    assert (
+        caption.worded(["-t", "train", "--x", "1"])
+        == ["train", "--x", "1"]
+        == caption.worded(["--x", "1", "--task=train"])[0:1] + ["--x", "1"]
+    )
+    assert caption.worded(["train", "--x"]) == ["train", "--x"]
+    argv = ["-t", "train", "--hf_token", "hf_x", "--num_epochs", 1, "--output_dir", home / "doc", "--lora_alpha", 32, "--lora_dropout", 0.1, "--lora_r", 8,
+            "--batch_size", 12, "--model_name", TINY / "llama", "--vision_model", TINY / "vit", "--train_csv_path", parts["train-csv-path"],
+            "--val_csv_path", parts["val-csv-path"], "--image_path", home / "images", "--samples", 0]  # fmt: skip
+    code, _, err = in_process(caption, "caption.py", *caption.worded(list(map(str, argv))))
+    assert code == 0, err
+    net = captioner.load(home / "doc" / "checkpoints" / "last_checkpoint.pt", torch.float32, "cpu")
+    assert net.settings.language_model == str(TINY / "llama")
+
+
+def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
+    good = parts | SMALL | {"output-dir": tmp_path / "out", "epochs": 1}
+    broken, empty = tmp_path / "broken.csv", tmp_path / "empty.csv"
+    broken.write_text('Image_Name,Title\ndish_00,"[""no end"\n')
+    empty.write_text("Image_Name,Title\ndish_00,\n")
+    absent = tmp_path / "absent.csv"
+    absent.write_text("Image_Name,Title\ndish_00,x\nnowhere,y\n")
+    small = shutil.copytree(TINY / "llama", tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    model = trained[0] / "checkpoints" / "best_model"
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff no picture")
+    for i, (name, options, said) in enumerate(
+        (
+            ("train", good | {"train-csv-path": tmp_path / "no.csv"}, "no such file (caption.py split writes it)"),
+            ("train", good | {"train-csv-path": broken}, "broken.csv:2"),
+            ("train", good | {"train-csv-path": empty}, "captions are empty"),
+            ("train", good | {"train-csv-path": absent}, "1 of 2 pictures are not in"),
+            ("train", good | {"image-path": tmp_path / "no"}, "no such folder"),
+            ("train", good | {"model-name": TINY / "vit"}, "model_type 'vit' is not supported"),
+            ("train", good | {"vision-model": TINY / "llama"}, "is no ViT"),
+            ("train", good | {"model-name": small}, "has ids up to 505, the model's vocabulary has 300"),
+            ("train", good | {"lora-targets": "to_q"}, "no layer of the llm has such a name"),
+            ("train", good | {"parallel": "fsdp"}, "--parallel fsdp"),
+            ("train", good | {"lora-r": 0}, "--lora-r must be at least 1"),
+            ("infer", {"infer-image-path": bad}, "--model-file is required"),
+            ("infer", {"model-file": model}, "--infer-image-path is required"),
+            ("infer", {"model-file": model, "infer-image-path": tmp_path / "no.jpg"}, "no such file or folder"),
+            ("infer", {"model-file": model, "infer-image-path": bad}, "not a readable image"),
+            ("infer", {"model-file": tmp_path / "no.pt", "infer-image-path": home / "images"}, "is not there"),
+            ("infer", {"model-file": TINY / "llama", "infer-image-path": home / "images"}, "is no captioner's folder"),
+            (
+                "infer",
+                {"model-file": model, "model-name": TINY / "gemma3", "infer-image-path": home / "images"},
+                "another language model or ViT",
+            ),
+            (
+                "eval",
+                {"model-file": model, "eval-set": "val", "val-csv-path": absent, "image-path": home / "images"},
+                "1 of 2 pictures",
+            ),
+            ("eval", {"model-file": model, "eval-set": "all"}, "invalid choice"),
+            ("augment", {"data-csv": tmp_path / "no.csv", "model": TINY / "llama"}, "No such file"),
+            ("augment", {"data-csv": home / "titles.csv", "model": TINY / "vit"}, "model_type 'vit' is not supported"),
+            (
+                "augment",
+                {"data-csv": home / "titles.csv", "model": TINY / "llama", "template": "say it"},
+                "names neither {caption} nor {first}",
+            ),
+            (
+                "augment",
+                {"data-csv": home / "titles.csv", "model": TINY / "llama", "template": "{caption} {size}"},
+                "{size} is none of",
+            ),
+            ("augment", {"data-csv": home / "titles.csv", "model": TINY / "llama", "start-idx": 99}, "has 24 captions"),
+            (
+                "augment",
+                {"data-csv": home / "titles.csv", "model": TINY / "llama", "max-words": 1},
+                "--max-words 1 is less than",
+            ),
+            (
+                "augment",
+                {"data-csv": home / "titles.csv", "model": TINY / "llama", "max-new-tokens": 4000},
+                "more than the 2048 that the model reads",
+            ),
+            (
+                "synthesize",
+                {"data-csv": home / "titles.csv", "model": TINY / "sd15", "template": "a dish"},
+                "does not name {caption}",
+            ),
+            (
+                "synthesize",
+                {"data-csv": home / "titles.csv", "model": TINY / "sd15", "resize": "big"},
+                "expected WIDTHxHEIGHT",
+            ),
+            ("synthesize", {"data-csv": home / "titles.csv", "model": TINY / "llama"}, "llama"),
+            ("split", {"original-csv": home / "titles.csv", "test-share": 0.7}, "--test-share 0.7 must be above 0"),
+            ("split", {"original-csv": home / "titles.csv", "synthetic-csv": tmp_path / "no.csv"}, "No such file"),
+        )
+    ):
+        code, _, err = stage(name, **options | {"output-dir": tmp_path / str(i)})
+        assert code == 2 and said in err and "Traceback" not in err, (name, said, err)
+        assert len([x for x in err.splitlines() if x.startswith("error:")]) <= 1
+
+
+def test_a_broken_picture_may_be_left_out(home, trained, tmp_path):
+    folder = shutil.copytree(home / "images", tmp_path / "some")
+    (folder / "dish_00.jpg").write_bytes(b"nothing")
+    Image.new("L", (30, 30), 90).save(folder / "dish_01.jpg")  # grey, and with transparency: brought to RGB
+    Image.new("RGBA", (30, 30), (9, 9, 9, 60)).save(folder / "extra.png")
+    options = {
+        "model-file": trained[0] / "checkpoints" / "best_model",
+        "infer-image-path": folder,
+        "max-new-tokens": 2,
+        "output-dir": tmp_path / "out",
+    }
+    code, _, err = stage("infer", **options)
+    assert code == 2 and "dish_00.jpg" in err
+    code, out, err = stage("infer", **options | {"skip-bad": True})
+    assert code == 0 and "1 of 25 pictures cannot be read" in err and out.count("\n") == 24
+
+
+def test_a_path_ending_in_pt_means_the_folder(trained):
+    assert hub.trained(f"{trained[0]}/checkpoints/best_model.pt") == trained[0] / "checkpoints" / "best_model"
