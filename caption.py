@@ -16,6 +16,7 @@ augment and synthesize may be killed at any moment: the same command goes on wit
 """
 
 import dataclasses
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --bat
 def least(cfg, **bounds):
     """Raise UserError for an option below its bound."""
     for name, bound in bounds.items():
-        if getattr(cfg, name) < bound:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < bound:
             raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(cfg, name)}")
 
 
@@ -184,7 +185,7 @@ def augment(cfg):
     """The stage `augment`: new captions for each of a CSV's, by a language model; the same for any number of processes."""
     from nanodiff import captionset, dist, textgen
 
-    least(cfg, variations=1, start_idx=0, max_new_tokens=1, min_words=1, attempts=1, batch_size=1)
+    least(cfg, variations=1, start_idx=0, max_new_tokens=1, min_words=1, attempts=1, batch_size=1, max_samples=1)
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
     chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
@@ -208,10 +209,14 @@ def augment(cfg):
         dist.say(f"{record.out}: {sum(i in work.done for i in some)} of {len(some)} captions are varied already")
     mine, rates = todo[dist.world().rank :: dist.world().size], []
 
+    def enough(ids):
+        """Has a reply said what is read of it?"""
+        return ("\n" if "{first}" in template else "\n\n") in tokenizer.decode(ids)
+
     def one(group):
         """{row: (variations, replies)} of a group, whose rows ask again until they have enough."""
         got = {i: ([], 0) for i in group}
-        for attempt in range(cfg.attempts):
+        for attempt in range(cfg.attempts if cfg.temperature else 1):  # the likeliest reply is always the same
             lacking = [i for i in group if len(got[i][0]) < cfg.variations]
             if not lacking:
                 break
@@ -222,7 +227,8 @@ def augment(cfg):
             ]
             seeds = [captionset.seed_of(cfg.seed, rows[i].name, attempt) for i in lacking]
             start = time.perf_counter()
-            written = textgen.generate(net, ids, cfg.max_new_tokens, chance, net.cfg.eos_token_id, seeds)
+            written = textgen.generate(net, ids, cfg.max_new_tokens, chance, net.cfg.eos_token_id, seeds,
+                                       until=None if chat else enough)  # fmt: skip
             rates.append((sum(len(w.ids) for w in written), time.perf_counter() - start))
             for i, prompt, w in zip(lacking, ids, written, strict=True):
                 reply = tokenizer.rest(prompt, w.ids)
@@ -391,7 +397,7 @@ class Split:
         [], "synthetic_captions.csv, or a job's .out log with lines `name.jpg: caption`; may be repeated"
     )
     image_path: list[str] = arg(
-        [], "folder of the pictures, without subfolders; may be repeated [data/images, and images/ beside each CSV]"
+        [], "folder of the pictures, without subfolders; may be repeated [images/ beside each CSV, or data/images]"
     )
     output_dir: str = arg("data", "train.csv, val.csv, test.csv, split.json")
     train_csv_path: str | None = arg(None, "where train.csv goes; default: OUTPUT_DIR")
@@ -416,15 +422,16 @@ def split(cfg):
         if not 0 < getattr(cfg, name) < 0.5:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name):g} must be above 0 and below 0.5")
     record = engine.Record(cfg, engine.pick_device("cpu"))
-    beside = [Path(p).parent / "images" for p in (cfg.original_csv, *cfg.synthetic_csv)]
-    folders = cfg.image_path or list(dict.fromkeys(p for p in (Path("data/images"), *beside) if p.is_dir()))
-    if not folders:
-        raise UserError("--image-path FOLDER is required: there is no images/ beside the CSVs")
+
+    def rows_of(path):
+        beside = Path(path).parent / "images"
+        folders = cfg.image_path or ([beside] if beside.is_dir() else ["data/images"])
+        return captionset.located(captionset.read(path, cfg.clean, cfg.skip_bad), folders, cfg.skip_bad)
+
     with record.timed("read"):
-        original = captionset.located(captionset.read(cfg.original_csv, cfg.clean, cfg.skip_bad), folders, cfg.skip_bad)
-        synthetic = []
+        original, synthetic = rows_of(cfg.original_csv), []
         for path in cfg.synthetic_csv:
-            synthetic += captionset.located(captionset.read(path, cfg.clean, cfg.skip_bad), folders, cfg.skip_bad)
+            synthetic += rows_of(path)
     with record.timed("split"):
         shares = (1 - cfg.val_share - cfg.test_share, cfg.val_share, cfg.test_share)
         parts, counts = captionset.split(original, synthetic, cfg.seed, shares, cfg.apart, cfg.skip_bad)
@@ -499,8 +506,17 @@ class Train(Training, Files):
         if self.parallel == "fsdp":
             raise UserError("--parallel fsdp: adapters in fp32 beside frozen weights in half precision cannot be sharded together; a copy "
                             "of the frozen model fits on each GPU (--parallel ddp)")  # fmt: skip
+        for name in ("projector_dropout", "vit_lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name):g} must be at least 0 and below 1")
+        typed = sorted(n for n in getattr(self, "given", ()) if n.startswith(("lora_", "vit_lora_")))
         if self.model_size != "pretrained":
+            typed += [n for n in ("model_name", "vision_model", "lora") if n in getattr(self, "given", ())]
             self.lora = False
+        if typed and not self.lora:
+            raise UserError(
+                f"--{typed[0].replace('_', '-')} is for adapters on pretrained models (--model-size pretrained, --lora)"
+            )
 
 
 def train(cfg):
@@ -523,14 +539,14 @@ def train(cfg):
     change = loader.Transform(
         how.resolution, True, cfg.random_flip, cfg.random_jitter, cfg.random_rotate, how.interpolation, True
     )
-    feed = loader.Feed(
-        sets["train"], change, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers, timeout=cfg.dist_timeout
-    )
-    checks = loader.Feed(sets["val"], how, cfg.seed, cfg.batch_size, timeout=cfg.dist_timeout)
+    policy = {"policy": "skip" if cfg.skip_bad else "stop", "limit": 1.0, "timeout": cfg.dist_timeout}
+    feed = loader.Feed(sets["train"], change, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers, **policy)
+    checks = loader.Feed(sets["val"], how, cfg.seed, cfg.batch_size, **policy)
     run.cfg = cfg = dataclasses.replace(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
     calls = run.trainable({"captioner": net})
     run.schedule(feed.per_epoch)
     run.resume()
+    dist.on_main(tidy, run, cfg)
     run.same("data set", [s.fingerprint() for s in sets.values()], must=True)
     feed.interrupted = run.interrupted
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -563,14 +579,20 @@ def train(cfg):
                 )
             run.backward(loss, batch)
         run.update()
-        if run.epoch_ended():
-            epoch = (step + 1) // feed.per_epoch
+        if run.epoch_ended() or step + 1 == run.total:
+            epoch = -(-(step + 1) // feed.per_epoch)
+            feed.report_bad(run.out)
             with run.averaged():
                 found = validate(run, net, checks, lambda b: rows_of("val", b))
                 run.log(val_loss=found)
                 told = show(run, net, sets["val"], rows["val"], cfg, epoch)
                 best = run.judge(found)
-                facts = {"epoch": epoch, "step": step + 1, "val_loss": found, "best_val_loss": run.best}
+                facts = {
+                    "epoch": epoch,
+                    "step": step + 1,
+                    "val_loss": found if math.isfinite(found) else None,
+                    "best_val_loss": run.best,
+                }
                 names = (
                     ["last_checkpoint"] + ["best_model"] * best + [f"epoch_{epoch}"] * run.every_epochs(cfg.save_epochs)
                 )
@@ -578,7 +600,7 @@ def train(cfg):
                     write(run, net, name, facts, not cfg.lora)
             dist.say(
                 f"epoch {epoch}: validation loss {found:.4f}"
-                + (" (the best so far)" if best else f" (best: {run.best:.4f})")
+                + (" (the best so far)" if best else f" (best: {run.best:.4f})" if run.best is not None else "")
             )
             for line in told:
                 dist.say(line)
@@ -586,11 +608,35 @@ def train(cfg):
     if run.best is not None:
         run.record.result("best_val_loss", run.best)
     for name in ("best_model", "last_checkpoint"):
-        run.record.file(run.out / "checkpoints" / name)
+        if dist.on_main((run.out / "checkpoints" / name).is_dir):
+            run.record.file(run.out / "checkpoints" / name)
     log = run.out / "metrics.jsonl"
     if dist.on_main(lambda: log.exists() and bool(charts.losses(log, run.out / "loss.png", ("loss", "val_loss")))):
         run.record.file(run.out / "loss.png")
     run.close()
+
+
+def tidy(run, cfg):
+    """A new run does not mix its captioners with an older one's; a resumed one takes its last epoch's samples again."""
+    import json
+    import shutil
+
+    from nanodiff.weights import write_bytes
+
+    if not run.step and not cfg.resume and (run.out / "checkpoints").exists():
+        if not cfg.overwrite_output_dir:
+            raise UserError(
+                f"{run.out}: has captioners of an earlier run; take another --output-dir, or --overwrite-output-dir"
+            )
+        shutil.rmtree(run.out / "checkpoints")
+    samples = run.out / "samples.jsonl"
+    if samples.exists():
+        kept = [
+            x
+            for x in samples.read_text(encoding="utf-8").split("\n")[:-1]
+            if json.loads(x)["epoch"] * run.per_epoch <= run.step
+        ]
+        write_bytes(samples, "".join(f"{x}\n" for x in kept).encode())
 
 
 def part(cfg, name):
@@ -626,9 +672,10 @@ def captions_of(net, rows, cfg, name):
 
     out, cut = [], 0
     for row in rows:
-        own = [net.caption_ids(t) for t in row.captions]
-        cut += sum(len(t) > cfg.max_length for t in own)
-        out.append([t[: cfg.max_length - 1] + t[-1:] if len(t) > cfg.max_length else t for t in own])
+        out.append([net.caption_ids(t, cfg.max_length) for t in row.captions])
+        cut += sum(
+            len(net.tokenizer.ids(t.strip(), begin=False)) >= min(cfg.max_length, net.room) for t in row.captions
+        )
     if cut:
         dist.say(
             f"warning: {cut} captions of {getattr(cfg, f'{name}_csv_path')} are longer than --max-length {cfg.max_length} tokens, and cut"
@@ -661,11 +708,12 @@ def show(run, net, dataset, rows, cfg, epoch):
     def tell():
         if not cfg.samples:
             return []
-        some = [dataset.image(i) for i in range(min(cfg.samples, len(dataset)))]
+        kept, some = readable(rows[: cfg.samples], cfg.skip_bad)
+        some = [open_picture() for open_picture in some]
         texts = net.describe(some, cfg.max_new_tokens)
         lines = [
             {"epoch": epoch, "image": row.name, "reference": row.captions[0], "prediction": t}
-            for row, t in zip(rows, texts, strict=False)
+            for row, t in zip(kept, texts, strict=True)
         ]
         with open(run.out / "samples.jsonl", "a", encoding="utf-8") as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -714,9 +762,15 @@ class Telling(Common):
         if not self.model_file:
             raise UserError("--model-file is required, such as results/vit_llama3_2_1B/checkpoints/best_model.pt")
         least(self, max_new_tokens=1, beams=1, batch_size=1)
-        return captioner.load(
+        net = captioner.load(
             self.model_file, language_dtype(self, device), device, self.model_name, self.vision_model, self.hf_token
         )
+        for name, given in (("language_model", self.model_name), ("vision_model", self.vision_model)):
+            if given and not getattr(net.settings, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')}: {self.model_file} brings its own, which was wholly trained"
+                )
+        return net
 
     def tell(self, net, pictures, record):
         """Captions of PIL pictures; says the speed."""
@@ -776,7 +830,7 @@ def infer(cfg):
         record.file(path)
     record.data["results"]["captions"] = {row.name: row.captions[0] for row in told}
     record.write()
-    alone = Path(cfg.infer_image_path).suffix != ".csv" and len(told) == 1
+    alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(told) == 1
     for row in told:
         text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
         print(text if alone else f"{printable(row.name)}\t{text}")
@@ -796,7 +850,7 @@ def to_tell(cfg):
         return [captionset.Row(p.name, (), str(p)) for p in files]
     if not path.is_file():
         raise UserError(f"--infer-image-path {path}: no such file or folder")
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return captionset.located(
             captionset.read(path, captions=False), cfg.image_path or [path.parent / "images"], cfg.skip_bad
         )
@@ -821,7 +875,7 @@ def readable(rows, skip):
     if bad:
         dist.say(f"warning: {len(bad)} of {len(rows)} pictures cannot be read and are left out, such as {bad[0]}")
     if not kept:
-        raise UserError(f"none of {len(rows)} pictures can be read: {bad[0]}")
+        raise UserError(f"none of {len(rows)} pictures can be read: {bad[0] if bad else 'there are none'}")
     return kept, [functools.partial(images.open_image, row.path) for row in kept]
 
 
@@ -841,16 +895,33 @@ class Eval(Telling, Files):
 
 def evaluate(cfg):
     """The stage `eval`: the pictures of a part against all their captions."""
-    from nanodiff import charts, dist, images, report
+    from nanodiff import charts, dist, features, images, report, textmetrics
+    from nanodiff import evaluate as library
 
     asked_for = listed(cfg.metrics)
-    rows = part(cfg, cfg.eval_set)[: cfg.max_samples]
+    least(cfg, max_samples=1, sheet=0, bootstrap=0)
+    textmetrics.check_names([n for n in asked_for if n not in OWN])
+    rows, shown = readable(part(cfg, cfg.eval_set)[: cfg.max_samples], cfg.skip_bad)
+    if "cider" in asked_for and len(rows) == 1:
+        raise UserError("--metrics cider weighs words by how few pictures have them, and here is one picture")
     device, record = begin(cfg)
+    clip = library.Settings(
+        groups=("clip_score",),
+        must="clip_score" in asked_for,
+        weights_dir=cfg.weights_dir,
+        clip=cfg.clip,
+        seed=cfg.seed,
+        device=device,
+    )
+    if clip.must:
+        try:
+            library.clip_path(clip)
+        except features.Absent as e:
+            raise UserError(f"--metrics clip_score: {e}") from None
     with record.timed("load"):
         net = cfg.load(device)
-    rows, shown = readable(rows, cfg.skip_bad)
     texts = cfg.tell(net, shown, record)
-    found, scores, skipped = judged(cfg, net, rows, shown, texts, asked_for, device)
+    found, scores, skipped = judged(cfg, net, rows, shown, texts, asked_for, clip)
     for reason in skipped:
         dist.say(f"note: not computed: {printable(reason)}")
     document = report.Report(f"Captions of {len(rows)} pictures ({cfg.eval_set})")
@@ -888,14 +959,15 @@ def evaluate(cfg):
     print(f"report: {record.out / 'report.html'}")
 
 
-def judged(cfg, net, rows, shown, texts, names, device):
-    """({metric: entry}, {metric: textmetrics.Score}, [why something is missing])."""
-    import math
+OWN = ("perplexity", "clip_score")  # metrics that are not of the words alone
 
+
+def judged(cfg, net, rows, shown, texts, names, clip):
+    """({metric: entry}, {metric: textmetrics.Score}, [why something is missing])."""
     from nanodiff import captionset, evaluate, report, textmetrics
 
-    skipped, own = [], ("perplexity", "clip_score")
-    wanted = tuple(n for n in names if n not in own) if names else textmetrics.NAMES
+    skipped = []
+    wanted = tuple(n for n in names if n not in OWN) if names else textmetrics.NAMES
     if len(rows) == 1 and "cider" in wanted and not names:
         skipped.append("cider weighs words by how few pictures have them, and here is one picture")
         wanted = tuple(n for n in wanted if n != "cider")
@@ -904,22 +976,14 @@ def judged(cfg, net, rows, shown, texts, names, device):
         found, _, scores = evaluate.captions({r.name: [t] for r, t in zip(rows, texts, strict=True)}, {r.name: list(r.captions) for r in rows},
                                              cfg.tokenize, wanted, cfg.bootstrap, cfg.seed)  # fmt: skip
     if not names or "perplexity" in names:
-        nats, tokens = surprise(net, rows, shown, cfg.batch_size, device)
+        nats, tokens = surprise(net, rows, shown, cfg.batch_size, clip.device)
         facts = report.provenance(
             form="exp of the mean cross-entropy per token of all references, end token included",
             tokenizer="the model's",
         )
         found["perplexity"] = report.entry(math.exp(min(nats / tokens, 700)), tokens, facts)
     if not names or "clip_score" in names:
-        settings = evaluate.Settings(
-            groups=("clip_score",),
-            must="clip_score" in names,
-            weights_dir=cfg.weights_dir,
-            clip=cfg.clip,
-            seed=cfg.seed,
-            device=device,
-        )
-        scored = evaluate.images(captionset.pictures(rows, cfg.eval_set), settings, None, texts, "captions")
+        scored = evaluate.images(captionset.pictures(rows, cfg.eval_set), clip, None, texts, "captions")
         found |= {k: m for k, m in scored.metrics.items() if k.startswith("clip_score")}
         skipped += dict.fromkeys(scored.skipped.values())
     return found, scores, skipped

@@ -222,8 +222,8 @@ def _product_tile(x):
 
 
 def _exact(x):
-    """fp32 on a CPU, which multiplies half precision slowly and would round the logits to it."""
-    return x if x.is_cuda else x.float()
+    """Half precision as fp32 on a CPU, which multiplies it slowly and would round the logits to it."""
+    return x if x.is_cuda or x.element_size() >= 4 else x.float()
 
 
 @on_device

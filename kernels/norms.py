@@ -414,7 +414,14 @@ def rms_norm(x, weight=None, eps=1e-6, plus_one=False):
     """RMSNorm over the last axis: x [B, …, D], weight [D] or None -> the same shape and type. plus_one: Gemma's gain
     1 + weight. Raises as layer_norm() does."""
     y = _norm("rms_norm", x, weight, None, eps, rms=True, plus_one=plus_one)
-    return y if y is not None else F.rms_norm(x, x.shape[-1:], 1 + weight if plus_one else weight, eps)
+    return y if y is not None else _rms(x, weight, eps, plus_one)
+
+
+def _rms(x, weight, eps, plus_one):
+    """By PyTorch; 1 + weight in fp32, since bf16 has 8 bits for it."""
+    if not plus_one or x.dtype not in (torch.bfloat16, torch.float16):
+        return F.rms_norm(x, x.shape[-1:], 1 + weight if plus_one else weight, eps)
+    return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float(), eps).to(x.dtype)
 
 
 def qk_norm_rope(x, weight=None, cos=None, sin=None, eps=1e-6, plus_one=False):
@@ -430,5 +437,5 @@ def qk_norm_rope(x, weight=None, cos=None, sin=None, eps=1e-6, plus_one=False):
         cos, sin = (None, None) if cos is None else (cos.contiguous(), sin.contiguous())
         return rope_op(x, weight, cos, sin, eps, plus_one)[0]
     if weight is not None:
-        x = F.rms_norm(x, (K,), 1 + weight if plus_one else weight, eps)
+        x = _rms(x, weight, eps, plus_one)
     return qk_norm_rope_reference(x, cos=cos, sin=sin).to(x.dtype)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import hub, loader, lora, lorafile, onednn, sources, textgen, weights
+from nanodiff import dist, hub, loader, lora, lorafile, onednn, sources, textgen, weights
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.models.layers import linear_cross_entropy
 from nanodiff.models.llm import CausalLM
@@ -56,6 +56,7 @@ class Settings:
     after: str = AFTER
     hidden: int = 0  # width of the projector; 0: the language model's
     dropout: float = 0.1  # in the projector, while training
+    adapters: list = dataclasses.field(default_factory=list)  # of "llm" and "vit", those that have some beside them
 
 
 class Projector(nn.Module):
@@ -95,18 +96,23 @@ class Captioner(nn.Module):
             *[self.before[0]] * vit.cfg.tokens,
             *self.after,
         ]  # the picture's are not read as words
+        if self.room < 2:
+            raise UserError(
+                f"a picture takes {len(self.prompt)} tokens, the language model reads {llm.cfg.max_position_embeddings}"
+            )
 
-    def caption_ids(self, text):
-        """Ids of a caption with the end token. Raises UserError for an empty one, and one that the model has no room for."""
+    @property
+    def room(self):
+        """Tokens that a caption may have, the end included."""
+        return self.llm.cfg.max_position_embeddings - len(self.prompt)
+
+    def caption_ids(self, text, limit=None):
+        """Ids of a caption with the end token, at most `limit` of them, and as many as the model has room for. Raises UserError for an empty
+        one."""
         ids = self.tokenizer.ids(text.strip(), begin=False)
         if not ids:
             raise UserError("a caption is empty")
-        if len(self.prompt) + len(ids) + 1 > self.llm.cfg.max_position_embeddings:
-            raise UserError(
-                f"the caption {printable(text[:40])!r}… has {len(ids)} tokens; with the picture's {len(self.prompt)} that is more than the "
-                f"{self.llm.cfg.max_position_embeddings} that the model reads"
-            )
-        return [*ids, self.llm.cfg.eos_token_id[0]]
+        return [*ids[: min(limit or self.room, self.room) - 1], self.llm.cfg.eos_token_id[0]]
 
     def see(self, pixels):
         """pixels [B, 3, R, R] in [-1, 1] -> the prompt's embeddings [B, P, D]."""
@@ -129,15 +135,10 @@ class Captioner(nn.Module):
 
     @torch.inference_mode()
     def describe(self, pictures, new_tokens=120, beams=1, chance=textgen.GREEDY, seeds=None, on_step=None):
-        """[textgen.Written] with .text for PIL pictures, or pixels [B, 3, R, R]."""
+        """Captions of PIL pictures, or of pixels [B, 3, R, R] in [-1, 1]; on_step: see textgen.generate()."""
         pixels = pictures if isinstance(pictures, torch.Tensor) else self.pictures.batch(pictures)
-        room = self.llm.cfg.max_position_embeddings - len(self.prompt)
-        if room < 1:
-            raise UserError(
-                f"a picture takes {len(self.prompt)} tokens, the model reads {self.llm.cfg.max_position_embeddings}"
-            )
         embeds = self.see(pixels.to(self.projector.first.weight.device))
-        rows = textgen.generate(self.llm, [self.prompt] * len(pixels), min(new_tokens, room), chance, self.llm.cfg.eos_token_id,
+        rows = textgen.generate(self.llm, [self.prompt] * len(pixels), min(new_tokens, self.room), chance, self.llm.cfg.eos_token_id,
                                 seeds, beams, on_step=on_step, embeds=embeds)  # fmt: skip
         return [self.tokenizer.decode(row.ids).strip() for row in rows]
 
@@ -199,7 +200,7 @@ def base(settings, dtype, device, token=None, folder=None):
     """A Captioner of the settings' models, with a projector that begins anew; "" in their place: the folder's own."""
     found = []
     for name, own in ((settings.vision_model, "vit"), (settings.language_model, "llm")):
-        found.append(hub.resolve(name, None, token) if name else folder / own)
+        found.append(dist.on_main(hub.resolve, name, None, token) if name else folder / own)
     vit_folder, llm_folder = found
     cfg = ViTConfig.from_json(read_json(vit_folder / "config.json"), str(vit_folder / "config.json"))
     vit = onednn.widen(weights.load(ViT, vit_folder, dtype, device, cfg=cfg))
@@ -250,14 +251,14 @@ def adapt(net, language, vision):
 
 
 def save(net, folder, state, whole, facts):
-    """Write a captioner's folder, there at once or not at all. state: {name: tensor} of what was trained, whole: everything was; facts: JSON
+    """Write a captioner's folder in the place of an older one; a kill at any moment leaves one of the two (see _restored()). state: {name: tensor} of what was trained, whole: everything was; facts: JSON
     values for captioner.json, such as the epoch and its loss."""
-    folder = Path(folder)
+    folder = _restored(Path(folder))
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     mine = lambda name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}  # noqa: E731
-    settings = net.settings
+    settings = dataclasses.replace(net.settings, adapters=[])
     weights.save_tensors(part / "projector.safetensors", {k: v.detach().cpu() for k, v in mine("projector").items()})
     if whole:
         settings = dataclasses.replace(settings, vision_model="", language_model="")
@@ -270,6 +271,7 @@ def save(net, folder, state, whole, facts):
             made = lora.trained({name: model}, {name: model.state_dict() | mine(name)})
             about = {"base_model": settings.language_model if name == "llm" else settings.vision_model}
             lorafile.write(part / f"{name}_adapter", made, {name: model}, "peft", about)
+            settings.adapters.append(name)
     weights.write_json(part / RECORD, dataclasses.asdict(settings) | {"training": facts})
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -279,10 +281,19 @@ def save(net, folder, state, whole, facts):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _restored(folder):
+    """The folder, after giving it back what a kill between two renames left as .NAME.old."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    return folder
+
+
 def load(path, dtype, device, language=None, vision=None, token=None):
     """The Captioner of a folder that save() wrote (`X.pt` means the folder X), for inference. language, vision: models in place of those
     that it names. Raises UserError naming what is missing or does not fit."""
     folder = hub.trained(path)
+    folder = _restored(folder.with_suffix("") if folder.suffix == ".pt" and not folder.exists() else folder)
     if not (folder / RECORD).is_file():
         kind = "is no captioner's folder (it has no captioner.json)" if folder.exists() else "is not there"
         raise UserError(
@@ -293,10 +304,9 @@ def load(path, dtype, device, language=None, vision=None, token=None):
     known = {f.name for f in dataclasses.fields(Settings)}
     if strange := [k for k in raw if k not in known]:
         raise UserError(f"{folder / RECORD}: unknown key {printable(strange[0])!r}")
-    try:
-        settings = Settings(**raw)
-    except TypeError as e:
-        raise UserError(f"{folder / RECORD}: {e}") from None
+    settings = Settings(**raw)
+    if not set(settings.adapters) <= {"llm", "vit"}:
+        raise UserError(f"{folder / RECORD}: adapters of {settings.adapters!r} are not known")
     if settings.language_model:
         settings.language_model = language or settings.language_model
     if settings.vision_model:
@@ -309,12 +319,10 @@ def load(path, dtype, device, language=None, vision=None, token=None):
     except UserError as e:
         raise UserError(f"{e}; is it a captioner of another language model or ViT?") from None
     net.projector.load_state_dict(tensors)
-    for name, model in (("llm", net.llm), ("vit", net.vit)):
-        if (folder / f"{name}_adapter").is_dir():
-            lora.attach({name: model}, lora.read(folder / f"{name}_adapter", {name: model}))
+    for name in settings.adapters:
+        models = {name: getattr(net, name)}
+        if not (folder / f"{name}_adapter").is_dir():
+            raise UserError(f"{folder}: {name}_adapter is missing; was it copied as a whole?")
+        lora.attach(models, lora.read(folder / f"{name}_adapter", models))
+        onednn.widen(models[name])
     return net.to(device).eval().requires_grad_(False)
-
-
-def training_of(path):
-    """What captioner.json says of its training: {epoch, loss, …}."""
-    return read_json(hub.trained(path) / RECORD).get("training", {})

@@ -1,7 +1,7 @@
 """Captioned pictures in the captioner's form, and what is done to them before training.
 
     rows = read("titles.csv")                                     # [Row(name, captions, …)], of Image_Name and Title
-    dataset = pictures(rows, ["data/images"])                     # a data.Dataset, for the loader
+    dataset = pictures(located(rows, ["data/images"]), "titles.csv")    # a data.Dataset, for the loader
     parts, counts = split(original, synthetic, seed=42)           # {"train": rows, "val": rows, "test": rows}
 
 CSV: `Image_Name` is a picture's file name without its suffix, `Title` a text or a list of texts (["…"]); several rows of one name are
@@ -13,6 +13,8 @@ beginning is ignored.
 
 import argparse
 import csv
+import fcntl
+import filecmp
 import hashlib
 import io
 import json
@@ -33,7 +35,7 @@ NAMES = ("Image_Name", "image_name", "file_name", "image", "image_id", "id")
 CAPTIONS = ("Title", "title", "caption", "captions", "text")
 SOURCE = "Source_Name"
 UNKNOWN = "?"  # the source of a synthetic row that names none
-PARTS = ("train", "val", "test")
+SUFFIXES = [x for s in (".jpg", ".png", ".jpeg", ".webp", ".bmp") for x in (s, s.upper())]
 LOGGED = re.compile(
     r"(?P<name>[^\s:,|/\\]+)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
 )  # of a job's .out
@@ -85,10 +87,15 @@ def _table(path, captions=True):
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
+            if row.get(None):
+                raise UserError(
+                    f"{where}: has more columns than the first line; a text with commas needs double quotes around it"
+                )
             if not (row[name] or "").strip():
                 raise UserError(f"{where}: no {name}")
-            text = (row.get(title) or "").strip()
-            titles = textmetrics.titles(text, where) if text.startswith("[") else [text]
+            text = ((row.get(title) if title else "") or "").strip()
+            listed = text[:1] == "[" and text[1:].lstrip()[:1] in ("'", '"', "]")
+            titles = [] if text == "[]" else textmetrics.titles(text, where) if listed else [text]
             yield _stem(row[name], where), titles, (row.get(SOURCE) or "").strip(), where
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: {e}") from None
@@ -97,7 +104,7 @@ def _table(path, captions=True):
 def _logged(path):
     """(name, titles, source, where) of the lines of a job's log that name a picture and its caption; says how many others there are."""
     others = 0
-    for i, line in enumerate(_text(path).splitlines(), 1):
+    for i, line in enumerate(_text(path, "replace").splitlines(), 1):
         match = LOGGED.search(line)
         if match:
             yield _stem(match["name"], path), [match["title"].strip().strip("'\"")], "", f"{path}:{i}"
@@ -107,11 +114,14 @@ def _logged(path):
         dist.say(f"note: {path}: {others} lines name no picture with a caption and are not used")
 
 
-def _text(path):
+def _text(path, errors="strict"):
     try:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
+        return path.read_text(encoding="utf-8-sig", errors=errors)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not UTF-8 (byte {e.start}); save the file as UTF-8") from None
 
 
 def _stem(name, where):
@@ -119,8 +129,13 @@ def _stem(name, where):
     name = name.strip()
     if Path(name).suffix.lower() in data.SUFFIXES:
         name = name[: -len(Path(name).suffix)]
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{where}: {printable(name)!r} is no picture's name")
+    if (
+        not name
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or any(len(p.encode()) > 200 for p in Path(name).parts)
+    ):
+        raise UserError(f"{where}: {printable(name[:80])!r} is no picture's name")
     return name
 
 
@@ -130,12 +145,11 @@ def cleaned(text):
 
 
 def find(name, folders):
-    """The file of a picture among some folders, or None."""
-    for folder in folders:
-        for suffix in (".jpg", ".png", ".jpeg", ".webp", ".bmp"):
-            if (path := Path(folder) / f"{name}{suffix}").is_file():
-                return path
-    return None
+    """The file of a picture among some folders, or None. Raises UserError when two folders have different pictures of that name."""
+    found = [path for folder in folders for suffix in SUFFIXES if (path := Path(folder) / f"{name}{suffix}").is_file()]
+    if different := [p for p in found[1:] if not filecmp.cmp(p, found[0], shallow=False)]:
+        raise UserError(f"{found[0]} and {different[0]} are different pictures of one name; rename one")
+    return found[0] if found else None
 
 
 def located(rows, folders, skip=False):
@@ -183,7 +197,7 @@ def write(path, rows, more=()):
 
 
 def append(path, data):
-    """Add whole lines to a file, on disk when this returns; several processes may."""
+    """Add whole lines to a file at once; several processes may."""
     with open(path, "ab", buffering=0) as f:
         f.write(data)
 
@@ -191,7 +205,7 @@ def append(path, data):
 # ---------------------------------------------------------------------------------------------------------
 # Variations
 
-BULLET = re.compile(r"^\s*(?:[-*•–]+|\(?\d{1,2}[.):]|[a-z][.)])\s*", re.I)
+BULLET = re.compile(r"^\s*(?:[-*•–]+|\(?\d{1,2}[.):]|[a-z][.)]|(?:variation|option|caption)\s*\d*\s*[:.)])\s*", re.I)
 
 
 def variations(text, original, low=2, high=10, known=()):
@@ -199,7 +213,14 @@ def variations(text, original, low=2, high=10, known=()):
     and none that is the original or in `known`, however they are written."""
     seen, out = {cleaned(t) for t in (original, *known)}, []
     for line in text.splitlines():
-        line = BULLET.sub("", line).replace("*", "").strip().strip("\"'“”‘’`").strip().rstrip(".,;").strip()
+        line = (
+            BULLET.sub("", BULLET.sub("", line).replace("*", "").strip())
+            .strip()
+            .strip("\"'“”‘’`")
+            .strip()
+            .rstrip(".,;")
+            .strip()
+        )
         line = "".join(c for c in " ".join(line.split()) if c.isprintable())
         if line.endswith(":") or not low <= len(line.split()) <= high or cleaned(line) in seen:
             continue
@@ -223,23 +244,48 @@ class Journal:
     Every process writes lines of its own into NAME-RANK.jsonl. A run that was killed loses at most the lines that it was writing.
     Raises UserError for a folder that was begun with other settings or captions."""
 
-    def __init__(self, folder, name, rows, settings):
-        self.folder, self.name, self.rows = Path(folder), name, rows
-        self.csv, self.shortfall = self.folder / f"{name}_captions.csv", self.folder / f"{name}_shortfall.csv"
-        slugs = [images.slug(row.name) for row in rows]
-        twice = {s for s, n in Counter(slugs).items() if n > 1}
-        self.names = [
-            f"{s}_{i}" if s in twice else s for i, s in enumerate(slugs)
-        ]  # file names as they will be on disk
+    def __init__(self, folder, kind, rows, settings):
+        self.folder, self.name, self.rows = Path(folder), kind, rows
+        self.csv, self.shortfall = self.folder / f"{kind}_captions.csv", self.folder / f"{kind}_shortfall.csv"
+        self.names, taken = [], set()  # file names as they will be on disk
+        for i, row in enumerate(rows):
+            name = images.slug(row.name)
+            while name in taken:
+                name += f"_{i}"
+            taken.add(name)
+            self.names.append(name)
         digest = hashlib.blake2b(json.dumps([[r.name, *r.captions] for r in rows]).encode(), digest_size=12).hexdigest()
         self.settings = json.loads(json.dumps(settings | {"captions": digest}))
+        self.lock = None  # rank 0's
+        dist.on_main(self._claim)
         self.done = dist.on_main(self._begin)
-        self.own = self.folder / f"{name}-{dist.world().rank}.jsonl"
+        self.own = self.folder / f"{kind}-{dist.world().rank}.jsonl"
+        append(self.own, (json.dumps({"settings": self.settings}) + "\n").encode("utf-8", "replace"))
+
+    def _claim(self):
+        self.lock = open(self.folder / f".{self.name}.lock", "w", encoding="utf-8")  # noqa: SIM115  held until finish()
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder}: another run is varying captions in this folder") from None
+
+    def close(self):
+        """Let go of the folder."""
+        if self.lock:
+            self.lock.close()
+
+    def _files(self):
+        """The journal of all, and those of the processes."""
+        return [
+            p
+            for p in sorted(self.folder.glob(f"{self.name}*.jsonl"))
+            if re.fullmatch(rf"{self.name}(-\d+)?\.jsonl", p.name)
+        ]
 
     def _begin(self):
         """{index: (variations, replies)} of what is there."""
         whole, done = self.folder / f"{self.name}.jsonl", {}
-        for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
+        for path in self._files():
             for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[
                 :-1
             ]:  # the last one was not finished
@@ -267,8 +313,9 @@ class Journal:
             *({"row": i, "variations": v, "replies": n} for i, (v, n) in sorted(done.items())),
         ]
         write_bytes(whole, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode("utf-8", "replace"))
-        for path in self.folder.glob(f"{self.name}-*.jsonl"):
-            path.unlink()
+        for path in self._files():
+            if path != whole:
+                path.unlink()
         write(self.csv, [row for i in sorted(done) for row in self._made(i, done[i][0])], self._columns)
 
     _columns = {SOURCE: lambda row: row.source}
@@ -294,6 +341,7 @@ class Journal:
         ]
         listed = _encoded([["Image_Name", "Title", "variations", "replies"], *few])
         dist.on_main(write_bytes, self.shortfall, listed)
+        self.close()
         return {
             "captions": len(done),
             "variations": sum(len(v) for v, _ in done.values()),
@@ -312,9 +360,9 @@ def content(path):
 
 
 def merged(rows, skip=False):
-    """({content(): row}, number of pictures that were another's copy) of located rows: copies give their captions to the first of them. skip:
+    """({content(): row}, {name of a copy: of the one that stays}) of located rows: copies give their captions to the first of them. skip:
     leave out, counted and said, what cannot be read."""
-    out, copies, bad = {}, 0, []
+    out, copies, bad = {}, {}, []
     for row in dist.progress(rows, len(rows), "pictures"):
         try:
             key = content(row.path)
@@ -324,7 +372,7 @@ def merged(rows, skip=False):
             bad.append(str(e))
             continue
         if key in out:
-            copies += 1
+            copies[row.name] = out[key].name
             row = out[key]._replace(captions=tuple(dict.fromkeys(out[key].captions + row.captions)))
         out[key] = row
     if bad:
@@ -341,9 +389,19 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
     is another part's. apart: also drop synthetic pictures from training and validation whose source is in the test part, and from training
     whose source is in the validation part. The same rows in any order give the same parts."""
     synthetic = [row._replace(source=row.source or UNKNOWN) for row in synthetic]
+    if apart and (strangers := [row.name for row in synthetic if row.source == UNKNOWN]):
+        raise UserError(f"--apart needs to know what {len(strangers)} synthetic pictures vary, such as {printable(strangers[0])}: their CSV has no "
+                        f"{SOURCE}")  # fmt: skip
+    seen = Counter(row.name for row in (*original, *synthetic))
+    if twice := [n for n, k in seen.items() if k > 1]:
+        raise UserError(
+            f"two different pictures are called {printable(twice[0])}; rename one, since Image_Name must tell them apart"
+        )
     counts = Counter({"original rows": len(original), "synthetic rows": len(synthetic)})
-    real, counts["original copies merged"] = merged(sorted(original), skip)
-    drawn, counts["synthetic copies merged"] = merged(sorted(synthetic), skip)
+    real, copies = merged(sorted(original), skip)
+    synthetic = [row._replace(source=copies.get(row.source, row.source)) for row in synthetic]
+    drawn, twins = merged(sorted(synthetic), skip)
+    counts |= {"original copies merged": len(copies), "synthetic copies merged": len(twins)}
     taken, kept = {cleaned(t) for row in real.values() for t in row.captions}, []
     for key, row in drawn.items():
         if key in real:
@@ -376,11 +434,6 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
         train = rest
     held = {row.name for row in test}
     parts = {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
-    names = Counter(row.name for rows in parts.values() for row in rows)
-    if twice := [n for n, k in names.items() if k > 1]:
-        raise UserError(
-            f"two different pictures are called {printable(twice[0])}; rename one, since Image_Name must tell them apart"
-        )
     counts["training pictures whose source is tested"] = sum(row.source in held for row in train)
     for name, rows in parts.items():
         counts[f"{name} original"] = sum(not row.source for row in rows)

@@ -39,7 +39,7 @@ def losses(log, target_file, panels=("loss",), target=None):
     plt = pyplot()
     if plt is None:
         return False
-    names = [*there, "lr"]
+    names = [*there, *(["lr"] if any("lr" in r for r in rows) else [])]
     across = 2 if len(names) > 2 else 1
     figure, axes = plt.subplots(
         -(-len(names) // across), across, figsize=(5.5 * across, 2.9 * -(-len(names) // across)), squeeze=False

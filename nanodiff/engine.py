@@ -294,7 +294,7 @@ class Run:
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:
-            dist.recompute(self.net, random=getattr(cfg, "lora_dropout", 0) > 0)
+            dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
         self.opt = torch.optim.AdamW(
             recipe.trainable(self.net).values(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,

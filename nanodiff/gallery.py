@@ -76,7 +76,7 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
                     if job.name not in lacking:
                         continue
                     path = folder / job.name
-                    path.parent.mkdir(exist_ok=True)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     if captions:
                         weights.write_bytes(path.with_suffix(".txt"), f"{job.prompt}\n".encode())
                     if how.get("resize"):

@@ -96,8 +96,9 @@ def _wide(x, weight, direct):
     """x wᵀ in x's type, computed in fp32. direct: by oneDNN, which has no gradient."""
     rows = x.reshape(-1, x.shape[-1]).float()
     y = x.new_empty(len(rows), len(weight))
-    for part, w in _pieces(weight):
-        y[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w, None, "none", [], "") if direct else rows @ w.T
+    with torch.autocast("cpu", enabled=False):
+        for part, w in _pieces(weight):
+            y[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w, None, "none", [], "") if direct else rows @ w.T
     return y.view(*x.shape[:-1], -1)
 
 
@@ -122,10 +123,12 @@ class _Wide(torch.autograd.Function):
 def linear(x, weight):
     """x wᵀ: x [..., D], weight [O, D], of one type. Half-precision weights are computed in fp32, piece by piece, on a CPU that has no
     instruction for them, unless they learn or x has few rows."""
-    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu" and x.dtype == weight.dtype
+    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
+    auto = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == weight.dtype
     few = x.numel() < FEW_ROWS * x.shape[-1]
-    if not half or few or weight.requires_grad or computes_bf16() or torch.is_autocast_enabled("cpu"):
+    if not half or few or weight.requires_grad or computes_bf16() or (x.dtype != weight.dtype and not auto):
         return nn.functional.linear(x, weight)
+    x = x.to(weight.dtype)  # as autocast would
     if torch.is_grad_enabled() and x.requires_grad:
         return _Wide.apply(x, weight)
     return _wide(x, weight, unusable(torch.float32) is None)

@@ -85,18 +85,28 @@ class Written(NamedTuple):
     """What generate() gives for each prompt."""
 
     ids: list  # of the new tokens, without the end token
-    ended: bool  # by an end token, not by the limit
+    ended: bool  # by an end token or `until`, not by the limit
     score: float  # sum of the tokens' log-probabilities, the end's included
 
 
 @torch.inference_mode()
 def generate(
-    net, prompts, new_tokens, chance=GREEDY, eos=(), seeds=None, beams=1, length_penalty=1.0, on_step=None, embeds=None
+    net,
+    prompts,
+    new_tokens,
+    chance=GREEDY,
+    eos=(),
+    seeds=None,
+    beams=1,
+    length_penalty=1.0,
+    on_step=None,
+    embeds=None,
+    until=None,
 ):
     """[Written] for prompts, lists of ids. eos: ids that end a text. seeds: one a prompt, for `chance`. on_step(i, seconds) is called
     after each token of the batch. beams: see beam(). embeds [B, L, D]: what is read in place of the prompts' embeddings (a picture's
-    tokens among them); the prompts, of L ids each, then count for lengths and repetitions alone. Raises UserError for an empty prompt, ids beyond the vocabulary, and a text that is
-    longer than the model's positions."""
+    tokens among them); the prompts, of L ids each, then count for lengths and repetitions alone. until(ids): has a row said enough?
+    Raises UserError for an empty prompt, ids beyond the vocabulary, and a text that is longer than the model's positions."""
     check(net, prompts, new_tokens)
     if beams > 1:
         if chance.temperature:
@@ -113,7 +123,8 @@ def generate(
     out, scores, done = [[] for _ in prompts], [0.0] * len(prompts), [False] * len(prompts)
     for i in range(new_tokens):
         start = time.perf_counter()
-        logits = net.logits(net(x, mask, cache, None if i else embeds)[:, -1]).float().cpu()
+        states = net(x, mask, cache) if i or embeds is None else net(None, mask, cache, embeds)
+        logits = net.logits(states[:, -1]).float().cpu()
         before = [list(p) + o for p, o in zip(prompts, out, strict=True)]
         asked = adjusted(logits, chance, before)
         shares = asked.log_softmax(-1)
@@ -131,6 +142,7 @@ def generate(
                 done[row] = True
             else:
                 out[row].append(token)
+                done[row] = bool(until and until(out[row]))
         if on_step:
             on_step(i, time.perf_counter() - start)
         if all(done):
@@ -160,7 +172,8 @@ def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None
     (new tokens, the end included) ** length_penalty (Wu et al. 2016, arXiv 1609.08144 eq. 14, as the reference library has it)."""
     device = net.output.device
     cache = Cache(net.cfg, len(prompt) + new_tokens)
-    states = net(torch.tensor([list(prompt)], device=device), None, cache, embeds)[:, -1]
+    start = torch.tensor([list(prompt)], device=device)
+    states = (net(start, None, cache) if embeds is None else net(None, None, cache, embeds))[:, -1]
     cache.select([0] * beams)
     shares = net.logits(states).float().cpu().log_softmax(-1)
     alive, ended = [([], 0.0)], []

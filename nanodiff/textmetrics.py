@@ -327,8 +327,8 @@ def cider(candidates, references):
     return Score(sum(each) / len(each), each)
 
 
-def scores(candidates, references, names=NAMES):
-    """{name: Score} of the metrics asked for. Raises UserError for one that we do not have."""
+def check_names(names):
+    """Raise UserError for a metric that we do not have."""
     for name in names:
         if name == "spice":
             raise UserError(
@@ -340,6 +340,11 @@ def scores(candidates, references, names=NAMES):
             )
         if name not in NAMES:
             raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(NAMES)}")
+
+
+def scores(candidates, references, names=NAMES):
+    """{name: Score} of the metrics asked for. Raises UserError for one that we do not have."""
+    check_names(names)
     found = {}
     if any(n.startswith("bleu") for n in names):
         found |= {f"bleu{n + 1}": s for n, s in enumerate(bleu(candidates, references))}
@@ -444,11 +449,15 @@ def _from_csv(path, text):
 
 
 def titles(text, where):
-    """A list of strings as CSVs hold it, ["…"] or ['…']. Raises UserError for a broken one."""
+    """A list of strings as CSVs hold it, ["…"] (JSON) or ['…'] (Python). Raises UserError for a broken one."""
     import ast
 
     try:
-        value = ast.literal_eval(text.strip())
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    try:
+        value = ast.literal_eval(text.strip()) if value is None else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         raise UserError(f"{where}: {printable(text[:60])!r} is no list of captions") from None
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):

@@ -180,6 +180,9 @@ class TextTokenizer:
 
     def __init__(self, backend, begin=None):
         self.backend, self.begin = backend, begin
+        self.spaced = (
+            backend.token_to_id("a</w>") is not None
+        )  # are words written with a space behind them? (see learned())
 
     @classmethod
     def load(cls, folder, cfg):
@@ -207,7 +210,8 @@ class TextTokenizer:
 
     def decode(self, ids):
         """Text of ids, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        text = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text.removesuffix(" ") if self.spaced else text
 
     @classmethod
     def learned(cls, texts, vocab_size):

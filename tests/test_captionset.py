@@ -14,7 +14,7 @@ from nanodiff.config import UserError
 
 
 def csv(path, text):
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -34,6 +34,12 @@ def test_titles_of_every_form(tmp_path):
         Row("b", ("one", "two")),
         Row("c", ("with, comma",)),
     ]
+    assert captionset.read(
+        csv(tmp_path / "j.csv", 'Image_Name,Title\na,"[""\\ud83c\\udf55 pizza""]"\nb,[Vegan] pizza\n')
+    ) == [
+        Row("a", ("🍕 pizza",)),
+        Row("b", ("[Vegan] pizza",)),
+    ]
     assert captionset.read(csv(tmp_path / "b.csv", "image,caption\nX,  Two   Words \n"), clean=True) == [
         Row("X", ("two words",))
     ]
@@ -51,6 +57,9 @@ def test_titles_of_every_form(tmp_path):
         ("Image_Name,Title\na,ok\nb,\n", r"1 captions are empty: .*a\.csv:3 \(b\) \(--skip-bad leaves them out\)"),
         ("Image_Name,Title\n,x\n", r"a\.csv:2: no Image_Name"),
         ("Image_Name,Title\n../../etc/passwd,x\n", "is no picture's name"),
+        (f"Image_Name,Title\n{'x' * 300},x\n", "is no picture's name"),
+        ("Image_Name,Title\na,Salmon, grilled\n", r"a\.csv:2: has more columns than the first line"),
+        ("Image_Name,Title\na,cr\udce8me\n", r"a\.csv:2: is not UTF-8"),
     ],
 )
 def test_mistakes_in_a_csv(tmp_path, text, said):
@@ -59,9 +68,9 @@ def test_mistakes_in_a_csv(tmp_path, text, said):
 
 
 def test_empty_captions_may_be_left_out(tmp_path, capsys):
-    path = csv(tmp_path / "a.csv", 'Image_Name,Title\na,ok\nb,\nc,"[""""]"\n')
+    path = csv(tmp_path / "a.csv", 'Image_Name,Title\na,ok\nb,\nc,"[""""]"\nd,[]\n')
     assert captionset.read(path, skip=True) == [Row("a", ("ok",))]
-    assert "2 captions are empty" in capsys.readouterr().err
+    assert "3 captions are empty" in capsys.readouterr().err
     with pytest.raises(UserError, match="No such file"):
         captionset.read(tmp_path / "absent.csv")
 
@@ -116,6 +125,10 @@ Soup
     assert captionset.variations(reply, "Tofu soup", known=("spicy tofu soup",))[0] == "Cold tofu soup"
     assert captionset.variations(reply, "x y", low=1, high=1) == ["Soup"]
     assert captionset.variations("2% milk shake", "x") == ["2% milk shake"]
+    assert captionset.variations("**Variation 1:** Grilled fish\n- Option 2: fried fish", "x") == [
+        "Grilled fish",
+        "fried fish",
+    ]
 
 
 @given(st.text(max_size=200), st.text(max_size=20), st.integers(1, 4), st.integers(4, 12))
@@ -198,6 +211,8 @@ def test_splits_that_cannot_be(tmp_path, capsys):
     captionset.split(original, [], skip=True)
     assert "1 pictures cannot be read" in capsys.readouterr().err
     two, _ = folder_of(tmp_path / "more", 12, 0)
+    with pytest.raises(UserError, match="--apart needs to know what 1 synthetic pictures vary"):
+        captionset.split(two, [Row("x", ("other words",), two[0].path)], apart=True)
     picture(tmp_path / "same", "o3", 1234)
     with pytest.raises(UserError, match="two different pictures are called o3"):
         captionset.split(two, [Row("o3", ("other words",), str(tmp_path / "same" / "o3.png"), "o5")])
@@ -215,18 +230,57 @@ def test_a_journal_goes_on(tmp_path):
     assert len(captionset.read(work.csv)) == 3, "the table grows with it"
     with open(tmp_path / "augmented-0.jsonl", "a") as f:
         f.write('{"row": 1, "varia')  # killed while writing
+    (tmp_path / "augmented-notes.jsonl").write_text("of a reader\n")
+    with pytest.raises(UserError, match="another run is varying captions"):
+        captionset.Journal(tmp_path, "augmented", rows, settings)
+    work.close()
     again = captionset.Journal(tmp_path, "augmented", rows, settings)
     assert again.done == {0: (["n one", "n two"], 1), 2: (["only this"], 5)}
     again.add(1, ["x y", "y z"], 2)
     counts = again.finish(2)
     assert counts == {"captions": 3, "variations": 5, "captions_with_fewer": 1}
+    assert (tmp_path / "augmented-notes.jsonl").read_text() == "of a reader\n"
     found = captionset.read(work.csv)
     assert [r.source for r in found] == ["a/b", "a/b", "a b", "a b", "c"] and found[0].name.endswith("_v1")
     assert "c,five six,1,5" in work.shortfall.read_text()
     with pytest.raises(UserError, match="was begun with another variations"):
         captionset.Journal(tmp_path, "augmented", rows, settings | {"variations": 3})
+    (tmp_path / "augmented.jsonl").rename(tmp_path / "augmented-5.jsonl")  # of a process that was killed
     with pytest.raises(UserError, match="was begun with another captions"):
         captionset.Journal(tmp_path, "augmented", rows[:2], settings)
+
+
+def test_apart_knows_copies(tmp_path):
+    """A source that was merged into its copy is that copy."""
+    original, synthetic = folder_of(tmp_path, 12, 0)
+    copy = tmp_path / "o" / "a_copy.png"
+    Image.open(original[5].path).save(copy)
+    original.append(Row("zz_copy", ("the same",), str(copy)))
+    for k in range(6):
+        picture(tmp_path / "s", f"c{k}", (7, k))
+        synthetic.append(Row(f"c{k}", (f"of the copy {k}",), str(tmp_path / "s" / f"c{k}.png"), "zz_copy"))
+    for seed in range(12):
+        parts, _ = captionset.split(original, synthetic, seed, apart=True)
+        if "o5" in {row.name for row in parts["test"]}:
+            assert not any(row.source for row in parts["train"] + parts["val"])
+            return
+    raise AssertionError("no seed tested it")
+
+
+def test_one_name_in_two_folders(tmp_path):
+    picture(tmp_path / "one", "a", 0)
+    picture(tmp_path / "two", "a", 1)
+    with pytest.raises(UserError, match="different pictures of one name"):
+        captionset.located([Row("a", ("x",))], [tmp_path / "one", tmp_path / "two"])
+    (tmp_path / "one" / "a.png").rename(tmp_path / "one" / "b.PNG")
+    assert captionset.find("b", [tmp_path / "one"]).name == "b.PNG"
+
+
+def test_names_on_disk_differ(tmp_path):
+    rows = [Row(n, (f"caption {i}",)) for i, n in enumerate(("a b", "a:b", "a_b_1", "a_b"))]
+    work = captionset.Journal(tmp_path, "augmented", rows, {})
+    assert len(set(work.names)) == 4
+    work.close()
 
 
 def test_export(tmp_path):

@@ -202,6 +202,14 @@ def test_center_crop_is_the_usual_fit():
     assert np.array_equal(got, np.asarray(images.fit(image, 16, 16)))
 
 
+def test_squashed_pictures_are_whole():
+    """As ViT's processor resizes: every side for itself, nothing cut."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))
+    got = loader.Transform(32, interpolation="bilinear", squash=True)(image, (32, 32), None)
+    assert (got.transpose(1, 2, 0) == np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))).all()
+    assert loader.Transform(32, squash=True).key != loader.Transform(32).key
+
+
 def test_rotation_brings_no_black_corners():
     white = Image.new("RGB", (16, 16), "white")
     turned = loader.Transform(16, rotate=45)(white, (16, 16), loader.generator(0, 1))

@@ -140,6 +140,45 @@ def test_direct_layers_have_a_gradient(monkeypatch):
     assert layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_wide_layers(monkeypatch, dtype, rows):
+    """On a CPU without bf16: half precision kept in memory, computed in fp32, some rows of the weight at a time; with a gradient."""
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
+    monkeypatch.setattr(onednn, "PIECE", 1000)  # several pieces, the last one smaller
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 130), nn.Linear(130, 20, bias=False)).to(dtype).requires_grad_(False)
+    x = torch.randn(2, rows, 64).to(dtype)
+    want = net(x)
+    assert [type(m) for m in onednn.widen(net)] == [onednn.WideLinear] * 2
+    exact = nn.functional.linear(x.float(), net[0].weight.float(), net[0].bias.float())
+    if rows >= onednn.FEW_ROWS:
+        assert torch.equal(net[0](x), (nn.functional.linear(x.float(), net[0].weight.float()).to(dtype) + net[0].bias))
+    assert rms_ratio(net[0](x), exact) < 1e-2 and rms_ratio(net(x), want) < 2e-2
+    y = x.clone().requires_grad_()
+    net(y).float().square().sum().backward()
+    z = x.float().requires_grad_()
+    plain = nn.functional.linear(
+        nn.functional.linear(z, net[0].weight.float(), net[0].bias.float()), net[1].weight.float()
+    )
+    plain.square().sum().backward()
+    assert rms_ratio(y.grad, z.grad) < 3e-2
+    with torch.no_grad():
+        assert torch.equal(net[0](x), net[0](y.detach()))
+    onednn.undo(net)
+    assert [type(m) for m in net] == [nn.Linear] * 2
+
+
+def test_widen_leaves_what_learns_and_what_is_whole(monkeypatch):
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
+    net = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8).bfloat16().requires_grad_(False)])
+    onednn.widen(net)
+    assert [type(m) is nn.Linear for m in net] == [True, True, False]
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: True)
+    fast = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    assert type(onednn.widen(nn.ModuleList([fast]))[0]) is nn.Linear
+
+
 def test_the_reason_is_said(monkeypatch, capsys):
     monkeypatch.setattr(onednn, "unusable", lambda dtype: "the moon is full")
     net = layers(torch.float32)

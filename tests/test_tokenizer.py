@@ -6,7 +6,7 @@ import pytest
 from util import GOLDEN, TINY
 
 from nanodiff.config import UserError
-from nanodiff.tokenizer import END, CLIPTokenizer, T5Tokenizer, clip_from_merges, train_bpe
+from nanodiff.tokenizer import END, CLIPTokenizer, T5Tokenizer, TextTokenizer, clip_from_merges, train_bpe
 
 STRINGS = json.loads((GOLDEN / "goldens" / "tokenizers.json").read_text())
 REAL = json.loads((GOLDEN / "tokenizers" / "tokenizer_goldens.json").read_text())
@@ -110,3 +110,20 @@ def test_learned_vocabulary():
     assert a.decode(a.pieces("never seen 🙂")) == "never seen 🙂"
     assert all(len(row) == 8 for row in a(texts))
     assert len(a.pieces("apple")) < 5, "frequent words become few pieces"
+
+
+def test_a_learned_text_tokenizer(tmp_path):
+    """Byte pairs from a few texts; any text comes back, in lower case, also one that it has not seen; written and read again."""
+    from types import SimpleNamespace
+
+    tok, end = TextTokenizer.learned(["red apple", "red pear", "piñata 🍎"], 560)
+    assert end == tok.backend.token_to_id(END) and tok.begin != end
+    for text in ("red apple", "Piñata", "🍎 green, grün", "zebra's 42"):
+        assert "".join(tok.decode(tok.ids(text)).split()) == "".join(text.lower().split()), text
+    assert len(tok.ids("red apple", begin=False)) < len(tok.ids("xqz vwk", begin=False))
+    assert tok.ids("red apple")[0] == tok.begin and tok.decode([]) == ""
+    tok.save(tmp_path)
+    again = TextTokenizer.load(tmp_path, SimpleNamespace(vocab_size=600, bos_token_id=tok.begin))
+    assert again.ids("red apple piñata") == tok.ids("red apple piñata") and again.decode(
+        tok.ids("piñata")
+    ) == tok.decode(tok.ids("piñata"))

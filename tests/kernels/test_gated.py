@@ -89,6 +89,29 @@ def test_strided_targets_and_autocast(mode):
         kernels.linear_cross_entropy(x.detach().half(), w, labels[:, 0])
 
 
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_a_resting_weight_costs_nothing(mode):
+    """Its gradient, as large as the vocabulary, is not made; that of x is the same."""
+    x, w, target = normal(30, 16).requires_grad_(), normal(50, 16), torch.randint(0, 50, (30,))
+    with kernels.backend(mode):
+        kernels.linear_cross_entropy(x, w, target).backward()
+        _, dweight = gated.losses_backward(
+            torch.ones(30), x.detach(), w, target, torch.zeros(30), -100, mode == "triton", False
+        )
+    y = x.detach().clone().requires_grad_()
+    F.cross_entropy(y @ w.T, target).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert dweight.numel() == 0
+
+
+def test_half_precision_on_a_cpu_is_not_rounded_to():
+    """Logits of bf16 operands in fp32: the loss is that of the same numbers in fp32."""
+    x, w, target = normal(30, 64).bfloat16(), normal(500, 64).bfloat16(), torch.randint(0, 500, (30,))
+    with kernels.backend("torch"):
+        got = kernels.linear_cross_entropy(x, w, target, reduction="none")
+    torch.testing.assert_close(got, F.cross_entropy(x.float() @ w.float().T, target, reduction="none"))
+
+
 def test_logits_never_exist():
     """Neither forward nor backward holds a tensor as large as the logits: 4,000 tokens by 50,000 words would be 800 MB."""
     x, w = normal(64, 16), normal(50000, 16)

@@ -186,3 +186,18 @@ def test_a_trained_model_tells_its_story():
             x = net.logits(net(x, cache=cache)[:, -1:]).argmax(-1)
             out = torch.cat([out, x], 1)
         assert out[0].tolist() == case["output_ids"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_and_loaded(name, tmp_path):
+    """config.json in the Hub's fields, from which the same model is built."""
+    net = weights.load(llm.CausalLM, TINY / name, torch.float32)
+    weights.save(net, tmp_path)
+    again = weights.load(llm.CausalLM, tmp_path)
+    assert again.cfg == net.cfg
+    ids = torch.tensor([[1, 5, 9, 30]])
+    assert max_error(again(ids), net(ids)) < 1e-6
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["architectures"][0].endswith("ForCausalLM") and ("rope_scaling" in raw) == (
+        net.cfg.rope_type == "llama3"
+    )

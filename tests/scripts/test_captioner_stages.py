@@ -1,6 +1,7 @@
 """caption.py augment, synthesize, split, train, infer, eval: the whole chain on tiny models; goes on; mistakes."""
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -106,6 +107,10 @@ def trained(home, parts):
     return home / "cap", out, err
 
 
+def training(folder):
+    return json.loads((folder / "captioner.json").read_text())["training"]
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -117,11 +122,11 @@ def test_training_writes_what_is_promised(trained):
     log = [x for x in lines(folder / "metrics.jsonl") if "val_loss" in x]
     assert [x["epoch"] for x in log] == [1, 2, 3]
     losses = [x["val_loss"] for x in log]
-    best = captioner.training_of(folder / "checkpoints" / "best_model")
+    best = training(folder / "checkpoints" / "best_model")
     assert best["val_loss"] == pytest.approx(min(losses), rel=1e-5), "the best of all epochs, not the last (S3-37)"
-    assert captioner.training_of(folder / "checkpoints" / "last_checkpoint")["epoch"] == 3
+    assert training(folder / "checkpoints" / "last_checkpoint")["epoch"] == 3
     assert losses[-1] < losses[0]
-    assert f"best_val_loss: {min(losses):g}"[:18] in out
+    assert float(out.partition("best_val_loss: ")[2].split()[0]) == pytest.approx(min(losses), rel=1e-5)
     samples = lines(folder / "samples.jsonl")
     assert len(samples) == 6 and {"epoch", "image", "reference", "prediction"} == set(samples[0])
     assert err.count("reference:") == 6, "sample captions after each epoch"
@@ -134,8 +139,8 @@ def test_the_best_stays_the_best(home, parts, monkeypatch):
     told = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(caption, "validate", lambda *args: next(told))
     assert stage("train", **parts, **SMALL, output_dir=home / "fake", epochs=3, batch_size=20)[0] == 0
-    assert captioner.training_of(home / "fake" / "checkpoints" / "best_model")["epoch"] == 2
-    assert captioner.training_of(home / "fake" / "checkpoints" / "last_checkpoint")["best_val_loss"] == 1.0
+    assert training(home / "fake" / "checkpoints" / "best_model")["epoch"] == 2
+    assert training(home / "fake" / "checkpoints" / "last_checkpoint")["best_val_loss"] == 1.0
 
 
 def test_a_stopped_run_goes_on(home, parts, trained, monkeypatch):
@@ -434,6 +439,10 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
                 "1 of 2 pictures",
             ),
             ("eval", {"model-file": model, "eval-set": "all"}, "invalid choice"),
+            ("eval", {"model-file": tmp_path / "x", "metrics": "bleu9"}, "'bleu9' is none of"),
+            ("eval", {"model-file": model, "max-samples": 0}, "--max-samples must be at least 1"),
+            ("train", good | {"model-size": "tiny"}, "is for adapters on pretrained models"),
+            ("train", good | {"projector-dropout": 2}, "--projector-dropout 2 must be at least 0"),
             ("augment", {"data-csv": tmp_path / "no.csv", "model": TINY / "llama"}, "No such file"),
             ("augment", {"data-csv": home / "titles.csv", "model": TINY / "vit"}, "model_type 'vit' is not supported"),
             (
@@ -496,3 +505,66 @@ def test_a_broken_picture_may_be_left_out(home, trained, tmp_path):
 
 def test_a_path_ending_in_pt_means_the_folder(trained):
     assert hub.trained(f"{trained[0]}/checkpoints/best_model.pt") == trained[0] / "checkpoints" / "best_model"
+
+
+def test_recomputation_draws_the_same_dropout(home, parts):
+    """--gradient-checkpointing changes no gradient, also where the ViT's adapters alone have dropout."""
+    options = (
+        parts
+        | SMALL
+        | {"lora-dropout": 0, "vit-lora-dropout": 0.5, "epochs": 1, "batch-size": 10, "samples": 0, "num-workers": 0}
+    )
+    for name, more in (("kept", {}), ("again", {"gradient-checkpointing": True})):
+        assert stage("train", **options | more | {"output-dir": home / name})[0] == 0
+    for file in ("projector.safetensors", "vit_adapter/adapter_model.safetensors"):
+        a, b = (load_tensors(home / n / "checkpoints" / "last_checkpoint" / file) for n in ("kept", "again"))
+        assert max(rms_ratio(b[k], a[k]) for k in a if a[k].any()) < 1e-3, file
+
+
+def test_a_run_that_ends_within_an_epoch(home, parts, monkeypatch):
+    """It is judged and written at its end; and a validation that is no number ends nothing."""
+    code, _, err = stage("train", **parts, **SMALL, output_dir=home / "short", max_steps=1, batch_size=4)
+    assert code == 0 and training(home / "short" / "checkpoints" / "last_checkpoint")["step"] == 1, err
+    monkeypatch.setattr(caption, "validate", lambda *args: float("nan"))
+    code, _, err = stage("train", **parts, **SMALL, output_dir=home / "nan", max_steps=1, batch_size=4)
+    assert code == 0 and "validation loss nan" in err, err
+    assert training(home / "nan" / "checkpoints" / "last_checkpoint")["val_loss"] is None
+    assert not (home / "nan" / "checkpoints" / "best_model").exists()
+
+
+def test_two_runs_do_not_mix(home, parts):
+    options = parts | SMALL | {"output-dir": home / "again-and-again", "max-steps": 2, "batch-size": 10}
+    assert stage("train", **options)[0] == 0
+    code, _, err = stage("train", **options)
+    assert code == 2 and "earlier run" in err
+    gc.collect()  # the refused run lets go of the folder, as a process that ends does
+    code, _, err = stage("train", **options, overwrite_output_dir=True)
+    assert code == 0 and {x["epoch"] for x in lines(home / "again-and-again" / "samples.jsonl")} == {1}
+    assert len(lines(home / "again-and-again" / "samples.jsonl")) == 2
+
+
+def test_broken_pictures_in_training(home, parts, tmp_path):
+    folder = shutil.copytree(home / "images", tmp_path / "some")
+    for row in (*captionset.read(parts["train-csv-path"])[:2], *captionset.read(parts["val-csv-path"])[:1]):
+        (folder / f"{row.name}.jpg").write_bytes(b"junk")
+    options = parts | SMALL | {"image-path": folder, "epochs": 1, "batch-size": 10}
+    code, _, err = stage("train", **options, output_dir=tmp_path / "one")
+    assert code == 2 and "not a readable image" in err
+    code, _, err = stage("train", **options, output_dir=tmp_path / "two", skip_bad=True)
+    assert code == 0 and "2 pictures cannot be read and were replaced" in err, err
+    assert len(lines(tmp_path / "two" / "bad_images.jsonl")) == 2
+
+
+def test_a_csv_has_its_own_pictures(home, tmp_path):
+    """Two runs of synthesize have the same names; without --image-path each CSV is read with the pictures beside it."""
+    for k, colour in ((1, "red"), (2, "blue")):
+        (tmp_path / f"s{k}" / "images").mkdir(parents=True)
+        captionset.write(tmp_path / f"s{k}" / "synthetic_captions.csv", [captionset.Row("dish_00_v1", (f"{colour} thing",), "", "dish_00")],
+                         {captionset.SOURCE: lambda row: row.source})  # fmt: skip
+        Image.new("RGB", (9, 9), colour).save(tmp_path / f"s{k}" / "images" / "dish_00_v1.png")
+    both = [tmp_path / f"s{k}" / "synthetic_captions.csv" for k in (1, 2)]
+    code, _, err = stage("split", original_csv=home / "titles.csv", synthetic_csv=both, output_dir=tmp_path / "out")
+    assert code == 2 and "two different pictures are called dish_00_v1" in err
+    code, _, err = stage("split", original_csv=home / "titles.csv", synthetic_csv=both, output_dir=tmp_path / "out",
+                         image_path=[home / "images", tmp_path / "s1" / "images", tmp_path / "s2" / "images"])  # fmt: skip
+    assert code == 2 and "different pictures of one name" in err
