@@ -156,14 +156,14 @@ few-step-demo: $(STAMP)  ## four ways to fewer steps, each on the embedded model
 # The captioner's whole chain on the embedded pictures: captions varied by a language model that has read the training captions alone, drawn by the
 # embedded model, split, learned from, judged on pictures that none of it has seen; and what a caption becomes when it is drawn and told
 CAPTION = $(OUT)/caption-demo
-SMALLER = --model-size nano --batch-size 32 --lr 1e-3 --lr-warmup-steps 0.05 --random-flip --random-jitter 0.1 --adam-weight-decay 0.1 \
+SMALLER = --model-size nano --batch-size 32 --lr 2e-3 --adam-beta2 0.99 --lr-warmup-steps 0.05 --random-flip --random-jitter 0.1 --samples 3 \
 	--max-new-tokens 16 --save-epochs 0 --resume auto --image-path $(CAPTION)/emoji/images
 caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and back (minutes, on a CPU)
 	test -f $(CAPTION)/emoji/titles.csv || $(PY) -m nanodiff.captionset export assets/emoji/emoji.tar $(CAPTION)/emoji
 	$(PY) caption.py split --original-csv $(CAPTION)/emoji/titles.csv --output-dir $(CAPTION)/outer
-	$(PY) caption.py train $(SMALLER) --train-csv-path $(CAPTION)/outer/train.csv --val-csv-path $(CAPTION)/outer/val.csv --max-steps 280 \
+	$(PY) caption.py train $(SMALLER) --train-csv-path $(CAPTION)/outer/train.csv --val-csv-path $(CAPTION)/outer/val.csv --max-steps 500 \
 		--output-dir $(CAPTION)/first
-	$(PY) caption.py augment --data-csv $(CAPTION)/outer/train.csv --model $(CAPTION)/first/checkpoints/best_model/llm --variations 1 --attempts 8 \
+	$(PY) caption.py augment --data-csv $(CAPTION)/outer/train.csv --model $(CAPTION)/first/checkpoints/last_checkpoint/llm --variations 1 --attempts 8 \
 		--template 'Image:.The description of the given image is: {first}' --temperature 1 --top-p 0.95 --max-new-tokens 12 --min-words 1 \
 		--batch-size 32 --output-dir $(CAPTION)/synthetic
 	$(PY) caption.py synthesize --model assets/nano --template '{caption}' --negative-prompt '' --scheduler ddim --steps 12 --guidance-scale 3 \
@@ -171,10 +171,10 @@ caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and 
 	$(PY) caption.py split --original-csv $(CAPTION)/outer/train.csv --synthetic-csv $(CAPTION)/synthetic/synthetic_captions.csv \
 		--image-path $(CAPTION)/emoji/images --image-path $(CAPTION)/synthetic/images --output-dir $(CAPTION)/inner
 	$(PY) caption.py train $(SMALLER) --image-path $(CAPTION)/synthetic/images --train-csv-path $(CAPTION)/inner/train.csv \
-		--val-csv-path $(CAPTION)/inner/val.csv --max-steps 560 --output-dir $(CAPTION)/captioner
-	$(PY) caption.py eval --model-file $(CAPTION)/captioner/checkpoints/best_model --test-csv-path $(CAPTION)/outer/test.csv \
+		--val-csv-path $(CAPTION)/inner/val.csv --max-steps 1000 --output-dir $(CAPTION)/captioner
+	$(PY) caption.py eval --model-file $(CAPTION)/captioner/checkpoints/last_checkpoint --test-csv-path $(CAPTION)/outer/test.csv \
 		--image-path $(CAPTION)/emoji/images --max-new-tokens 16 --output-dir $(CAPTION)/eval
-	$(PY) caption.py infer --model-file $(CAPTION)/captioner/checkpoints/best_model --infer-image-path $(CAPTION)/synthetic/images \
+	$(PY) caption.py infer --model-file $(CAPTION)/captioner/checkpoints/last_checkpoint --infer-image-path $(CAPTION)/synthetic/images \
 		--max-new-tokens 16 --batch-size 64 --output-dir $(CAPTION)/told > $(CAPTION)/told.tsv
 	$(PY) -m assets.nano.captions trip --model-file $(CAPTION)/captioner/checkpoints/last_checkpoint --output-dir $(CAPTION)
 	@echo "held-out pictures: $(CAPTION)/eval/report.html; there and back: $(CAPTION)/trip.png"

@@ -40,8 +40,8 @@ RESAMPLING = {2: "bilinear", 1: "lanczos"}  # PIL's numbers, as preprocessor_con
 SIZES = {  # of models that begin anew: (ViT, LLaMA)
     "tiny": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
              {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
-    "nano": ({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64, "patch_size": 8},
-             {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "nano": ({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16},
+             {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}),
 }  # fmt: skip
 
 
@@ -219,10 +219,19 @@ def fresh(size, captions, settings, vocab_size, context=256):
     cfg = LLMConfig(**language, head_dim=language["hidden_size"] // language["num_attention_heads"], vocab_size=words,
                     max_position_embeddings=context, bos_token_id=tokenizer.begin, eos_token_id=(end,), pad_token_id=end)  # fmt: skip
     vit, llm = ViT(ViTConfig(**vision)), CausalLM(cfg)
-    for m in (*vit.modules(), *llm.modules()):
-        if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d):
-            nn.init.normal_(m.weight, std=0.02)
-            if getattr(m, "bias", None) is not None:
+    for model, blocks in ((vit, vision["num_hidden_layers"]), (llm, language["num_hidden_layers"])):
+        for (
+            name,
+            m,
+        ) in (
+            model.named_modules()
+        ):  # variance is kept from layer to layer; what is added to the stream is small at first
+            if isinstance(m, nn.Linear | nn.Conv2d):
+                added = name.endswith(("o_proj", "down_proj", "output.dense"))
+                nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5 * ((2 * blocks) ** -0.5 if added else 1))
+            elif isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+            if getattr(m, "bias", None) is not None and not isinstance(m, nn.LayerNorm):
                 nn.init.zeros_(m.bias)
     return Captioner(vit, llm, tokenizer, Pictures(vision["image_size"]), settings)
 

@@ -1,7 +1,7 @@
 """Captions and pictures of the embedded data: does synthetic data help a captioner, and does a caption survive being drawn?
 
     python -m assets.nano.captions study --output-dir out/caption-study        # make caption-study: an hour on two cores
-    python -m assets.nano.captions trip --model-file out/caption-demo/captioner/checkpoints/best_model --output-dir out/caption-demo
+    python -m assets.nano.captions trip --model-file out/caption-demo/captioner/checkpoints/last_checkpoint --output-dir out/caption-demo
 
 study: for each seed a tenth of the pictures is held out. A small captioner learns from the others; its language model, which has read the
 training captions alone, varies them (from a caption's first word on); the embedded model draws the variations; captioners with one and with
@@ -23,8 +23,8 @@ from scipy import stats
 ROOT = Path(__file__).parent.parent.parent
 ARMS = {"original": 0, "original + synthetic 1:1": 1, "original + synthetic 1:3": 3}
 METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor", "cider", "perplexity")
-LEARN = ["--model-size", "nano", "--batch-size", "32", "--lr", "1e-3", "--lr-warmup-steps", "0.05", "--random-flip", "--random-jitter", "0.1",
-         "--adam-weight-decay", "0.1", "--max-new-tokens", "16", "--save-epochs", "0", "--resume", "auto"]  # fmt: skip
+LEARN = ["--model-size", "nano", "--batch-size", "32", "--lr", "2e-3", "--adam-beta2", "0.99", "--lr-warmup-steps", "0.05", "--random-flip", "--random-jitter", "0.1",
+         "--max-new-tokens", "16", "--save-epochs", "0", "--samples", "3", "--resume", "auto"]  # fmt: skip
 VARY = ["--template", "Image:.The description of the given image is: {first}", "--chat", "no", "--temperature", "1.0", "--top-p", "0.95",
         "--max-new-tokens", "12", "--min-words", "1", "--attempts", "12", "--batch-size", "32"]  # fmt: skip
 DRAW = ["--model", "assets/nano", "--template", "{caption}", "--negative-prompt", "", "--scheduler", "ddim", "--steps", "12", "--guidance-scale", "3",
@@ -38,12 +38,12 @@ def step(*words):
 
 
 def learn(out, train, val, images, seed, updates):
-    """Train a captioner, if there is none; returns its best checkpoint."""
+    """Train a captioner, if there is none; returns its last checkpoint (by validation loss the best one is an early one that has no words yet)."""
     if not (out / "run.json").is_file():
         paths = [word for folder in images for word in ("--image-path", folder)]
         step("caption.py", "train", *LEARN, "--train-csv-path", train, "--val-csv-path", val, *paths, "--seed", seed, "--max-steps", updates,
              "--output-dir", out)  # fmt: skip
-    return out / "checkpoints" / "best_model"
+    return out / "checkpoints" / "last_checkpoint"
 
 
 def study(cfg):
@@ -80,7 +80,7 @@ def study(cfg):
             train = data / f"train-{ratio}.csv"
             some = [row for row in synthetic if int(row.name.rpartition("_v")[2]) <= ratio]
             captionset.write(train, original + some)
-            best = learn(
+            taught = learn(
                 home / f"ratio-{ratio}",
                 train if ratio else data / "train.csv",
                 data / "val.csv",
@@ -89,7 +89,7 @@ def study(cfg):
                 cfg.updates,
             )
             told = home / f"eval-{ratio}"
-            step("caption.py", "eval", "--model-file", best, "--test-csv-path", data / "test.csv", "--image-path", images, "--max-new-tokens", 16,
+            step("caption.py", "eval", "--model-file", taught, "--test-csv-path", data / "test.csv", "--image-path", images, "--max-new-tokens", 16,
                  "--metrics", ",".join(METRICS), "--output-dir", told)  # fmt: skip
             numbers = json.loads((told / "metrics.json").read_text())
             for m in METRICS:
@@ -167,7 +167,7 @@ def trip(cfg):
     cells, labels = [], []
     for i in range(min(cfg.shown, len(captions))):
         cells += [first[i].resize((128, 128)), again[i].resize((128, 128))]
-        labels += [captions[i], f"→ {told[i]}"]
+        labels += [captions[i], f"told: {told[i]}"]
     images.save_png(images.grid(cells, 8, labels, size=11), out / "trip.png")
     metrics, _, _ = evaluate.captions(
         {str(i): [t] for i, t in enumerate(told)}, {str(i): [t] for i, t in enumerate(captions)}, resamples=0
