@@ -1,9 +1,10 @@
 """A language model and a captioner's step beside transformers and peft:   python benchmarks/captioner.py --peer PYTHON
 
-LLaMA-3.2-1B's layout with random weights in bf16, the same file for both. decode: loading, then greedy texts of --new tokens after a prompt
-of 32, one row and eight; tokens a second are those after the first token, which is timed for itself (reading the prompt). step: ViT-B/16 and that model as the captioner joins them, adapters of rank 8 on its seven kinds of layers, one picture of 24
-caption tokens; forward, backward, AdamW; gradient checkpointing off. The peer's step scores every position's logits, as such programs do. The
-two alternate in processes of their own; medians over the pairs; memory: the process's largest. Results: benchmarks/captioner-NAME.json.
+LLaMA-3.2-1B's layout with random weights in bf16, the same file for both. decode: loading, then greedy texts of --new tokens after a
+prompt of 32, one row and eight; tokens a second are those after the first token, which is timed for itself (reading the prompt). step: ViT-B/16
+and that model as the captioner joins them, adapters of rank 8 on its seven kinds of layers, one picture of 24 caption tokens; forward,
+backward, AdamW; gradient checkpointing off. The peer's step scores every position's logits, as such programs do. The two alternate in
+processes of their own; medians over the pairs; memory: the process's largest. Results: benchmarks/captioner-NAME.json.
 """
 
 import argparse
