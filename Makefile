@@ -179,7 +179,7 @@ caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and 
 	$(PY) -m assets.nano.captions trip --model-file $(CAPTION)/captioner/checkpoints/last_checkpoint --output-dir $(CAPTION)
 	@echo "held-out pictures: $(CAPTION)/eval/report.html; there and back: $(CAPTION)/trip.png"
 
-caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (an hour)
+caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (half an hour)
 	$(PY) -m assets.nano.captions study --output-dir $(OUT)/caption-study
 
 test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)

@@ -1,6 +1,6 @@
 """Captions and pictures of the embedded data: does synthetic data help a captioner, and does a caption survive being drawn?
 
-    python -m assets.nano.captions study --output-dir out/caption-study        # make caption-study: an hour on two cores
+    python -m assets.nano.captions study --output-dir out/caption-study        # make caption-study: half an hour on two cores
     python -m assets.nano.captions trip --model-file out/caption-demo/captioner/checkpoints/last_checkpoint --output-dir out/caption-demo
 
 study: for each seed a tenth of the pictures is held out. A small captioner learns from the others; its language model, which has read the
