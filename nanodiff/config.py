@@ -28,7 +28,9 @@ SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
 
-CONNECTION = re.compile(r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|NCCL")
+CONNECTION = re.compile(
+    r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|timeout caused pair closure|NCCL"
+)
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
 LESS_MEMORY = "try a smaller --batch-size or smaller pictures"
 

@@ -83,3 +83,19 @@ def test_what_ends_a_script():
         assert verdict(lost, "")[0] == 1 and verdict(RuntimeError("shapes do not match"), "") == (None, None)
     finally:
         config.speaks = None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "gloo: Connection closed by peer",
+        "Application timeout caused pair closure",
+        "NCCL error in: x",
+        "Timed out after 20 s",
+    ],
+)
+def test_a_lost_process_is_known_by_its_words(monkeypatch, said):
+    """What PyTorch says of a broken connection, in each of its wordings (the second has been met once, on a busy machine)."""
+    monkeypatch.setattr(config, "speaks", lambda error: True)
+    code, line = config._verdict(RuntimeError(said), "")
+    assert code == 1 and line.startswith("error: another process was lost, or did not answer in time")
