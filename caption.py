@@ -23,21 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, printable, script
-from nanodiff.options import Training
+from nanodiff.options import Training, least, listed, parse_size
 
 LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --batch-size, --gradient-checkpointing, fewer --max-new-tokens"
-
-
-def least(cfg, **bounds):
-    """Raise UserError for an option below its bound."""
-    for name, bound in bounds.items():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < bound:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(cfg, name)}")
-
-
-def listed(text):
-    """The parts of a comma-separated option."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass
@@ -80,8 +68,6 @@ def language_dtype(cfg, device):
 
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if cfg.dtype == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 is for GPUs; on a CPU use fp32 or bf16")
     return engine.pick_dtype(cfg.dtype, device)
 
 
@@ -334,20 +320,13 @@ def synthesize(cfg):
     least(cfg, steps=1, batch_size=1)
     if "{caption}" not in cfg.template:
         raise UserError("--template does not name {caption}, so all pictures would be of the same words")
-    size = None
-    if cfg.resize != "none":
-        width, x, height = cfg.resize.partition("x")
-        if not (
-            x and width.isdecimal() and height.isdecimal() and 0 < int(width) <= 16384 and 0 < int(height) <= 16384
-        ):
-            raise UserError(f"--resize {printable(cfg.resize)!r}: expected WIDTHxHEIGHT, such as 274x169, or none")
-        size = [int(width), int(height)]
+    size = parse_size(cfg.resize) if cfg.resize != "none" else None
     device, record = begin(cfg)
     source = cfg.data_csv or record.out / "augmented_captions.csv"
     rows = dist.on_main(captionset.read, source, False, cfg.skip_bad)
     with record.timed("load"):
         dtype = engine.pick_dtype(cfg.dtype, device)
-        sd = dist.together(pipeline.load, cfg.model, dtype, device)
+        sd = dist.together(pipeline.load, cfg.model, dtype, device, token=cfg.hf_token)
         sd = sd.with_scheduler((None if sd.schedule.flow else "ddpm") if cfg.scheduler == "auto" else cfg.scheduler)
     negative, scale = cfg.negative_prompt or None, cfg.guidance_scale
     given = getattr(cfg, "given", frozenset())
@@ -399,7 +378,7 @@ class Split:
     image_path: list[str] = arg(
         [], "folder of the pictures, without subfolders; may be repeated [images/ beside each CSV, or data/images]"
     )
-    output_dir: str = arg("data", "train.csv, val.csv, test.csv, split.json")
+    output_dir: str = arg("data", "train.csv, val.csv, test.csv, and run.json with the counts")
     train_csv_path: str | None = arg(None, "where train.csv goes; default: OUTPUT_DIR")
     val_csv_path: str | None = arg(None, "where val.csv goes")
     test_csv_path: str | None = arg(None, "where test.csv goes")
@@ -453,7 +432,7 @@ def split(cfg):
 class Files:
     train_csv_path: str = arg("data/train.csv", "Image_Name and Title of the training pictures")
     val_csv_path: str = arg("data/val.csv", "of the validation pictures")
-    test_csv_path: str = arg("data/test.csv", "of the test pictures")
+    test_csv_path: str = arg("data/test.csv", "of the test pictures; train only sees that none of them is learned")
     image_path: list[str] = arg([], "folder of the pictures, {Image_Name}.jpg or .png; may be repeated [data/images]")
     skip_bad: bool = arg(False, "leave out, counted and said, rows without a caption or a picture")
 
@@ -528,6 +507,7 @@ def train(cfg):
     cfg.check()
     run = engine.Run(cfg)
     rows = {n: dist.on_main(part, cfg, n) for n in ("train", "val")}
+    dist.on_main(held_out, cfg, rows)
     torch.manual_seed(cfg.seed)  # what begins anew
     net = dist.together(make, cfg, rows["train"], run)
     if cfg.lora:
@@ -614,6 +594,19 @@ def train(cfg):
     if dist.on_main(lambda: log.exists() and bool(charts.losses(log, run.out / "loss.png", ("loss", "val_loss")))):
         run.record.file(run.out / "loss.png")
     run.close()
+
+
+def held_out(cfg, rows):
+    """Raise UserError when a picture of --test-csv-path, if that is there, would be learned from or chosen by."""
+    from nanodiff import captionset
+
+    if not Path(cfg.test_csv_path).is_file():
+        return
+    tested = {row.name for row in captionset.read(cfg.test_csv_path, skip=cfg.skip_bad)}
+    for name, some in rows.items():
+        if known := [row.name for row in some if row.name in tested]:
+            raise UserError(f"{len(known)} pictures of {cfg.test_csv_path} are also in {getattr(cfg, f'{name}_csv_path')}, such as {printable(known[0])}: "
+                            "they could not be tested")  # fmt: skip
 
 
 def tidy(run, cfg):
@@ -776,11 +769,8 @@ class Telling(Common):
         """Captions of PIL pictures; says the speed."""
         from nanodiff import dist
 
-        out, steps, groups = (
-            [],
-            [],
-            [pictures[i : i + self.batch_size] for i in range(0, len(pictures), self.batch_size)],
-        )
+        groups = [pictures[i : i + self.batch_size] for i in range(0, len(pictures), self.batch_size)]
+        out, steps = [], []
         with record.timed("tell"):
             for group in dist.progress(groups, len(groups), "captions (batches)"):
                 start, taken = time.perf_counter(), []
@@ -1028,10 +1018,7 @@ def worded(argv):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (
-        ["complete"],
-        ["augment"],
-        ["synthesize"],
-    ):  # whose prompts and templates are the user's own words
+    # not where prompts and templates are the user's own words
+    if sys.argv[1:2] not in (["complete"], ["augment"], ["synthesize"]):
         sys.argv[1:] = worded(sys.argv[1:])
     sys.exit(script(STAGES, __doc__, less_memory=LESS_MEMORY))

@@ -23,21 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, as_dict, printable, script
-from nanodiff.options import Adapters, Noise, Training
+from nanodiff.options import Adapters, Noise, Training, least, listed
 
 LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a smaller --resolution"
-
-
-def least(cfg, **bounds):
-    """Raise UserError for an option below its bound."""
-    for name, bound in bounds.items():
-        if getattr(cfg, name) < bound:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(cfg, name)}")
-
-
-def listed(text):
-    """The parts of a comma-separated option."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, as_dict, printable, script
+from nanodiff.options import listed
 
 # torch is imported inside the stages, so that --help answers at once.
 
@@ -135,10 +136,6 @@ def begin(cfg):
     return engine.Record(cfg, device), device
 
 
-def listed(text):
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 def dataset(path, flag, cfg):
     """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
     from nanodiff import data, dist
@@ -178,7 +175,7 @@ def images(cfg):
     from nanodiff import dist, evaluate, pages, report
 
     wanted = evaluate.wanted(listed(cfg.metrics))
-    spaces = tuple(listed(cfg.features)) or ("inception",)
+    spaces = listed(cfg.features) or ("inception",)
     for space in spaces:
         if space not in evaluate.SPACES:
             raise UserError(f"--features: {printable(space)!r} is none of {', '.join(evaluate.SPACES)}")
@@ -272,7 +269,7 @@ def compare(cfg):
     else:
         raise UserError("give --a and --b, or --original and --finetuned (and --teacher)")
     known = (*similarity.NAMES, *OF_SETS)
-    names = listed(cfg.metrics) or [*known]
+    names = listed(cfg.metrics) or known
     for name in names:
         if name not in known:
             raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(known)}")
@@ -327,7 +324,7 @@ def captions(cfg):
             raise UserError(f"--{flag} FILE is required")
     record, _ = begin(cfg)
     mine, theirs = (dist.on_main(textmetrics.read, path) for path in (cfg.candidates, cfg.references))
-    names = tuple(listed(cfg.metrics))
+    names = listed(cfg.metrics)
     if not names and len(mine) == 1:
         dist.say("note: not computed: cider weighs words by how few pictures have them, and here is one picture")
         names = tuple(n for n in textmetrics.NAMES if n != "cider")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, as_dict, from_mapping, printable, script
+from nanodiff.options import parse_size
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -254,14 +255,6 @@ def rebase(cfg, names=PATHS):
         is_path = value and (name.startswith("output") or hub.trained(base / value).exists())
         if is_path and not Path(value).is_absolute() and base != Path("."):
             setattr(cfg, name, str(base / value))
-
-
-def parse_size(text, flag="resize", least=1):
-    width, x, height = text.partition("x")
-    digits = x and width.isdecimal() and height.isdecimal()
-    if not (digits and least <= int(width) <= 16384 and least <= int(height) <= 16384):
-        raise UserError(f"--{flag} {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169")
-    return int(width), int(height)
 
 
 def sizes(cfg):

@@ -64,11 +64,8 @@ class Projector(nn.Module):
 
     def __init__(self, d_in, hidden, d_out, dropout):
         super().__init__()
-        self.first, self.hidden, self.last = (
-            nn.Linear(d_in, hidden),
-            nn.Linear(hidden, hidden),
-            nn.Linear(hidden, d_out),
-        )
+        self.first = nn.Linear(d_in, hidden)
+        self.hidden, self.last = nn.Linear(hidden, hidden), nn.Linear(hidden, d_out)
         self.dropout = dropout
 
     def forward(self, x):
@@ -91,11 +88,8 @@ class Captioner(nn.Module):
             )
         self.before = tokenizer.ids(settings.before)
         self.after = tokenizer.ids(settings.between, begin=False) + tokenizer.ids(settings.after, begin=False)
-        self.prompt = [
-            *self.before,
-            *[self.before[0]] * vit.cfg.tokens,
-            *self.after,
-        ]  # the picture's are not read as words
+        # the picture's places hold an id that is not read
+        self.prompt = [*self.before, *[self.before[0]] * vit.cfg.tokens, *self.after]
         if self.room < 2:
             raise UserError(
                 f"a picture takes {len(self.prompt)} tokens, the language model reads {llm.cfg.max_position_embeddings}"
@@ -134,12 +128,12 @@ class Captioner(nn.Module):
         return linear_cross_entropy(states[kept], self.llm.output, ids[kept], reduction="sum")
 
     @torch.inference_mode()
-    def describe(self, pictures, new_tokens=120, beams=1, chance=textgen.GREEDY, seeds=None, on_step=None):
+    def describe(self, pictures, new_tokens=120, beams=1, on_step=None):
         """Captions of PIL pictures, or of pixels [B, 3, R, R] in [-1, 1]; on_step: see textgen.generate()."""
         pixels = pictures if isinstance(pictures, torch.Tensor) else self.pictures.batch(pictures)
         embeds = self.see(pixels.to(self.projector.first.weight.device))
-        rows = textgen.generate(self.llm, [self.prompt] * len(pixels), min(new_tokens, self.room), chance, self.llm.cfg.eos_token_id,
-                                seeds, beams, on_step=on_step, embeds=embeds)  # fmt: skip
+        rows = textgen.generate(self.llm, [self.prompt] * len(pixels), min(new_tokens, self.room), eos=self.llm.cfg.eos_token_id,
+                                beams=beams, on_step=on_step, embeds=embeds)  # fmt: skip
         return [self.tokenizer.decode(row.ids).strip() for row in rows]
 
 
@@ -166,7 +160,10 @@ class Pictures:
         kind = raw.get("resample", 2)
         if kind not in RESAMPLING:
             raise UserError(f"{path}: resample = {kind!r} is not supported (only 1, lanczos, and 2, bilinear)")
-        values = [tuple(map(float, raw.get(k, (0.5,) * 3))) for k in ("image_mean", "image_std")]
+        try:
+            values = [tuple(map(float, raw.get(k, (0.5,) * 3))) for k in ("image_mean", "image_std")]
+        except (TypeError, ValueError):
+            values = [(), ()]
         if any(len(v) != 3 for v in values) or not all(values[1]):
             raise UserError(f"{path}: image_mean and image_std must be three numbers each, and no std 0")
         return cls(size, *values, RESAMPLING[kind])
@@ -220,12 +217,8 @@ def fresh(size, captions, settings, vocab_size, context=256):
                     max_position_embeddings=context, bos_token_id=tokenizer.begin, eos_token_id=(end,), pad_token_id=end)  # fmt: skip
     vit, llm = ViT(ViTConfig(**vision)), CausalLM(cfg)
     for model, blocks in ((vit, vision["num_hidden_layers"]), (llm, language["num_hidden_layers"])):
-        for (
-            name,
-            m,
-        ) in (
-            model.named_modules()
-        ):  # variance is kept from layer to layer; what is added to the stream is small at first
+        # variance is kept from layer to layer; what is added to the stream is small at first
+        for name, m in model.named_modules():
             if isinstance(m, nn.Linear | nn.Conv2d):
                 added = name.endswith(("o_proj", "down_proj", "output.dense"))
                 nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5 * ((2 * blocks) ** -0.5 if added else 1))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanodiff import data, dist, images, textmetrics
-from nanodiff.config import UserError, nearest, printable, tool
+from nanodiff.config import UserError, nearest, printable, spreadsheet, tool
 from nanodiff.weights import write_bytes
 
 COLUMNS = ("Image_Name", "Title")
@@ -213,14 +213,8 @@ def variations(text, original, low=2, high=10, known=()):
     and none that is the original or in `known`, however they are written."""
     seen, out = {cleaned(t) for t in (original, *known)}, []
     for line in text.splitlines():
-        line = (
-            BULLET.sub("", BULLET.sub("", line).replace("*", "").strip())
-            .strip()
-            .strip("\"'“”‘’`")
-            .strip()
-            .rstrip(".,;")
-            .strip()
-        )
+        line = BULLET.sub("", BULLET.sub("", line).replace("*", "").strip())
+        line = line.strip(" \"'“”‘’`").rstrip(".,; ")
         line = "".join(c for c in " ".join(line.split()) if c.isprintable())
         if line.endswith(":") or not low <= len(line.split()) <= high or cleaned(line) in seen:
             continue
@@ -286,9 +280,8 @@ class Journal:
         """{index: (variations, replies)} of what is there."""
         whole, done = self.folder / f"{self.name}.jsonl", {}
         for path in self._files():
-            for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[
-                :-1
-            ]:  # the last one was not finished
+            # the last one was not finished
+            for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
                 try:
                     record = json.loads(text)
                 except ValueError as e:
@@ -335,7 +328,7 @@ class Journal:
         dist.gathered(None)  # all have written
         done = dist.on_main(self._begin)
         few = [
-            (self.rows[i].name, self.rows[i].captions[0], len(v), n)
+            (spreadsheet(self.rows[i].name), spreadsheet(self.rows[i].captions[0]), len(v), n)
             for i, (v, n) in sorted(done.items())
             if len(v) < wanted
         ]

@@ -1,8 +1,8 @@
-"""Options that every training run has, of whichever script: what engine.Run reads."""
+"""Options that every training run has, of whichever script: what engine.Run reads; and how the scripts read lists, sizes and bounds."""
 
 from dataclasses import dataclass
 
-from nanodiff.config import UserError, arg
+from nanodiff.config import UserError, arg, printable
 
 RANGES = [  # (option, smallest, largest)
     ("resolution", 1, 8192), ("batch_size", 1, 1 << 20), ("grad_accum", 1, 1 << 20), ("max_steps", 0, 1 << 40),
@@ -22,6 +22,27 @@ RANGES = [  # (option, smallest, largest)
     ("save_model_epochs", 0, 1 << 30), ("save_images_epochs", 0, 1 << 30), ("perceptual_weight", 0, 1e6),
     ("discriminator_weight", 0, 1e6), ("discriminator_start", 0, 1 << 40), ("timestep_std", 0, 100),
 ]  # fmt: skip
+
+
+def least(cfg, **bounds):
+    """Raise UserError for an option below its bound; None has none."""
+    for name, bound in bounds.items():
+        if getattr(cfg, name) is not None and getattr(cfg, name) < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(cfg, name)}")
+
+
+def listed(text):
+    """The parts of a comma-separated option, which may be None."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def parse_size(text, flag="resize", least=1):
+    """(width, height) of WIDTHxHEIGHT. Raises UserError."""
+    width, x, height = text.partition("x")
+    digits = x and width.isdecimal() and height.isdecimal()
+    if not (digits and least <= int(width) <= 16384 and least <= int(height) <= 16384):
+        raise UserError(f"--{flag} {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169")
+    return int(width), int(height)
 
 
 @dataclass

@@ -105,7 +105,7 @@ def generate(
 ):
     """[Written] for prompts, lists of ids. eos: ids that end a text. seeds: one a prompt, for `chance`. on_step(i, seconds) is called
     after each token of the batch. beams: see beam(). embeds [B, L, D]: what is read in place of the prompts' embeddings (a picture's
-    tokens among them); the prompts, of L ids each, then count for lengths and repetitions alone. until(ids): has a row said enough?
+    tokens among them); the prompts, of L ids each, then count for lengths and repetitions alone. until(ids): has a row said enough? (Not with beams.)
     Raises UserError for an empty prompt, ids beyond the vocabulary, and a text that is longer than the model's positions."""
     check(net, prompts, new_tokens)
     if beams > 1:

@@ -244,6 +244,7 @@ def test_mistakes(tmp_path):
         ({"size": 64}, "is not the model's 32x32"),
         ({"resample": 0}, "resample = 0"),
         ({"image_std": [1, 1, 0]}, "no std 0"),
+        ({"image_mean": "grey"}, "must be three numbers"),
     ):
         (tmp_path / "pre" / "preprocessor_config.json").write_text(json.dumps(raw))
         with pytest.raises(UserError, match=said):

@@ -23,13 +23,8 @@ FIXED = {
     "pooler_act": ["tanh"],
     "problem_type": [None],
 }
-UNREAD = {
-    "encoder_stride",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "pooler_output_size",
-}  # of the heads that are not loaded
+# of the heads that are not loaded
+UNREAD = {"encoder_stride", "id2label", "label2id", "num_labels", "pooler_output_size"}
 
 
 @dataclass
