@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, printable, script
-from nanodiff.options import Training, least, listed, parse_size
+from nanodiff.options import LR_SCHEDULERS, OPTIMIZERS, Training, least, listed, parse_size
 
 LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --batch-size, --gradient-checkpointing, fewer --max-new-tokens"
 
@@ -468,7 +468,10 @@ class Train(Training, Files):
     epochs: int = arg(10, "passes over the training pictures", "num-epochs", "num-train-epochs")
     batch_size: int = arg(12, "pictures of a process in a micro-batch", "train-batch-size")
     lr: float = arg(3e-4, "peak learning rate", "learning-rate")
+    lr_scheduler: str = arg("constant_with_warmup", "learning rate over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: float = arg(0.03, "updates of linear warm-up; below 1: a share of the run")
+    optimizer: str = arg("schedule_free", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule",
+                         choices=OPTIMIZERS)  # fmt: skip
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
     ema: bool = arg(False, "average the weights", "use-ema")
     checkpointing_steps: int = arg(0, "updates between states to resume from; 0: an epoch's")
@@ -511,7 +514,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)  # what begins anew
     net = dist.together(make, cfg, rows["train"], run)
     if cfg.lora:
-        captioner.adapt(net, captioner.Adapters(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, tuple(listed(cfg.lora_targets))),
+        captioner.adapt(net, captioner.Adapters(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, listed(cfg.lora_targets)),
                         captioner.Adapters(cfg.vit_lora_r, cfg.vit_lora_alpha, cfg.vit_lora_dropout, captioner.VIT_TARGETS))  # fmt: skip
     ids = {n: dist.together(captions_of, net, rows[n], cfg, n) for n in rows}
     sets = {n: captionset.pictures(rows[n], cfg.train_csv_path) for n in rows}
@@ -597,12 +600,18 @@ def train(cfg):
 
 
 def held_out(cfg, rows):
-    """Raise UserError when a picture of --test-csv-path, if that is there, would be learned from or chosen by."""
+    """Raise UserError when a picture of --test-csv-path would be learned from or chosen by; the default one counts where it is of the same
+    split, beside the training CSV."""
     from nanodiff import captionset
 
+    typed = "test_csv_path" in getattr(cfg, "given", ())
     if not Path(cfg.test_csv_path).is_file():
+        if typed:
+            raise UserError(f"--test-csv-path {cfg.test_csv_path}: no such file")
         return
-    tested = {row.name for row in captionset.read(cfg.test_csv_path, skip=cfg.skip_bad)}
+    if not typed and Path(cfg.test_csv_path).parent.resolve() != Path(cfg.train_csv_path).parent.resolve():
+        return
+    tested = {row.name for row in captionset.read(cfg.test_csv_path, captions=False)}
     for name, some in rows.items():
         if known := [row.name for row in some if row.name in tested]:
             raise UserError(f"{len(known)} pictures of {cfg.test_csv_path} are also in {getattr(cfg, f'{name}_csv_path')}, such as {printable(known[0])}: "

@@ -222,7 +222,7 @@ def report(device, precision):
 class Run:
     """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps lr_min
     max_grad_norm resume max_steps epochs checkpointing_steps checkpoint_epochs checkpoints_total_limit kernels ema
-    ema_decay ema_inv_gamma ema_power adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
+    ema_decay ema_inv_gamma ema_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
     dist_timeout log_every report_to early_stopping_patience early_stopping_delta oscillation_window
     oscillation_threshold lr_cycles lr_power lr_first_cycle overwrite_output_dir."""
 
@@ -281,7 +281,7 @@ class Run:
     # -- what is trained ---------------------------------------------------------------------------------------
 
     def trainable(self, nets):
-        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained, by AdamW.
+        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained.
 
         Sets `net` (all of them, unwrapped), `opt` and `average` (the EMA, or None).
         """
@@ -296,19 +296,17 @@ class Run:
         if cfg.gradient_checkpointing:
             dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
-        self.opt = torch.optim.AdamW(
-            recipe.trainable(self.net).values(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
-            weight_decay=cfg.adam_weight_decay, **({} if cfg.parallel == "fsdp" else {"fused": True}),
-        )  # fmt: skip
+        self.opt = recipe.optimizer(cfg, recipe.trainable(self.net).values())
         self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
         return self.calls
 
     def averaged(self):
-        """Inside, the nets have the averaged weights (or their own, without EMA), in evaluation mode, without gradients."""
+        """Inside, the nets have the averaged weights (or their own, if none are kept), in evaluation mode, without gradients."""
         stack = contextlib.ExitStack()
         stack.enter_context(torch.no_grad())
-        if self.average:
-            stack.enter_context(self.average.applied(self.net))
+        average = self.opt if isinstance(self.opt, recipe.ScheduleFree) else self.average
+        if average:
+            stack.enter_context(average.applied(self.net))
         self.net.eval()
         stack.callback(self.net.train)
         return stack
@@ -527,6 +525,12 @@ class Run:
             new = getattr(self.cfg, key, None)
             if key not in moving and new != old:
                 dist.say(f"note: {key} was {old!r} in the checkpoint and is {new!r} now")
+        if (old := facts["config"].get("optimizer", "adamw")) != self.cfg.optimizer:
+            raise UserError(f"{folder}: was trained with --optimizer {old} --lr-scheduler {facts['config'].get('lr_scheduler')}; give these "
+                            f"to go on, {self.cfg.optimizer} cannot")  # fmt: skip
+        if old == "schedule_free" and facts["config"]["adam_beta1"] != self.cfg.adam_beta1:
+            raise UserError(f"{folder}: its weights are mixed with their mean by --adam-beta1 {facts['config']['adam_beta1']:g}; give that "
+                            "to go on")  # fmt: skip
         self._take(folder, checkpoint.read(folder, self._like()))
         self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] and self.scaler.is_enabled() else None
         self.step, self.skipped, self.bad_in_row = facts["step"], facts["skipped"], facts["bad_in_row"]
@@ -577,8 +581,9 @@ class Run:
         """{name: tensor} of everything a checkpoint of this run holds, before the first update has made it."""
         like = {f"net/{k}": p.detach() for k, p in recipe.trainable(self.net).items()}
         for k, p in recipe.trainable(self.net).items():
-            like |= {f"opt/{k}/{field}": p.detach() for field in ("exp_avg", "exp_avg_sq")}
-            like[f"opt/{k}/step"] = torch.zeros(())
+            tensors, numbers = recipe.KEPT[self.cfg.optimizer]
+            like |= {f"opt/{k}/{field}": p.detach() for field in tensors}
+            like |= {f"opt/{k}/{field}": torch.zeros((), dtype=kind) for field, kind in numbers.items()}
         if self.average:
             like |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
         return like
@@ -603,14 +608,13 @@ class Run:
         for name, p in recipe.trainable(self.net).items():
             self._put(p, tensors[f"net/{name}"])
             if f"opt/{name}/step" in tensors:
-                state = {k: torch.empty_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                fields, numbers = recipe.KEPT[self.cfg.optimizer]
+                state = {k: torch.empty_like(p) for k in fields}
                 for field, value in state.items():
                     self._put(value, tensors[f"opt/{name}/{field}"])
-                step = tensors[f"opt/{name}/step"]
-                self.opt.state[p] = {
-                    "step": dist.whole(step).to(p.device if self.cfg.parallel != "fsdp" else "cpu"),
-                    **state,
-                }
+                fused = isinstance(self.opt, torch.optim.AdamW) and self.cfg.parallel != "fsdp"
+                whole = {k: dist.whole(tensors[f"opt/{name}/{k}"]).to(p.device if fused else "cpu") for k in numbers}
+                self.opt.state[p] = whole | state
         if self.average and not any(k.startswith("ema/") for k in tensors):
             dist.say("note: the checkpoint has no averaged weights; the average starts from its weights")
             self.average.shadow = {k: p.detach().clone().float() for k, p in recipe.trainable(self.net).items()}

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from nanodiff.config import UserError, arg, printable
 
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
+                 "polynomial", "plateau", "none")  # fmt: skip
+OPTIMIZERS = ("adamw", "schedule_free")
 RANGES = [  # (option, smallest, largest)
     ("resolution", 1, 8192), ("batch_size", 1, 1 << 20), ("grad_accum", 1, 1 << 20), ("max_steps", 0, 1 << 40),
     ("epochs", 1, 1 << 30), ("lr", 1e-12, 1e3), ("lr_warmup_steps", 0, 1 << 40), ("max_grad_norm", 1e-12, 1e12),
@@ -54,15 +57,17 @@ class Training:
     max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps")
     epochs: int = arg(1, "passes over the data, when --max-steps is 0", "num-epochs", "num-train-epochs")
     lr: float = arg(1e-3, "peak learning rate", "learning-rate")
-    lr_scheduler: str = arg("cosine", "learning rate over the run", choices=(
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
-        "polynomial", "plateau", "none"))  # fmt: skip
+    lr_scheduler: str = arg("cosine", "learning rate over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run")
     lr_min: float = arg(0.0, "smallest learning rate after the warm-up")
     lr_cycles: int = arg(1, "cosines of cosine_with_restarts")
     lr_power: float = arg(1.0, "exponent of polynomial")
     lr_first_cycle: int = arg(50, "epochs of the first cosine of cosine_warm_restarts; each next one is twice as long")
-    adam_beta1: float = arg(0.9, "AdamW's decay of the mean")
+    optimizer: str = arg("adamw", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule",
+                         choices=OPTIMIZERS)  # fmt: skip
+    adam_beta1: float = arg(
+        0.9, "AdamW's decay of the mean; schedule_free: the share of the mean weights in what is trained"
+    )
     adam_beta2: float = arg(0.99, "AdamW's decay of the square")
     adam_weight_decay: float = arg(0.01, "AdamW's weight decay")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon")
@@ -104,6 +109,14 @@ class Training:
             value = getattr(self, name, None)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value:g} must be between {low:g} and {high:g}")
+        if self.optimizer == "schedule_free":
+            if self.ema or self.lr_scheduler not in ("constant", "constant_with_warmup", "none"):
+                raise UserError("--optimizer schedule_free averages the weights itself, in place of a schedule: add --no-ema and "
+                                "--lr-scheduler constant_with_warmup to it, or train by --optimizer adamw")  # fmt: skip
+            if not self.adam_beta1:
+                raise UserError(
+                    "--adam-beta1 0: schedule_free needs one above 0, the share of the mean weights in what is trained"
+                )
         if self.oscillation_window == 1:
             raise UserError("--oscillation-window 1: one epoch alone does not move; it is 0 (never) or at least 2")
 

@@ -3,6 +3,7 @@
 Everything here is plain state that fits into JSON (or a dict of tensors), so that a resumed run goes on exactly.
 """
 
+import collections
 import contextlib
 import math
 import statistics
@@ -10,9 +11,6 @@ import statistics
 import torch
 
 from nanodiff import dist
-
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
-                 "polynomial", "plateau", "none")  # fmt: skip
 
 
 def learning_rate(step, peak, total, warmup, kind, low=0.0, cycles=1, power=1.0, first=0):
@@ -62,26 +60,102 @@ class EMA:
         values = [v.detach().float() for v in trainable(net).values()]
         torch._foreach_lerp_(list(self.shadow.values()), values, 1 - self.at(step))
 
-    @contextlib.contextmanager
     def applied(self, net):
         """Inside, the net has the averaged weights."""
+        return _instead(net, lambda name, p: self.shadow[name])
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682, Algorithm 1): a constant learning rate after its warm-up, and a mean of
+    all weights so far in place of the schedule's end.
+
+    While training a parameter is y = (1 - β1) z + β1 x, where the gradient is taken: z are AdamW's weights without momentum, x their mean,
+    weighted by lr². What is wanted in the end is x (applied()). State of a parameter: z, exp_avg_sq, and on the CPU step and weights = Σ lr².
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """One update by the gradients, which are used up. Parameters without one stay, and their counts with them."""
+        for group in self.param_groups:
+            alike = collections.defaultdict(list)  # those that have been updated together so far
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not self.state[p]:
+                        self.state[p] = {"step": torch.zeros(()), "weights": torch.zeros((), dtype=torch.float64),
+                                         "z": p.detach().clone(), "exp_avg_sq": torch.zeros_like(p)}  # fmt: skip
+                    alike[self.state[p]["step"].item(), self.state[p]["weights"].item()].append(p)
+            for (step, weights), parameters in alike.items():
+                self._step(parameters, step + 1, weights + group["lr"] ** 2, **group)
+
+    def _step(self, y, step, weights, lr, betas, eps, weight_decay, **_):
+        states = [self.state[p] for p in y]
+        for state in states:
+            state["step"].fill_(step)
+            state["weights"].fill_(weights)
+        z, squares, slopes = [s["z"] for s in states], [s["exp_avg_sq"] for s in states], [p.grad for p in y]
+        torch._foreach_mul_(squares, betas[1])
+        torch._foreach_addcmul_(squares, slopes, slopes, 1 - betas[1])
+        roots = torch._foreach_div(squares, 1 - betas[1] ** step)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, eps)
+        torch._foreach_div_(slopes, roots)
+        if weight_decay:
+            torch._foreach_add_(slopes, y, alpha=weight_decay)
+        # with c = lr² / Σ lr² and z' = z - lr·slope, x' = (1 - c) x + c z' makes y' = (1 - c) y + c z - lr (1 - β1 (1 - c)) slope
+        c = lr**2 / weights
+        torch._foreach_lerp_(y, z, c)
+        torch._foreach_add_(y, slopes, alpha=-lr * (1 - betas[0] * (1 - c)))
+        torch._foreach_add_(z, slopes, alpha=-lr)
+
+    def applied(self, net):
+        """Inside, the net has the mean weights x = y + (z - y) (1 - 1 / β1)."""
+        share = 1 - 1 / self.param_groups[0]["betas"][0]
+        return _instead(net, lambda name, p: torch.lerp(p, self.state[p]["z"], share) if self.state[p] else p.clone())
+
+
+@contextlib.contextmanager
+def _instead(net, value):
+    """Inside, the weights that learn are value(name, parameter)."""
+    for module in net.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    parameters = trainable(net)
+    raw = {k: v.detach().clone() for k, v in parameters.items()}
+    with torch.no_grad():
+        for k, p in parameters.items():
+            p.copy_(value(k, p))
+    try:
+        yield net
+    finally:
         for module in net.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
-        parameters = trainable(net)
-        raw = {k: v.detach().clone() for k, v in parameters.items()}
         with torch.no_grad():
-            for k, p in parameters.items():
-                p.copy_(self.shadow[k])
-        try:
-            yield net
-        finally:
-            for module in net.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()
-            with torch.no_grad():
-                for k, p in trainable(net).items():
-                    p.copy_(raw[k])
+            for k, p in trainable(net).items():
+                p.copy_(raw[k])
+
+
+def optimizer(cfg, parameters):
+    """What --optimizer names."""
+    given = {
+        "lr": cfg.lr,
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "eps": cfg.adam_epsilon,
+        "weight_decay": cfg.adam_weight_decay,
+    }
+    if cfg.optimizer == "schedule_free":
+        return ScheduleFree(parameters, **given)
+    return torch.optim.AdamW(parameters, **given, **({} if cfg.parallel == "fsdp" else {"fused": True}))
+
+
+# what each keeps of a parameter: (tensors of its shape, {number: type})
+KEPT = {
+    "adamw": (("exp_avg", "exp_avg_sq"), {"step": torch.float32}),
+    "schedule_free": (("z", "exp_avg_sq"), {"step": torch.float32, "weights": torch.float64}),
+}
 
 
 def trainable(net):

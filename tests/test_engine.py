@@ -28,6 +28,7 @@ class Config:
     lr_cycles: int = 1
     lr_power: float = 1.0
     lr_first_cycle: int = 1
+    optimizer: str = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
@@ -110,6 +111,35 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert run._tensors().keys() == resumed._tensors().keys()
     assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
+
+
+FREE = {"optimizer": "schedule_free", "ema": False, "lr_scheduler": "constant_with_warmup"}
+
+
+@pytest.mark.parametrize("stop", [0, 3, 8])
+def test_a_resumed_schedule_free_run_is_the_uninterrupted_one(tmp_path, stop):
+    whole, run = train(tmp_path / "whole", **FREE)
+    train(tmp_path / "cut", stop=stop, **FREE)
+    again, resumed = train(tmp_path / "cut", resume="auto", **FREE)
+    trained = {k: v.clone() for k, v in again.state_dict().items()}
+    assert all(torch.equal(v, trained[k]) for k, v in whole.state_dict().items())
+    with run.averaged(), resumed.averaged():
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+        assert not torch.equal(again.state_dict()["0.weight"], trained["0.weight"]), "the mean is not what is trained"
+    assert run._tensors().keys() == resumed._tensors().keys()
+    assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
+
+
+def test_another_optimizer_cannot_go_on(tmp_path):
+    train(tmp_path, stop=2)
+    with pytest.raises(UserError, match="was trained with --optimizer adamw --lr-scheduler cosine"):
+        train(tmp_path, resume="auto", **FREE)
+
+
+def test_another_mixture_cannot_go_on(tmp_path):
+    train(tmp_path, stop=2, **FREE)
+    with pytest.raises(UserError, match=r"--adam-beta1 0\.9"):
+        train(tmp_path, resume="auto", **FREE, adam_beta1=0.5)
 
 
 @pytest.mark.parametrize("ema", (True, False))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanodiff import recipe
+from nanodiff import options, recipe
+from nanodiff.config import UserError
 
 
 def lr(step, kind, **more):
@@ -14,7 +15,7 @@ def lr(step, kind, **more):
 
 
 def test_warm_up_and_ends():
-    for kind in recipe.LR_SCHEDULERS:
+    for kind in options.LR_SCHEDULERS:
         assert lr(0, kind, first=50) == 0.1 and lr(9, kind, first=50) == 1.0 and lr(10, kind, first=50) == 1.0
     assert lr(109, "constant") == lr(109, "none") == lr(109, "plateau") == 1.0
     assert recipe.learning_rate(9, 1.0, 100, 0.1, "linear") == 1.0, "below 1: a share of the run"
@@ -53,6 +54,58 @@ def test_ema_decay_warms_up_and_restores():
     with ema.applied(net):
         assert net.weight.item() == pytest.approx(1.1)
     assert net.weight.item() == 2.0
+
+
+def test_schedule_free_is_its_authors():
+    """Recorded from AdamWScheduleFree of schedulefree 1.4.1: what is trained and its mean, after 1, 3 and 7 updates of which 3 warm up."""
+    net = nn.Linear(4, 1, bias=False).double()
+    net.weight.data = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
+    opt = recipe.ScheduleFree(net.parameters(), 1.0, (0.9, 0.99), 1e-8, 0.05)
+    want = {
+        0: ([0.965000000396, -2.02999999982, 0.465833334121, 3.02833333322],) * 2,
+        2: ([0.880849527623, -1.95559726074, 0.640447561722, 3.10389404208],
+            [0.882230049038, -1.95983854489, 0.635085301526, 3.10260646613]),
+        6: ([1.00446009529, -1.86719837293, 0.566091470964, 2.93305460436],
+            [1.00244025006, -1.85872191109, 0.582744750522, 2.94176607579]),
+    }  # fmt: skip
+    with opt.applied(net):
+        assert net.weight[0].tolist() == [1.0, -2.0, 0.5, 3.0], "before the first update"
+    for i in range(7):
+        opt.param_groups[0]["lr"] = 0.1 * min(1, (i + 1) / 3)
+        net.weight.grad = torch.tensor([[math.sin(i + 1.0 + k) * (k + 1) for k in range(4)]], dtype=torch.float64)
+        opt.step()
+        if i in want:
+            assert net.weight[0].tolist() == pytest.approx(want[i][0], rel=1e-10)
+            with opt.applied(net):
+                assert net.weight[0].tolist() == pytest.approx(want[i][1], rel=1e-10)
+            assert net.weight[0].tolist() == pytest.approx(want[i][0], rel=1e-10)
+
+
+def test_schedule_free_counts_each_parameter_alone():
+    """A critic learns more often than its generator: each goes as it would by itself, whichever stands first."""
+    slopes = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    together, alone = ([nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    opt, own = recipe.ScheduleFree(together, 0.1), [recipe.ScheduleFree([p], 0.1) for p in alone]
+    for i in range(6):
+        for k in (0, 1):
+            some = k == 1 or i % 3 == 2
+            together[k].grad = slopes[i, k].clone() if some else None
+            alone[k].grad = slopes[i, k].clone()
+            if some:
+                own[k].step()
+        opt.step()
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert [int(opt.state[p]["step"]) for p in together] == [2, 6]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ema": True}, {"lr_scheduler": "cosine"}, {"adam_beta1": 0.0}], ids=lambda w: next(iter(w))
+)
+def test_schedule_free_takes_no_schedule(wrong):
+    good = {"optimizer": "schedule_free", "ema": False, "lr_scheduler": "constant_with_warmup"}
+    options.Training(**good).check_ranges()
+    with pytest.raises(UserError, match="schedule_free"):
+        options.Training(**good | wrong).check_ranges()
 
 
 def test_ema_warm_up_is_diffusers():

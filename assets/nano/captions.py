@@ -23,7 +23,7 @@ from scipy import stats
 ROOT = Path(__file__).parent.parent.parent
 ARMS = {"original": 0, "original + synthetic 1:1": 1, "original + synthetic 1:3": 3}
 METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor", "cider", "perplexity")
-LEARN = ["--model-size", "nano", "--batch-size", "32", "--lr", "2e-3", "--adam-beta2", "0.99", "--lr-warmup-steps", "0.05", "--random-flip", "--random-jitter", "0.1",
+LEARN = ["--model-size", "nano", "--batch-size", "32", "--lr", "2e-3", "--adam-beta2", "0.99", "--lr-warmup-steps", "0.05", "--optimizer", "adamw", "--lr-scheduler", "cosine", "--random-flip", "--random-jitter", "0.1",
          "--max-new-tokens", "16", "--save-epochs", "0", "--samples", "3", "--resume", "auto"]  # fmt: skip
 VARY = ["--template", "Image:.The description of the given image is: {first}", "--chat", "no", "--temperature", "1.0", "--top-p", "0.95",
         "--max-new-tokens", "12", "--min-words", "1", "--attempts", "12", "--batch-size", "32"]  # fmt: skip

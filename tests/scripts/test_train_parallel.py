@@ -69,6 +69,23 @@ def test_two_processes_train_what_one_does(pictures, alone, tmp_path):
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+def test_schedule_free_over_shards(pictures, tmp_path):
+    """What is written is the mean of all weights so far, the same from one process and from two that share the weights and resume."""
+    more = ["--optimizer", "schedule_free", "--no-ema", "--lr-scheduler", "constant_with_warmup", "--max-steps"]
+    for n, batch, how, steps in ((1, 8, "ddp", 8), (2, 4, "fsdp", 4), (2, 4, "fsdp", 8)):
+        done = launch(n, pictures, tmp_path / how, "--batch-size", batch, "--parallel", how, "--resume", *more, steps)
+        assert done.returncode == 0, done.stderr
+    assert "resumed at step 4" in done.stderr
+    trained = load_tensors(tmp_path / "ddp" / "checkpoint-8" / "state.safetensors")
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
+    a, b = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+    last = {k.split(".", 1)[1]: v for k, v in trained.items() if k.startswith("net/")}
+    assert max((a[k] - last[k]).abs().max().item() for k in a.keys() & last.keys()) > 1e-4, (
+        "not what the last update left"
+    )
+
+
 def test_a_rank_without_a_share_joins_in(pictures, tmp_path):
     """Nine pictures in groups of eight: the epoch's last update has one sample, and rank 1 none of it."""
     more = ["--max-samples", 9, "--max-steps", 4, "--grad-accum", 2]
