@@ -192,8 +192,8 @@ def main():
                 print(f"{part}: tokens until the two differ: {same}; losses: {losses}")
                 table |= {"tokens_agreed": same, "losses": losses}
             results[part] = {"pairs": found, "table": table}
-    if cfg.name:
-        (ROOT / "benchmarks" / f"captioner-{cfg.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+            if cfg.name:
+                (ROOT / "benchmarks" / f"captioner-{cfg.name}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -422,6 +422,8 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
             ("train", good | {"parallel": "fsdp"}, "--parallel fsdp"),
             ("train", good | {"lora-r": 0}, "--lora-r must be at least 1"),
             ("train", good | {"test-csv-path": parts["val-csv-path"]}, "2 pictures of"),
+            ("train", good | {"test-csv-path": tmp_path / "no.csv"}, "no.csv: no such file"),
+            ("train", good | {"lr-scheduler": "cosine"}, "or train by --optimizer adamw"),
             ("infer", {"infer-image-path": bad}, "--model-file is required"),
             ("infer", {"model-file": model}, "--infer-image-path is required"),
             ("infer", {"model-file": model, "infer-image-path": tmp_path / "no.jpg"}, "no such file or folder"),
