@@ -156,8 +156,8 @@ few-step-demo: $(STAMP)  ## four ways to fewer steps, each on the embedded model
 # The captioner's whole chain on the embedded pictures: captions varied by a language model that has read the training captions alone, drawn by the
 # embedded model, split, learned from, judged on pictures that none of it has seen; and what a caption becomes when it is drawn and told
 CAPTION = $(OUT)/caption-demo
-SMALLER = --model-size nano --batch-size 32 --lr 2e-3 --adam-beta2 0.99 --lr-warmup-steps 0.05 --optimizer adamw --lr-scheduler cosine --random-flip --random-jitter 0.1 --samples 3 \
-	--max-new-tokens 16 --save-epochs 0 --resume auto --image-path $(CAPTION)/emoji/images
+SMALLER = --model-size nano --batch-size 32 --lr 2e-3 --adam-beta2 0.99 --lr-warmup-steps 0.05 --optimizer adamw --lr-scheduler cosine \
+	--random-flip --random-jitter 0.1 --samples 3 --max-new-tokens 16 --save-epochs 0 --resume auto --image-path $(CAPTION)/emoji/images
 caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and back (minutes, on a CPU)
 	test -f $(CAPTION)/emoji/titles.csv || $(PY) -m nanodiff.captionset export assets/emoji/emoji.tar $(CAPTION)/emoji
 	$(PY) caption.py split --original-csv $(CAPTION)/emoji/titles.csv --output-dir $(CAPTION)/outer

@@ -320,7 +320,7 @@ def synthesize(cfg):
     least(cfg, steps=1, batch_size=1)
     if "{caption}" not in cfg.template:
         raise UserError("--template does not name {caption}, so all pictures would be of the same words")
-    size = parse_size(cfg.resize) if cfg.resize != "none" else None
+    size = parse_size(cfg.resize, otherwise=", or none") if cfg.resize != "none" else None
     device, record = begin(cfg)
     source = cfg.data_csv or record.out / "augmented_captions.csv"
     rows = dist.on_main(captionset.read, source, False, cfg.skip_bad)

@@ -39,12 +39,13 @@ def listed(text):
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def parse_size(text, flag="resize", least=1):
-    """(width, height) of WIDTHxHEIGHT. Raises UserError."""
+def parse_size(text, flag="resize", smallest=1, otherwise=""):
+    """(width, height) of WIDTHxHEIGHT, each from `smallest` to 16384. otherwise: what else the error line says may stand there. Raises
+    UserError."""
     width, x, height = text.partition("x")
     digits = x and width.isdecimal() and height.isdecimal()
-    if not (digits and least <= int(width) <= 16384 and least <= int(height) <= 16384):
-        raise UserError(f"--{flag} {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169")
+    if not (digits and smallest <= int(width) <= 16384 and smallest <= int(height) <= 16384):
+        raise UserError(f"--{flag} {printable(text)!r}: expected WIDTHxHEIGHT, such as 274x169{otherwise}")
     return int(width), int(height)
 
 

@@ -1,4 +1,4 @@
-"""What a run does to its optimizer and when it ends: learning rate, averaged weights, stopping.
+"""What a run does to its optimizer and when it ends: learning rate, schedule-free AdamW, averaged weights, stopping.
 
 Everything here is plain state that fits into JSON (or a dict of tensors), so that a resumed run goes on exactly.
 """
@@ -113,7 +113,7 @@ class ScheduleFree(torch.optim.Optimizer):
     def applied(self, net):
         """Inside, the net has the mean weights x = y + (z - y) (1 - 1 / β1)."""
         share = 1 - 1 / self.param_groups[0]["betas"][0]
-        return _instead(net, lambda name, p: torch.lerp(p, self.state[p]["z"], share) if self.state[p] else p.clone())
+        return _instead(net, lambda name, p: torch.lerp(p, self.state[p]["z"], share) if self.state[p] else p)
 
 
 @contextlib.contextmanager

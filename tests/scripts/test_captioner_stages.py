@@ -476,7 +476,7 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
             (
                 "synthesize",
                 {"data-csv": home / "titles.csv", "model": TINY / "sd15", "resize": "big"},
-                "expected WIDTHxHEIGHT",
+                "expected WIDTHxHEIGHT, such as 274x169, or none",
             ),
             ("synthesize", {"data-csv": home / "titles.csv", "model": TINY / "llama"}, "llama"),
             ("split", {"original-csv": home / "titles.csv", "test-share": 0.7}, "--test-share 0.7 must be above 0"),
