@@ -7,9 +7,10 @@ STAMP  := $(VENV)/.installed
 MODEL  ?=
 WEIGHTS ?=
 OUT    ?= out
+WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -182,14 +183,17 @@ caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and 
 caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (half an hour)
 	$(PY) -m assets.nano.captions study --output-dir $(OUT)/caption-study
 
-test: $(STAMP)  ## the tests, offline, on a CPU (a few minutes)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+test: $(STAMP)  ## the tests, offline, on a CPU (WORKERS=1: one process, which says more of what fails)
+	$(PY) -m pytest -n $(WORKERS)
 
-test-slow: $(STAMP)  ## the tests that take minutes each
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow
+test-slow: $(STAMP)  ## the tests that take minutes each: every kernel compiled, runs killed and started again and again
+	$(PY) -m pytest -n $(WORKERS) -m slow
+
+test-all: $(STAMP)  ## both
+	$(PY) -m pytest -n $(WORKERS) -m 'not gpu'
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -372,12 +372,12 @@ def load(cfg, record, device, src=None):
 
 def pick_dtype(cfg, device, src):
     """The torch dtype of --dtype for a source of a model."""
-    from nanodiff import engine, pipeline
+    from nanodiff import engine, onednn, pipeline
 
     family = pipeline.FAMILIES[src.kind]
     if cfg.dtype == "auto" and device.type == "cuda":
         return family.half
-    if cfg.dtype == "auto" and engine.computes_bf16():
+    if cfg.dtype == "auto" and onednn.computes_bf16():
         net = src.config(family.denoiser_name)
         widest = net.width if hasattr(net, "width") else max(net.block_out_channels)
         if widest >= LARGE:

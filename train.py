@@ -741,12 +741,7 @@ def finish(run, cfg, panels, name):
         )
 
 
+STAGES = {"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)}
+
 if __name__ == "__main__":
-    sys.exit(
-        script(
-            {"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)},
-            __doc__,
-            PRESETS,
-            LESS_MEMORY,
-        )
-    )
+    sys.exit(script(STAGES, __doc__, PRESETS, LESS_MEMORY))

@@ -68,7 +68,6 @@ def _mode(name):
 
 _state = {"mode": _mode(os.environ.get("NANODIFF_KERNELS", "auto"))}
 _said = set()
-SPEAKS = os.environ.get("RANK", "0") == "0"
 
 
 def set_backend(mode):
@@ -92,7 +91,7 @@ def backend(mode):
 
 
 def _say(reason):
-    if reason not in _said and SPEAKS:
+    if reason not in _said and os.environ.get("RANK", "0") == "0":
         print(f"kernels: PyTorch's own operators, since {reason}", file=sys.stderr)
     _said.add(reason)
     return True

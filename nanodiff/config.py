@@ -295,9 +295,9 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # it is ending already (torchrun sends one when a process is lost)
+        # it is ending already: torchrun sends a SIGTERM when a process is lost, and PyTorch raises, wherever we are, for a lost data worker
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code, line = _verdict(e, less_memory)
         first = speaks is None or speaks(e)  # of several processes one says what happened
         if code is None or (debug and code == 2):

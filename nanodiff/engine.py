@@ -30,10 +30,9 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import checkpoint, config, dist, recipe
+from nanodiff import checkpoint, config, dist, onednn, recipe
 from nanodiff.config import SECRETS, Stopped, UserError, as_dict, printable
 from nanodiff.models import layers
-from nanodiff.onednn import computes_bf16
 from nanodiff.weights import DTYPES, keep_freed_memory, write_bytes, write_json
 
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
@@ -50,7 +49,7 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a GPU, fp32 on a CPU (exact, and what the tests judge;
-    sample.py takes bf16 for large models where computes_bf16()).
+    sample.py takes bf16 for large models where onednn.computes_bf16()).
 
     fp16 on a CPU is refused: without AVX512-FP16 a matrix product is hundreds of times slower than in fp32.
     """
@@ -91,6 +90,7 @@ class Record:
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"cpu x {torch.get_num_threads()}",
+            "cpu": onednn.processor(),
             "git_commit": config.commit(),
             "seconds": {},
             "files": [],
@@ -203,7 +203,7 @@ def pick_precision(name, device):
         return DTYPES.get(name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if computes_bf16() else None
+    return torch.bfloat16 if onednn.computes_bf16() else None
 
 
 def report(device, precision):

@@ -3,8 +3,9 @@
 PyTorch hands oneDNN plain weights, and oneDNN reorders them at every call of a layer; with a 3×3 convolution of 1280
 channels on an 8×8 picture that takes twice as long as the convolution. A packed layer does it once, at its first call
 (when the size of its input, on which the layout depends, is known), and gives the plain weight back to the system. That
-costs seconds for a large UNet, so it pays from about four steps on. And PyTorch multiplies fp32 matrices by MKL, which on
-some processors is half as fast as oneDNN; which one it is here is measured once.
+costs seconds for a large UNet, so it pays from about four steps on. And
+PyTorch multiplies fp32 matrices by MKL, which on processors of other makers than Intel is half as fast as oneDNN, so there it is
+oneDNN. The two differ in the last bits of a sum, and bytes must be the same at every start: the maker decides, never a stopwatch.
 
 A processor without an instruction for bf16 multiplies a bf16 matrix one row of x at a time, so that 200 rows take 200 times as
 long as one. A wide layer brings its weight to fp32 a few rows at a time, which stay in the cache, and multiplies there: as exact
@@ -18,9 +19,11 @@ one is wanted a direct layer takes PyTorch's way, and a packed one, which has no
 import ctypes
 import functools
 import mmap
+import os
+import platform
 import sys
-import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,6 +39,43 @@ def computes_bf16():
     """Whether this CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+@functools.cache
+def _cpuinfo():
+    """{field: value} of the first processor in /proc/cpuinfo; empty where there is none (macOS, Windows)."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
+
+
+def by_mkl():
+    """Whether plain fp32 products are left to MKL: on Intel's processors, where oneDNN gains little (benchmarks/README.md)."""
+    return _cpuinfo().get("vendor_id") == "GenuineIntel"
+
+
+def processor():
+    """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and who multiplies fp32 matrices."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    instructions = [
+        torch.backends.cpu.get_cpu_capability(),
+        *(k for k in ("avx512_bf16", "amx_bf16", "amx_fp16") if known.get(k)),
+    ]
+    limits = [
+        f"{k}={os.environ[k]}"
+        for k in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+        if k in os.environ
+    ]
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    products = "MKL" if by_mkl() or unusable(torch.float32) else "oneDNN"
+    return {
+        "processor": name,
+        "instructions": " ".join([*instructions, *limits]),
+        "threads": torch.get_num_threads(),
+        "fp32 products": products,
+    }
 
 
 def _differentiated(module, x):
@@ -175,10 +215,10 @@ def unusable(dtype):
         return "this PyTorch has no oneDNN"
     try:
         for kind, plain in PLAIN.items():
-            layer = (
-                (plain(16, 32, 3, padding=1) if plain is nn.Conv2d else plain(16, 32)).to(dtype).requires_grad_(False)
-            )
-            x = torch.randn((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16)).to(dtype)
+            with torch.random.fork_rng(devices=[]):  # when it is tried must not change what a run draws
+                layer = plain(16, 32, 3, padding=1) if plain is nn.Conv2d else plain(16, 32)
+                x = torch.randn((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16)).to(dtype)
+            layer = layer.to(dtype).requires_grad_(False)
             want = layer(x)
             layer.__class__ = kind
             if not torch.allclose(layer(x).float(), want.float(), rtol=2e-2, atol=2e-2):
@@ -186,24 +226,6 @@ def unusable(dtype):
     except (AttributeError, RuntimeError, TypeError) as e:
         return f"this PyTorch refuses ({str(e).splitlines()[0][:100]})"
     return None
-
-
-@functools.cache
-def beats_mkl():
-    """Whether oneDNN multiplies fp32 matrices at least a tenth faster than what PyTorch uses: measured, in some ms. (The
-    two differ in the last bits of a sum, so runs of fewer than FEWEST_STEPS steps may too, where it is a close race.)"""
-    layer, x = nn.Linear(512, 512).requires_grad_(False), torch.randn(256, 512)
-    taken = []
-    for kind in (nn.Linear, DirectLinear):
-        layer.__class__ = kind
-        layer(x)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - start)
-        taken.append(min(times))
-    return taken[0] > 1.1 * taken[1]
 
 
 def _ordinary(module):
@@ -224,7 +246,7 @@ def _note(text):
 
 def prepare(model, pack=False):
     """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: all of them packed, or
-    only the fp32 linear layers, where that is faster.
+    only the fp32 linear layers, where that is faster (not by_mkl()).
 
     Layers that are being trained (whose weights require a gradient), and those of other kinds, such as quantized ones,
     stay as they are. undo() makes plain layers again; until then packed weights are empty, and so is what shared their
@@ -247,7 +269,7 @@ def prepare(model, pack=False):
             return
         if pack:
             m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear
-        elif type(m) is nn.Linear and dtype == torch.float32 and beats_mkl():
+        elif type(m) is nn.Linear and dtype == torch.float32 and not by_mkl():
             m.__class__ = DirectLinear
 
 

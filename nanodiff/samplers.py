@@ -335,6 +335,9 @@ def _higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
 
 # ---------------------------------------------------------------------------------------------------------
 # σ-space samplers: X = x / a = x0 + σ ε; the network sees x = X / √(σ²+1)
+#
+# Steps are written from x0, not from X: X' = x0 + σ'/σ (X - x0) and X' = X + (σ' - σ) (X - x0)/σ are equal, but the second is the
+# difference of two numbers of size σ, and σ is 4096 at zero terminal SNR: in fp32 it keeps three digits less.
 
 
 def _ask(model, X, schedule, t, sigma):
@@ -345,8 +348,9 @@ def _ask(model, X, schedule, t, sigma):
 
 
 def euler(model, x, schedule, n, noise, start=0, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
-    """Euler's method on dX/dσ = (X - x0) / σ (Karras et al. 2022, arXiv 2206.00364 Alg. 2 without its correction).
+    """Euler's method on dX/dσ = (X - x0) / σ (Karras et al. 2022, arXiv 2206.00364 Alg. 2 without its correction):
 
+    X' = x0 + σ'/σ (X - x0).
     s_churn … s_noise: the stochastic steps of Alg. 2. As in diffusers, the network is asked before the extra noise.
     """
     timesteps, sigmas = sigma_grid(schedule, n)
@@ -360,14 +364,14 @@ def euler(model, x, schedule, n, noise, start=0, s_churn=0.0, s_tmin=0.0, s_tmax
             x = x + s_noise * (hat**2 - sigma**2) ** 0.5 * noise()
         a = 1 / (hat**2 + 1) ** 0.5
         x0, _ = split(schedule.prediction, out, x * a, a, hat * a)
-        x = x + (x - x0) / hat * (sigmas[i + 1] - hat)
+        x = x0 + sigmas[i + 1] / hat * (x - x0)
         yield Step(x, x0, t)
 
 
 def euler_a(model, x, schedule, n, noise, start=0):
     """Euler with ancestral noise (k-diffusion sample_euler_ancestral): down to σ_down, then up by fresh noise.
 
-    σ_up² = σ'² (σ² - σ'²) / σ²,  σ_down² = σ'² - σ_up²: DDPM's posterior variance in σ-space.
+    X' = x0 + σ_down/σ (X - x0) + σ_up z,  σ_up² = σ'² (σ² - σ'²) / σ²,  σ_down² = σ'² - σ_up² = (σ'²/σ)²: DDPM's posterior in σ-space.
     """
     timesteps, sigmas = sigma_grid(schedule, n)
     for i in range(start, n):
@@ -375,25 +379,23 @@ def euler_a(model, x, schedule, n, noise, start=0):
         x0 = _ask(model, x, schedule, t, sigma)
         up = (after**2 * max(sigma**2 - after**2, 0.0) / sigma**2) ** 0.5
         down = max(after**2 - up**2, 0.0) ** 0.5
-        x = x + (x - x0) / sigma * (down - sigma) + up * noise()
+        x = x0 + down / sigma * (x - x0) + up * noise()
         yield Step(x, x0, t)
 
 
 def heun(model, x, schedule, n, noise, start=0):
     """Heun's second-order method (Karras et al. 2022 Alg. 1): an Euler step, then the mean of both slopes.
 
+    With r = σ'/σ and x0' the estimate at the Euler step's end:  X' = x0 + r (X - x0) + ½ (1/r - 1) (x0' - x0).
     Two network calls a step, one in the last (σ' = 0).
     """
     timesteps, sigmas = sigma_grid(schedule, n)
     for i in range(start, n):
         t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
         x0 = _ask(model, x, schedule, t, sigma)
-        slope = (x - x0) / sigma
-        guess = x + slope * (after - sigma)
+        x = x0 + after / sigma * (x - x0)
         if after > 0:
-            slope = (slope + (guess - _ask(model, guess, schedule, timesteps[i + 1], after)) / after) / 2
-            guess = x + slope * (after - sigma)
-        x = guess
+            x = x + (sigma / after - 1) / 2 * (_ask(model, x, schedule, timesteps[i + 1], after) - x0)
         yield Step(x, x0, t)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from util import rms_ratio
 
 from nanodiff import checkpoint, engine
 from nanodiff.config import UserError
@@ -101,9 +102,13 @@ def train(out, total=10, stop=None, resume=None, poison=None, loss=None, **more)
     return net, run
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stop", [0, 3, 8])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
-    """S1-31, bit for bit: weights, EMA, optimizer, with accumulation and a moving learning rate."""
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop, precision, monkeypatch):
+    """S1-31, bit for bit: weights, EMA, optimizer and loss scale, with accumulation, mixed precision and a moving learning rate."""
+    monkeypatch.setattr(
+        engine, "pick_precision", lambda *args: precision
+    )  # fp16 too, which is refused on a CPU as too slow
     whole, run = train(tmp_path / "whole")
     train(tmp_path / "cut", stop=stop)
     again, resumed = train(tmp_path / "cut", resume="auto")
@@ -111,6 +116,18 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert run._tensors().keys() == resumed._tensors().keys()
     assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
+    assert run.scaler.state_dict() == resumed.scaler.state_dict()
+    if precision == torch.float16:
+        assert 0 < run.skipped == resumed.skipped and run.scaler.get_scale() < 2**16, "the first scales were too large"
+
+
+def test_mixed_precision_is_used_and_close(tmp_path, monkeypatch):
+    """Ten updates, each with a gradient rounded to eight bits."""
+    exact, _ = train(tmp_path / "exact")
+    monkeypatch.setattr(engine, "pick_precision", lambda *args: torch.bfloat16)
+    mixed, _ = train(tmp_path / "mixed")
+    for k, v in exact.state_dict().items():
+        assert 0 < rms_ratio(mixed.state_dict()[k], v) < 10 * torch.finfo(torch.bfloat16).eps, k
 
 
 FREE = {"optimizer": "schedule_free", "ema": False, "lr_scheduler": "constant_with_warmup"}

@@ -50,7 +50,7 @@ def test_another_size_after_packing():
 
 
 def test_unpacked(monkeypatch):
-    monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
+    monkeypatch.setattr(onednn, "by_mkl", lambda: False)
     net, x = layers(torch.float32), torch.randn(1, 24, 8, 10)
     want = net(x)
     onednn.prepare(net)
@@ -66,23 +66,29 @@ def test_unpacked(monkeypatch):
 
 
 def test_where_mkl_is_as_fast_it_stays(monkeypatch):
-    monkeypatch.setattr(onednn, "beats_mkl", lambda: False)
+    monkeypatch.setattr(onednn, "by_mkl", lambda: True)
     net = layers(torch.float32)
     onednn.prepare(net)
     assert type(net[3]) is nn.Linear
 
 
-def test_beats_mkl_compares_times(monkeypatch):
-    """Which of the two takes longer decides."""
-    import time
+@pytest.mark.parametrize(("maker", "answer"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
+def test_the_maker_decides(monkeypatch, maker, answer):
+    """Not a measurement, which would give other bytes at another start."""
+    monkeypatch.setattr(onednn, "_cpuinfo", lambda: {"vendor_id": maker, "model name": "X"} if maker else {})
+    assert onednn.by_mkl() is answer
+    told = onednn.processor()
+    assert told["fp32 products"] == ("MKL" if answer else "oneDNN") and told["threads"] == torch.get_num_threads()
+    assert told["instructions"].startswith(torch.backends.cpu.get_cpu_capability()) and told["processor"]
 
-    for slow, answer in ((nn.Linear, True), (onednn.DirectLinear, False)):
-        onednn.beats_mkl.cache_clear()
-        forward = slow.forward
-        with monkeypatch.context() as patch:
-            patch.setattr(slow, "forward", lambda self, x, f=forward: (time.sleep(0.01), f(self, x))[1])
-            assert onednn.beats_mkl() is answer
-    onednn.beats_mkl.cache_clear()
+
+def test_trying_the_operators_draws_nothing():
+    """When they are tried for the first time must not change what a run draws after."""
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    onednn.unusable.cache_clear()
+    torch.manual_seed(1)
+    assert onednn.unusable(torch.float32) is None and torch.equal(torch.rand(3), want)
 
 
 def test_what_is_trained_stays_plain():
@@ -128,7 +134,7 @@ def test_a_gradient_is_refused_not_lost():
 
 def test_direct_layers_have_a_gradient(monkeypatch):
     """A model that was sampled from can go on being trained, around or through its frozen layers."""
-    monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
+    monkeypatch.setattr(onednn, "by_mkl", lambda: False)
     layer, x = nn.Linear(20, 33).requires_grad_(False), torch.randn(3, 20)
     want = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
     onednn.prepare(layer)

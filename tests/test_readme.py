@@ -22,7 +22,6 @@ DOCSTRINGS = [
     for line in m.__doc__.splitlines()
     if line.strip().startswith("python ")
 ]
-STAGES = {"vae": train.VAEConfig, "diffusion": train.DiffusionConfig}
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *DOCSTRINGS])
@@ -31,7 +30,7 @@ def test_commands_parse(command):
     if script == "sample.py":
         config.parse(sample.Config, argv)
     elif script == "train.py":
-        config.parse(STAGES[argv[0]], argv[1:], presets=train.PRESETS[argv[0]])
+        config.parse(train.STAGES[argv[0]][0], argv[1:], presets=train.PRESETS[argv[0]])
     elif script == "eval.py":
         config.parse(evaluation.STAGES[argv[0]][0], argv[1:])
     elif script == "distill.py":

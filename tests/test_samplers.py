@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from util import coefficients, double_noise, gaussian_model, golden, max_error
+from util import coefficients, double_noise, gaussian_model, golden, max_error, rounding
 
 from nanodiff import samplers
 from nanodiff.config import UserError
@@ -51,13 +51,19 @@ def test_golden(family, case):
         assert max_error(begin(schedule, n, data["init_noise"]), first) < 1e-6
     generator = torch.Generator().manual_seed(args["generator_seed"])
     noise = lambda: torch.randn(first.shape, generator=generator)  # noqa: E731
-    steps = list(samplers.BY_CLASS[args["scheduler"]](fake, first, schedule, n, noise, **options))
+    sampler = samplers.BY_CLASS[args["scheduler"]]
+    steps = list(sampler(fake, first, schedule, n, noise, **options))
+    generator.manual_seed(args["generator_seed"])
+    exact = list(sampler(fake, first.double(), schedule, n, noise, **options))
     want = data["prev_sample"]
     if family == "heun":  # the reference yields after each network call, we after each step
         want = torch.cat([want[1:-1:2], want[-1:]])
-    assert len(steps) == len(want)
-    for step, prev in zip(steps, want, strict=True):
-        assert max_error(step.x, prev) < 1e-5
+    largest = first.abs().max()
+    for step, truth, prev in zip(steps, exact, want, strict=True):
+        assert max_error(step.x, truth.x) < 5e-6, "fp32 is off the same formula in fp64: it cancels"
+        # The recording adds what is as large as x, which at zero SNR is 4096, in fp32, and carries on what that loses.
+        assert (step.x - prev).abs().max() < 1e-5 * prev.abs().max() + rounding(largest, 2)
+        largest = max(largest, prev.abs().max())
     if family != "heun":
         assert [s.t for s in steps] == pytest.approx(data["timesteps"].tolist(), abs=1e-4)
 

@@ -88,6 +88,51 @@ def test_phash_bits_are_imagehashs():
     assert found == MORE["phash"]
 
 
+def test_the_histogram_counts_boxes_of_sixteen_levels():
+    """S4's histogram: against numpy's own count, and where a level falls."""
+    image = smooth(5, 48, 60)
+    want, _ = np.histogramdd(image.reshape(-1, 3).astype(float), bins=[np.arange(0, 257, 16)] * 3)
+    assert np.array_equal(s.histogram(image), want.ravel())
+    at = [int(s.histogram(np.full((1, 1, 3), v, np.uint8)).argmax()) for v in (0, 15, 16, 240, 255)]
+    assert at == [0, 0, 16 * 16 + 16 + 1, 4095, 4095]
+    assert s.histogram(np.array([[[255, 0, 16]]], np.uint8)).argmax() == (15 * 16 + 0) * 16 + 1, "red, green, blue"
+
+
+def test_colours_are_compared_by_means_and_deviations():
+    a, b = smooth(6, 40, 52), smooth(7, 33, 21)
+    cosine = lambda x, y: (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())  # noqa: E731
+    means, spreads = ([f(x.reshape(-1, 3).astype(float), axis=0) for x in (a, b)] for f in (np.mean, np.std))
+    want = (cosine(*means) + cosine(*spreads)) / 2
+    assert s.color_similarity(s.moments(a), s.moments(b)) == pytest.approx(want, rel=1e-12) and want < 0.999
+    red, green = (np.zeros((8, 8, 3), np.uint8) + np.array(c, np.uint8) for c in ((200, 0, 0), (0, 90, 0)))
+    assert s.color_similarity(s.moments(red), s.moments(green)) == 0.5, "other colours, the same flatness"
+    found = s.compare(s.Facts(red), s.Facts(green), ("color_similarity", "median_hash"))
+    assert found == {"color_similarity": 0.5, "median_hash": 1.0}
+
+
+def test_the_median_hash_is_brighter_than_the_median():
+    """Of a ramp's square the brighter half (not what is above the mean); a dot is blurred; bits are rows of columns."""
+    ramp = np.broadcast_to((np.arange(32) ** 2 // 4).astype(np.uint8)[None, :, None], (32, 32, 3))
+    assert np.array_equal(s.median_hash(ramp), np.broadcast_to(np.arange(32) >= 16, (32, 32)))
+    assert np.array_equal(s.median_hash(ramp.transpose(1, 0, 2)), s.median_hash(ramp).T)
+    assert np.array_equal(
+        s.median_hash(np.repeat(np.repeat(ramp, 3, 0), 3, 1))[:, [0, 14, 17, 31]],
+        s.median_hash(ramp)[:, [0, 14, 17, 31]],
+    )
+    dot = np.zeros((32, 32, 3), np.uint8)
+    dot[10, 20] = 255
+    bits = s.median_hash(dot)
+    assert bits[9:12, 19:22].all() and not bits[[6, 14]].any() and not bits[:, [16, 24]].any()
+    green, blue = (np.zeros((32, 32, 3), np.uint8) for _ in range(2))
+    green[:, 16:] = (0, 100, 0)
+    blue[:, 16:] = (0, 0, 100)
+    both = np.where(np.arange(32)[:, None, None] < 16, green, blue).astype(np.uint8)
+    assert s.median_hash(both)[:14, 18:].all() and not s.median_hash(both)[:, :14].any()
+    assert s.hash_similarity(s.median_hash(ramp), ~s.median_hash(ramp)) == 0
+    half = s.median_hash(ramp) ^ (np.arange(32) < 16)[:, None]
+    assert s.hash_similarity(s.median_hash(ramp), half) == 0.5
+
+
 pictures = st.builds(
     lambda h, w, seed: np.random.default_rng(seed).integers(0, 256, (h, w, 3)).astype(np.uint8),
     st.integers(8, 40), st.integers(8, 40), st.integers(0, 999),

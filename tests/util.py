@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -61,15 +62,46 @@ def max_error(got, want):
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
+def rounding(largest, additions=1, dtype=torch.float32):
+    """The most by which `additions` sums of numbers up to `largest` may be off in `dtype`: each rounds to half a unit in the last place."""
+    return additions * largest * torch.finfo(dtype).eps / 2
+
+
 def rms_ratio(got, want):
     """Relative root-mean-square error."""
     return ((got.double() - want.double()).pow(2).mean().sqrt() / want.double().pow(2).mean().sqrt()).item()
 
 
-def run(*argv, cwd=ROOT, **kwargs):
-    """Run a script as a user does; the finished process, text captured."""
-    return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+def run(*argv, cwd=ROOT, timeout=300, **new):
+    """Run a script, or "-m" and a module, as a user does; the finished process, text captured.
+
+    It is forked from a process that has imported everything (forks.py), unless what is tested is a start: "-c", another environment
+    than the tests', or anything else that is given for subprocess.run() in `new`.
+    """
+    argv = [str(a) for a in argv]
+    if not new and forks.may_serve(argv):
+        return forks.run(argv, cwd, timeout)
+    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=timeout, **new)
+
+
+def launch(n, *argv, **options):
+    """run(), by torchrun on n processes (n = 1: without it)."""
+    if n == 1:
+        return run(*argv, **options)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
+    if options:
+        return run(*torchrun, *argv, **options)
+    return run(*torchrun, "--run-path", "--start-method", "fork", "tests/rank.py", *argv)
+
+
+def start(*argv, **more):
+    """A new Python that runs argv, to send signals to. A background job's children ignore SIGINT; these do not."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **more,
     )
 
 
@@ -120,11 +152,16 @@ def double_noise(shape, seed=0):
 
 def in_process(module, name, *argv):
     """A script in this process, which has imported everything: (exit code, stdout, stderr). module: with STAGES, such as eval.py."""
-    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    out, err, before = (
+        io.StringIO(),
+        io.StringIO(),
+        [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGCHLD)],
+    )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [name, *map(str, argv)])
-        code = config.script(module.STAGES, module.__doc__)
-    signal.signal(signal.SIGTERM, before)
+        code = config.script(module.STAGES, module.__doc__, getattr(module, "PRESETS", None))
+    for number, handler in before:
+        signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -57,9 +57,7 @@ def main():
     elif fault == "oom":
         pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, out_of_memory)
     assert engine
-    return config.script(
-        {"diffusion": (train.DiffusionConfig, train.train_diffusion)}, train.__doc__, train.PRESETS, train.LESS_MEMORY
-    )
+    return config.script(train.STAGES, train.__doc__, train.PRESETS, train.LESS_MEMORY)
 
 
 def out_of_memory():

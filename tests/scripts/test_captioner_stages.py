@@ -2,16 +2,13 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from util import ROOT, TINY, error_line, in_process, rms_ratio, run, stop_at_step
+from util import TINY, error_line, in_process, launch, rms_ratio, run, stop_at_step
 
 import caption
 from nanodiff import captioner, captionset, hub
@@ -34,20 +31,10 @@ def stage(name, **options):
     return in_process(caption, "caption.py", name, *words({k.replace("_", "-"): v for k, v in options.items()}))
 
 
-def launch(n, name, **options):
+def on(n, name, **options):
     """The stage on n processes."""
-    head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-    argv = [
-        sys.executable,
-        *head,
-        "caption.py",
-        name,
-        *map(str, words({k.replace("_", "-"): v for k, v in options.items()})),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=env, timeout=280)
+    done = launch(n, "caption.py", name, *words({k.replace("_", "-"): v for k, v in options.items()}))
     assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +149,7 @@ def test_a_stopped_run_goes_on(home, parts, trained, monkeypatch):
 
 def test_two_processes_learn_the_same(home, parts):
     for n in (1, 2):
-        launch(n, "train", **parts | SMALL | {"lora-dropout": 0, "vit-lora-dropout": 0, "projector-dropout": 0, "batch-size": 8 // n, "epochs": 1,
+        on(n, "train", **parts | SMALL | {"lora-dropout": 0, "vit-lora-dropout": 0, "projector-dropout": 0, "batch-size": 8 // n, "epochs": 1,
                                               "grad-accum": 1, "output-dir": home / f"cap{n}"})  # fmt: skip
     one, two = (lines(home / f"cap{n}" / "metrics.jsonl") for n in (1, 2))
     assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-4)
@@ -259,7 +246,7 @@ def test_captions_are_varied_the_same_by_any_number_of_processes(home):
     options = VARY | {"data-csv": home / "titles.csv", "model": TINY / "llama", "output-dir": home / "v1"}
     code, _, err = stage("augment", **options)
     assert code == 0, err
-    launch(2, "augment", **options | {"output-dir": home / "v2"})
+    on(2, "augment", **options | {"output-dir": home / "v2"})
     names = ("augmented_captions.csv", "augmented_shortfall.csv", "augmented.jsonl")
     assert [(home / "v1" / n).read_bytes() for n in names] == [(home / "v2" / n).read_bytes() for n in names]
     rows = captionset.read(home / "v1" / "augmented_captions.csv")
@@ -333,7 +320,7 @@ def test_pictures_split_and_trained_on(home, parts):
     options = {"data-csv": source, "model": TINY / "sd15", "steps": 2, "resize": "40x24", "batch-size": 2}
     code, out, err = stage("synthesize", **options, output_dir=home / "s1")
     assert code == 0 and "pictures: 6" in out, err
-    launch(2, "synthesize", **options | {"output-dir": home / "s2"})
+    on(2, "synthesize", **options | {"output-dir": home / "s2"})
     listed = captionset.read(home / "s1" / "synthetic_captions.csv")
     found = captionset.located(listed, [home / "s1" / "images"])
     assert len(found) == 6 and {Image.open(r.path).size for r in found} == {(40, 24)} and found[0].path.endswith(".jpg")

@@ -14,14 +14,19 @@ def script(*argv):
     return in_process(distill, "distill.py", *argv)
 
 
+def number(i):
+    """COCO's numbers go up to 581,929."""
+    return 320_009 + 10 * i
+
+
 def arguments(folder, **more):
     """A study of seconds on the embedded model."""
     coco = folder / "captions.json"
     if not coco.exists():
         texts = ("red apple", "fire", "crescent moon", "cat face", "strawberry")
-        rows = [{"image_id": 10 * i + 9, "caption": t} for i, t in enumerate(texts)]
+        rows = [{"image_id": number(i), "caption": t} for i, t in enumerate(texts)]
         coco.write_text(
-            json.dumps({"images": [], "annotations": [*reversed(rows), {"image_id": 9, "caption": "second"}]})
+            json.dumps({"images": [], "annotations": [*reversed(rows), {"image_id": number(0), "caption": "second"}]})
         )
     options = {"model": ROOT / "assets" / "nano", "captions": coco, "data-root": folder / "data", "models-root": folder / "models",
                "output-dir": folder / "out", "target-gen": 2, "steps": 2, "num-images": 4, "gen0-images": 5, "epochs": 1, "lr": 1e-4,
@@ -50,11 +55,11 @@ def test_folders_and_names(study):
     base = "sd_to_sd_cfg_1.5_steps_2_gen_"
     assert {p.name for p in (folder / "data").iterdir()} == {f"{base}{k}" for k in range(3)}
     assert {p.name for p in (folder / "models").iterdir()} == {f"{base}{k}" for k in (1, 2)}
-    names = [f"COCO_train2014_{10 * i + 9:012d}.jpg" for i in range(5)]
+    names = [f"COCO_train2014_{number(i):012d}.jpg" for i in range(5)]
     for k, n in ((0, 5), (1, 4), (2, 4)):
         pictures = data.load(folder / "data" / f"{base}{k}")
         assert pictures.keys == names[:n] and pictures.captions[0] == "red apple"
-        assert gallery.planned(folder / "data" / f"{base}{k}")[names[1]].seed == 19
+        assert gallery.planned(folder / "data" / f"{base}{k}")[names[1]].seed == 19, "S0-14: 320019 % 10000"
     assert pipeline.load(folder / "models" / f"{base}2").net is not None
     assert json.loads((folder / "models" / f"{base}1" / "training.json").read_text())["updates"] == 5
     assert json.loads((folder / "models" / f"{base}2" / "training.json").read_text())["updates"] == 4
@@ -79,7 +84,7 @@ def test_going_on_changes_nothing_that_is_there(study, tmp_path):
     shutil.copytree(folder, again)
     want = {part: files(folder / part) for part in ("data", "models")}
     base = "sd_to_sd_cfg_1.5_steps_2_gen_"
-    (again / "data" / f"{base}1" / "COCO_train2014_000000000019.jpg").write_bytes(b"half")
+    (again / "data" / f"{base}1" / "COCO_train2014_000000320019.jpg").write_bytes(b"half")
     shutil.rmtree(again / "models" / f"{base}2")
     code, _, err = script(*arguments(again, captions=folder / "captions.json"))
     assert code == 0 and "3 of 4 pictures are there already" in err, err

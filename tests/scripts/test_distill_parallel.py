@@ -1,32 +1,20 @@
 """distill.py on two processes (gloo, CPU): the same pictures and the same students as on one."""
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import torch
 from PIL import Image
-from util import ROOT, rms_ratio
+from util import ROOT, launch, rms_ratio
 
 from nanodiff.weights import load_tensors
 
 NANO = ROOT / "assets" / "nano"
 
 
-def launch(n, *argv):
-    head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *head, "distill.py", *map(str, argv)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=280,
-    )
+def distill(n, *argv):
+    done = launch(n, "distill.py", *argv)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -48,7 +36,7 @@ def test_transfer_on_two_processes(tmp_path):
         common = ["--model", NANO, "--teacher", NANO, "--prompt-source", words, "--num-images", 3, "--steps", 2, "--guidance-scale", 3, "--epochs", 1,
                   "--batch-size", 2 // n, "--lr", 1e-3, "--lora-rank", 2, "--lora-dropout", 0, "--eval-batch-size", 1, "--mixed-precision", "no",
                   "--num-evaluation-prompts", 2, "--panels", 0, "--lr-scheduler", "constant", "--output-dir", tmp_path / str(n)]  # fmt: skip
-        done = launch(n, "transfer", "all", *common)
+        done = distill(n, "transfer", "all", *common)
         assert done.stdout.count("teacher_images: 3") == 1 and "report: " in done.stdout
     for name in ("sdxl_images/00002.png", "weakmodel_images/standard/0001.png"):
         a, b = (np.asarray(Image.open(tmp_path / n / name), dtype=int) for n in ("1", "2"))
@@ -68,7 +56,7 @@ def test_a_critic_on_two_processes(tmp_path):
             (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "data" / name).write_bytes(tar.extractfile(name).read())
     for n in (1, 2):
-        launch(n, "few-step", "--model", NANO, "--data", tmp_path / "data", "--method", "dmd", "--student-steps", 2, "--critic-steps", 2,
+        distill(n, "few-step", "--model", NANO, "--data", tmp_path / "data", "--method", "dmd", "--student-steps", 2, "--critic-steps", 2,
                "--max-steps", 3, "--batch-size", 2 // n, "--guidance-scale", 3, "--lr", 1e-4, "--no-evaluate", "--mixed-precision", "no",
                "--log-every", 1, "--lr-warmup-steps", 0, "--output-dir", tmp_path / str(n))  # fmt: skip
     logs = [

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from util import GOLDEN, ROOT, TINY, error_line, in_process, recipe, run
+from util import GOLDEN, ROOT, TINY, error_line, in_process, launch, recipe, run
 
 import eval as evaluation
 from nanodiff import config, data, pages
@@ -51,9 +51,7 @@ def evaluate(stage, out, *argv, n=1):
     if n == 1:
         code, *said = script(*argv)
     else:
-        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "eval.py"]
-        done = subprocess.run([*head, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = launch(n, "eval.py", *argv)
         code, said = done.returncode, (done.stdout, done.stderr)
     assert code == 0, said
     return json.loads((out / "metrics.json").read_text()), *said
@@ -379,7 +377,6 @@ def test_a_bad_picture_on_one_of_two_processes(sets, tmp_path):
 
     shutil.copytree(sets / "finetuned", tmp_path / "p")
     (tmp_path / "p" / "standard" / "07.png").write_bytes(b"no picture")
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval.py", "images"]
     argv = [
         "--generated",
         tmp_path / "p",
@@ -390,8 +387,7 @@ def test_a_bad_picture_on_one_of_two_processes(sets, tmp_path):
         "--output-dir",
         tmp_path / "o",
     ]
-    done = subprocess.run([*head, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch(2, "eval.py", "images", *argv)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode and len(lines) == 1 and "07.png: not a readable image" in lines[0], done.stderr
 

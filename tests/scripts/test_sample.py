@@ -5,13 +5,12 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from util import ROOT, TINY, copy_model, error_line, run
+from util import TINY, copy_model, error_line, run, start
 
 from nanodiff.weights import load_tensors
 
@@ -66,7 +65,7 @@ def test_step_spellings(tmp_path, spelling):
 
 
 def test_ddim_steps(tmp_path):
-    """S2-26, S2-35"""
+    """S2-35"""
     done = run(
         "sample.py",
         "--model",
@@ -201,11 +200,25 @@ def test_random_seed_is_printed(tmp_path):
 
 
 def test_base_dir(tmp_path):
+    """S2-29: of relative paths alone."""
     copy_model("sd15", tmp_path / "m")
     done = run(
         "sample.py", "--base-dir", tmp_path, "--model", "m", "--prompt", "a", "--steps", "1", "--output-dir", "o"
     )
     assert done.returncode == 0 and (tmp_path / "o" / "00000.png").exists(), done.stderr
+    argv = [
+        "--base-dir",
+        tmp_path / "none",
+        "--model",
+        tmp_path / "m",
+        "--prompt",
+        "a",
+        "--steps",
+        1,
+        "--output-dir",
+        tmp_path / "p",
+    ]
+    assert run("sample.py", *argv).returncode == 0 and (tmp_path / "p" / "00000.png").exists()
 
 
 def test_token_is_nowhere(tmp_path):
@@ -311,18 +324,18 @@ def test_large_models_compute_in_bf16_where_the_cpu_does(monkeypatch, capsys):
     import torch
 
     import sample as script
-    from nanodiff import engine, sources
+    from nanodiff import onednn, sources
 
     cpu, cfg = torch.device("cpu"), script.Config()
     large = sources.configs("stable-diffusion-v1-5/stable-diffusion-v1-5")
     flow = sources.configs("stable-diffusion-3.5-medium")
     small = sources.configs(TINY / "sd15")
-    monkeypatch.setattr(engine, "computes_bf16", lambda: True)
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: True)
     assert script.pick_dtype(cfg, cpu, large) == script.pick_dtype(cfg, cpu, flow) == torch.bfloat16
     assert "--dtype fp32 is exact" in capsys.readouterr().err
     assert script.pick_dtype(cfg, cpu, small) == torch.float32
     assert script.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
-    monkeypatch.setattr(engine, "computes_bf16", lambda: False)
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
     assert script.pick_dtype(cfg, cpu, large) == torch.float32
 
 
@@ -369,20 +382,8 @@ def test_half_downloaded_model(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_keep_what_they_made(tmp_path, number, code):
-    argv = [
-        sys.executable,
-        "sample.py",
-        *MODEL,
-        "--prompt",
-        "a",
-        "--num-images",
-        "500",
-        "--batch-size",
-        "1",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = ["--prompt", "a", "--num-images", 500, "--batch-size", 1, "--output-dir", tmp_path]
+    child = start("sample.py", *MODEL, *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(600):
         if len(list(tmp_path.glob("*.png"))) >= 3:  # the last one may be half written
             break
@@ -398,8 +399,8 @@ def test_interrupted_runs_keep_what_they_made(tmp_path, number, code):
 
 def test_reader_that_stops_reading(tmp_path):
     """`sample.py … | head -0` ends quietly."""
-    argv = [sys.executable, "sample.py", *MODEL, "--prompt", "a", "--output-dir", str(tmp_path)]
-    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = ["sample.py", *MODEL, "--prompt", "a", "--output-dir", tmp_path]
+    child = start(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.close()
     err = child.stderr.read()
     assert child.wait(timeout=120) == 0 and "Traceback" not in err, err

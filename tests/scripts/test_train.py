@@ -6,13 +6,12 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from PIL import Image
-from util import ROOT, error_line, recipe, run
+from util import ROOT, error_line, in_process, recipe, run, start
 
 import train
 from nanodiff import build, config, lora, pipeline
@@ -89,7 +88,7 @@ def test_pixel_space_resume_is_byte_equal(tmp_path, pictures):
         "--max-steps",
         "60",
     ]
-    child = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    child = start(*argv, stderr=subprocess.PIPE)
     log = tmp_path / "cut" / "metrics.jsonl"
     for _ in range(1200):
         if log.exists() and len(log.read_text().splitlines()) >= 3:
@@ -366,7 +365,7 @@ def test_class_labels(tmp_path):
 
 
 def test_the_corel_workflow(tmp_path):
-    """S2-28, S2-29: the document's four steps with its file names, relative paths from --base-dir."""
+    """S2-28, S2-29: the document's four steps with its file names, relative paths from --base-dir; absolute ones as they are."""
     base = tmp_path / "elsewhere"
     assert run("-m", "nanodiff.corel", "stand-in", base / "data" / "corel").returncode == 0
     assert run("-m", "nanodiff.data", "prepare-corel", "--data-dir", "data/corel", "--base-dir", base).returncode == 0
@@ -396,6 +395,12 @@ def test_the_corel_workflow(tmp_path):
                "--output-dir", "generated")  # fmt: skip
     assert done.returncode == 0 and (base / "corel.png").exists(), done.stderr
     assert len(list((base / "corel_individual").glob("image_*.png"))) == 5, "S2-37: as many as were asked for"
+    done = run("sample.py", "--diffusion-checkpoint", base / "diffusion_models" / "best_model.pt", "--vae-checkpoint",
+               base / "vae_models" / "best_model.pt", "--num-images", "5", "--batch-size", "4", "--ddim-steps", "2", "--output",
+               tmp_path / "cloud.png", "--seed", "1", "--base-dir", tmp_path / "another", "--output-dir", tmp_path / "cloud")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "cloud.png").tobytes() == Image.open(base / "corel.png").tobytes()
+    assert not (tmp_path / "another").exists(), "absolute paths are not under --base-dir"
 
 
 def test_s2_faults_are_one_line(tmp_path, pictures):
@@ -425,14 +430,27 @@ def test_perceptual_loss_from_local_weights(tmp_path, pictures):
 
 
 def test_kl_weight_and_best_model(tmp_path, pictures):
-    """S2-07, S2-08, S2-39: linear warm-up; then the weight moves towards the target; the best is picked after the warm-up."""
+    """S2-07, S2-08: linear warm-up; then the weight moves towards the target."""
     out = tmp_path / "o"
     done = train_("vae", pictures, out, "--epochs", "6", "--max-steps", "0", "--batch-size", "7", "--kl-weight", "0.5", "--kl-warmup",
                   "4", "--kl-target", "5", "--keep-best")  # fmt: skip
     assert done.returncode == 0, done.stderr
     weights = [line["kl_weight"] for line in metrics(out)]
     assert weights[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5]) and weights[5] != weights[4]
-    assert (out / "best_model" / "config.json").exists()
+
+
+def test_the_best_vae_is_one_after_the_warm_up(tmp_path, pictures, monkeypatch):
+    """S2-39: epochs of the warm-up, though judged better, are not it; of those after it the best is."""
+    judged, kept, write = iter([0.4, 0.1, 0.2, 5.0, 4.0, 6.0]), [], train.write_vae
+    monkeypatch.setattr(train, "validate", lambda *args: next(judged))
+    monkeypatch.setattr(train, "write_vae", lambda run, *args: (kept.append((args[-1], run.step)), write(run, *args)))
+    code, _, err = in_process(
+        train, "train.py", "vae", "--data", pictures, "--preset", "tiny", "--epochs", 6, "--max-steps", 0, "--batch-size", 9,
+        "--validation", 0.3, "--kl-warmup", 3, "--keep-best", "--output-dir", tmp_path / "o",
+    )  # fmt: skip
+    assert code == 0, err
+    assert kept == [("best_model", 3), ("best_model", 4), ("model", 6)]
+    assert (tmp_path / "o" / "best_model" / "config.json").exists()
 
 
 def test_validation_plateau_and_early_stop(tmp_path, pictures):

@@ -5,14 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from util import ROOT
+from util import launch, start
 
 from nanodiff import checkpoint
 from nanodiff.weights import load_tensors
@@ -28,18 +27,14 @@ def pictures(tmp_path_factory):
     return root
 
 
-def launch(n, data, out, *argv, fault=None, start=subprocess.run, **more):
-    """torchrun with n processes (n = 1: the script alone)."""
-    head = [sys.executable]
-    if n > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    script = ["tests/scripts/faulty.py", *map(str, fault)] if fault else ["train.py"]
-    argv = ["diffusion", "--data", data, "--preset", "tiny", "--max-steps", 8, "--checkpointing-steps", 4, "--seed", 3,
+def command(data, out, *argv, fault=None):
+    script = ["tests/scripts/faulty.py", *fault] if fault else ["train.py"]
+    return [*script, "diffusion", "--data", data, "--preset", "tiny", "--max-steps", 8, "--checkpointing-steps", 4, "--seed", 3,
             "--dist-timeout", 20, "--output-dir", out, *argv]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    if start is subprocess.run:
-        more = {"timeout": 150, "capture_output": True} | more
-    return start([*head, *script, *map(str, argv)], cwd=ROOT, text=True, env=env, **more)
+
+
+def train(n, data, out, *argv, fault=None, **options):
+    return launch(n, *command(data, out, *argv, fault=fault), **options)
 
 
 def losses(out):
@@ -53,14 +48,15 @@ def weights(out):
 @pytest.fixture(scope="module")
 def alone(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "o"
-    done = launch(1, pictures, out, "--batch-size", 4, "--grad-accum", 2)
+    done = train(1, pictures, out, "--batch-size", 4, "--grad-accum", 2)
     assert done.returncode == 0, done.stderr
     return out
 
 
 def test_two_processes_train_what_one_does(pictures, alone, tmp_path):
     """S1-30: the same curve at the same global batch, with accumulation and a smaller last update; only rank 0 writes."""
-    done = launch(2, pictures, tmp_path / "o", "--batch-size", 2, "--grad-accum", 2)
+    new = os.environ | {"OMP_NUM_THREADS": "1"}  # here by torchrun as people start it, with new Pythons
+    done = train(2, pictures, tmp_path / "o", "--batch-size", 2, "--grad-accum", 2, env=new)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "o") == pytest.approx(losses(alone), rel=1e-5)
     a, b = weights(alone), weights(tmp_path / "o")
@@ -73,7 +69,7 @@ def test_schedule_free_over_shards(pictures, tmp_path):
     """What is written is the mean of all weights so far, the same from one process and from two that share the weights and resume."""
     more = ["--optimizer", "schedule_free", "--no-ema", "--lr-scheduler", "constant_with_warmup", "--max-steps"]
     for n, batch, how, steps in ((1, 8, "ddp", 8), (2, 4, "fsdp", 4), (2, 4, "fsdp", 8)):
-        done = launch(n, pictures, tmp_path / how, "--batch-size", batch, "--parallel", how, "--resume", *more, steps)
+        done = train(n, pictures, tmp_path / how, "--batch-size", batch, "--parallel", how, "--resume", *more, steps)
         assert done.returncode == 0, done.stderr
     assert "resumed at step 4" in done.stderr
     trained = load_tensors(tmp_path / "ddp" / "checkpoint-8" / "state.safetensors")
@@ -90,7 +86,7 @@ def test_a_rank_without_a_share_joins_in(pictures, tmp_path):
     """Nine pictures in groups of eight: the epoch's last update has one sample, and rank 1 none of it."""
     more = ["--max-samples", 9, "--max-steps", 4, "--grad-accum", 2]
     for n, batch in ((1, 4), (2, 2)):
-        done = launch(n, pictures, tmp_path / str(n), "--batch-size", batch, *more)
+        done = train(n, pictures, tmp_path / str(n), "--batch-size", batch, *more)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
@@ -98,14 +94,14 @@ def test_a_rank_without_a_share_joins_in(pictures, tmp_path):
 def test_shards_train_the_same_and_move_between_process_counts(pictures, alone, tmp_path):
     """FSDP2: the same curve; its checkpoint goes on in one process, and one process's in FSDP."""
     out = tmp_path / "o"
-    done = launch(2, pictures, out, "--batch-size", 2, "--grad-accum", 2, "--parallel", "fsdp", "--sample-every", 8,
+    done = train(2, pictures, out, "--batch-size", 2, "--grad-accum", 2, "--parallel", "fsdp", "--sample-every", 8,
                   "--sample-steps", 2, "--eval-batch-size", 2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
     assert len(list((out / "checkpoint-4" / "shards").iterdir())) == 2 and (out / "samples" / "000008.png").exists()
     for source, target, n, batch, how in ((out, "to-one", 1, 4, "ddp"), (alone, "to-two", 2, 2, "fsdp")):
         argv = ["--resume", source / "checkpoint-4", "--batch-size", batch, "--grad-accum", 2, "--parallel", how]
-        done = launch(n, pictures, tmp_path / target, *argv)
+        done = train(n, pictures, tmp_path / target, *argv)
         assert done.returncode == 0 and "resumed at step 4" in done.stderr, done.stderr
         assert losses(tmp_path / target) == pytest.approx(losses(alone)[4:], rel=1e-5)
         a, b = weights(alone), weights(tmp_path / target)
@@ -115,12 +111,12 @@ def test_shards_train_the_same_and_move_between_process_counts(pictures, alone, 
 def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
     """Mid-epoch, with EMA, accumulation and workers; SIGTERM reaches one rank only, and counts for both."""
     argv = ["--batch-size", 2, "--grad-accum", 2, "--num-workers", 1]
-    assert launch(2, pictures, tmp_path / "whole", *argv).returncode == 0
-    cut = launch(2, pictures, tmp_path / "cut", *argv, fault=("term", 1))
+    assert train(2, pictures, tmp_path / "whole", *argv).returncode == 0
+    cut = train(2, pictures, tmp_path / "cut", *argv, fault=("term", 1))
     assert cut.returncode != 0 and (tmp_path / "cut" / "PREEMPTED").read_text() == "checkpoint-2\n", cut.stderr
     assert [s for s, _ in checkpoint.found(tmp_path / "cut")] == [2] and not (tmp_path / "cut" / "model").exists()
-    assert cut.stderr.count("terminated") == 1
-    done = launch(2, pictures, tmp_path / "cut", *argv, "--resume", "latest")
+    assert cut.stderr.splitlines().count("terminated") == 1
+    done = train(2, pictures, tmp_path / "cut", *argv, "--resume", "latest")
     assert done.returncode == 0 and not (tmp_path / "cut" / "PREEMPTED").exists(), done.stderr
     for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert filecmp.cmp(tmp_path / "whole" / "model" / part, tmp_path / "cut" / "model" / part, shallow=False)
@@ -142,19 +138,19 @@ def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
 )
 def test_one_failure_ends_all_and_is_said_once(pictures, tmp_path, fault, rank, says):
     began = time.monotonic()
-    done = launch(2, pictures, tmp_path / "o", "--batch-size", 2, fault=(fault, rank), timeout=100)
+    done = train(2, pictures, tmp_path / "o", "--batch-size", 2, fault=(fault, rank))
     assert done.returncode != 0 and time.monotonic() - began < 75
     assert done.stderr.count(says) == 1, done.stderr
     assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == (fault != "bug"), done.stderr
 
 
 def test_only_rank_0_lists_the_data(pictures, tmp_path):
-    done = launch(2, pictures, tmp_path / "o", "--batch-size", 2, "--max-steps", 2, fault=("listing", 1))
+    done = train(2, pictures, tmp_path / "o", "--batch-size", 2, "--max-steps", 2, fault=("listing", 1))
     assert done.returncode == 0, done.stderr
 
 
 def test_nan_on_one_rank_skips_the_update_on_all(pictures, tmp_path):
-    done = launch(2, pictures, tmp_path / "o", "--batch-size", 2, fault=("nan", 1))
+    done = train(2, pictures, tmp_path / "o", "--batch-size", 2, fault=("nan", 1))
     assert done.returncode == 0 and "skipped_updates: 1" in done.stdout, done.stderr
     assert done.stderr.count("step 2: loss nan") == 1 and "samples with a non-finite loss: " in done.stderr
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "o").values())
@@ -164,21 +160,18 @@ def test_vae_on_two_processes(pictures, tmp_path):
     outs = []
     for n, batch in ((1, 4), (2, 2)):
         out = tmp_path / str(n)
-        head = [sys.executable] + (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if n == 2 else []
-        )
         argv = ["train.py", "vae", "--data", pictures, "--preset", "tiny", "--max-steps", 4, "--batch-size", batch,
                 "--discriminator-weight", 0.1, "--output-dir", out]  # fmt: skip
-        done = subprocess.run([*head, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=150,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = launch(n, *argv)
         assert done.returncode == 0, done.stderr
         outs.append(out)
     assert losses(outs[0]) == pytest.approx(losses(outs[1]), rel=1e-3), "GAN training magnifies rounding"
 
 
 def test_torchrun_forwards_sigterm(pictures, tmp_path):
-    child = launch(2, pictures, tmp_path / "o", "--batch-size", 2, "--max-steps", 100000, start=subprocess.Popen,
-                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
+    argv = command(pictures, tmp_path / "o", "--batch-size", 2, "--max-steps", 100000)
+    child = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *argv, stderr=subprocess.PIPE,
+                  stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     log = tmp_path / "o" / "metrics.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") >= 3:
