@@ -83,7 +83,17 @@ def finish():
     """Leave the group of processes."""
     config.speaks = None
     if td.is_initialized():
+        _settle()
         td.destroy_process_group()
+
+
+def _settle():
+    """Let Gloo's threads let go of the last exchange, for which they need Python's lock, before their group goes, or Python itself.
+
+    Else the group waits, holding the lock, for a thread that waits for the lock, without end; or Python's end takes the lock from the
+    thread, which aborts the process ("terminate called without an active exception").
+    """
+    time.sleep(0.1)
 
 
 def _speaks(store, error):
@@ -95,6 +105,7 @@ def _speaks(store, error):
                 if store.check([CAUSE]):
                     return False
                 time.sleep(0.1)
+        _settle()
         mine = f"{world().rank} {os.getpid()}"
         return store.compare_set(CAUSE, "", mine).decode() == mine
     except RuntimeError:  # the store is gone, and with it the process that kept it

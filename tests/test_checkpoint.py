@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from util import ROOT
+from util import ROOT, start
 
 from nanodiff import checkpoint
 from nanodiff.config import UserError
@@ -76,7 +76,10 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     )
 
 
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize(
+    "delay", [0.0, 0.013, 0.029, 0.047, *(pytest.param(d, marks=pytest.mark.slow) for d in (0.007, 0.021, 0.038))]
+)
+def test_killed_at_any_moment(tmp_path, delay):
     """SIGKILL while saving in a loop: what is found afterwards is complete."""
     code = (
         "import sys, torch; sys.path.insert(0, '.'); from nanodiff import checkpoint\n"
@@ -84,17 +87,13 @@ def test_killed_at_any_moment(tmp_path):
         "    checkpoint.save(sys.argv[1], step, {'w': torch.full((200000,), float(step))}, {'step': step}, 2)\n"
         "    print(step, flush=True)"
     )
-    for delay in (0.0, 0.007, 0.013, 0.021, 0.029, 0.038, 0.047):
-        child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        last = int(child.stdout.readline())
-        time.sleep(delay)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        folder, facts = checkpoint.load(tmp_path)
-        assert facts["step"] >= last and (checkpoint.read(folder, {})["w"] == facts["step"]).all()
-        child.stdout.close()
-        for _, folder in checkpoint.found(tmp_path):
-            __import__("shutil").rmtree(folder)
+    child = start("-c", code, tmp_path, stdout=subprocess.PIPE)
+    last = int(child.stdout.readline())
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    folder, facts = checkpoint.load(tmp_path)
+    assert facts["step"] >= last and (checkpoint.read(folder, {})["w"] == facts["step"]).all()
 
 
 def test_pruned_only_after_the_new_one_was_read_back(tmp_path, monkeypatch):

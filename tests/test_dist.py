@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from util import run
 
 from nanodiff import config, dist
 from nanodiff.config import UserError
@@ -99,3 +100,24 @@ def test_a_lost_process_is_known_by_its_words(monkeypatch, said):
     monkeypatch.setattr(config, "speaks", lambda error: True)
     code, line = config._verdict(RuntimeError(said), "")
     assert code == 1 and line.startswith("error: another process was lost, or did not answer in time")
+
+
+LEAVE = """
+import sys, torch; sys.path.insert(0, ".")
+from torch import nn
+from nanodiff import dist
+sys.setswitchinterval(1000)  # nobody gets Python's lock unless it is given away
+torch.set_num_threads(1)
+for i in range(40):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/{i}", rank=0, world_size=1)
+    net = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    net(torch.ones(2, 4)).sum().backward()
+    dist.finish()
+    del net  # and with it the group
+print("left")
+"""
+
+
+def test_leaving_does_not_wait_for_itself(tmp_path):
+    """Gloo's threads need Python's lock to let go of the last exchange: a group that goes at once waits for ever, within 25 rounds."""
+    assert run("-c", LEAVE, tmp_path, timeout=100).stdout == "left\n"

@@ -182,6 +182,8 @@ def test_a_signal_does_not_wait_for_a_worker(pictures):
         with pytest.raises(error):
             next(f.update(0))
         assert time.monotonic() - began < 12
+        for worker in f.stream._workers:  # else it is waited for, and it sleeps
+            worker.kill()
         f.stream = None
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+import chaos
 import pytest
 import torch
 from PIL import Image
@@ -558,6 +559,6 @@ def test_killed_again_and_again(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_killed_at_three_moments(tmp_path):
-    done = run("-m", "tests.chaos", "--kills", "3", "--updates", "40", "--output-dir", tmp_path)
-    assert done.returncode == 0 and "the same bytes" in done.stdout, done.stdout + done.stderr
+def test_killed_at_three_moments(tmp_path, capsys):
+    assert chaos.main(["--kills", "3", "--updates", "40", "--output-dir", str(tmp_path / "o")], run) == 0
+    assert "3 kills" in (out := capsys.readouterr().out) and "the same bytes" in out

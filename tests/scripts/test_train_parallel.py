@@ -27,14 +27,15 @@ def pictures(tmp_path_factory):
     return root
 
 
-def command(data, out, *argv, fault=None):
+def command(data, out, *argv, fault=None, answer=20):
     script = ["tests/scripts/faulty.py", *fault] if fault else ["train.py"]
     return [*script, "diffusion", "--data", data, "--preset", "tiny", "--max-steps", 8, "--checkpointing-steps", 4, "--seed", 3,
-            "--dist-timeout", 20, "--output-dir", out, *argv]  # fmt: skip
+            "--dist-timeout", answer, "--output-dir", out, *argv]  # fmt: skip
 
 
-def train(n, data, out, *argv, fault=None, **options):
-    return launch(n, *command(data, out, *argv, fault=fault), **options)
+def train(n, data, out, *argv, fault=None, answer=20, **options):
+    """fault: see faulty.py. answer: seconds that a process waits for the others'."""
+    return launch(n, *command(data, out, *argv, fault=fault, answer=answer), **options)
 
 
 def losses(out):
@@ -138,7 +139,9 @@ def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
 )
 def test_one_failure_ends_all_and_is_said_once(pictures, tmp_path, fault, rank, says):
     began = time.monotonic()
-    done = train(2, pictures, tmp_path / "o", "--batch-size", 2, fault=(fault, rank))
+    done = train(
+        2, pictures, tmp_path / "o", "--batch-size", 2, fault=(fault, rank), answer=5 if fault == "sleep" else 20
+    )
     assert done.returncode != 0 and time.monotonic() - began < 75
     assert done.stderr.count(says) == 1, done.stderr
     assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == (fault != "bug"), done.stderr
