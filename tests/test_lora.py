@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 import torch
-from util import GOLDEN, ROOT, TINY, error_line, golden, manifest, max_error, rms_ratio, run
+from util import GOLDEN, PIPELINE, ROOT, TINY, error_line, golden, manifest, max_error, rms_ratio, run
 
 from nanodiff import lora, lorafile, memory, pipeline, weights
 from nanodiff.config import UserError
@@ -441,10 +441,10 @@ def test_what_is_written_is_what_was_trained(tmp_path, name, form):
         assert rms_ratio(plain, want) > 1e-3
         read = lora.read(path, fresh.models())
         attached = lora.attach(fresh.models(), read)
-        assert rms_ratio(made(fresh), want) < 1e-5
+        assert rms_ratio(made(fresh), want) < PIPELINE
         attached.remove()
         lora.fuse(fresh.models(), read)
-        assert rms_ratio(made(fresh), want) < 1e-5
+        assert rms_ratio(made(fresh), want) < PIPELINE
 
 
 def test_convolutions_are_adapted_too(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import blocks, compare, normal, strided
+from kernel_cases import TOLERANCE, blocks, compare, normal, strided
+from util import rounding
 
 import kernels
 from kernels import switch
@@ -29,6 +30,7 @@ HEADS = (40, 64, 80, 96, 128, 160, 256, 512)
 
 def run(B, L, S, N, M, K, dtype, causal=False, window=0, bias=None, masked=False, layout="contiguous", scale=None):
     """One case: q, k, v and bias of these shapes; the gradient of the output comes transposed, as it does in models."""
+    torch.manual_seed(0)  # a case is the same each time it is run
     q, k, v = (strided(normal(*shape, dtype=dtype), layout) for shape in ((B, L, N, K), (B, S, M, K), (B, S, M, K)))
     bias = None if bias is None else normal(*bias, L, S, dtype=dtype)
     key_mask = None
@@ -50,12 +52,14 @@ def run(B, L, S, N, M, K, dtype, causal=False, window=0, bias=None, masked=False
 
     with blocks(ALL, **SMALL):
         gradients = normal(B, N, L, K).transpose(1, 2), normal(B, N, L)
-        return compare(kernel, reference, (q, k, v, bias), gradients)
+        # a score is off by its own size's rounding, and so is, relatively, what the exponential makes of it
+        scores = torch.einsum("blnk,bsmk->blsnm", q.double(), k.double()).abs().max() * (scale or K**-0.5)
+        return compare(kernel, reference, (q, k, v, bias), gradients, TOLERANCE[dtype] + rounding(scores.item(), 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("sizes", [[4, 7], [24, 40], [64], [80]], ids=str)
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_drawn(sizes, dtype, data):
     draw = data.draw
