@@ -172,19 +172,20 @@ class Sleeper(loader.Decoder):
         time.sleep(60)
 
 
-def test_a_signal_does_not_wait_for_a_worker(pictures):
+@pytest.mark.parametrize(
+    ("interrupted", "timeout", "error"), [(True, 50, config.Stopped), (False, 4, UserError)], ids=["signal", "timeout"]
+)
+def test_a_signal_does_not_wait_for_a_worker(pictures, interrupted, timeout, error):
     """SIGTERM while a worker blocks: out within seconds. And a worker that never answers is an error at the timeout."""
-    for interrupted, timeout, error in ((True, 50, config.Stopped), (False, 4, UserError)):
-        f = feed(pictures, workers=1, timeout=timeout)
-        f.decoder.__class__, f.interrupted = Sleeper, lambda yes=interrupted: yes
-        gc.collect()  # workers of iterators that are garbage by now take seconds to end: not while we measure
-        began = time.monotonic()
-        with pytest.raises(error):
-            next(f.update(0))
-        assert time.monotonic() - began < 12
-        for worker in f.stream._workers:  # else it is waited for, and it sleeps
-            worker.kill()
-        f.stream = None
+    f = feed(pictures, workers=1, timeout=timeout)
+    f.decoder.__class__, f.interrupted = Sleeper, lambda: interrupted
+    gc.collect()  # workers of iterators that are garbage by now take seconds to end: not while we measure
+    began = time.monotonic()
+    with pytest.raises(error):
+        next(f.update(0))
+    assert time.monotonic() - began < 12
+    for worker in f.stream._workers:  # else it is waited for, and it sleeps
+        worker.kill()
 
 
 def test_center_crop_and_random_crop():
