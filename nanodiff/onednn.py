@@ -3,9 +3,9 @@
 PyTorch hands oneDNN plain weights, and oneDNN reorders them at every call of a layer; with a 3×3 convolution of 1280
 channels on an 8×8 picture that takes twice as long as the convolution. A packed layer does it once, at its first call
 (when the size of its input, on which the layout depends, is known), and gives the plain weight back to the system. That
-costs seconds for a large UNet, so it pays from about four steps on. And
-PyTorch multiplies fp32 matrices by MKL, which on processors of other makers than Intel is half as fast as oneDNN, so there it is
-oneDNN. The two differ in the last bits of a sum, and bytes must be the same at every start: the maker decides, never a stopwatch.
+costs seconds for a large UNet, so it pays from about four steps on. And PyTorch multiplies fp32 matrices by MKL, which is
+half as fast as oneDNN on an AMD and no faster on an Intel, so here it is oneDNN. The two differ in the last bits of a sum:
+which one it is may never hang on a measurement, so that the same command gives the same bytes at every start.
 
 A processor without an instruction for bf16 multiplies a bf16 matrix one row of x at a time, so that 200 rows take 200 times as
 long as one. A wide layer brings its weight to fp32 a few rows at a time, which stay in the cache, and multiplies there: as exact
@@ -51,11 +51,6 @@ def _cpuinfo():
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
 
 
-def by_mkl():
-    """Whether plain fp32 products are left to MKL: on Intel's processors, where oneDNN gains little (benchmarks/README.md)."""
-    return _cpuinfo().get("vendor_id") == "GenuineIntel"
-
-
 def processor():
     """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and who multiplies fp32 matrices."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
@@ -69,7 +64,7 @@ def processor():
         if k in os.environ
     ]
     name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
-    products = "MKL" if by_mkl() or unusable(torch.float32) else "oneDNN"
+    products = "MKL" if unusable(torch.float32) else "oneDNN"
     return {
         "processor": name,
         "instructions": " ".join([*instructions, *limits]),
@@ -246,7 +241,7 @@ def _note(text):
 
 def prepare(model, pack=False):
     """Let the plain layers of `model` compute by oneDNN, for inference on a CPU in fp32 or bf16: all of them packed, or
-    only the fp32 linear layers, where that is faster (not by_mkl()).
+    only the fp32 linear layers, which need no packing.
 
     Layers that are being trained (whose weights require a gradient), and those of other kinds, such as quantized ones,
     stay as they are. undo() makes plain layers again; until then packed weights are empty, and so is what shared their
@@ -269,7 +264,7 @@ def prepare(model, pack=False):
             return
         if pack:
             m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear
-        elif type(m) is nn.Linear and dtype == torch.float32 and not by_mkl():
+        elif type(m) is nn.Linear and dtype == torch.float32:
             m.__class__ = DirectLinear
 
 
