@@ -183,14 +183,14 @@ caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and 
 caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (half an hour)
 	$(PY) -m assets.nano.captions study --output-dir $(OUT)/caption-study
 
-test: $(STAMP)  ## the tests, offline, on a CPU (WORKERS=1: one process, which says more of what fails)
-	$(PY) -m pytest -n $(WORKERS)
+test: $(STAMP)  ## the tests, offline, on a CPU (WORKERS=0: in one process)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(STAMP)  ## the tests that take minutes each: every kernel compiled, runs killed and started again and again
-	$(PY) -m pytest -n $(WORKERS) -m slow
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 test-all: $(STAMP)  ## both
-	$(PY) -m pytest -n $(WORKERS) -m 'not gpu'
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu

@@ -88,7 +88,7 @@ def finish():
 
 
 def _settle():
-    """Let Gloo's threads let go of the last exchange, for which they need Python's lock, before their group goes, or Python itself.
+    """Give Gloo's threads the time to let go of the last exchange, for which they need Python's lock, before their group goes, or Python itself.
 
     Else the group waits, holding the lock, for a thread that waits for the lock, without end; or Python's end takes the lock from the
     thread, which aborts the process ("terminate called without an active exception").
@@ -98,6 +98,7 @@ def _settle():
 
 def _speaks(store, error):
     """May this process print its failure? Only the first one does; a broken connection is another's failure first."""
+    _settle()
     lost = isinstance(error, RuntimeError) and not isinstance(error, UserError)
     try:
         if lost:  # the process that caused this may still be on its way to the store
@@ -105,7 +106,6 @@ def _speaks(store, error):
                 if store.check([CAUSE]):
                     return False
                 time.sleep(0.1)
-        _settle()
         mine = f"{world().rank} {os.getpid()}"
         return store.compare_set(CAUSE, "", mine).decode() == mine
     except RuntimeError:  # the store is gone, and with it the process that kept it

@@ -52,7 +52,7 @@ def _cpuinfo():
 
 
 def processor():
-    """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and who multiplies fp32 matrices."""
+    """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and what multiplies in fp32 linear layers."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     instructions = [
         torch.backends.cpu.get_cpu_capability(),
@@ -64,12 +64,12 @@ def processor():
         if k in os.environ
     ]
     name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
-    products = "MKL" if unusable(torch.float32) else "oneDNN"
+    products = "PyTorch" if unusable(torch.float32) else "oneDNN"
     return {
         "processor": name,
         "instructions": " ".join([*instructions, *limits]),
         "threads": torch.get_num_threads(),
-        "fp32 products": products,
+        "fp32 linear layers": products,
     }
 
 

@@ -53,12 +53,14 @@ def main(argv=None, run=python):
         return 1
     length = time.monotonic() - began  # of an undisturbed run
     reached, killed = 0, 0
-    while killed <= args.kills:
+    while True:
         # no sooner than a run can have begun, so that it gets on from kill to kill; the last one is left alone
         limit = rng.uniform(0.4, 1.1) * length if killed < args.kills else 600
         try:
             done = run(*command(cut, args.updates, args.data), timeout=limit)
         except subprocess.TimeoutExpired:
+            if killed == args.kills:
+                raise
             killed += 1
             continue
         if done.returncode or digest(cut / "model") != digest(whole / "model"):

@@ -22,7 +22,7 @@ def _deterministic():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What ran where: seconds of each folder, why tests were skipped, the processor; the last line counts."""
+    """What ran where: seconds of each folder, why tests were skipped, the processor, a count."""
     from nanodiff import onednn
 
     seconds, skipped = defaultdict(float), Counter()
@@ -38,9 +38,9 @@ def pytest_terminal_summary(terminalreporter):
         say(f"{folder:<16} {taken:7.0f} s in its tests (all workers together)")
     for reason, times in skipped.most_common():
         say(f"skipped {times}: {reason}")
-    workers = getattr(terminalreporter.config.option, "numprocesses", None) or 1
-    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if workers > 1 else "2")
-    facts = onednn.processor() | {"threads": f"{threads} in each of {workers} workers" if workers > 1 else threads}
+    workers = getattr(terminalreporter.config.option, "numprocesses", None)
+    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if workers else "2")
+    facts = onednn.processor() | {"threads": f"{threads} in each of {workers} workers" if workers else threads}
     say(", ".join(f"{k}: {v}" for k, v in facts.items()))
     passed, failed, errors, left = (
         len(terminalreporter.stats.get(k, ())) for k in ("passed", "failed", "error", "skipped")

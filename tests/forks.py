@@ -2,9 +2,9 @@
 
     done = forks.run(["sample.py", "--prompt", "a"])     # what subprocess.run([sys.executable, …], capture_output=True, text=True) gives
 
-Such a run is a process of its own: its memory, locks, signals and exit are its alone. From a new Python it differs in two things: everything is
-imported before it begins, and all runs have the same hash seed. So what is about a start (an import, another environment, a signal to a
-child) is tested with a new Python: util.run(…, env=…), util.start().
+Such a run is a process of its own: its memory, locks, signals and exit are its alone. From a new Python it differs in this: everything is
+imported before it begins, the repository is on its path, all runs have one hash seed, and Python's own end is skipped. So what is about a
+start or an end (an import, another environment, a signal to a child) is tested with a new Python: util.run(…, env=…), util.start().
 """
 
 import atexit
@@ -17,6 +17,7 @@ import os
 import pkgutil
 import random
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ import tempfile
 import threading
 import traceback
 from pathlib import Path
+
+import numpy
 
 ROOT = Path(__file__).parent.parent
 IMPORTED = (
@@ -36,39 +39,34 @@ IMPORTED = (
     "tokenizers",
     "huggingface_hub",
 )
-PASSING = {
-    "PYTEST_CURRENT_TEST",
-    "TORCHINDUCTOR_CACHE_DIR",
-}  # variables that come and go in the tests' process, of no consequence to a run
+PASSING = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # variables that come and go, of no consequence to a run
+LATE = "late"
 
 
 def run(argv, cwd=ROOT, timeout=300):
-    """The finished process of `python ARGV`, its text captured. argv: a script and its words, or "-m", a module and its words."""
+    """The finished process of `python ARGV`, its text captured. argv: a script and its words, or "-m", a module and its words.
+
+    Raises subprocess.TimeoutExpired after `timeout` seconds; then the process, and what it has started, is killed.
+    """
     server = _server()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        request = json.dumps({"argv": argv, "cwd": str(cwd)}).encode()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        request = json.dumps({"argv": argv, "cwd": str(cwd), "timeout": timeout}).encode()
         socket.send_fds(server, [request], [out.fileno(), err.fileno()])
-        pid = int(server.recv(64))
-        server.settimeout(timeout)
-        try:
-            code = int(server.recv(64))
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            server.settimeout(None)
-            server.recv(64)
-            raise subprocess.TimeoutExpired(argv, timeout) from None
-        finally:
-            server.settimeout(None)
+        code = server.recv(64).decode()
+        if not code:
+            raise RuntimeError("the process that forks the tests' runs is gone")
+        if code == LATE:
+            raise subprocess.TimeoutExpired(argv, timeout)
         texts = []
         for file in (out, err):
             file.seek(0)
-            texts.append(file.read().decode())
-    return subprocess.CompletedProcess(argv, code, *texts)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(argv, int(code), *texts)
 
 
 def may_serve(argv):
     """Whether a forked run is what a new Python would be: a script or a module, in the environment in which the server was started."""
-    known = argv[0].endswith(".py") or argv[0] == "-m"
+    known = sys.platform == "linux" and (argv[0].endswith(".py") or argv[0] == "-m")
     return known and _environment() == _started_in()
 
 
@@ -99,29 +97,38 @@ def _server():
 
 
 def _serve(connection):
-    """Answer requests until the tests end: the pid, then the exit code. Returns in each child, with what it is to run."""
+    """Answer requests until the tests end, each with an exit code or LATE. Returns in each child, with what it is to run."""
     while True:
-        request, files, *_ = socket.recv_fds(connection, 1 << 20, 2)
-        if not request:  # the other end is closed
+        message, files, *_ = socket.recv_fds(connection, 1 << 20, 2)
+        if not message:  # the other end is closed
             sys.exit()
-        out, err = files
+        request = json.loads(message)
+        timeout = request.pop("timeout")
         pid = os.fork()
         if pid == 0:
+            os.setpgid(0, 0)
             connection.close()
-            os.dup2(out, 1)
-            os.dup2(err, 2)
-            os.close(out)
-            os.close(err)
-            return json.loads(request)
-        os.close(out)
-        os.close(err)
-        connection.send(str(pid).encode())
-        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+            for file, standard in zip(files, (1, 2), strict=True):
+                os.dup2(file, standard)
+                os.close(file)
+            return request
+        for file in files:
+            os.close(file)
+        watched = os.pidfd_open(pid)
+        late = not select.select([watched], [], [], timeout)[0]
+        os.close(watched)
+        if late:
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what it may have left behind
+        connection.send((LATE if late else str(code)).encode())
 
 
 def _become(argv, cwd):
     """Run argv in this process, and end it."""
     random.seed()  # a new Python has another state each time
+    numpy.random.seed()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     code = 1
@@ -136,6 +143,8 @@ def _become(argv, cwd):
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if e.code is not None and not isinstance(e.code, int):
+            print(e.code, file=sys.stderr)
     except BaseException:  # as a Python ends that nobody caught it in
         traceback.print_exc()
     finally:

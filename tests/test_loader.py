@@ -169,7 +169,7 @@ def test_a_killed_worker_is_one_line(pictures):
 
 class Sleeper(loader.Decoder):
     def __getitem__(self, request):
-        time.sleep(60)
+        time.sleep(15)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,7 @@ def test_a_signal_does_not_wait_for_a_worker(pictures, interrupted, timeout, err
     with pytest.raises(error):
         next(f.update(0))
     assert time.monotonic() - began < 12
-    for worker in f.stream._workers:  # else it is waited for, and it sleeps
-        worker.kill()
+    f.stream = None
 
 
 def test_center_crop_and_random_crop():

@@ -1,5 +1,7 @@
 """Losses and draws."""
 
+import math
+
 import pytest
 import torch
 
@@ -116,6 +118,16 @@ def test_kl_target_steers():
     for _ in range(400):  # a world in which the KL is 100 / weight
         scale = objective.steered(scale, 100 / scale, 25.0)
     assert 100 / scale == pytest.approx(25, rel=0.02)
+
+
+def test_the_kl_weight_moves_both_ways():
+    """It falls below the target as it grows above it, by the share that is lacking and at most by `speed`."""
+    assert objective.steered(1.0, 10.0, 25.0) == pytest.approx(math.exp(-0.02 * 0.6))
+    assert objective.steered(2.0, 30.0, 25.0) == pytest.approx(2 * math.exp(0.02 * 0.2))
+    assert (
+        objective.steered(1.0, 1000.0, 25.0) == pytest.approx(math.exp(0.02))
+        and objective.steered(1.0, 25.0, 25.0) == 1
+    )
 
 
 def test_snr_weighting_without_a_clip_is_the_epsilon_loss():

@@ -72,7 +72,7 @@ def test_no_stopwatch_decides(monkeypatch):
     onednn.prepare(net)
     assert type(net[3]) is onednn.DirectLinear
     told = onednn.processor()
-    assert told["fp32 products"] == "oneDNN" and told["threads"] == torch.get_num_threads()
+    assert told["fp32 linear layers"] == "oneDNN" and told["threads"] == torch.get_num_threads()
     assert told["instructions"].startswith(torch.backends.cpu.get_cpu_capability()) and told["processor"]
 
 
@@ -156,6 +156,7 @@ def test_wide_layers(monkeypatch, dtype, rows):
         # a product on the edge between two numbers of this type may fall to either, and the sum with it
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(net[0](x), once, rtol=unit, atol=2 * unit)
+        assert (net[0](x) == once).float().mean() > 0.99, "rounded before the bias is added, as PyTorch does"
     assert rms_ratio(net[0](x), exact) < 1e-2 and rms_ratio(net(x), want) < 2e-2
     y = x.clone().requires_grad_()
     net(y).float().square().sum().backward()

@@ -60,6 +60,17 @@ def test_one_chunk_is_what_the_tokenizer_gives(clip):
         assert ids == clip([text])[0] and set(weights_) == {1.0}
 
 
+def test_the_pooled_vector_is_the_first_chunks(sd15):
+    """Of a long prompt, and of a short one beside it."""
+    tokenizer, model = sd15.tokenizers[0], sd15.encoders[0]
+    texts = ["a cat, " * 60, "a dog"]
+    states, pooled = prompt.encode_clip(tokenizer, model, texts, lambda states: states[-1], long=True)
+    assert states.shape[1] >= 2 * tokenizer.length
+    first = torch.tensor([prompt.chunks(tokenizer, text, True, False)[0][0] for text in texts])
+    want = model(first)[1]
+    assert max_error(pooled, want) < 1e-6 and not torch.allclose(want[0], want[1])
+
+
 def test_long_prompts_lose_nothing(clip):
     text = " ".join(f"word{i}" for i in range(120))
     rows = prompt.chunks(clip, text, long=True)

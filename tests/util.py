@@ -14,6 +14,7 @@ import forks
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data._utils import signal_handling
 
 from nanodiff import config
 
@@ -94,13 +95,14 @@ def launch(n, *argv, **options):
     if n == 1:
         return run(*argv, **options)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
-    if options:
+    if "env" in options:
         return run(*torchrun, *argv, **options)
-    return run(*torchrun, "--run-path", "--start-method", "fork", "tests/rank.py", *argv)
+    return run(*torchrun, "--run-path", "--start-method", "fork", *argv, **options)
 
 
 def start(*argv, **more):
-    """A new Python that runs argv, to send signals to. A background job's children ignore SIGINT; these do not."""
+    """A new Python that runs argv, to send signals to. Pytest may ignore SIGINT, when it runs in the background, and its children with it: not
+    this one."""
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
         cwd=ROOT,
@@ -157,16 +159,14 @@ def double_noise(shape, seed=0):
 
 def in_process(module, name, *argv):
     """A script in this process, which has imported everything: (exit code, stdout, stderr). module: with STAGES, such as eval.py."""
-    out, err, before = (
-        io.StringIO(),
-        io.StringIO(),
-        [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGCHLD)],
-    )
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [name, *map(str, argv)])
-        code = config.script(module.STAGES, module.__doc__, getattr(module, "PRESETS", None))
-    for number, handler in before:
-        signal.signal(number, handler)
+        try:
+            code = config.script(module.STAGES, module.__doc__, getattr(module, "PRESETS", None))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            signal_handling._SIGCHLD_handler_set = False  # a script that fails takes PyTorch's away
     return code, out.getvalue(), err.getvalue()
 
 
