@@ -1,6 +1,7 @@
 """Order, augmentation, workers, buckets, bad pictures, cached encodings."""
 
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -227,6 +228,17 @@ def test_flip_mirrors(tmp_path):
         corner = b.pixels[0, 0, 0]
         assert (corner[3] if b.flips[0] else corner[0]) == 1
     assert 4 < sum(bool(b.flips[0]) for b in batches) < 16
+
+
+def test_buckets_take_turns():
+    """An epoch goes through all pictures, bucket and bucket mixed, and another one in another order."""
+    plan = loader.Plan(80, 3, 4, {(8, 8): range(40), (16, 8): range(40, 80)})
+    one, two = ([plan.update(epoch * 20 + i)[1].tolist() for i in range(20)] for epoch in (0, 1))
+    for groups in (one, two):
+        assert sorted(sum(groups, [])) == list(range(80)) and all(len({p < 40 for p in g}) == 1 for g in groups)
+        wide = [g[0] < 40 for g in groups]
+        assert sum(a != b for a, b in itertools.pairwise(wide)) > 4
+    assert one != two and [sorted(g) for g in one] != [sorted(g) for g in two]
 
 
 def test_aspect_buckets(tmp_path):
