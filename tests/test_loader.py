@@ -235,7 +235,9 @@ def test_buckets_take_turns():
     plan = loader.Plan(80, 3, 4, {(8, 8): range(40), (16, 8): range(40, 80)})
     one, two = ([plan.update(epoch * 20 + i)[1].tolist() for i in range(20)] for epoch in (0, 1))
     for groups in (one, two):
-        assert sorted(sum(groups, [])) == list(range(80)) and all(len({p < 40 for p in g}) == 1 for g in groups)
+        assert sorted(p for g in groups for p in g) == list(range(80)) and all(
+            len({p < 40 for p in g}) == 1 for g in groups
+        )
         wide = [g[0] < 40 for g in groups]
         assert sum(a != b for a, b in itertools.pairwise(wide)) > 4
     assert one != two and [sorted(g) for g in one] != [sorted(g) for g in two]
