@@ -86,6 +86,12 @@ def test_every_head_size(K, keys, dtype):
     run(1, 9, keys, 1, 1, K, dtype)
 
 
+@pytest.mark.parametrize("keys", range(136, 152))
+def test_the_diagonal_ends_anywhere_in_a_block(keys):
+    """Blocks of 16 keys that every query sees are not masked: the last of them must end at the diagonal or before, wherever that is."""
+    run(1, 20, keys, 1, 1, 16, torch.float32, causal=True)
+
+
 def test_views_of_one_projection():
     """q, k, v of [B, L, 3, N, K] need no copy, and the gradient arrives in the projection."""
     x = normal(2, 21, 3, 2, 40)
