@@ -1,4 +1,4 @@
-"""Triton kernels: attention, GroupNorm, row norms, gated units and linear-cross-entropy, each beside its mathematics.
+"""Triton kernels: attention, GroupNorm, row norms, residuals, gated units and linear-cross-entropy, each beside its mathematics.
 
 Each of these files has five parts: the mathematics, a plain reference, the Triton code, autograd, and the public function with
 its fallback. `switch.py` says how the fallback is chosen; `python -m kernels.report` compiles everything without a GPU.
@@ -8,7 +8,8 @@ from kernels.attention import attention
 from kernels.gated import geglu, linear_cross_entropy, swiglu
 from kernels.group_norm import group_norm
 from kernels.norms import layer_norm, qk_norm_rope, rms_norm
+from kernels.residual import add_bias, interleave, lean, residual_norm
 from kernels.switch import backend, set_backend
 
-__all__ = ["attention", "backend", "geglu", "group_norm", "layer_norm", "linear_cross_entropy", "qk_norm_rope", "rms_norm",
-           "set_backend", "swiglu"]  # fmt: skip
+__all__ = ["add_bias", "attention", "backend", "geglu", "group_norm", "interleave", "layer_norm", "lean", "linear_cross_entropy", "qk_norm_rope",
+           "residual_norm", "rms_norm", "set_backend", "swiglu"]  # fmt: skip

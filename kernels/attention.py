@@ -28,10 +28,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.switch import architecture, cdiv, halves, on_device, power_of_2, span, tl, triton, tuned, use
+from kernels.launch import Launch, kept, planned
+from kernels.switch import architecture, cdiv, halves, mode, on_device, power_of_2, span, tl, triton, tuned, use
 
 LOG2E = tl.constexpr(math.log2(math.e))
+FUSED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+ANY = [*FUSED.values(), SDPBackend.MATH]  # where that one cannot take a tensor
 SHORT = 128  # up to so many keys are held on chip whole (16-bit types, heads up to 256)
 
 
@@ -65,6 +73,14 @@ def attention_reference(q, k, v, causal=False, scale=None, bias=None, key_mask=N
 
 
 # 3. The Triton code ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _known(s_b, s_row, s_n, ALIGN: tl.constexpr):
+    """Three strides that are multiples of ALIGN, in a form from which the compiler sees it: 16 bytes then go at once."""
+    if ALIGN > 1:
+        s_b, s_row, s_n = s_b // ALIGN * ALIGN, s_row // ALIGN * ALIGN, s_n // ALIGN * ALIGN
+    return s_b, s_row, s_n
 
 
 @triton.jit
@@ -174,15 +190,16 @@ def _forward_blocks(acc0, acc1, m_i, l_i, q0, q1, p_q, s_ql, s_qd, k0_from, k1_f
         else:
             k0, k1 = _heads(k0_from, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)
             s = _product(q0, q1, k0, k1, D1, PRECISION)
-        s *= scale * LOG2E
+        unit = scale * LOG2E  # of a score, in units of log 2: without a bias, part of the multiply-add before exp2
         if BIAS:
-            s += LOG2E * _tile(p_bias, o_l, s_bl, o_s, s_bs, L, S, True, EDGE).to(tl.float32)
+            s = s * unit + LOG2E * _tile(p_bias, o_l, s_bl, o_s, s_bs, L, S, True, EDGE).to(tl.float32)
+            unit = 1.0
         if EDGE:
             s = tl.where(_seen(o_l[:, None], o_s[None, :], L, S, CAUSAL, WINDOW), s, -float("inf"))
         if MASK:
             s = tl.where(tl.load(p_mask + o_s * s_ms, mask=o_s < S, other=0)[None, :] != 0, s, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
+        p = tl.exp2(s * unit - m_new[:, None])
         correction = tl.exp2(m_i - m_new)
         m_i = m_new
         l_i = l_i * correction + tl.sum(p, 1)
@@ -205,8 +222,11 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
              s_vn, s_vd, s_bb, s_bn, s_bl, s_bs, s_mb, s_ms, N, M, L, S, scale, K: tl.constexpr, D0: tl.constexpr,
              D1: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
              EDGE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
-             TMA: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+             TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """One block of queries of one head: grid [blocks of L, B·N, parts of K]. WIDE: D0 columns of o a program."""
+    s_qb, s_ql, s_qn = _known(s_qb, s_ql, s_qn, ALIGN)
+    s_kb, s_ks, s_kn = _known(s_kb, s_ks, s_kn, ALIGN)
+    s_vb, s_vs, s_vn = _known(s_vb, s_vs, s_vn, ALIGN)
     HELD: tl.constexpr = 0 if WIDE else K  # columns that need no check: none when a program has but a part of them
     first = tl.program_id(2) * D0
     cols = K - first
@@ -271,8 +291,11 @@ def _forward_short(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn
                    s_vs, s_vn, s_vd, s_bb, s_bn, s_bl, s_bs, s_mb, s_ms, N, M, L, S, scale, K: tl.constexpr,
                    D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
                    WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, S0: tl.constexpr,
-                   S1: tl.constexpr, LOOPS: tl.constexpr):  # fmt: skip
+                   S1: tl.constexpr, LOOPS: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All S ≤ S0 + S1 keys on chip, for LOOPS blocks of queries: grid [blocks of L / LOOPS, B·N]. 77 keys = 64 + 16."""
+    s_qb, s_ql, s_qn = _known(s_qb, s_ql, s_qn, ALIGN)
+    s_kb, s_ks, s_kn = _known(s_kb, s_ks, s_kn, ALIGN)
+    s_vb, s_vs, s_vn = _known(s_vb, s_vs, s_vn, ALIGN)
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     n_k = (n // (N // M)).to(tl.int64)
     p_q += b * s_qb + n.to(tl.int64) * s_qn
@@ -319,8 +342,9 @@ def _forward_short(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn
 
 @triton.jit
 def _delta(p_out, p_dout, p_dlse, p_delta, s_gb, s_gl, s_gn, s_gd, N, L, K: tl.constexpr, D0: tl.constexpr,
-           D1: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
+           D1: tl.constexpr, BLOCK_L: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Δ = Σ_d do·o − dlse: grid [blocks of L, B·N]."""
+    s_gb, s_gl, s_gn = _known(s_gb, s_gl, s_gn, ALIGN)
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     o0, o1 = _heads(p_out + (b * L * N + n) * K, o_l, N * K, 1, L, K, True, K, D0, D1)
@@ -345,12 +369,16 @@ def _backward_kv(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dk, p_
                  s_kn, s_kd, s_vb, s_vs, s_vn, s_vd, s_bb, s_bn, s_bl, s_bs, s_mb, s_ms, s_gb, s_gl, s_gn, s_gd, B, N,
                  M, L, S, scale, per_split, parts, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
                  BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr,
-                 PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
-                 WIDE: tl.constexpr):  # fmt: skip
+                 PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+                 ALIGN: tl.constexpr):  # fmt: skip
     """dk and dv of one block of keys, from `per_split` queries: grid [blocks of S × parts of K, B·M, splits of L].
 
     Scores are held transposed [keys, queries], so that p and ds are left operands of the products they enter.
     """
+    s_qb, s_ql, s_qn = _known(s_qb, s_ql, s_qn, ALIGN)
+    s_kb, s_ks, s_kn = _known(s_kb, s_ks, s_kn, ALIGN)
+    s_vb, s_vs, s_vn = _known(s_vb, s_vs, s_vn, ALIGN)
+    s_gb, s_gl, s_gn = _known(s_gb, s_gl, s_gn, ALIGN)
     HELD: tl.constexpr = 0 if WIDE else K
     col = tl.program_id(0) % parts * D0
     cols = K - col
@@ -442,8 +470,12 @@ def _backward_q(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dq, s_q
                 s_kd, s_vb, s_vs, s_vn, s_vd, s_bb, s_bn, s_bl, s_bs, s_mb, s_ms, s_gb, s_gl, s_gn, s_gd, N, M, L, S,
                 scale, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
                 CAUSAL: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-                BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+                BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """dq of one block of queries: grid [blocks of L, B·N, parts of K]."""
+    s_qb, s_ql, s_qn = _known(s_qb, s_ql, s_qn, ALIGN)
+    s_kb, s_ks, s_kn = _known(s_kb, s_ks, s_kn, ALIGN)
+    s_vb, s_vs, s_vn = _known(s_vb, s_vs, s_vn, ALIGN)
+    s_gb, s_gl, s_gn = _known(s_gb, s_gl, s_gn, ALIGN)
     HELD: tl.constexpr = 0 if WIDE else K
     col = tl.program_id(2) * D0
     cols = K - col
@@ -476,9 +508,13 @@ def _backward_bias(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dbia
                    s_kn, s_kd, s_vb, s_vs, s_vn, s_vd, s_bb, s_bn, s_bl, s_bs, s_mb, s_ms, s_gb, s_gl, s_gn, s_gd, N,
                    M, L, S, scale, rows, heads, bias_heads, K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
                    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-                   BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+                   BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """dbias of one tile, summed over the `rows` of the batch and the `heads` that share it:
     grid [blocks of L, blocks of S, members of the bias]."""
+    s_qb, s_ql, s_qn = _known(s_qb, s_ql, s_qn, ALIGN)
+    s_kb, s_ks, s_kn = _known(s_kb, s_ks, s_kn, ALIGN)
+    s_vb, s_vs, s_vn = _known(s_vb, s_vs, s_vn, ALIGN)
+    s_gb, s_gl, s_gn = _known(s_gb, s_gl, s_gn, ALIGN)
     b0 = tl.program_id(2) // bias_heads * rows
     n0 = tl.program_id(2) % bias_heads * heads
     o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -539,7 +575,16 @@ def _config(kind, q, k, masked=False):
     (L, _, K), S = q.shape[1:], k.shape[1]
     kind = f"{kind}_masked" if masked else kind
     keys = keys_of(K, S if kind.startswith(("forward", "backward_q")) else L, q.dtype)
-    return tuned(f"attention.{kind}", keys, config(kind, K, q.element_size()))
+    found = tuned(f"attention.{kind}", keys, config(kind, K, q.element_size()))
+    found.pop("TORCH", None)
+    return found
+
+
+def _faster(q, k, masked):
+    """Which of PyTorch's own attentions the table of this GPU says to be faster for tensors like these (FUSED), or None."""
+    short = k.shape[1] <= SHORT and q.shape[3] <= 256 and q.element_size() == 2
+    kind, length = ("short", q.shape[1]) if short else ("forward_masked" if masked else "forward", k.shape[1])
+    return tuned(f"attention.{kind}", keys_of(q.shape[3], length, q.dtype), {}).get("TORCH")
 
 
 def precision():
@@ -550,24 +595,83 @@ def precision():
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def _tma(k, v):
-    """Whether the copy engine can read these: last axis contiguous, everything else in steps of 16 bytes."""
-    return all(
-        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
-        for x in (k, v)
-    )
+def _one_tf32(dtype):
+    """What precision() rests on, as a part of a call's signature."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
 
 
-def _strides(bias, key_mask, like):
-    """(bias, its four strides, mask, its two): 0 where one value serves all; a dummy pointer where there is none."""
-    if bias is None:
-        bias, of_bias = like, (0, 0, 0, 0)
+def _steps(*tensors):
+    """Strides of the batches, rows and heads that there are."""
+    return [s for t in tensors for s, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
+
+
+def _alignment(*tensors):
+    """What the kernels must be told of these strides: that all are multiples of 16 bytes (in elements), or 1, nothing. Of
+    multiples of 16 elements Triton knows itself."""
+    steps, size = _steps(*tensors), 16 // tensors[0].element_size()
+    return size if any(s % 16 for s in steps) and all(s % size == 0 for s in steps) else 1
+
+
+def _in_step(k, v):
+    """Do both start at multiples of 16 bytes?"""
+    return (k.data_ptr() | v.data_ptr()) & 15 == 0
+
+
+def _strides(bias, key_mask):
+    """The four strides of the bias and the two of the mask: 0 where one value serves all, and where there is none."""
+    of_bias = (0, 0, 0, 0)
+    if bias is not None:
+        shared = (0 if n == 1 else s for n, s in zip(bias.shape[:2], bias.stride()[:2], strict=True))
+        of_bias = (*shared, *bias.stride()[2:])
+    return (*of_bias, *((0, 0) if key_mask is None else key_mask.stride()))
+
+
+def _given(bias, key_mask, like):
+    """(bias, mask) as pointers: a dummy where there is none."""
+    return like if bias is None else bias, like if key_mask is None else key_mask.view(torch.uint8)
+
+
+def _flags(q, bias, key_mask, causal, window, *aligned):
+    """Constants that the kernels share."""
+    D0, D1, _, wide = columns(q.shape[-1], q.element_size())
+    return {"K": q.shape[-1], "D0": D0, "D1": D1, "BIAS": bias is not None, "MASK": key_mask is not None, "CAUSAL": causal,
+            "WINDOW": window, "PRECISION": precision(), "WIDE": wide, "ALIGN": _alignment(q, *aligned)}  # fmt: skip
+
+
+def _forward_launch(q, k, v, bias, key_mask, scale, causal, window, in_step, _):
+    """The Launch of forward() for tensors like these. in_step: k and v start at multiples of 16 bytes."""
+    (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
+    flags = _flags(q, bias, key_mask, causal, window, k, v)
+    numbers = (*q.stride(), *k.stride(), *v.stride(), *_strides(bias, key_mask), N, M, L, S, scale)
+    if S <= SHORT and K <= 256 and q.element_size() == 2:
+        del flags["WIDE"]
+        cfg = _config("short", q, k)
+        S0, S1 = halves(S)
+        rows = min(cfg["BLOCK_L"], power_of_2(L))
+        grid = (cdiv(L, rows * cfg["LOOPS"]), B * N)
+        return Launch(_forward_short, grid, *numbers, **flags, **cfg | {"BLOCK_L": rows}, S0=S0, S1=S1)
+    cfg = _config("forward", q, k, causal or window > 0 or bias is not None or key_mask is not None)
+    if not cfg.pop("SPLIT", True) and not flags["WIDE"]:
+        flags |= {"D0": power_of_2(K), "D1": 0}
+    # Whether the copy engine can read these: last axis contiguous, everything else in steps of 16 bytes.
+    if cfg["TMA"]:
+        even = all(s * k.element_size() % 16 == 0 for s in _steps(k, v))
+        cfg["TMA"] = in_step and even and k.stride(3) == v.stride(3) == 1 and not flags["WIDE"]
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    edge = causal or window > 0 or S % cfg["BLOCK_S"] != 0
+    parts = columns(K, q.element_size())[2]
+    return Launch(_forward, (cdiv(L, cfg["BLOCK_L"]), B * N, parts), *numbers, **flags, **cfg, EDGE=edge)
+
+
+def _run(launch, q, k, v, bias, key_mask):
+    """(o, lse) by that Launch."""
+    B, L, N, K = q.shape
+    out, lse = q.new_empty((B, L, N, K)), q.new_empty((B, N, L), dtype=torch.float32)
+    if bias is None and key_mask is None:
+        launch(q, k, v, q, q, out, lse)
     else:
-        of_bias = [0 if n == 1 else s for n, s in zip(bias.shape[:2], bias.stride()[:2], strict=True)]
-        of_bias += bias.stride()[2:]
-    if key_mask is None:
-        return bias, of_bias, like, (0, 0)
-    return bias, of_bias, key_mask.view(torch.uint8), key_mask.stride()
+        launch(q, k, v, *_given(bias, key_mask, q), out, lse)
+    return out, lse
 
 
 @on_device
@@ -582,31 +686,11 @@ def forward(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) by the kernels."""
-    (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
-    out, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
+    B, L, N, K = q.shape
     if L == 0 or B == 0:
-        return out, lse
-    D0, D1, parts, wide = columns(K, q.element_size())
-    masked = causal or window > 0 or bias is not None or key_mask is not None
-    flags = {"K": K, "D0": D0, "D1": D1, "BIAS": bias is not None, "MASK": key_mask is not None, "CAUSAL": causal,
-             "WINDOW": window, "PRECISION": precision()}  # fmt: skip
-    bias, of_bias, key_mask, of_mask = _strides(bias, key_mask, q)
-    args = (q, k, v, bias, key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(), *of_bias, *of_mask, N, M, L, S,
-            scale)  # fmt: skip
-    if S <= SHORT and K <= 256 and q.element_size() == 2:
-        cfg = _config("short", q, k)
-        S0, S1 = halves(S)
-        rows = min(cfg["BLOCK_L"], power_of_2(L))
-        grid = (cdiv(L, rows * cfg["LOOPS"]), B * N)
-        _forward_short[grid](*args, **flags, **cfg | {"BLOCK_L": rows}, S0=S0, S1=S1)
-        return out, lse
-    cfg = _config("forward", q, k, masked)
-    if cfg["TMA"]:
-        cfg, device = cfg | {"TMA": _tma(k, v) and not wide}, q.device
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-    edge = causal or window > 0 or S % cfg["BLOCK_S"] != 0
-    _forward[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*args, **flags, **cfg, EDGE=edge, WIDE=wide)
-    return out, lse
+        return q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
+    settings = scale, causal, window, _in_step(k, v), _one_tf32(q.dtype)
+    return _run(kept(_forward_launch, q, k, v, bias, key_mask, *settings), q, k, v, bias, key_mask)
 
 
 op = torch.library.custom_op("nanodiff::attention", forward, mutates_args=())
@@ -625,6 +709,41 @@ def splits(L, S, BLOCK_L, BLOCK_S, members):
     return max(1, min(256 // programs, cdiv(L, 4 * BLOCK_L)))
 
 
+def _backward_launches(q, k, v, bias, key_mask, dout, scale, causal, window, want_bias, _):
+    """(Δ, dk and dv, dq, dbias or None, parts into which the queries are cut) for tensors like these."""
+    (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
+    flags = _flags(q, bias, key_mask, causal, window, k, v, dout)
+    parts = columns(K, q.element_size())[2]
+    strides = (*q.stride(), *k.stride(), *v.stride(), *_strides(bias, key_mask), *dout.stride())
+    H0, H1 = halves(K)
+    rows = min(power_of_2(L), max(16, 2048 // H0))
+    delta = Launch(_delta, (cdiv(L, rows), B * N), *dout.stride(), N, L, K=K, D0=H0, D1=H1, BLOCK_L=rows,
+                   ALIGN=_alignment(dout))  # fmt: skip
+    masked = causal or window > 0 or bias is not None or key_mask is not None
+
+    cfg = _config("backward_kv", q, k, masked)
+    cuts = splits(L, S, cfg["BLOCK_L"], cfg["BLOCK_S"], B * M * parts)
+    per_split = cdiv(cdiv(L, cuts), cfg["BLOCK_L"]) * cfg["BLOCK_L"]
+    cuts = cdiv(L, per_split)
+    kv = Launch(_backward_kv, (cdiv(S, cfg["BLOCK_S"]) * parts, B * M, cuts), *strides, B, N, M, L, S, scale, per_split,
+                parts, **flags, **cfg, EDGE=S % cfg["BLOCK_S"] != 0)  # fmt: skip
+
+    cfg = _config("backward_q", q, k, masked)
+    of_q = Launch(_backward_q, (cdiv(L, cfg["BLOCK_L"]), B * N, parts), *strides, N, M, L, S, scale, **flags, **cfg,
+                  EDGE=S % cfg["BLOCK_S"] != 0)  # fmt: skip
+
+    of_bias = None
+    if want_bias:
+        cfg = _config("backward_bias", q, k)
+        members, heads = bias.shape[:2]
+        flags = {n: f for n, f in flags.items() if n != "BIAS"} | {"WIDE": flags["WIDE"] or K > 128}
+        grid = (cdiv(L, cfg["BLOCK_L"]), cdiv(S, cfg["BLOCK_S"]), members * heads)
+        of_bias = Launch(
+            _backward_bias, grid, *strides, N, M, L, S, scale, B // members, N // heads, heads, **flags, **cfg
+        )
+    return delta, kv, of_q, of_bias, cuts
+
+
 @on_device
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor,
@@ -632,46 +751,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias) by the kernels; dbias is empty unless `want_bias`."""
     (B, L, N, K), (S, M) = q.shape, k.shape[1:3]
-    D0, D1, parts, wide = columns(K, q.element_size())
     dq = q.new_empty(B, L, N, K)
     dbias = bias.new_empty(bias.shape) if want_bias else q.new_empty(0)
     if L == 0 or B == 0:
         return dq, k.new_zeros(B, S, M, K), v.new_zeros(B, S, M, K), dbias.zero_()
+    of_delta, of_kv, of_q, of_bias, cuts = kept(_backward_launches, q, k, v, bias, key_mask, dout, scale, causal, window,
+                                                want_bias, _one_tf32(q.dtype))  # fmt: skip
     delta = torch.empty_like(lse)
-    H0, H1 = halves(K)
-    rows = min(power_of_2(L), max(16, 2048 // H0))
-    _delta[(cdiv(L, rows), B * N)](out, dout, torch.zeros_like(lse) if dlse is None else dlse.contiguous(), delta,
-                                   *dout.stride(), N, L, K=K, D0=H0, D1=H1, BLOCK_L=rows)  # fmt: skip
-    masked = causal or window > 0 or bias is not None or key_mask is not None
-    flags = {"K": K, "D0": D0, "D1": D1, "BIAS": bias is not None, "MASK": key_mask is not None, "CAUSAL": causal,
-             "WINDOW": window, "PRECISION": precision()}  # fmt: skip
-    shape = bias.shape if bias is not None else None
-    bias, of_bias, key_mask, of_mask = _strides(bias, key_mask, q)
-    inputs = (q, k, v, bias, key_mask, dout, lse, delta)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *of_bias, *of_mask, *dout.stride())
-
-    cfg = _config("backward_kv", q, k, masked)
-    cuts = splits(L, S, cfg["BLOCK_L"], cfg["BLOCK_S"], B * M * parts)
-    per_split = cdiv(cdiv(L, cuts), cfg["BLOCK_L"]) * cfg["BLOCK_L"]
-    cuts = cdiv(L, per_split)
+    of_delta(out, dout, torch.zeros_like(lse) if dlse is None else dlse.contiguous(), delta)
+    inputs = (q, k, v, *_given(bias, key_mask, q), dout, lse, delta)
     dk, dv = (x.new_empty(cuts, B, S, M, K, dtype=x.dtype if cuts == 1 else torch.float32) for x in (k, v))
-    edge = S % cfg["BLOCK_S"] != 0
-    _backward_kv[(cdiv(S, cfg["BLOCK_S"]) * parts, B * M, cuts)](*inputs, dk, dv, *strides, B, N, M, L, S, scale,
-                                                                 per_split, parts, **flags, **cfg, EDGE=edge,
-                                                                 WIDE=wide)  # fmt: skip
+    of_kv(*inputs, dk, dv)
     dk, dv = (x[0] if cuts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
-
-    cfg = _config("backward_q", q, k, masked)
-    edge = S % cfg["BLOCK_S"] != 0
-    _backward_q[(cdiv(L, cfg["BLOCK_L"]), B * N, parts)](*inputs, dq, *strides, N, M, L, S, scale, **flags, **cfg,
-                                                         EDGE=edge, WIDE=wide)  # fmt: skip
-
+    of_q(*inputs, dq)
     if want_bias:
-        cfg = _config("backward_bias", q, k)
-        flags.pop("BIAS")
-        grid = (cdiv(L, cfg["BLOCK_L"]), cdiv(S, cfg["BLOCK_S"]), shape[0] * shape[1])
-        _backward_bias[grid](*inputs, dbias, *strides, N, M, L, S, scale, B // shape[0], N // shape[1], shape[1],
-                             **flags, **cfg, WIDE=wide or K > 128)  # fmt: skip
+        of_bias(*inputs, dbias)
     return dq, dk, dv, dbias
 
 
@@ -750,6 +844,31 @@ def _plain(q, k, v, causal, scale, bias, key_mask, window):
     return out.transpose(1, 2)
 
 
+def _plan(q, k, v, bias, key_mask, causal, scale, window):
+    """f(q, k, v, bias, key_mask, return_lse) -> (o, lse) for tensors like these without gradients, or None: see planned()."""
+    if q.numel() == 0 or not use("attention", q, _why_not, q, k, v, scale, bias, key_mask):
+        return None
+    masked = causal or window > 0 or bias is not None or key_mask is not None
+    number = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    launch = _forward_launch(q, k, v, bias, key_mask, number, causal, window, _in_step(k, v), None)
+
+    @on_device
+    def ours(q, k, v, bias, key_mask, return_lse):
+        return _run(launch, q, k, v, bias, key_mask)
+
+    theirs = _faster(q, k, masked) if mode() == "auto" else None
+    if theirs is None:
+        return ours
+
+    def plan(q, k, v, bias, key_mask, return_lse):
+        if return_lse:
+            return ours(q, k, v, bias, key_mask, return_lse)
+        with sdpa_kernel([FUSED[theirs], *ANY], set_priority=True):
+            return _plain(q, k, v, causal, scale, bias, key_mask, window), None
+
+    return plan
+
+
 def attention(q, k, v, causal=False, scale=None, bias=None, key_mask=None, window=0, return_lse=False):
     """softmax(q kᵀ · scale + bias) v -> [B, L, N, K], and lse [B, N, L] in fp32 with `return_lse`.
 
@@ -764,7 +883,9 @@ def attention(q, k, v, causal=False, scale=None, bias=None, key_mask=None, windo
     """
     if bias is not None and not bias.is_floating_point():
         raise ValueError(f"attention: bias is {bias.dtype}; a boolean mask is no bias (key_mask, or 0 and -inf)")
-    if use("attention", q, _why_not, q, k, v, scale, bias, key_mask):
+    if (plan := planned(_plan, q, k, v, bias, key_mask, causal, scale, window)) is not None:
+        out, lse = plan(q, k, v, bias, key_mask, return_lse)
+    elif use("attention", q, _why_not, q, k, v, scale, bias, key_mask):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         out, lse = op(q, k, v, bias, key_mask, scale, causal, window)
     elif return_lse:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import precision
+from kernels.launch import Launch, kept, planned
 from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
@@ -144,14 +145,19 @@ def _gated_tile(D):
     return cfg["BLOCK"], cfg["num_warps"]
 
 
+def _gated_launch(value, gate, activation):
+    """The Launch of gated_forward() for tensors like these."""
+    rows, D = value.shape
+    block, warps = _gated_tile(D)
+    return Launch(_gated_forward, (rows, cdiv(D, block)), value.stride(0), gate.stride(0), D, KIND=activation, BLOCK=block,
+                  num_warps=warps)  # fmt: skip
+
+
 @on_device
 def gated_forward(value: Tensor, gate: Tensor, activation: str) -> Tensor:
     """value · act(gate) of [rows, D] by the kernel."""
-    rows, D = value.shape
-    y = value.new_empty(rows, D)
-    block, warps = _gated_tile(D)
-    _gated_forward[(rows, cdiv(D, block))](value, gate, y, value.stride(0), gate.stride(0), D, KIND=activation,
-                                           BLOCK=block, num_warps=warps)  # fmt: skip
+    y = value.new_empty(value.shape)
+    kept(_gated_launch, value, gate, activation)(value, gate, y)
     return y
 
 
@@ -324,11 +330,40 @@ def _why_not(name, *tensors):
     return "a tensor is empty" if any(t.numel() == 0 for t in tensors) else None
 
 
+def _gated_plan(value, gate, name, activation):
+    """f(value, gate) -> y for tensors like these without gradients, or None: see planned()."""
+    if not use(name, value, _why_not, name, value, gate):
+        return None
+    D = value.shape[-1]
+    return lambda value, gate: gated_forward(value.reshape(-1, D), gate.reshape(-1, D), activation).view(value.shape)
+
+
+def _halves_plan(x, activation):
+    """f(x) -> y of a projection like this without gradients, or None: see planned()."""
+    if not use("geglu", x, _why_not, "geglu", x):
+        return None
+    if not x.is_contiguous():
+        return lambda x: halves_forward(x.reshape(-1, x.shape[-1]), activation).view(*x.shape[:-1], -1)
+    D = x.shape[-1] // 2
+    flat = x.view(-1, 2 * D)
+    launch = _gated_launch(*flat.chunk(2, dim=-1), activation)
+
+    @on_device
+    def plan(x):
+        y = x.new_empty((*x.shape[:-1], D))
+        launch(x, x.as_strided((1,), (1,), x.storage_offset() + D), y)
+        return y
+
+    return plan
+
+
 def _gated(name, value, gate, activation):
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if value.shape != gate.shape:
         raise ValueError(f"{name}: value {tuple(value.shape)}, gate {tuple(gate.shape)}")
+    if (plan := planned(_gated_plan, value, gate, name, activation)) is not None:
+        return plan(value, gate)
     if use(name, value, _why_not, name, value, gate):
         D = value.shape[-1]
         return gated_op(value.reshape(-1, D), gate.reshape(-1, D), activation).view(value.shape)
@@ -344,6 +379,8 @@ def geglu(x, activation="gelu"):
         raise ValueError(f"geglu: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if x.shape[-1] % 2:
         raise ValueError(f"geglu: the last axis has {x.shape[-1]} values, no two halves")
+    if (plan := planned(_halves_plan, x, activation)) is not None:
+        return plan(x)
     if use("geglu", x, _why_not, "geglu", x):
         return halves_op(x.reshape(-1, x.shape[-1]), activation).view(*x.shape[:-1], -1)
     value, gate = x.chunk(2, dim=-1)

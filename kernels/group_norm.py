@@ -5,8 +5,9 @@ The mathematics (Wu & He 2018, arXiv 1803.08494 eq. 1–3), for one image b and 
     μ = mean u,  σ² = mean (u − μ)²,  r = 1/√(σ² + ε),  û = r (u − μ)
     z = γ_c û + β_c,  y = silu(z) = z·sig(z)   or   y = z
 
-Mean and variance are those of blocks, put together by Chan, Golub & LeVeque (1979): M₂ = Σ M₂ᵢ + Σ nᵢ (μᵢ − μ)². Nothing
-is ever the difference of two large sums, so an offset of 10⁴ standard deviations costs no digits that fp32 has.
+Mean and variance are those of chunks, each counted from a value near its own mean and put together by Chan, Golub & LeVeque
+(1979): M₂ = Σ M₂ᵢ + Σ nᵢ (μᵢ − μ)². Nothing is ever the difference of two large sums, so an offset of 10⁴ standard
+deviations costs no digits that fp32 has.
 
 Backward, with dz = dy · sig(z)(1 + z(1 − sig(z))): per image and channel the sums over the n/C·G pixels
     s₁ = Σ dz,   s₂ = Σ dz û,   s₃ = Σ û      give      dγ = Σ_b s₂,   dβ = Σ_b s₁,
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.launch import Launch, kept, planned
 from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 # 2. The plain reference ------------------------------------------------------------------------------------
@@ -71,16 +73,16 @@ def _channel(p, o_c, m_c):
 
 
 @triton.jit
-def _whole_forward(p_x, p_shift, p_weight, p_bias, p_y, p_mean, p_rstd, s_b, s_c, s_p, C, P, eps, WIDTH: tl.constexpr,
-                   SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+def _whole_forward(p_x, p_shift, p_weight, p_bias, p_y, p_mean, p_rstd, s_b, s_c, s_p, s_t, C, P, eps,
+                   WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
-    """One group of one image on chip: grid [G, B]. WIDTH = C/G channels, P pixels."""
+    """One group of one image on chip: grid [G, B]. WIDTH = C/G channels, P pixels; s_t: from image to image of the shift."""
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_p, o_w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
     m = (o_p < P)[:, None] & m_c[None, :]
     o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
-    u = _shifted(p_x + o, p_shift + b * C + tl.where(m_c, o_c, 0), m, SHIFT)
+    u = _shifted(p_x + o, p_shift + b * s_t + tl.where(m_c, o_c, 0), m, SHIFT)
     n = P * WIDTH
     mean = tl.sum(u) / n
     u = tl.where(m, u - mean, 0.0)
@@ -94,54 +96,65 @@ def _whole_forward(p_x, p_shift, p_weight, p_bias, p_y, p_mean, p_rstd, s_b, s_c
 
 
 @triton.jit
-def _statistics(p_x, p_shift, p_mean, p_m2, s_b, s_c, s_p, C, P, per_chunk, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
-                BLOCK_C: tl.constexpr):  # fmt: skip
-    """Mean and M₂ per channel of a chunk of pixels, block joined to block: grid [chunks, blocks of C, B]."""
+def _statistics(p_x, p_shift, p_parts, s_b, s_c, s_p, s_t, C, P, per_chunk, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
+                BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Mean and M₂ per channel of a chunk of pixels into p_parts [B, chunks, 2, C]: grid [chunks, blocks of C, B].
+
+    Sums of d and d², d the distance from the mean of the chunk's first block: one pass, whose sums stay in the threads to
+    the end, and nothing large is ever taken from something large.
+    """
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_shift += b * C + tl.where(m_c, o_c, 0)
-    mean, m2 = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    p_shift += b * s_t + tl.where(m_c, o_c, 0)
+    p_x += b * s_b + o_c[None, :] * s_c
     first = chunk * per_chunk
     last = tl.minimum(first + per_chunk, P)
-    for start in tl.range(first, last, BLOCK_P):
+    o_p = first + tl.arange(0, BLOCK_P)
+    m = (o_p < last)[:, None] & m_c[None, :]
+    near = tl.sum(tl.load(p_x + o_p[:, None] * s_p, mask=m, other=0.0).to(tl.float32), 0)
+    near /= tl.minimum(last - first, BLOCK_P).to(tl.float32)
+    d1, d2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
         o_p = start + tl.arange(0, BLOCK_P)
         m = (o_p < last)[:, None] & m_c[None, :]
-        u = _shifted(p_x + b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c, p_shift, m, SHIFT)
-        here, before = tl.minimum(last - start, BLOCK_P).to(tl.float32), (start - first).to(tl.float32)
-        block_mean = tl.sum(u, 0) / here
-        u = tl.where(m, u - block_mean[None, :], 0.0)
-        difference = block_mean - mean
-        mean += difference * (here / (before + here))
-        m2 += tl.sum(u * u, 0) + difference * difference * (before * here / (before + here))
-    o = (b * tl.num_programs(0) + chunk) * C + o_c
-    tl.store(p_mean + o, mean, mask=m_c)
-    tl.store(p_m2 + o, m2, mask=m_c)
+        d = tl.load(p_x + o_p[:, None] * s_p, mask=m, other=0.0).to(tl.float32) - near[None, :]
+        d = tl.where(m, d, 0.0)
+        d1 += d
+        d2 += d * d
+    count = (last - first).to(tl.float32)
+    s1 = tl.sum(d1, 0)
+    mean = near + s1 / count
+    if SHIFT:
+        mean += tl.load(p_shift).to(tl.float32)
+    o = (b * tl.num_programs(0) + chunk) * 2 * C + o_c
+    tl.store(p_parts + o, mean, mask=m_c)
+    tl.store(p_parts + o + C, tl.maximum(tl.sum(d2, 0) - s1 * (s1 / count), 0.0), mask=m_c)
 
 
 @triton.jit
-def _join(p_means, p_m2s, p_mean, p_rstd, C, P, chunks, per_chunk, eps, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+def _join(p_parts, p_mean, p_rstd, C, P, chunks, per_chunk, eps, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
           BLOCK_C: tl.constexpr):  # fmt: skip
     """The chunks' and channels' statistics into those of the group: grid [G, B]."""
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_k, o_w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_C)
     m = (o_k < chunks)[:, None] & (o_w < WIDTH)[None, :]
-    o = (b * chunks + o_k[:, None]) * C + g * WIDTH + o_w[None, :]
+    p_parts += (b * chunks + o_k[:, None]) * 2 * C + g * WIDTH + o_w[None, :]
     count = tl.maximum(tl.minimum(P - o_k * per_chunk, per_chunk), 0).to(tl.float32)[:, None]
-    means = tl.load(p_means + o, mask=m, other=0.0)
+    means = tl.load(p_parts, mask=m, other=0.0)
     n = P * WIDTH
     mean = tl.sum(means * count) / n
     off = means - mean
-    m2 = tl.sum(tl.where(m, tl.load(p_m2s + o, mask=m, other=0.0) + off * off * count, 0.0))
+    m2 = tl.sum(tl.where(m, tl.load(p_parts + C, mask=m, other=0.0) + off * off * count, 0.0))
     row = b * tl.num_programs(0) + g
     tl.store(p_mean + row, mean)
     tl.store(p_rstd + row, 1 / tl.sqrt(m2 / n + eps))
 
 
 @triton.jit
-def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_p, C, P, G, per_chunk,
+def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_p, s_t, C, P, G, per_chunk,
                WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
-               BLOCK_C: tl.constexpr):  # fmt: skip
+               BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y of a chunk of pixels, from the group's mean and rstd: grid [chunks, blocks of C, B], last chunk first."""
     chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -149,10 +162,10 @@ def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_
     mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
     weight = _channel(p_weight, o_c, m_c) * rstd
     bias = _channel(p_bias, o_c, m_c)
-    p_shift += b * C + tl.where(m_c, o_c, 0)
+    p_shift += b * s_t + tl.where(m_c, o_c, 0)
     first = chunk * per_chunk
     last = tl.minimum(first + per_chunk, P)
-    for start in tl.range(first, last, BLOCK_P):
+    for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
         o_p = start + tl.arange(0, BLOCK_P)
         m = (o_p < last)[:, None] & m_c[None, :]
         o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
@@ -289,17 +302,23 @@ def plan(x, groups, on_chip):
     width = C // groups
     block_c = power_of_2(width, 1)
     last = x.stride(1) == 1
-    if power_of_2(P) * block_c <= on_chip:
-        tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
-        return {"whole": True, **tile, "num_warps": max(1, min(8, tile["BLOCK_P"] * block_c // 1024))}
     key = f"{'channels_last' if last else 'contiguous'}/{x.element_size()}"
-    cfg = tuned("group_norm", (key,), {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4})
+    default = {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4, "STAGES": 3, "WHOLE": 1}
+    cfg = tuned("group_norm", (key,), default)
+    size, times = (
+        power_of_2(P) * block_c,
+        cfg["WHOLE"] if on_chip == ON_CHIP else 1,
+    )  # measured for forward passes alone
+    if size <= on_chip * times:
+        tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
+        return {"whole": True, **tile, "num_warps": max(1, min(8 * times, size // 1024))}
     wide = min(cfg["WIDE"], power_of_2(C))
     tile = {"BLOCK_P": cfg["BLOCK"] // wide, "BLOCK_C": wide}
     # enough programs to fill a GPU, but no more chunks than _join() can hold; a rule of the shapes, the same at every call
     chunks = max(1, min(CHUNKS, JOINED // block_c, cdiv(cfg["PROGRAMS"], B * cdiv(C, wide)), cdiv(P, tile["BLOCK_P"])))
     per_chunk = cdiv(cdiv(P, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
-    return {"whole": False, **tile, "chunks": cdiv(P, per_chunk), "per_chunk": per_chunk, "num_warps": cfg["num_warps"]}
+    return {"whole": False, **tile, "chunks": cdiv(P, per_chunk), "per_chunk": per_chunk, "num_warps": cfg["num_warps"],
+            "STAGES": cfg["STAGES"]}  # fmt: skip
 
 
 def _join_warps(chunks, width):
@@ -312,31 +331,51 @@ def _flat(x):
     return x.view(*x.shape[:2], -1) if x.is_contiguous() else x.flatten(2)
 
 
+def _forward_launches(x, shift, groups, eps, silu):
+    """(chunks, Launches) for an x [B, C, …] like this: one that does everything (0 chunks), or three."""
+    x = _flat(x)
+    (B, C, P), width = x.shape, x.shape[1] // groups
+    flags = {"WIDTH": width, "SILU": silu, "SHIFT": shift is not None}
+    strides = (*x.stride(), 0 if shift is None else shift.stride(0))
+    cfg = plan(x, groups, ON_CHIP)
+    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
+    if cfg["whole"]:
+        return 0, [Launch(_whole_forward, (groups, B), *strides, C, P, eps, **flags, **tile)]
+    chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
+    grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
+    return chunks, [
+        Launch(_statistics, grid, *strides, C, P, per_chunk, SHIFT=flags["SHIFT"], **tile, STAGES=cfg["STAGES"]),
+        Launch(_join, (groups, B), C, P, chunks, per_chunk, eps, WIDTH=width, CHUNKS=power_of_2(chunks, 1),
+               BLOCK_C=power_of_2(width, 1), num_warps=_join_warps(chunks, width)),
+        Launch(_normalise, grid, *strides, C, P, groups, per_chunk, **flags, **tile, STAGES=cfg["STAGES"]),
+    ]  # fmt: skip
+
+
+def _run(chunks, launches, x, weight, bias, shift, groups):
+    """(y, mean, rstd) by these Launches: weight and bias contiguous, the shift's last axis too."""
+    y = torch.empty_like(x)
+    B, C = x.shape[:2]
+    mean, rstd = x.new_empty((B, groups), dtype=torch.float32), x.new_empty((B, groups), dtype=torch.float32)
+    shift = x if shift is None else shift
+    if not chunks:
+        launches[0](x, shift, weight, bias, y, mean, rstd)
+        return y, mean, rstd
+    statistics, join, normalise = launches
+    parts = x.new_empty((B, chunks, 2, C), dtype=torch.float32)
+    statistics(x, shift, parts)
+    join(parts, mean, rstd)
+    normalise(x, shift, weight, bias, mean, rstd, y)
+    return y, mean, rstd
+
+
 @on_device
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean [B, G], rstd [B, G]) by the kernels; y in the memory format of x."""
-    y = torch.empty_like(x)
-    x, out = _flat(x), _flat(y)
-    (B, C, P), G = x.shape, groups
-    weight, bias = weight.contiguous(), bias.contiguous()
-    mean, rstd = (x.new_empty(B, G, dtype=torch.float32) for _ in range(2))
-    flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
-    shift = x if shift is None else shift.contiguous()
-    cfg = plan(x, G, ON_CHIP)
-    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
-    if cfg["whole"]:
-        _whole_forward[(G, B)](x, shift, weight, bias, out, mean, rstd, *x.stride(), C, P, eps, **flags, **tile)
-        return y, mean, rstd
-    chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
-    means, m2s = (x.new_empty(B, chunks, C, dtype=torch.float32) for _ in range(2))
-    grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
-    _statistics[grid](x, shift, means, m2s, *x.stride(), C, P, per_chunk, SHIFT=flags["SHIFT"], **tile)
-    _join[(G, B)](means, m2s, mean, rstd, C, P, chunks, per_chunk, eps, WIDTH=C // G, CHUNKS=power_of_2(chunks, 1),
-                  BLOCK_C=power_of_2(C // G, 1), num_warps=_join_warps(chunks, C // G))  # fmt: skip
-    _normalise[grid](x, shift, weight, bias, mean, rstd, out, *x.stride(), C, P, G, per_chunk, **flags, **tile)
-    return y, mean, rstd
+    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
+    chunks, launches = kept(_forward_launches, x, shift, groups, eps, silu)
+    return _run(chunks, launches, x, weight.contiguous(), bias.contiguous(), shift, groups)
 
 
 op = torch.library.custom_op("nanodiff::group_norm", forward, mutates_args=())
@@ -346,6 +385,24 @@ op = torch.library.custom_op("nanodiff::group_norm", forward, mutates_args=())
 def _(x, weight, bias, shift, groups, eps, silu):
     stats = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(x), *stats
+
+
+def _backward_launches(x, dy, shift, groups, silu):
+    """(chunks, Launches) for an x and dy [B, C, P] like these, as _forward_launches()."""
+    (B, C, P), width = x.shape, x.shape[1] // groups
+    flags = {"WIDTH": width, "SILU": silu, "SHIFT": shift is not None}
+    cfg, strides = plan(x, groups, ON_CHIP_BACKWARD), (*x.stride(), *dy.stride())
+    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
+    if cfg["whole"]:
+        return 0, [Launch(_whole_backward, (groups, B), *strides, C, P, **flags, **tile)]
+    chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
+    grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
+    return chunks, [
+        Launch(_sums, grid, *strides, C, P, groups, per_chunk, **flags, **tile),
+        Launch(_join_sums, (groups, B), C, P, chunks, WIDTH=width, SHIFT=flags["SHIFT"], CHUNKS=power_of_2(chunks, 1),
+               BLOCK_C=power_of_2(width, 1), num_warps=_join_warps(chunks, width)),
+        Launch(_backward_x, grid, *strides, C, P, groups, per_chunk, **flags, **tile),
+    ]  # fmt: skip
 
 
 @on_device
@@ -358,27 +415,22 @@ def backward(
     if not _flattens(dy):
         dy = dy.contiguous()
     x, dy, out = _flat(x), _flat(dy), _flat(dx)
-    (B, C, P), G = x.shape, groups
+    B, C, _ = x.shape
     weight, bias = weight.contiguous(), bias.contiguous()
-    flags = {"WIDTH": C // G, "SILU": silu, "SHIFT": shift is not None}
+    chunks, launches = kept(_backward_launches, x, dy, shift, groups, silu)
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
     shift = x if shift is None else shift.contiguous()
     s1, s2 = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
-    cfg = plan(x, G, ON_CHIP_BACKWARD)
-    tile = {k: cfg[k] for k in ("BLOCK_P", "BLOCK_C", "num_warps")}
-    inputs, strides = (x, shift, weight, bias, mean, rstd), (*x.stride(), *dy.stride())
-    if cfg["whole"]:
-        _whole_backward[(G, B)](*inputs, dy, out, s1, s2, dshift, *strides, C, P, **flags, **tile)
+    inputs = (x, shift, weight, bias, mean, rstd)
+    if not chunks:
+        launches[0](*inputs, dy, out, s1, s2, dshift)
     else:
-        chunks, per_chunk = cfg["chunks"], cfg["per_chunk"]
-        sums = x.new_empty(B, chunks, 3, C, dtype=torch.float32)
-        a = x.new_empty(B, G, 2, dtype=torch.float32)
-        grid = (chunks, cdiv(C, cfg["BLOCK_C"]), B)
-        _sums[grid](*inputs, dy, sums, *strides, C, P, G, per_chunk, **flags, **tile)
-        _join_sums[(G, B)](sums, weight, rstd, s1, s2, a, dshift, C, P, chunks, WIDTH=C // G, SHIFT=flags["SHIFT"],
-                           CHUNKS=power_of_2(chunks, 1), BLOCK_C=power_of_2(C // G, 1),
-                           num_warps=_join_warps(chunks, C // G))  # fmt: skip
-        _backward_x[grid](*inputs, a, dy, out, *strides, C, P, G, per_chunk, **flags, **tile)
+        sums, join, gradient = launches
+        parts = x.new_empty(B, chunks, 3, C, dtype=torch.float32)
+        a = x.new_empty(B, groups, 2, dtype=torch.float32)
+        sums(*inputs, dy, parts)
+        join(parts, weight, rstd, s1, s2, a, dshift)
+        gradient(*inputs, a, dy, out)
     return dx, s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype), dshift
 
 
@@ -424,11 +476,21 @@ def _why_not(x, groups, weight, bias, shift):
         return f"group_norm is in {x.dtype}"
     if x.dim() < 3 or not _flattens(x):
         return "group_norm's pixels are no single stride"
-    if x.numel() == 0 or x[0].numel() >= 2**31:
+    if x.numel() == 0 or x.numel() // B >= 2**31:
         return "group_norm has an image of no or of more than 2³¹ values"
     if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         return "group_norm's memory format is neither contiguous nor channels last"
     return "group_norm has more than 65535 images" if len(x) > 65535 else None
+
+
+def _plan(x, weight, bias, shift, groups, eps, silu):
+    """f(x, weight, bias, shift) -> y for tensors like these without gradients, or None: see planned()."""
+    if not use("group_norm", x, _why_not, x, groups, weight, bias, shift):
+        return None
+    if not (weight.is_contiguous() and bias.is_contiguous() and (shift is None or shift.stride(1) == 1)):
+        return lambda x, weight, bias, shift: forward(x, weight, bias, shift, groups, eps, silu)[0]
+    chunks, launches = _forward_launches(x, shift, groups, eps, silu)
+    return on_device(lambda x, weight, bias, shift: _run(chunks, launches, x, weight, bias, shift, groups)[0])
 
 
 def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
@@ -440,6 +502,8 @@ def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
     Raises ValueError for shapes that do not fit (the fallback: PyTorch's own errors), RuntimeError when the switch
     demands a kernel that cannot serve.
     """
+    if (plan := planned(_plan, x, weight, bias, shift, groups, eps, silu)) is not None:
+        return plan(x, weight, bias, shift)
     if use("group_norm", x, _why_not, x, groups, weight, bias, shift):
         return op(x, weight, bias, shift, groups, eps, silu)[0]
     x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.dim() - 2))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.launch import Launch, kept, planned
 from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 WIDEST = 8192  # values of a row that one program can hold
@@ -219,20 +220,29 @@ def _per_image(t):
     return t.stride(0) if t is not None and t.dim() == 2 else 0
 
 
+def _norm_launch(x, gain, offset, eps, rms, plus_one):
+    """The Launch of norm_forward() for tensors like these."""
+    B, L, D = x.shape
+    rows, block, warps = _rows("layer", D)
+    return Launch(_norm_forward, (cdiv(L, rows), B), *x.stride()[:2], _per_image(gain), _per_image(offset), L, D, eps,
+                  RMS=rms, GAIN=gain is not None, OFFSET=offset is not None, PLUS_ONE=plus_one, ROWS=rows, BLOCK_D=block,
+                  num_warps=warps)  # fmt: skip
+
+
+def _run(launch, x, gain, offset):
+    """(y, mean, rstd) by that Launch."""
+    B, L, D = x.shape
+    y, mean, rstd = x.new_empty((B, L, D)), *(x.new_empty((B, L), dtype=torch.float32) for _ in range(2))
+    launch(x, gain if gain is not None else x, offset if offset is not None else x, y, mean, rstd)
+    return y, mean, rstd
+
+
 @on_device
 def norm_forward(
     x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, rms: bool, plus_one: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) by the kernel: x [B, L, D]; mean and rstd [B, L]."""
-    B, L, D = x.shape
-    y = x.new_empty(B, L, D)
-    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
-    rows, block, warps = _rows("layer", D)
-    _norm_forward[(cdiv(L, rows), B)](
-        x, gain if gain is not None else x, offset if offset is not None else x, y, mean, rstd, *x.stride()[:2],
-        _per_image(gain), _per_image(offset), L, D, eps, RMS=rms, GAIN=gain is not None, OFFSET=offset is not None,
-        PLUS_ONE=plus_one, ROWS=rows, BLOCK_D=block, num_warps=warps)  # fmt: skip
-    return y, mean, rstd
+    return _run(kept(_norm_launch, x, gain, offset, eps, rms, plus_one), x, gain, offset)
 
 
 norm_op = torch.library.custom_op("nanodiff::norm", norm_forward, mutates_args=())
@@ -241,6 +251,17 @@ norm_op = torch.library.custom_op("nanodiff::norm", norm_forward, mutates_args=(
 @norm_op.register_fake
 def _(x, gain, offset, eps, rms, plus_one):
     return x.new_empty(x.shape), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+
+
+def _norm_backward_launch(x, dy, gain, offset, rms, plus_one):
+    """(programs, the Launch of norm_backward()) for tensors like these."""
+    B, L, D = x.shape
+    rows, block, warps = _rows("layer_backward", D)
+    programs, per_program = _programs(B, L, rows)
+    return programs, Launch(_norm_backward, (programs, B), *x.stride()[:2], *dy.stride()[:2], _per_image(gain), L, D,
+                            per_program, RMS=rms, GAIN=gain is not None, PLUS_ONE=plus_one,
+                            SUMS=gain is not None or offset is not None, ROWS=rows, BLOCK_D=block,
+                            num_warps=warps)  # fmt: skip
 
 
 @on_device
@@ -252,13 +273,9 @@ def norm_backward(
     B, L, D = x.shape
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dx = x.new_empty(B, L, D)
-    rows, block, warps = _rows("layer_backward", D)
-    programs, per_program = _programs(B, L, rows)
+    programs, launch = kept(_norm_backward_launch, x, dy, gain, offset, rms, plus_one)
     sums = x.new_empty(B, programs, 2, D, dtype=torch.float32)
-    _norm_backward[(programs, B)](
-        x, gain if gain is not None else x, mean, rstd, dy, dx, sums, *x.stride()[:2], *dy.stride()[:2],
-        _per_image(gain), L, D, per_program, RMS=rms, GAIN=gain is not None, PLUS_ONE=plus_one,
-        SUMS=gain is not None or offset is not None, ROWS=rows, BLOCK_D=block, num_warps=warps)  # fmt: skip
+    launch(x, gain if gain is not None else x, mean, rstd, dy, dx, sums)
 
     def of(t, i):
         if t is None:
@@ -291,6 +308,15 @@ def _norm_gradients(ctx, dy, *_):
 norm_op.register_autograd(_norm_gradients, setup_context=_norm_setup)
 
 
+def _rope_launch(x, weight, cos, eps, plus_one):
+    """The Launch of rope_forward() for tensors like these."""
+    B, L, N, K = x.shape
+    rows, block, warps = _rows("rope", K // 2)
+    return Launch(_rope_forward, (cdiv(L * N, rows), B), *x.stride()[:3],
+                  0 if cos is None or len(cos) == 1 else cos.stride(0), L, N, eps, HALF=K // 2, NORM=weight is not None,
+                  ROPE=cos is not None, PLUS_ONE=plus_one, ROWS=rows, BLOCK=block, num_warps=warps)  # fmt: skip
+
+
 @on_device
 def rope_forward(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, plus_one: bool
@@ -299,12 +325,8 @@ def rope_forward(
     B, L, N, K = x.shape
     y = x.new_empty(B, L, N, K)
     rstd = x.new_empty((B, L, N) if weight is not None else 0, dtype=torch.float32)
-    rows, block, warps = _rows("rope", K // 2)
-    _rope_forward[(cdiv(L * N, rows), B)](
-        x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), y, rstd,
-        *x.stride()[:3], 0 if cos is None or len(cos) == 1 else cos.stride(0), L, N, eps, HALF=K // 2,
-        NORM=weight is not None, ROPE=cos is not None, PLUS_ONE=plus_one, ROWS=rows, BLOCK=block,
-        num_warps=warps)  # fmt: skip
+    launch = kept(_rope_launch, x, weight, cos, eps, plus_one)
+    launch(x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), y, rstd)
     return y, rstd
 
 
@@ -316,6 +338,17 @@ def _(x, weight, cos, sin, eps, plus_one):
     return x.new_empty(x.shape), x.new_empty(x.shape[:3] if weight is not None else 0, dtype=torch.float32)
 
 
+def _rope_backward_launch(x, dy, weight, cos, plus_one):
+    """(programs, the Launch of rope_backward()) for tensors like these."""
+    B, L, N, K = x.shape
+    rows, block, warps = _rows("rope_backward", K // 2)
+    programs, per_program = _programs(B, L * N, rows)
+    return programs, Launch(_rope_backward, (programs, B), *x.stride()[:3], *dy.stride()[:3],
+                            0 if cos is None or len(cos) == 1 else cos.stride(0), L, N, per_program, HALF=K // 2,
+                            NORM=weight is not None, ROPE=cos is not None, PLUS_ONE=plus_one, ROWS=rows, BLOCK=block,
+                            num_warps=warps)  # fmt: skip
+
+
 @on_device
 def rope_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, rstd: Tensor, plus_one: bool
@@ -324,14 +357,9 @@ def rope_backward(
     B, L, N, K = x.shape
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dx = x.new_empty(B, L, N, K)
-    rows, block, warps = _rows("rope_backward", K // 2)
-    programs, per_program = _programs(B, L * N, rows)
+    programs, launch = kept(_rope_backward_launch, x, dy, weight, cos, plus_one)
     sums = x.new_empty(B, programs, K, dtype=torch.float32)
-    _rope_backward[(programs, B)](
-        x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), rstd, dy, dx, sums,
-        *x.stride()[:3], *dy.stride()[:3], 0 if cos is None or len(cos) == 1 else cos.stride(0), L, N, per_program,
-        HALF=K // 2, NORM=weight is not None, ROPE=cos is not None, PLUS_ONE=plus_one, ROWS=rows, BLOCK=block,
-        num_warps=warps)  # fmt: skip
+    launch(x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), rstd, dy, dx, sums)
     return dx, x.new_empty(0) if weight is None else sums.sum((0, 1)).to(weight.dtype)
 
 
@@ -383,8 +411,24 @@ def _why_not_rows(name, x, gain, offset):
     return _why_not(x, name, gain, offset)
 
 
+def _plan(x, gain, offset, name, eps, rms, plus_one):
+    """f(x, gain, offset) -> y for tensors like these without gradients, or None: see planned()."""
+    if not use(name, x, _why_not_rows, name, x, gain, offset):
+        return None
+    of_image = gain is not None and gain.dim() == 2
+    if x.dim() != 3:
+        images = x.shape[0] if of_image else 1
+        return lambda x, gain, offset: norm_forward(
+            x.reshape(images, -1, x.shape[-1]), gain, offset, eps, rms, plus_one
+        )[0].view(x.shape)
+    launch = _norm_launch(x, gain, offset, eps, rms, plus_one)
+    return on_device(lambda x, gain, offset: _run(launch, x, gain, offset)[0])
+
+
 def _norm(name, x, gain, offset, eps, rms, plus_one=False):
     """y in the shape of x by the kernel, or None where PyTorch must."""
+    if (plan := planned(_plan, x, gain, offset, name, eps, rms, plus_one)) is not None:
+        return plan(x, gain, offset)
     if not use(name, x, _why_not_rows, name, x, gain, offset):
         return None
     rows = x if x.dim() == 3 else x.reshape(x.shape[0] if gain is not None and gain.dim() == 2 else 1, -1, x.shape[-1])
@@ -424,6 +468,15 @@ def _rms(x, weight, eps, plus_one):
     return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float(), eps).to(x.dtype)
 
 
+def _rope_plan(x, weight, cos, sin, eps, plus_one):
+    """f(x, weight, cos, sin) -> y for tensors like these without gradients, or None: see planned()."""
+    if not use("qk_norm_rope", x, _why_not, x, "qk_norm_rope", weight, cos, sin):
+        return None
+    if cos is not None and not (cos.is_contiguous() and sin.is_contiguous()):
+        return lambda x, weight, cos, sin: rope_forward(x, weight, cos.contiguous(), sin.contiguous(), eps, plus_one)[0]
+    return lambda x, weight, cos, sin: rope_forward(x, weight, cos, sin, eps, plus_one)[0]
+
+
 def qk_norm_rope(x, weight=None, cos=None, sin=None, eps=1e-6, plus_one=False):
     """RMSNorm of each head (with a weight [K]), then the rotary embedding (with cos and sin [1 or B, L, K/2]):
     x [B, L, N, K], any strides but a contiguous last axis -> [B, L, N, K]. Differentiable in x and weight.
@@ -433,6 +486,8 @@ def qk_norm_rope(x, weight=None, cos=None, sin=None, eps=1e-6, plus_one=False):
     B, L, _, K = x.shape
     if cos is not None and (K % 2 or cos.shape[1:] != (L, K // 2) or len(cos) not in (1, B) or sin.shape != cos.shape):
         raise ValueError(f"qk_norm_rope: cos {tuple(cos.shape)} does not fit x {tuple(x.shape)}")
+    if (plan := planned(_rope_plan, x, weight, cos, sin, eps, plus_one)) is not None:
+        return plan(x, weight, cos, sin)
     if use("qk_norm_rope", x, _why_not, x, "qk_norm_rope", weight, cos, sin):
         cos, sin = (None, None) if cos is None else (cos.contiguous(), sin.contiguous())
         return rope_op(x, weight, cos, sin, eps, plus_one)[0]

@@ -90,6 +90,16 @@ def resources(arch, binary):
     return registers, binary.metadata.shared, stack
 
 
+def loads(arch, binary):
+    """{"narrow": loads of two bytes at a time, "ahead": copies that run ahead of the computation} in the code of an NVIDIA GPU:
+    strides of which the compiler does not know that they are multiples of 16 bytes cost both."""
+    if not arch.startswith("sm_"):
+        return {}
+    text = binary.asm["ptx"]
+    ahead = re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk", text)
+    return {"narrow": len(re.findall(r"ld\.global\S*\.b16", text)), "ahead": len(ahead)}
+
+
 def _empty(*shape, dtype):
     import torch
 
@@ -133,7 +143,9 @@ def other_calls(dtype, forward_only=False):
 
     import torch
 
-    groups, norms, gated = (importlib.import_module(f"kernels.{n}") for n in ("group_norm", "norms", "gated"))
+    groups, norms, gated, residual = (
+        importlib.import_module(f"kernels.{n}") for n in ("group_norm", "norms", "gated", "residual")
+    )
     calls = {}
     for layout in ("contiguous", "channels last"):
         for C, side in ((2560, 8), (1280, 16), (320, 64), (128, 512)):
@@ -143,6 +155,7 @@ def other_calls(dtype, forward_only=False):
             s = _empty(2, 32, dtype=torch.float32)
             label = f"{C}x{side}x{side} {layout}"
             calls[label] = lambda x=x, w=w, t=t: groups.forward(x, w, w, t, 32, 1e-5, True)
+            calls[f"{label} bias"] = lambda x=x, w=w: residual.bias_forward(x, w, x)
             if not forward_only:
                 calls[f"{label} backward"] = lambda x=x, w=w, t=t, s=s: groups.backward(x, x, w, w, t, s, s, 32, True)
     for D in (320, 1280, 4096, 8192):
@@ -151,6 +164,10 @@ def other_calls(dtype, forward_only=False):
         calls[f"layer {D}"] = lambda x=x, w=w: norms.norm_forward(x, w, w, 1e-5, False, False)
         calls[f"adaLN {D}"] = lambda x=x, m=m: norms.norm_forward(x, m, m, 1e-6, False, True)
         calls[f"rms {D}"] = lambda x=x, w=w: norms.norm_forward(x, w, None, 1e-6, True, False)
+        calls[f"residual {D}"] = lambda x=x, w=w: residual.residual_forward(
+            x, x, None, None, None, w, w, w, 1e-5, False
+        )
+        calls[f"gates {D}"] = lambda x=x, m=m: residual.residual_forward(x, x, m, x, m, m, m, None, 1e-6, True)
         if not forward_only:
             calls[f"layer {D} backward"] = lambda x=x, w=w, s=s: norms.norm_backward(x, x, w, w, s, s, False, False)
             calls[f"rms {D} backward"] = lambda x=x, w=w, s=s: norms.norm_backward(x, x, w, None, s, s, True, False)
@@ -160,6 +177,8 @@ def other_calls(dtype, forward_only=False):
         calls[f"q k {K}"] = lambda x=x, w=w, c=c: norms.rope_forward(x, w, c, c, 1e-6, False)
         if not forward_only:
             calls[f"q k {K} backward"] = lambda x=x, w=w, c=c, s=s: norms.rope_backward(x, x, w, c, c, s, False)
+    x, w = _empty(2, 4 * 320, 33, 33, dtype=dtype).to(memory_format=torch.channels_last), _empty(320, dtype=dtype)
+    calls["phases"] = lambda x=x, w=w: residual.interleave_forward(x, w)
     x, w, target = _empty(4096, 2048, dtype=dtype), _empty(128256, 2048, dtype=dtype), _empty(4096, dtype=torch.int64)
     loss = _empty(4096, dtype=torch.float32)
     for kind in gated.ACTIVATIONS:
@@ -192,12 +211,12 @@ def rows(arch, dtype, K):
             found.append(
                 {"kernel": kernel, "case": label, "arch": arch, "dtype": dtype, "head": K or "", "tile": f"{tile}x{wide}".strip("x"),
                  "warps": binary.metadata.num_warps, "stages": binary.metadata.num_stages, "registers": registers,
-                 "shared": shared, "spilled": spilled}
+                 "shared": shared, "spilled": spilled, **loads(arch, binary)}
             )  # fmt: skip
     return found
 
 
-# Spills that are accepted: (kernel, dtype, head sizes) -> bytes a thread.
+# Spills that are accepted, beside those of by_time(): (kernel, dtype, head sizes) -> bytes a thread.
 SPILLS = {
     # Two registers of the fp32 kernel with every kind of mask at once; smaller tiles spill as much.
     ("backward_kv", "float32", (40,)): 8,
@@ -209,8 +228,23 @@ SPILLS = {
 }
 
 
+def by_time(row):
+    """Was this tile chosen on a GPU, by time? Then what it spills has been weighed."""
+    rows = _table().get(row["arch"], {}).get(f"attention.{row['kernel']}", {})
+    return any(key.startswith(f"{row['head']}/") and key.count("/") == 2 for key in rows) and "masked" not in row.get(
+        "case", ""
+    )
+
+
+@functools.cache
+def _table():
+    from kernels import switch
+
+    return json.loads(switch.TABLE.read_text())
+
+
 def justified(row):
-    if row["arch"] == "sm_86":
+    if row["arch"] == "sm_86" or by_time(row):
         return row["spilled"]
     return next(
         (most for (kernel, dtype, heads), most in SPILLS.items()

@@ -80,6 +80,11 @@ def set_backend(mode):
         _say(UNUSABLE)
 
 
+def mode():
+    """What the switch says."""
+    return _state["mode"]
+
+
 @contextlib.contextmanager
 def backend(mode):
     """The switch inside a `with` block."""
@@ -114,6 +119,16 @@ def _old_gpu(device):
 _old_gpu._dynamo_marked_constant = True
 
 
+@functools.cache
+def _trained_by_torch():
+    """Does the table say that on this GPU a training step is faster by PyTorch's own operators?"""
+    return _table().get(architecture(), {}).get("training") == "torch"
+
+
+_trained_by_torch._dynamo_marked_constant = True
+TORCH_TRAINS = "a training step is faster so on this GPU (kernels/table.json; --kernels triton takes less memory)"
+
+
 def use(name, x, why_not, *args):
     """Whether the kernel `name` computes on tensor x now. why_not(*args): the kernel's own reason against it, or None.
 
@@ -128,6 +143,8 @@ def use(name, x, why_not, *args):
         reason = f"tensors are on the {x.device.type}"
     else:
         reason = (_old_gpu(x.device) if x.is_cuda else None) or why_not(*args)
+        if reason is None and mode == "auto" and torch.is_grad_enabled() and name != "linear_cross_entropy":
+            reason = TORCH_TRAINS if _trained_by_torch() else None
     if reason is None:
         return True
     if mode == "triton":
@@ -137,12 +154,20 @@ def use(name, x, why_not, *args):
 
 
 _target = None
+changed = []  # called when what the kernels' configurations rest on changes
 
 
 def set_target(arch):
     """Choose configurations for the architecture `arch` (such as sm_80) whatever this machine has; None undoes it."""
     global _target
     _target = arch
+    _change()
+
+
+def _change():
+    _trained_by_torch.cache_clear()
+    for forget in changed:
+        forget()
 
 
 def architecture():
@@ -169,10 +194,12 @@ def forced(kernel, config):
     """Launch `kernel` with `config` inside a `with` block, whatever the table says: for tuning and tests."""
     before = _forced.get(kernel, {})
     _forced[kernel] = config
+    _change()
     try:
         yield
     finally:
         _forced[kernel] = before
+        _change()
 
 
 def tuned(kernel, keys, default):

@@ -100,6 +100,30 @@ def test_old_gpus_have_a_reason(monkeypatch):
     switch._old_gpu.cache_clear()
 
 
+def test_training_by_torch_where_the_table_says_so(monkeypatch, capsys):
+    """On a GPU where it was faster, under "auto" and with gradients only, and it is said."""
+    x = torch.empty(1, 5, 2, 16, device="meta")
+    monkeypatch.setattr(switch, "UNUSABLE", None)
+    monkeypatch.setattr(switch, "_old_gpu", lambda device: None)
+    monkeypatch.setattr(switch, "_table", lambda: {"sm_00": {"training": "torch"}, "sm_90": {}})
+    gpu = type("OnAGpu", (), {"is_meta": False, "is_cuda": True, "device": torch.device("cuda", 0)})()
+    monkeypatch.setattr(switch, "_said", set())
+
+    def used(mode, arch, name="attention"):
+        switch.set_target(arch)
+        with kernels.backend(mode):
+            return switch.use(name, gpu, lambda *args: None, x)
+
+    try:
+        assert used("auto", "sm_90") and used("triton", "sm_00") and used("auto", "sm_00", "linear_cross_entropy")
+        assert not used("auto", "sm_00")
+        with torch.no_grad():
+            assert used("auto", "sm_00")
+    finally:
+        switch.set_target(None)
+    assert "a training step is faster so on this GPU" in capsys.readouterr().err
+
+
 @interpreter
 def test_the_table_is_asked_special_rows_first(monkeypatch):
     table = {"sm_90": {"k": {"64/256/bfloat16": {"BLOCK_L": 1}, "64/bfloat16": {"BLOCK_L": 2}}}}
