@@ -128,7 +128,12 @@ class Config:
     preview: str | None = arg(None, "write preview.png after every step with this TAESD decoder (file or folder)")
     dry_run: bool = arg(False, "print parameters, bytes and peak memory, and make nothing (needs no weights)")
     compile: bool = arg(False, "torch.compile the denoiser: slow first step, faster many steps")
-    cuda_graph: bool = arg(False, "record a denoising step once and replay it: faster small batches on a large GPU")
+    cuda_graph: str = arg(
+        "auto",
+        "record a denoising step once and replay it; auto: on a GPU, for up to two guided pictures at a time",
+        choices=("auto", "on", "off"),
+        const="on",
+    )
     diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = arg(
@@ -232,8 +237,8 @@ def check(cfg):
     for name, needs in (*needed, ("lora_scale", "lora")):
         if getattr(cfg, name) not in (None, False, defaults[name]) and getattr(cfg, needs) in (None, []):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
-    if cfg.cuda_graph and (cfg.compile or cfg.offload != "none" or cfg.quantize):
-        raise UserError("--cuda-graph is not for --compile, --offload or --quantize")
+    if cfg.cuda_graph == "on" and (cfg.offload != "none" or cfg.quantize):
+        raise UserError("--cuda-graph is not for --offload or --quantize")
     if cfg.compile and cfg.offload == "sequential":
         raise UserError("--compile needs the whole model in one place; use --offload model or none")
     if cfg.fast_vae and cfg.vae_tiling:
@@ -321,7 +326,7 @@ def load(cfg, record, device, src=None):
     from nanodiff.models import layers
 
     layers.use_kernels(cfg.kernels)
-    if cfg.cuda_graph and device.type != "cuda":
+    if cfg.cuda_graph == "on" and device.type != "cuda":
         raise UserError("--cuda-graph needs a CUDA device")
     with record.timed("load"):
         src = src or pipeline.source(
@@ -363,7 +368,8 @@ def load(cfg, record, device, src=None):
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
-    sd.replays = cfg.cuda_graph
+    moves = cfg.offload != "none" or cfg.quantize  # weights that come and go, or are made again at every call
+    sd.replays = {"on": True, "off": False, "auto": False if moves else "auto"}[cfg.cuda_graph]
     sd.packs = True  # nothing but pictures is asked of this pipeline
     if cfg.compile:
         sd.net.compile()
@@ -510,6 +516,9 @@ def main(cfg):
             weights.save_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
             record.file(out / "latents.safetensors")
         record.data["results"]["images"] = made
+        for replayed in sd.recorded.values():
+            graphs = {"recorded": len(replayed.recordings), "megabytes": replayed.memory() >> 20}
+            record.data["results"]["cuda_graph"] = graphs
         record.write()
     print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 

@@ -1,48 +1,79 @@
 """A denoising step as one CUDA graph: hundreds of kernels started by one call.
 
 At batch 1 the host cannot start kernels as fast as a large GPU finishes them. A graph records them once, with the memory
-they use, and replays them; so everything that changes from step to step must arrive in the same tensors, and a recording
-serves one run with one text (its keys and values are part of it).
+they use, and replays them; so everything that changes from step to step, or from prompt to prompt, must arrive in the
+same tensors. One recording then serves every run of the same shapes.
 """
 
 import sys
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 WARM_UP = 2  # calls before recording: kernels are compiled and libraries choose their algorithms in these
 
 
 class Replayed:
-    """f(x, t) recorded at its third call and replayed from then on (a shorter run is not recorded). x: a tensor of one
-    shape; t: a number.
+    """f(x, t, *conditions), recorded at its third call with the same shapes and types and replayed from then on.
 
-    f is called with t as a tensor [1] on x's device, must not wait for the GPU, and must depend on nothing else that
-    changes. If it cannot be recorded, that is said once and f is called as it is.
+    x: a tensor. t: a tensor, or a number, of which f gets a tensor [1] on x's device. conditions: tensors in tuples and lists, equal
+    from step to step; they are copied into the recording when others are given. f must not wait for the GPU and must
+    depend on nothing else that changes. If it cannot be recorded, that is said once and f is called as it is.
+
     """
 
     def __init__(self, f):
-        self.f, self.calls, self.graph = f, 0, None
+        self.f, self.kinds = f, {}
 
-    def __call__(self, x, t):
-        self.calls += 1
-        if self.graph is None and self.calls > WARM_UP:
-            self._record(x, t)
-        if not self.graph:
-            return self.f(x, torch.full((1,), float(t), device=x.device))
-        self.x.copy_(x)
-        self.t.fill_(float(t))
-        self.graph.replay()
-        return self.out.clone()  # the next replay writes over it
+    @property
+    def recordings(self):
+        return [kind for kind in self.kinds.values() if isinstance(kind, _Recording)]
 
-    def _record(self, x, t):
-        self.x, self.t = x.clone(), torch.full((1,), float(t), device=x.device)
-        graph = torch.cuda.CUDAGraph()
+    def memory(self):
+        """Bytes of device memory that the recordings keep for themselves."""
+        pools = {tuple(r.graph.pool()) for r in self.recordings}
+        segments = torch.cuda.memory_snapshot() if pools else ()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
+
+    def __call__(self, x, t, *conditions):
+        t = t if isinstance(t, torch.Tensor) else torch.full((1,), float(t), device=x.device)
+        leaves, shape = tree_flatten(conditions)
+        key = (str(shape), *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in (x, t, *leaves)))
+        kind = self.kinds.get(key, 0)
+        if kind == WARM_UP:
+            kind = self._record(x, t, leaves, shape)
+        elif isinstance(kind, int) and kind < WARM_UP:
+            kind += 1
+        self.kinds[key] = kind
+        if isinstance(kind, _Recording):
+            return kind.replay(x, t, leaves)
+        return self.f(x, t, *conditions)
+
+    def _record(self, x, t, leaves, shape):
         try:
-            with torch.cuda.device(x.device), torch.cuda.graph(graph):
-                self.out = self.f(self.x, self.t)
+            return _Recording(self.f, x, t, leaves, shape)
         except RuntimeError as e:
             print(
                 f"note: no CUDA graph ({str(e).splitlines()[0]}); steps are started kernel by kernel", file=sys.stderr
             )
-            graph = False
-        self.graph = graph
+            return WARM_UP + 1
+
+
+class _Recording:
+    """One graph, the tensors that it reads, and the one that it writes."""
+
+    def __init__(self, f, x, t, leaves, shape):
+        self.x, self.t = x.clone(), t.clone()
+        self.leaves, self.given = [leaf.clone() for leaf in leaves], leaves
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(x.device), torch.cuda.graph(self.graph):
+            self.out = f(self.x, self.t, *tree_unflatten(self.leaves, shape))
+
+    def replay(self, x, t, leaves):
+        self.x.copy_(x)
+        self.t.copy_(t)
+        if any(new is not old for new, old in zip(leaves, self.given, strict=True)):
+            torch._foreach_copy_(self.leaves, leaves)
+            self.given = leaves
+        self.graph.replay()
+        return self.out.clone()  # the next replay writes over it

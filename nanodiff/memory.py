@@ -115,7 +115,7 @@ class Resident:
         keep = not home.is_floating_point() or key.rpartition(".")[2] in EXACT
         dtype = home.dtype if keep else self.working
         if self.stream is not None:  # cast there: a cast on the way would wait for the host
-            return home.to(self.device, non_blocking=True).to(dtype)
+            home = home.to(self.device, non_blocking=True)
         return home.to(dtype, memory_format=torch.channels_last) if home.dim() == 4 else home.to(dtype)
 
     def _come(self, slots, ready=None):
@@ -168,8 +168,13 @@ def _pin(slots):
     sizes = {k: -(-t.numel() * t.element_size() // 64) * 64 for k, t in slots.items()}
     flat, offset = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=True), 0
     for key, tensor in slots.items():
-        place = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        tensor.data = place.copy_(tensor.data)
+        place = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        if (
+            tensor.dim() == 4
+        ):  # convolution weights, channels last: here once, so that it need not be done at each arrival
+            o, i, h, w = tensor.shape
+            place = place.view(o, h, w, i).permute(0, 3, 1, 2)
+        tensor.data = place.view(tensor.shape).copy_(tensor.data)
         offset += sizes[key]
 
 

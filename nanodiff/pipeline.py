@@ -23,6 +23,7 @@ from nanodiff import cudagraph, memory, onednn, prompt, quantize, samplers, sing
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.labels import LabelEncoder
+from nanodiff.models.layers import join
 from nanodiff.schedule import Schedule
 from nanodiff.sources import BUILDERS, Folder, source
 from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer
@@ -32,6 +33,8 @@ SAMPLING = (
     "_sampling"  # in model_index.json: the steps and guidance that a model of ours was trained to be sampled with
 )
 GROUP = 32  # prompts that are encoded at a time
+MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
+LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
 
 
 def say(message):
@@ -198,7 +201,9 @@ class Pipeline:
     tokenizer_names = ("tokenizer",)
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
-    replays = False  # is a denoising step recorded as a CUDA graph (cudagraph.Replayed)?
+    replays = (
+        False  # is a denoising step recorded as a CUDA graph (cudagraph.Replayed)? "auto": where launches bound it
+    )
     packs = False  # may weights be packed for a CPU (onednn.prepare), which empties the plain ones?
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
@@ -208,6 +213,7 @@ class Pipeline:
         self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
+        self.recorded = {}  # {what the denoiser is: its Replayed}, at most one
         self.check_fit()
 
     unet = property(lambda self: self.net)
@@ -313,7 +319,7 @@ class Pipeline:
             return self
         schedule = samplers.rescheduled(self.schedule, name, **fields)
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
-        other.index, other.kept = self.index, self.kept
+        other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
         other.packs, other.replays = self.packs, self.replays
         return other
 
@@ -503,10 +509,9 @@ class Pipeline:
 
     # -- the denoiser ----------------------------------------------------------------------------------------
 
-    def predictor(self, text, sizes, guided):
-        """f(x, t): the denoiser's prediction for the condition `text`, whose keys and values are computed once."""
-        kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
-        return lambda x, t: self.net(x, t, kvs)
+    def condition(self, text, sizes, guided):
+        """What the denoiser takes after x and t for `text`; its keys and values are computed here, once a run."""
+        return (self.net.text_kv(text.states) if memory.whole(self.net) else text.states,)
 
     def denoise(self, net, x, t, states, pooled):
         """One call of the denoiser, or of what training put in its place, without guidance."""
@@ -518,9 +523,15 @@ class Pipeline:
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
         correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`.
         """
+        if self.device.type == "cuda" and memory.whole(self.net):
+            join(self.net)
         both = text if negative is None else self.joined([negative, text])
-        predict = self.predictor(both, sizes, negative is not None)
-        predict = cudagraph.Replayed(predict) if self.replays else predict
+        condition = self.condition(both, sizes, negative is not None)
+        net = self.replayed(len(both.states)) or self.net
+        known = self.shifts(times, *condition[1:])
+
+        def predict(x, t):
+            return net(x, known.get(float(t), t), *condition)
 
         def model(x, t):
             x = x.to(self.dtype)
@@ -538,6 +549,28 @@ class Pipeline:
             return out
 
         return model
+
+    def shifts(self, times, added=None):
+        """{time: what the UNet takes in its place} for a run over `times` on a GPU, where the products that make these are too
+        small to be worth a start at every step; else nothing."""
+        times = sorted({float(t) for t in times})
+        if not times or len(times) > MOST_TIMES or self.device.type != "cuda" or not memory.whole(self.net):
+            return {}
+        made = self.net.shifts(torch.tensor(times).to(self.device), added)
+        return dict(zip(times, made.split(len(made) // len(times)), strict=True))
+
+    def replayed(self, rows):
+        """The denoiser for batches of `rows`, recorded and replayed as a CUDA graph, or None: see `replays`."""
+        if not self.replays or (self.replays == "auto" and (self.device.type != "cuda" or rows > LAUNCH_BOUND)):
+            return None
+        hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
+        owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
+        weights = tuple(t.data_ptr() for t in (*self.net.parameters(), *self.net.buffers()))
+        state = (weights, tuple((id(o), getattr(o, "scale", None)) for o in owners))
+        if state not in self.recorded:  # what was recorded before reads other weights
+            self.recorded.clear()
+            self.recorded[state] = cudagraph.Replayed(self.net)
+        return self.recorded[state]
 
     # -- pictures --------------------------------------------------------------------------------------------
 
@@ -750,8 +783,11 @@ class Joint(Pipeline):
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
         return Text(*self.clip(0, [t[0] for t in texts], clip_skip, long_prompts, weighted))
 
-    def predictor(self, text, sizes, guided):
-        return lambda x, t: self.net(x, t, text.states, text.pooled)
+    def condition(self, text, sizes, guided):
+        return text.states, text.pooled
+
+    def shifts(self, times, added=None):
+        return {}
 
     def denoise(self, net, x, t, states, pooled):
         return net(x, t, states, pooled)
@@ -813,11 +849,10 @@ class SDXL(Pipeline):
             negative = ids
         return torch.tensor([negative, ids], dtype=torch.float32, device=self.device)
 
-    def predictor(self, text, sizes, guided):
-        kvs = self.net.text_kv(text.states) if memory.whole(self.net) else text.states
+    def condition(self, text, sizes, guided):
         n = len(text.states) // (2 if guided else 1)
         ids = sizes.repeat_interleave(n, dim=0) if guided else sizes[1:].repeat(n, 1)
-        return lambda x, t: self.net(x, t, kvs, (text.pooled, ids))
+        return *super().condition(text, sizes, guided), (text.pooled, ids)
 
     def denoise(self, net, x, t, states, pooled):
         """The sizes are the picture's own, uncropped."""
@@ -895,8 +930,11 @@ class SD3(Pipeline):
         if max(height, width) > most:
             raise UserError(f"--height and --width can be at most {most}: the model has no positions for more")
 
-    def predictor(self, text, sizes, guided):
-        return lambda x, t: self.net(x, t, text.states, text.pooled)
+    def condition(self, text, sizes, guided):
+        return text.states, text.pooled
+
+    def shifts(self, times, added=None):
+        return {}
 
     def denoise(self, net, x, t, states, pooled):
         return net(x, t, states, pooled)

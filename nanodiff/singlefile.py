@@ -493,10 +493,7 @@ class Single:
                     f"{self.path}: {where} has shape {list(self.shapes[where])}, a {self.family} model has another "
                     f"({list(want.shape)}); if it is a model of another size, give its configs with --components"
                 )
-            tensor = tensor.to(device, dtype or tensor.dtype)
-            state[key] = (
-                tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
-            )
+            state[key] = placed(tensor, device, dtype)
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -515,6 +512,12 @@ class Single:
                 raise UserError(f"{self.path}: has unknown tensor {printable(key)}{nearest(key, known)}")
 
 
+def placed(tensor, device, dtype):
+    """A weight where and in the type in which it computes (None: as stored); convolutions' channels last, where they are fastest."""
+    tensor = tensor.to(device, dtype or tensor.dtype)
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
+
+
 def load_vae(path, cfg, cls, dtype, device):
     """A VAE from a file of its own, in original names (with or without prefix) or in ours; cfg: its configuration."""
     shapes, file = weights.header([path]), weights.open_file(path)
@@ -531,7 +534,7 @@ def load_vae(path, cfg, cls, dtype, device):
         tensor = ours(file.get_tensor(where), form)
         if tensor.shape != want.shape:
             raise UserError(f"{path}: {where} has shape {list(shapes[where])}, this model's VAE has {list(want.shape)}")
-        state[key] = tensor.to(device, dtype or tensor.dtype)
+        state[key] = placed(tensor, device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from util import GOLDEN, TINY, copy_model, golden, max_error
+from util import GOLDEN, TINY, copy_model, golden, max_error, rms_ratio
 
 from nanodiff import pipeline, samplers
 from nanodiff.config import UserError
@@ -425,3 +425,57 @@ def test_a_text_encoder_out_of_a_whole_clip(tmp_path):
     assert projected(ids)[1].shape == (1, 7)
     with pytest.raises(UserError, match="has no text_projection"):
         sources.load_text(source, torch.float32, "cpu", projection=True)
+
+
+# Replayed steps --------------------------------------------------------------------------------------------
+
+
+def test_when_steps_are_replayed(monkeypatch):
+    """Never unless asked; "auto" on a GPU for small batches; anew where the weights lie elsewhere or a LoRA's scale changed."""
+    sd = pipeline.load(TINY / "sd15", torch.float32, "cpu")
+    assert sd.replayed(2) is None
+    sd.replays = "auto"
+    assert sd.replayed(2) is None, "there is no GPU"
+    monkeypatch.setattr(pipeline.Pipeline, "device", torch.device("cuda"))
+    first = sd.replayed(2)
+    assert (
+        first is not None
+        and sd.replayed(pipeline.LAUNCH_BOUND) is first
+        and sd.replayed(pipeline.LAUNCH_BOUND + 1) is None
+    )
+    assert sd.with_scheduler("ddim").recorded is sd.recorded
+    sd.net.conv_in.weight.data = sd.net.conv_in.weight.data.clone()
+    second = sd.replayed(2)
+    assert second is not first and len(sd.recorded) == 1
+
+    class Beside:
+        scale = 1.0
+
+        def add(self, module, args, out):
+            return out * self.scale
+
+    beside = Beside()
+    sd.net.conv_in.register_forward_hook(beside.add)
+    third = sd.replayed(2)
+    assert third is not second and sd.replayed(2) is third
+    beside.scale = 0.5
+    assert sd.replayed(2) is not third
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("scheduler", ["ddim", "heun", "ddpm"])
+def test_shifts_of_a_run(name, scheduler, monkeypatch):
+    """What a GPU takes in place of the time gives the same picture, whatever times a sampler asks for."""
+    sd = pipeline.load(TINY / name, torch.float32, "cpu").with_scheduler(scheduler)
+    assert sd.shifts([1.0, 2.0]) == {}, "a GPU's alone"
+    want, used = sd.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64).latents, []
+
+    def shifts(self, times, added=None):
+        times = sorted({float(t) for t in times})
+        made = self.net.shifts(torch.tensor(times), added).chunk(len(times))
+        used.extend(times)
+        return dict(zip(times, made, strict=True))
+
+    monkeypatch.setattr(pipeline.Pipeline, "shifts", shifts)
+    got = sd.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64).latents
+    assert len(used) >= 4 and rms_ratio(got, want) < 1e-4

@@ -22,6 +22,7 @@ from kernels import (  # noqa: F401  the models take them from here
     layer_norm,
     linear_cross_entropy,
     qk_norm_rope,
+    residual_norm,
     rms_norm,
     swiglu,
 )
@@ -43,8 +44,16 @@ def timestep_embedding(t, dim, max_period=10000.0):
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    phase = t.float()[:, None] * frequencies
+    phase = t.float().unsqueeze(1) * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def timesteps(t, x):
+    """A timestep, a number or a tensor [1 or B], as a tensor [B] on the device of x. A number is written by a kernel: copied
+    there, the host would wait for the device."""
+    if isinstance(t, torch.Tensor):
+        return t.to(x.device).expand(len(x))
+    return torch.full((len(x),), t, device=x.device)
 
 
 def attend(q, k, v, heads, causal=False, bias=None, scale=None):
@@ -56,8 +65,93 @@ def attend(q, k, v, heads, causal=False, bias=None, scale=None):
     which is all that the configs' `upcast_attention` asks for.
     """
     B, L, D = q.shape
-    q, k, v = (x.view(B, -1, heads, D // heads) for x in (q, k, v))  # [B, L|S, N, K]
+    q, k, v = (x.unflatten(-1, (heads, D // heads)) for x in (q, k, v))  # [B, L|S, N, K]
     return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias).reshape(B, L, D)
+
+
+def _lean(x):
+    """Whether x is on a GPU, where what surrounds the products may take other forms (kernels.lean)."""
+    return x.is_cuda and kernels.lean(x)
+
+
+def _plain(layer, kind):
+    """Is this layer nothing but its weights? (A LoRA hangs on its call; packed for a CPU, it is of another class.)"""
+    return type(layer) is kind and not layer._forward_hooks and not hasattr(layer, "parametrizations")
+
+
+def without_bias(conv, x):
+    """(conv(x) without its bias, the bias) on a GPU, where what follows adds it for nothing and the convolution in a pass of its
+    own; (conv(x), None) elsewhere."""
+    if _lean(x) and conv.bias is not None and _plain(conv, nn.Conv2d):
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv(x), None
+
+
+def pointwise(conv, x):
+    """conv(x) for a 1×1 convolution: on a GPU a product over channels, which adds the bias itself."""
+    if _lean(x) and _plain(conv, nn.Conv2d) and x.movedim(1, -1).is_contiguous():
+        return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+    return conv(x)
+
+
+def linear_gelu(layer, x):
+    """gelu(layer(x)) in its tanh form: on a GPU at the end of the product itself, where PyTorch has that (a private operator)."""
+    if _lean(x) and _plain(layer, nn.Linear) and hasattr(torch, "_addmm_activation"):
+        rows = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+        return rows.view(*x.shape[:-1], -1)
+    return F.gelu(layer(x), approximate="tanh")
+
+
+def bias_before(layer, x):
+    """The bias of `layer` where add_product() follows: on a GPU, whatever comes before it adds it. Else None."""
+    return layer.bias if _lean(x) and _plain(layer, nn.Linear) else None
+
+
+def add_product(x, layer, y, biased):
+    """x + layer(y), [B, L, D]; biased: x has the layer's bias already, and the product itself adds x."""
+    if not biased:
+        return x + layer(y)
+    return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), layer.weight.t()).view(x.shape)
+
+
+def _adjacent(tensors):
+    """Tensors that follow each other in one piece of memory as one, joined along the first axis; else None."""
+    first, step = tensors[0], tensors[0].numel() * tensors[0].element_size()
+    storage = first.untyped_storage().data_ptr()
+    for i, t in enumerate(tensors):
+        if (
+            t.data_ptr() != first.data_ptr() + i * step
+            or t.untyped_storage().data_ptr() != storage
+            or t.shape != first.shape
+        ):
+            return None
+    return first.as_strided((len(tensors) * len(first), *first.shape[1:]), first.stride())
+
+
+def join(model):
+    """Bring the weights of what project() takes together into one piece of memory, under the names they have."""
+    for module in model.modules():
+        for layers in module.projections() if hasattr(module, "projections") else ():
+            if not all(_plain(layer, nn.Linear) for layer in layers):
+                continue
+            for kind in ("weight", "bias"):
+                tensors = [getattr(layer, kind, None) for layer in layers]
+                if any(t is None or t.requires_grad or type(t) is not nn.Parameter for t in tensors):
+                    continue
+                if len({(t.shape, t.dtype, t.device) for t in tensors}) == 1 and _adjacent(tensors) is None:
+                    for t, part in zip(tensors, torch.cat([t.data for t in tensors]).chunk(len(tensors)), strict=True):
+                        t.data = part
+
+
+def project(layers, x):
+    """What several linear layers of one width make of x: by one product where join() has been, and there are no gradients."""
+    if _lean(x) and all(_plain(layer, nn.Linear) for layer in layers):
+        weight = _adjacent([layer.weight for layer in layers])
+        biased = layers[0].bias is not None
+        bias = _adjacent([layer.bias for layer in layers]) if biased else None
+        if weight is not None and (bias is not None) == biased:
+            return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
+    return [layer(x) for layer in layers]
 
 
 class TimeEmbedding(nn.Module):
@@ -76,6 +170,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after(self, x, y, more=None):
+        """(x + y, its norm): a residual and the norm that follows it. more: see kernels.residual_norm()."""
+        return residual_norm(x, y, weight=self.weight, bias=self.bias, eps=self.eps, more=more)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -105,10 +203,22 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x, temb=None):
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, shift=None if temb is None else self.time_emb_proj(temb)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+    def shift(self, temb):
+        """What comes before norm2 beside the convolution's products, the time and the bias: [B, C']."""
+        return self.time_emb_proj(temb) + self.conv1.bias
+
+    def forward(self, x, temb=None, shift=None):
+        """x [B, C, H, W], temb [B, D] -> [B, C', H, W]. shift [B, C']: what shift() made of temb, if that is known."""
+        h, bias = without_bias(self.conv1, self.norm1(x))
+        if shift is not None:  # it has the bias
+            shift = shift if bias is not None else shift - self.conv1.bias
+        elif temb is not None:
+            shift = self.time_emb_proj(temb) if bias is None else self.shift(temb)
+        elif bias is not None:
+            shift = bias.expand(len(x), -1)
+        h, bias = without_bias(self.conv2, self.norm2(h, shift))
+        x = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
+        return x + h if bias is None else kernels.add_bias(h, bias, x)
 
 
 class Downsample(nn.Module):
@@ -159,16 +269,22 @@ class Upsample(nn.Module):
         )
         if not self.phases or self.phases[0] != state:
             conv = type(self.conv)(C, 4 * C, 2, padding=1, device="meta")
-            sums = weight.new_empty(4 * C, 2, 2, C).permute(0, 3, 1, 2)  # channels last
-            taken = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+            taken = (((0, 1), (1, 2)), ((0, 2), (2, 1)))  # first row (or column) and how many, for each phase
             wide = torch.promote_types(weight.dtype, torch.float32)  # summed in fp32, rounded once
-            for a, b, i, j in itertools.product(range(2), repeat=4):
-                part = weight[:, :, taken[a][i], taken[b][j]].sum((2, 3), dtype=wide)
-                sums[(2 * a + b) * C : (2 * a + b + 1) * C, :, i, j] = part
+            sums = [
+                weight.narrow(2, *rows).narrow(3, *columns).sum((2, 3), dtype=wide).to(weight.dtype)
+                for a, b in itertools.product(range(2), repeat=2)
+                for rows, columns in itertools.product(taken[a], taken[b])
+            ]  # the four of phase (0, 0), of (0, 1), …, each [C, C]
+            sums = torch.stack(sums).view(4, 2, 2, C, C).permute(0, 3, 4, 1, 2).flatten(0, 1)
+            sums = sums.contiguous(memory_format=torch.channels_last)
             conv.weight = nn.Parameter(sums, requires_grad=False)
             conv.bias = nn.Parameter(self.conv.bias.repeat(4), requires_grad=False)
             self.phases = (state, [conv])
-        y = self.phases[1][0](x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
+        conv = self.phases[1][0]
+        if _lean(x) and _plain(conv, nn.Conv2d):
+            return kernels.interleave(F.conv2d(x, conv.weight, None, padding=1), self.conv.bias)
+        y = conv(x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         out = (
             y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2) if channels_last else y.new_empty(B, C, 2 * H, 2 * W)

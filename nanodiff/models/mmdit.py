@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
-from nanodiff.models.layers import TimeEmbedding, attend, layer_norm, qk_norm_rope, timestep_embedding
+from nanodiff.models.layers import (
+    TimeEmbedding,
+    attend,
+    layer_norm,
+    linear_gelu,
+    project,
+    qk_norm_rope,
+    residual_norm,
+    timestep_embedding,
+    timesteps,
+)
 
 FIXED = {}
 EPS = 1e-6
@@ -97,14 +107,22 @@ class Attention(nn.Module):
             return x
         return qk_norm_rope(x.unflatten(-1, (self.heads, -1)), getattr(self, name).weight, eps=EPS).flatten(-2)
 
+    def projections(self):
+        """Linear layers of one input, see layers.join()."""
+        text = [(self.add_q_proj, self.add_k_proj, self.add_v_proj)] if hasattr(self, "add_q_proj") else []
+        return [(self.to_q, self.to_k, self.to_v), *text]
+
     def forward(self, x, text=None):
         """x [B, L, D], text [B, S, D] -> (image [B, L, D], text [B, S, D] or None)."""
-        q, k, v = self._normed("norm_q", self.to_q(x)), self._normed("norm_k", self.to_k(x)), self.to_v(x)
+        of_image, *of_text = self.projections()
+        q, k, v = project(of_image, x)
+        q, k = self._normed("norm_q", q), self._normed("norm_k", k)
         if text is None:
             return self.to_out[0](attend(q, k, v, self.heads)), None
-        q = torch.cat([q, self._normed("norm_added_q", self.add_q_proj(text))], dim=1)
-        k = torch.cat([k, self._normed("norm_added_k", self.add_k_proj(text))], dim=1)
-        v = torch.cat([v, self.add_v_proj(text)], dim=1)
+        text_q, text_k, text_v = project(*of_text, text)
+        q = torch.cat([q, self._normed("norm_added_q", text_q)], dim=1)
+        k = torch.cat([k, self._normed("norm_added_k", text_k)], dim=1)
+        v = torch.cat([v, text_v], dim=1)
         image, text = attend(q, k, v, self.heads).split([x.shape[1], text.shape[1]], dim=1)
         return self.to_out[0](image), self.to_add_out(text) if hasattr(self, "to_add_out") else None
 
@@ -115,7 +133,7 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x):
-        return F.gelu(self.proj(x), approximate="tanh")
+        return linear_gelu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -150,17 +168,16 @@ class JointBlock(nn.Module):
             t_scale, t_shift = self.norm1_context(emb)  # the last one is stored scale first
 
         image, words = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale))
+        image2 = gate2 = None
         if second:  # it sees x as it was before this block
             shift2, scale2, gate2 = second
             image2, _ = self.attn2(modulate(x, shift2, scale2))
-            x = x + gate[:, None] * image + gate2[:, None] * image2
-        else:
-            x = x + gate[:, None] * image
-        x = x + gate_mlp[:, None] * self.ff(modulate(x, shift_mlp, scale_mlp))
+        x, h = residual_norm(x, image, gate, image2, gate2, eps=EPS, scale=scale_mlp, shift=shift_mlp)
+        x = torch.addcmul(x, gate_mlp.unsqueeze(1), self.ff(h))
         if words is None:
             return x, None
-        text = text + t_gate[:, None] * words
-        return x, text + t_gate_mlp[:, None] * self.ff_context(modulate(text, t_shift_mlp, t_scale_mlp))
+        text, h = residual_norm(text, words, t_gate, eps=EPS, scale=t_scale_mlp, shift=t_shift_mlp)
+        return x, torch.addcmul(text, t_gate_mlp.unsqueeze(1), self.ff_context(h))
 
 
 def positions(dim, side, base):
@@ -191,7 +208,7 @@ class PatchEmbed(nn.Module):
         if h > self.side or w > self.side:
             raise ValueError(f"{h}x{w} patches, but the position table has {self.side}x{self.side}")
         top, left = (self.side - h) // 2, (self.side - w) // 2
-        table = self.pos_embed.view(self.side, self.side, -1)[top : top + h, left : left + w].flatten(0, 1)
+        table = self.pos_embed.view(self.side, self.side, -1).narrow(0, top, h).narrow(1, left, w).flatten(0, 1)
         return x.flatten(2).transpose(1, 2) + table.to(x.dtype)
 
 
@@ -231,7 +248,7 @@ class SD3Transformer2DModel(nn.Module):
         pooled [B, P] -> [B, C, H, W]. skip_layers: blocks left out (skip-layer guidance)."""
         H, W = x.shape[-2:]
         p = self.cfg.patch_size
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        t = timesteps(t, x)
         emb = self.time_text_embed(t, pooled)
         text = self.context_embedder(text)
         x = self.pos_embed(x)

@@ -24,9 +24,14 @@ from nanodiff.models.layers import (
     Stage,
     TimeEmbedding,
     Upsample,
+    add_product,
     attend,
+    bias_before,
     geglu,
+    pointwise,
+    project,
     timestep_embedding,
+    timesteps,
 )
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -132,12 +137,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
+    def projections(self):
+        """Linear layers of one input, see layers.join()."""
+        return [(self.to_q, self.to_k, self.to_v)]
+
     def kv(self, context):
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x, kv=None):
-        k, v = self.kv(x) if kv is None else kv
-        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
+        q, k, v = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
+        return self.to_out[0](attend(q, k, v, self.heads))
 
 
 class GEGLU(nn.Module):
@@ -152,12 +161,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The widening half and the narrowing one, which its block adds to what it has."""
+
     def __init__(self, dim):
         super().__init__()
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
-
-    def forward(self, x):
-        return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
@@ -173,9 +181,10 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context):
         """context: the text [B, S, D], or its keys and values from text_kv()."""
         kv = self.attn2.kv(context) if isinstance(context, torch.Tensor) else context
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), kv)
-        return x + self.ff(self.norm3(x))
+        x, h = self.norm2.after(x, self.attn1(self.norm1(x)))
+        bias = bias_before(self.ff.net[2], x)
+        x, h = self.norm3.after(x, self.attn2(h, kv), more=bias)
+        return add_product(x, self.ff.net[2], self.ff.net[0](h), bias is not None)
 
 
 class Transformer2D(nn.Module):
@@ -197,14 +206,14 @@ class Transformer2D(nn.Module):
     def forward(self, x, kvs):
         B, C, H, W = x.shape
         h = self.norm(x)
-        h = h if self.linear else self.proj_in(h)
+        h = h if self.linear else pointwise(self.proj_in, h)
         h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
             h = block(h, next(kvs))
         h = self.proj_out(h) if self.linear else h
         h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)
-        h = h if self.linear else self.proj_out(h)
+        h = h if self.linear else pointwise(self.proj_out, h)
         return x + h
 
 
@@ -214,8 +223,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([attention])
         self.resnets = nn.ModuleList([resnet(channels, channels) for _ in range(2)])
 
-    def forward(self, x, temb, kvs):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), kvs), temb)
+    def forward(self, x, temb, shifts, kvs):
+        x = self.attentions[0](self.resnets[0](x, temb, next(shifts)), kvs)
+        return self.resnets[1](x, temb, next(shifts))
 
 
 class UNet2DConditionModel(nn.Module):
@@ -295,28 +305,45 @@ class UNet2DConditionModel(nn.Module):
             temb = temb + self.add_embedding(torch.cat([pooled, sizes.view(len(pooled), -1)], dim=-1))
         return F.silu(temb)
 
-    def forward(self, x, t, context, added=None):
-        """x [B, C, H, W], t [B] or a scalar, context [B, S, D] or text_kv(context) -> [B, C, H, W]."""
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
+    def resnets(self):
+        """Every residual block in the order of forward()."""
+        return [r for part in (*self.down_blocks, self.mid_block, *self.up_blocks) for r in part.resnets]
+
+    def shifts(self, t, added=None):
+        """What every residual block adds to its channels at the times t [T], side by side: [T, ΣC], or [T · B, ΣC] with an
+        `added` of B rows, time after time. Times are known before a run, so a sampler computes them once and passes a row (or
+        B rows) in place of the time."""
+        if added is not None:
+            rows = len(added[0])
+            t, added = t.repeat_interleave(rows), tuple(part.repeat(len(t), 1) for part in added)
         temb = self.embed(t, added)
+        return torch.cat([resnet.shift(temb) for resnet in self.resnets()], dim=1)
+
+    def forward(self, x, t, context, added=None):
+        """x [B, C, H, W], t [B], a scalar, or 1 or B rows of shifts(), context [B, S, D] or text_kv(context) -> [B, C, H, W]."""
+        if isinstance(t, torch.Tensor) and t.dim() == 2:
+            temb, widths = None, [resnet.conv1.out_channels for resnet in self.resnets()]
+            shifts = iter(t.expand(len(x), -1).split(widths, dim=1))
+        else:
+            temb, shifts = self.embed(timesteps(t, x), added), itertools.repeat(None)
         kvs = itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)
 
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
             for resnet, attention in stage.layers():
-                x = resnet(x, temb)
+                x = resnet(x, temb, next(shifts))
                 x = attention(x, kvs) if attention is not None else x
                 skips.append(x)
             if (down := stage.resample(x)) is not None:
                 x = down
                 skips.append(x)
 
-        x = self.mid_block(x, temb, kvs)
+        x = self.mid_block(x, temb, shifts, kvs)
 
         for stage in self.up_blocks:
             for resnet, attention in stage.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb, next(shifts))
                 x = attention(x, kvs) if attention is not None else x
             # An odd size was rounded up on the way down: come back to the size of the waiting skip.
             size = skips[-1].shape[-2:] if skips else None

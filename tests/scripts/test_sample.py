@@ -268,7 +268,11 @@ BAD = {
     "no images": (["--prompt", "a", "--num-images", "0"], "--num-images"),
     "unknown kernels": (["--prompt", "a", "--kernels", "cuda"], "--kernels"),
     "graph on a CPU": (["--prompt", "a", "--device", "cpu", "--cuda-graph"], "--cuda-graph needs a CUDA device"),
-    "graph and compile": (["--prompt", "a", "--cuda-graph", "--compile"], "--cuda-graph is not for --compile"),
+    "graph and offload": (["--prompt", "a", "--cuda-graph", "--offload", "model"], "--cuda-graph is not for --offload"),
+    "graph and quantize": (
+        ["--prompt", "a", "--cuda-graph", "on", "--quantize", "int8"],
+        "--cuda-graph is not for --offload or --quantize",
+    ),
 }
 
 
