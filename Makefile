@@ -5,12 +5,14 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 MODEL  ?=
+PEER   ?=
+DAY    ?=
 WEIGHTS ?=
 OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu tune \
+.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -192,8 +194,8 @@ test-slow: $(STAMP)  ## the tests that take minutes each: every kernel compiled,
 test-all: $(STAMP)  ## both
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(PY) -m pytest -m gpu
+test-gpu: $(STAMP)  ## the tests that need a CUDA device (minutes)
+	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu --only tests
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -221,11 +223,17 @@ bench-eval: $(STAMP)  ## FID beside torch-fidelity and pytorch-fid, SSIM and pHa
 bench-small: $(STAMP)  ## the quick part of it, printed only: import, a call of a test model (what CI reports)
 	$(PY) benchmarks/bench.py --peer "$(PEER)" --cases import,tiny --pairs 3 --name ""
 
-bench-gpu: $(STAMP)  ## our kernels beside PyTorch's, on a GPU; writes benchmarks/GPU.json and .md
-	$(PY) -m kernels.bench
+gpu-day: $(STAMP)  ## everything that a GPU is wanted for, most important first, in calls of six minutes (OUT=…, DAY='--dry', PEER=…)
+	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu $(if $(PEER),--peer "$(PEER)") $(DAY)
 
-tune: $(STAMP)  ## measure the kernels' configurations on this GPU and write kernels/table.json
-	$(PY) -m kernels.tune
+bench-gpu: $(STAMP)  ## our kernels beside PyTorch's, on a GPU (a minute; every shape and direction: python -m kernels.bench)
+	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu --only facts kernels
+
+bench-host: $(STAMP)  ## what the host does for a call of a kernel, without a GPU: microseconds beside torch.add's
+	$(PY) benchmarks/host.py
+
+tune: $(STAMP)  ## measure the kernels' tiles on this GPU and write kernels/table.json (a minute)
+	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu --only tune
 
 kernels-report: $(STAMP)  ## compile every kernel without a GPU: registers, shared memory, spills
 	$(PY) -m kernels.report --check

@@ -10,6 +10,7 @@ the same run. Writes GPU.json and GPU.md, GPU being the device's name.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -21,18 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 import kernels
 from kernels import switch
 
 functorch_config.donated_buffer = False  # a backward pass is timed many times over one forward
 dynamo_config.fail_on_recompile_limit_hit = True  # or eager PyTorch would be timed as "compiled"
-FUSED = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+FUSED = sys.modules["kernels.attention"].FUSED
 COMPILED_SCORES = 1 << 28  # eager attention writes its scores: above so many it is not tried
 
 
@@ -350,6 +347,71 @@ def main(argv=None):
         write(folder / gpu, lines, everything, flops, bandwidth, argv or sys.argv[1:], time.time() - began)
     print(f"{folder / gpu}.json and .md, {time.time() - began:.0f} s")
     return 0
+
+
+def day(seconds=70):
+    """The rows that say most, one after the other until the time is up: our forward passes beside the fastest of PyTorch's, and
+    a few backward passes."""
+    began, dtype = time.time(), torch.bfloat16
+    wanted = {"SD 1.5 512 px self", "SD 1.5 512 px text", "SDXL 1024 px self", "SDXL 1024 px text", "SD 3.5 medium 1024 px joint",
+              "VAE 512 px", "VAE 1024 px"}  # fmt: skip
+    for a in (a for a in ATTENTION if a.where in wanted):
+        S = a.S or a.L
+        inputs = sets(
+            lambda a=a, S=S: tuple(torch.randn(a.B, n, a.N, a.K, device="cuda", dtype=dtype) for n in (a.L, S, S))
+        )
+
+        def call(mode, which=None):
+            def run(q, k, v):
+                with kernels.backend(mode), sdpa_kernel(FUSED[which]) if which else contextlib.nullcontext():
+                    return kernels.attention(q, k, v)
+
+            return run
+
+        with torch.no_grad():
+            ours = attempt(graphed, call("triton"), inputs)
+            peers = {n: t for n in FUSED if (t := attempt(graphed, call("torch", n), inputs))}
+        best = min(peers, key=peers.get, default=None)
+        yield {"case": f"attention {a.where} {a.L}x{a.N}x{a.K}" + (f", {S} keys" if a.S else ""), "us": (ours or 0) * 1e3,
+               "tflops": 4 * a.B * a.N * a.K * a.L * S / (ours or 1e9) / 1e9, "best": best, "best_us": (peers.get(best) or 0) * 1e3,
+               "ratio": (peers.get(best) or 0) / (ours or 1e9)}  # fmt: skip
+        if time.time() - began > seconds:
+            return
+    rows = [("group_norm", f"{w} {B}x{C}x{s}x{s}", (lambda B=B, C=C, s=s: (torch.randn(B, C, s, s, device="cuda", dtype=dtype)
+             .to(memory_format=torch.channels_last),)), C, 4 * B * C * s * s) for w, B, C, s in PICTURES[:12]]  # fmt: skip
+    for kernel, shape, make, C, moved in rows:
+        weight = torch.randn(C, device="cuda", dtype=dtype)
+        yield _beside(f"{kernel} {shape}", make, lambda x, w=weight: kernels.group_norm(x, 32, w, w, silu=True), moved)
+        if time.time() - began > seconds:
+            return
+    for where, B, L, D in ROWS[:4]:
+        weight, make = (
+            torch.randn(D, device="cuda", dtype=dtype),
+            lambda B=B, L=L, D=D: (torch.randn(B, L, D, device="cuda", dtype=dtype),),
+        )
+        yield _beside(
+            f"layer_norm {where} {B}x{L}x{D}", make, lambda x, w=weight: kernels.layer_norm(x, w, w), 4 * B * L * D
+        )
+    for where, B, L, D in GATES[:2]:
+        make = lambda B=B, L=L, D=D: (torch.randn(B, L, 2 * D, device="cuda", dtype=dtype),)  # noqa: E731
+        yield _beside(f"geglu {where} {B}x{L}x{2 * D}", make, kernels.geglu, 6 * B * L * D)
+
+
+def _beside(case, make, call, moved):
+    """A row of a memory-bound operator: ours and PyTorch's as written."""
+    inputs = sets(make)
+
+    def under(mode):
+        def run(*one):
+            with kernels.backend(mode):
+                return call(*one)
+
+        return run
+
+    with torch.no_grad():
+        ours, eager = (attempt(graphed, under(mode), inputs) for mode in ("triton", "torch"))
+    return {"case": case, "us": (ours or 0) * 1e3, "gb_s": moved / (ours or 1e9) / 1e6, "torch_us": (eager or 0) * 1e3,
+            "ratio": (eager or 0) / (ours or 1e9)}  # fmt: skip
 
 
 def write(stem, lines, rows, flops, bandwidth, argv, seconds):

@@ -9,6 +9,8 @@ memory. It is a sound start, not a measurement; the table says which of the two 
 
 import argparse
 import concurrent.futures
+import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -135,96 +137,273 @@ def static_table(archs):
 
 # On a GPU ----------------------------------------------------------------------------------------------------
 
+# (kind, B, L, N, K, S): the attentions that Stable Diffusion's models have, each row of the table decided on one of them.
+SHAPES = (
+    ("forward", 2, 4096, 8, 40, 4096), ("short", 2, 4096, 8, 40, 77), ("forward", 2, 4096, 10, 64, 4096),
+    ("forward", 2, 1024, 8, 80, 1024), ("short", 2, 1024, 8, 80, 77), ("forward", 2, 1024, 20, 64, 1024),
+    ("short", 2, 4096, 10, 64, 77), ("short", 2, 1024, 20, 64, 77), ("forward", 2, 4429, 24, 64, 4429),
+    ("forward", 2, 256, 8, 160, 256), ("short", 2, 256, 8, 160, 77), ("forward", 1, 4096, 1, 512, 4096),
+    ("forward", 1, 16384, 1, 512, 16384),
+    ("backward_kv", 8, 4096, 8, 40, 4096), ("backward_q", 8, 4096, 8, 40, 4096),
+    ("backward_kv", 8, 1024, 8, 80, 1024), ("backward_q", 8, 1024, 8, 80, 1024),
+    ("backward_kv", 2, 4096, 10, 64, 4096), ("backward_q", 2, 4096, 10, 64, 4096),
+)  # fmt: skip
+TRIED = {  # (BLOCK_L, BLOCK_S, warps, stages) that are worth a measurement on a large GPU
+    "forward": [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3),
+                (128, 32, 8, 3)],
+    "backward_kv": [(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)],
+    "backward_q": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 128, 8, 2)],
+    "short": [(128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 8, 1)],
+}  # fmt: skip
+WIDE_HEADS = [
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+    (64, 32, 4, 2),
+    (64, 32, 8, 2),
+    (64, 32, 4, 3),
+    (32, 64, 4, 2),
+    (128, 32, 8, 2),
+]
+PICTURES = (
+    (2, 320, 64),
+    (2, 960, 64),
+    (2, 640, 32),
+    (2, 1920, 32),
+    (2, 320, 128),
+    (1, 512, 64),
+    (1, 256, 256),
+    (1, 128, 512),
+)
+GROUPS = [{"BLOCK": block, "WIDE": wide, "PROGRAMS": 1056, "num_warps": warps, "STAGES": stages, "WHOLE": whole}
+          for block, wide, warps, stages in ((2048, 32, 4, 3), (2048, 64, 4, 3), (4096, 64, 4, 1), (4096, 64, 4, 3), (4096, 64, 8, 3),
+                                             (8192, 64, 8, 3), (8192, 128, 8, 3)) for whole in (1, 2)]  # fmt: skip
 
-def measured(table, heads, lengths, dtypes):
-    """Put the fastest candidates on this GPU, for each head size, length and type, into its part of the table, in place;
-    yields after each, so that what was found can be saved."""
+
+# Kernels that move memory, all of whose calls of one key share a row: {name: ({key: shapes}, configurations)}
+WARPS = [
+    {"TILE": tile, "num_warps": warps}
+    for tile, warps in ((1024, 2), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8))
+]
+MOVERS = {
+    "norms.layer": ({"512": [(2, 4096, 320)], "1024": [(2, 1024, 640), (2, 4096, 640)],
+                     "2048": [(2, 256, 1280), (2, 1024, 1280), (2, 4096, 1536)]}, WARPS),
+    "gated": ({"2048": [(2, 4096, 1280)], "4096": [(2, 1024, 2560), (2, 4096, 2560)], "8192": [(2, 256, 5120), (2, 1024, 5120)]},
+              [{"BLOCK": block, "num_warps": warps} for block, warps in
+               ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8))]),
+    "add_bias": ({"2": [(2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 320, 128), (1, 128, 512)]},
+                 [{"BLOCK": block, "num_warps": warps} for block, warps in ((512, 2), (1024, 2), (1024, 4), (2048, 4), (4096, 8))]),
+}  # fmt: skip
+
+
+def mover(name, shape):
+    """(a function that makes the inputs, the call) of one kernel of MOVERS."""
     import torch
-    import triton
+
+    def r(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+    if name == "gated":
+        gated, (B, L, D) = importlib.import_module("kernels.gated"), shape
+        return lambda: (r(B * L, 2 * D),), lambda x: gated.halves_forward(x, "gelu")
+    residual = importlib.import_module("kernels.residual")
+    if name == "add_bias":
+        B, C, side = shape
+        bias = r(C)
+        return (lambda: tuple(r(B, C, side, side).to(memory_format=torch.channels_last) for _ in range(2))), (
+            lambda y, x: residual.bias_forward(y, bias, x)
+        )
+    gain = r(shape[-1])
+    return lambda: (r(*shape), r(*shape)), lambda x, y: residual.residual_forward(
+        x, y, None, None, None, gain, gain, None, 1e-5, False
+    )
+
+
+def tried(kind, K, engines=(False, True)):
+    """The configurations to measure for one row."""
+    found = []
+    for *blocks, warps, stages in WIDE_HEADS if K > 256 else TRIED[kind]:
+        config = dict(zip(("BLOCK_L", "BLOCK_S"), blocks, strict=False)) | {"num_warps": warps, "num_stages": stages}
+        if kind == "short":
+            found += [config | {"LOOPS": loops} for loops in (1, 2)]
+        elif kind == "forward":
+            splits = (True, False) if K == 40 else (True,)
+            found += [config | {"TMA": tma, "SPLIT": split} for tma in engines for split in splits]
+        else:
+            found.append(config)
+    return found
+
+
+def inputs(kind, B, L, N, K, S):
+    """A function that makes the inputs of one call, and the call."""
+    import torch
 
     attention = importlib.import_module("kernels.attention")
-    table["measured"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
-    for dtype in dtypes:
-        for K in heads:
-            for length in lengths:
-                calls = timed_calls(attention, K, length, getattr(torch, dtype))
-                for kind in KINDS:
-                    if kind in calls:
-                        config, took = fastest(kind, calls[kind], attention, K, dtype)
-                        keys = attention.keys_of(K, length, getattr(torch, dtype))
-                        table.setdefault(f"attention.{kind}", {})[keys[0]] = config
-                        table[f"attention.{kind}"][keys[1]] = config  # the longest length serves the unknown ones
-                        print(f"{keys[0]} {kind}: {config} {took * 1e3:.0f} µs", flush=True)
-                yield
+
+    def r(length):
+        return torch.randn(B, length, N, K, dtype=torch.bfloat16, device="cuda")
+
+    if not kind.startswith("backward"):
+        return (lambda: (r(L), r(S), r(S))), lambda q, k, v: attention.forward(q, k, v, None, None, K**-0.5, False, 0)
+
+    def make():
+        q, k, v, dout = r(L), r(S), r(S), r(L)
+        return q, k, v, *attention.forward(q, k, v, None, None, K**-0.5, False, 0), dout
+
+    def call(q, k, v, out, lse, dout):
+        return attention.backward(q, k, v, None, None, out, lse, dout, None, K**-0.5, False, 0, False)
+
+    return make, call
 
 
-def timed_calls(attention, K, length, dtype):
-    """{kind: call} with about as much work for every length."""
+def compile_one(job):
+    """Compile one candidate, in a process of its own; what refuses to compile says so when it is measured."""
+    kind, shape, config = job
+    with contextlib.suppress(Exception):
+        if kind == "group_norm":
+            make, call = pictures(*shape)
+        else:
+            make, call = mover(kind, shape) if kind in MOVERS else inputs(kind, *shape)
+        with switch.forced(kind if kind in (*MOVERS, "group_norm") else f"attention.{kind}", config):
+            call(*make())
+
+
+def pictures(B, C, side):
     import torch
 
-    N = 8
-    B = max(1, 16384 // length)
-    q, k, v, dout = (torch.randn(B, length, N, K, dtype=dtype, device="cuda") for _ in range(4))
-    out, lse = attention.forward(q, k, v, None, None, K**-0.5, False, 0)
-    back = (q, k, v, None, None, out, lse, dout, None, K**-0.5)
-    short = [torch.randn(B, 77, N, K, dtype=dtype, device="cuda") for _ in range(2)]
-    calls = {
-        "forward": lambda: attention.forward(q, k, v, None, None, K**-0.5, False, 0),
-        "forward_masked": lambda: attention.forward(q, k, v, None, None, K**-0.5, True, 0),
-        "short": lambda: attention.forward(q, *short, None, None, K**-0.5, False, 0),
-        "backward_kv": lambda: attention.backward(*back, False, 0, False),
-        "backward_q": lambda: attention.backward(*back, False, 0, False),
-        "backward_kv_masked": lambda: attention.backward(*back, True, 0, False),
-        "backward_q_masked": lambda: attention.backward(*back, True, 0, False),
-    }
-    if K > 256 or dtype == torch.float32:  # such heads are never held on chip
-        calls.pop("short")
-    return calls
+    groups = importlib.import_module("kernels.group_norm")
+    weight = torch.randn(C, dtype=torch.bfloat16, device="cuda")
+
+    def make():
+        x = torch.randn(B, C, side, side, dtype=torch.bfloat16, device="cuda")
+        return (x.to(memory_format=torch.channels_last),)
+
+    return make, lambda x: groups.forward(x, weight, weight, None, 32, 1e-5, True)
 
 
-def fastest(kind, call, attention, K, dtype):
-    """(configuration, milliseconds) of the fastest candidate; those that do not fit this GPU are left out."""
+def theirs(which):
+    """One of PyTorch's own attentions (attention.FUSED)."""
+    from torch.nn.attention import sdpa_kernel
+
+    import kernels
+
+    def call(q, k, v):
+        with kernels.backend("torch"), sdpa_kernel(sys.modules["kernels.attention"].FUSED[which]):
+            return kernels.attention(q, k, v)
+
+    return call
+
+
+def day(path, shapes=SHAPES):
+    """Measure every row on this GPU, write the table to `path` after each, and yield what was found.
+
+    Where one of PyTorch's own attentions is faster, the row says which ("TORCH") beside our fastest, and attention() takes that.
+    """
     import torch
+
+    from kernels import bench
+
+    table = json.loads(switch.TABLE.read_text())
+    arch = table.setdefault(switch.architecture(), {})
     import triton
 
-    tried = candidates(kind, K, 4 if dtype == "float32" else 2, 227 << 10)
-    if kind.startswith("forward"):  # the copy engine is Hopper's and its successors'
-        engines = (False, True) if not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9 else (False,)
-        tried = [config | {"TMA": tma} for config in tried for tma in engines]
-    best = None
-    for config in tried:
-        try:
+    arch["measured"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
+    engines = (False, True) if not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9 else (False,)
+    jobs = [(kind, shape, config) for kind, *shape in shapes for config in tried(kind, shape[3], engines)]
+    jobs += [("group_norm", shape, config) for shape in PICTURES for config in GROUPS]
+    jobs += [
+        (name, s, c)
+        for name, (keys, configs) in MOVERS.items()
+        for shapes_ in keys.values()
+        for s in shapes_
+        for c in configs
+    ]
+    with concurrent.futures.ProcessPoolExecutor(min(14, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, jobs, chunksize=4))
+    attention, quick = importlib.import_module("kernels.attention"), functools.partial(bench.graphed, replays=10)
+    for kind, *shape in shapes:
+        B, L, N, K, S = shape
+        make, call = inputs(kind, *shape)
+        sets = bench.sets(make)
+        best = None
+        for config in tried(kind, K, engines):
             with switch.forced(f"attention.{kind}", config):
-                took = triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median")
-        except (triton.errors.TritonError, RuntimeError) as e:  # too large a tile, or one that the compiler refuses
-            print(f"  {kind} {config}: {str(e).splitlines()[0]}")
+                took = bench.attempt(quick, call, sets)
+            if took and (best is None or took < best[0]):
+                best = (took, config)
+        row = {"case": f"{kind} {B}x{L}x{N}x{K}, {S} keys"}
+        if best is None:
+            yield row | {"found": "nothing fits"}
             continue
-        if best is None or took < best[1]:
-            best = (config, took)
-    if best is None:
-        raise RuntimeError(f"tune: no configuration of attention.{kind} fits this GPU for head size {K} in {dtype}")
-    return best
+        config = dict(best[1])
+        row |= {"us": best[0] * 1e3, "config": str(best[1])}
+        if not kind.startswith("backward"):
+            peers = {w: took for w in attention.FUSED if (took := bench.attempt(quick, theirs(w), sets))}
+            fastest = min(peers, key=peers.get, default=None)
+            row |= {"tflops": 4 * B * N * L * S * K / best[0] / 1e9}
+            if fastest:
+                row |= {"best": fastest, "best_us": peers[fastest] * 1e3, "ratio": peers[fastest] / best[0]}
+                if peers[fastest] < 0.97 * best[0]:  # less is noise
+                    config["TORCH"] = fastest
+        keys = attention.keys_of(K, S if kind != "short" and not kind.startswith("backward_kv") else L, torch.bfloat16)
+        for key in keys:
+            for dtype in ("bfloat16", "float16"):
+                arch.setdefault(f"attention.{kind}", {})[key.replace("bfloat16", dtype)] = config
+        path.write_text(_lines(table))
+        yield row
+    for name, (keys, configs) in MOVERS.items():
+        for key, several in keys.items():
+            took = {}
+            for shape in several:
+                make, call = mover(name, shape)
+                sets = bench.sets(make)
+                for i, config in enumerate(configs):
+                    with switch.forced(name, config):
+                        took[shape, i] = bench.attempt(quick, call, sets) or 1e9
+            chosen, loss = fairest(took, several, len(configs))
+            arch.setdefault(name, {})[key] = configs[chosen]
+            path.write_text(_lines(table))
+            best = [round(took[s, chosen] * 1e3, 1) for s in several]
+            yield {"case": f"{name} {key}", "us": str(best), "config": str(configs[chosen]), "loss": loss}
+    times = {}
+    for shape in PICTURES:
+        make, call = pictures(*shape)
+        sets = bench.sets(make)
+        for i, config in enumerate(GROUPS):
+            with switch.forced("group_norm", config):
+                times[shape, i] = bench.attempt(quick, call, sets) or 1e9
+        order = sorted(range(len(GROUPS)), key=lambda i, shape=shape: times[shape, i])
+        moved = 4 * shape[0] * shape[1] * shape[2] ** 2
+        yield {"case": f"group_norm {shape}", "us": times[shape, order[0]] * 1e3, "gb_s": moved / times[shape, order[0]] / 1e6,
+               "first": str([(round(times[shape, i] * 1e3, 1), tuple(GROUPS[i].values())) for i in order[:3]])}  # fmt: skip
+    chosen, loss = fairest(times, PICTURES, len(GROUPS))
+    arch.setdefault("group_norm", {})["channels_last/2"] = GROUPS[chosen]
+    path.write_text(_lines(table))
+    yield {"case": "group_norm", "chosen": str(GROUPS[chosen]), "loss": loss}
+
+
+def fairest(took, shapes, n):
+    """(which of n configurations loses least against each shape's own best, how much on average) for took[shape, i]."""
+    best = {s: min(took[s, i] for i in range(n)) for s in shapes}
+    loss = [sum(took[s, i] / best[s] for s in shapes) / len(shapes) for i in range(n)]
+    return min(range(n), key=loss.__getitem__), min(loss)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--static", nargs="+", metavar="ARCH", choices=TUNED, help="choose without a GPU")
-    parser.add_argument("--head", nargs="+", type=int, default=report.HEAD_SIZES, help="head sizes (on a GPU)")
-    parser.add_argument("--length", nargs="+", type=int, default=(256, 1024, 4096), help="lengths (on a GPU)")
-    parser.add_argument("--dtype", nargs="+", choices=report.DTYPES, default=report.DTYPES[:2], help="types (on a GPU)")
     args = parser.parse_args(argv)
-    table = json.loads(switch.TABLE.read_text())
     if args.static:
         os.environ["NANODIFF_KERNELS"] = "triton"
+        table = json.loads(switch.TABLE.read_text())
         for arch, rows in static_table(args.static).items():
             table[arch] = rows
-    else:
-        if switch.UNUSABLE:
-            print(f"error: tuning needs a GPU ({switch.UNUSABLE}); --static sm_90 chooses without one", file=sys.stderr)
-            return 2
-        for _ in measured(table.setdefault(switch.architecture(), {}), args.head, sorted(args.length), args.dtype):
-            switch.TABLE.write_text(_lines(table))
-    switch.TABLE.write_text(_lines(table))
+        switch.TABLE.write_text(_lines(table))
+        return 0
+    if switch.UNUSABLE:
+        print(f"error: tuning needs a GPU ({switch.UNUSABLE}); --static sm_90 chooses without one", file=sys.stderr)
+        return 2
+    for row in day(switch.TABLE):
+        print(row, flush=True)
     return 0
 
 
