@@ -194,7 +194,7 @@ test-slow: $(STAMP)  ## the tests that take minutes each: every kernel compiled,
 test-all: $(STAMP)  ## both
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device (minutes)
+test-gpu: $(STAMP)  ## the tests that need a CUDA device, without fp32 heads of 96 to 256 (pytest -m gpu: those too, minutes more)
 	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu --only tests
 
 lint: $(STAMP)  ## ruff: rules and format

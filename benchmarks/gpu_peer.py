@@ -1,15 +1,16 @@
 """What benchmarks/gpu_day.py measures, by diffusers: run by a Python that has it, beside ours in the same call.
 
-    PYTHON benchmarks/gpu_peer.py sd15|sdxl|sd35-medium|sd-turbo|train dry|gpu eager|compiled
+    PYTHON -c PROGRAM sd15|sdxl|sd35-medium|sd-turbo|train dry|gpu eager|compiled        (in the repository's root)
 
-Needs diffusers 0.42.1, transformers and importlib_metadata. Prints a line "ROW{…}" for each figure. Weights and inputs are
+Needs what gpu_needs.txt lists. Prints a line "ROW{…}" for each figure. Weights and inputs are
 those of gpu_day.py, made from the same names.
 """
 
+# The peer's side, run by another interpreter: this project itself never imports these packages.
+PROGRAM = r"""
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -23,7 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, "benchmarks")
 from gpu_day import GOLDEN, MODELS, fill, inputs, peak, per_call, rms, synchronize
 
 name, where, how = sys.argv[1:4]
@@ -44,7 +45,7 @@ def module(cls, part, dtype=half, model=name):
 
 
 def call_of(net, x, t, text, *more):
-    """One call as the pipelines make it."""
+    # as the pipelines make it
     if name == "sd35-medium":
         t = torch.full((len(x),), t, device=x.device)
         return net(x, encoder_hidden_states=text, pooled_projections=more[0], timestep=t, return_dict=False)[0]
@@ -122,3 +123,4 @@ def drawing():
 
 if __name__ == "__main__":
     training() if name == "train" else drawing()
+"""

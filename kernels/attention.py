@@ -583,6 +583,8 @@ def _config(kind, q, k, masked=False):
 def _faster(q, k, masked):
     """Which of PyTorch's own attentions the table of this GPU says to be faster for tensors like these (FUSED), or None."""
     short = k.shape[1] <= SHORT and q.shape[3] <= 256 and q.element_size() == 2
+    if short and masked:  # of which nothing was measured
+        return None
     kind, length = ("short", q.shape[1]) if short else ("forward_masked" if masked else "forward", k.shape[1])
     return tuned(f"attention.{kind}", keys_of(q.shape[3], length, q.dtype), {}).get("TORCH")
 
@@ -657,16 +659,21 @@ def _forward_launch(q, k, v, bias, key_mask, scale, causal, window, in_step, _):
     if cfg["TMA"]:
         even = all(s * k.element_size() % 16 == 0 for s in _steps(k, v))
         cfg["TMA"] = in_step and even and k.stride(3) == v.stride(3) == 1 and not flags["WIDE"]
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     edge = causal or window > 0 or S % cfg["BLOCK_S"] != 0
     parts = columns(K, q.element_size())[2]
     return Launch(_forward, (cdiv(L, cfg["BLOCK_L"]), B * N, parts), *numbers, **flags, **cfg, EDGE=edge)
+
+
+def _scratch(size, align, stream):
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _run(launch, q, k, v, bias, key_mask):
     """(o, lse) by that Launch."""
     B, L, N, K = q.shape
     out, lse = q.new_empty((B, L, N, K)), q.new_empty((B, N, L), dtype=torch.float32)
+    if launch.constants.get("TMA"):  # descriptors lie in scratch memory; Triton forgets the allocator in another thread
+        triton.set_allocator(_scratch)
     if bias is None and key_mask is None:
         launch(q, k, v, q, q, out, lse)
     else:

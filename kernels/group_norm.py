@@ -374,7 +374,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean [B, G], rstd [B, G]) by the kernels; y in the memory format of x."""
     shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
-    chunks, launches = kept(_forward_launches, x, shift, groups, eps, silu)
+    chunks, launches = kept(_forward_launches, x, shift, groups, eps, silu, also=(weight, bias))
     return _run(chunks, launches, x, weight.contiguous(), bias.contiguous(), shift, groups)
 
 
@@ -417,7 +417,7 @@ def backward(
     x, dy, out = _flat(x), _flat(dy), _flat(dx)
     B, C, _ = x.shape
     weight, bias = weight.contiguous(), bias.contiguous()
-    chunks, launches = kept(_backward_launches, x, dy, shift, groups, silu)
+    chunks, launches = kept(_backward_launches, x, dy, shift, groups, silu, also=(weight, bias))
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
     shift = x if shift is None else shift.contiguous()
     s1, s2 = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))

@@ -28,9 +28,10 @@ def signature(args):
     return tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
 
 
-def kept(make, *args):
-    """make(*args), made once for each signature of the arguments."""
-    key = (make, signature(args))
+def kept(make, *args, also=()):
+    """make(*args), made once for each signature of the arguments. also: further tensors that are given to what is made, whose
+    types matter."""
+    key = (make, signature(args), tuple([t.dtype for t in also]))
     found = _kept.get(key)
     if found is None:
         if len(_kept) >= MOST:
@@ -50,7 +51,8 @@ def planned(decide, *args):
     that must see what is computed (FakeTensor, DTensor), on a CPU, and where decide() says so."""
     if not (args[0].is_cuda or switch.INTERPRET) or torch.compiler.is_compiling():
         return None
-    recording, key = torch.is_grad_enabled(), [decide, switch.mode(), args[0].device]
+    recording = torch.is_grad_enabled()
+    key = [decide, switch.mode(), recording, args[0].device]
     for a in args:
         if isinstance(a, torch.Tensor):
             if (recording and a.requires_grad) or not real(a):

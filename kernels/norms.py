@@ -325,7 +325,7 @@ def rope_forward(
     B, L, N, K = x.shape
     y = x.new_empty(B, L, N, K)
     rstd = x.new_empty((B, L, N) if weight is not None else 0, dtype=torch.float32)
-    launch = kept(_rope_launch, x, weight, cos, eps, plus_one)
+    launch = kept(_rope_launch, x, weight, cos, eps, plus_one, also=() if sin is None else (sin,))
     launch(x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), y, rstd)
     return y, rstd
 
@@ -357,7 +357,7 @@ def rope_backward(
     B, L, N, K = x.shape
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dx = x.new_empty(B, L, N, K)
-    programs, launch = kept(_rope_backward_launch, x, dy, weight, cos, plus_one)
+    programs, launch = kept(_rope_backward_launch, x, dy, weight, cos, plus_one, also=() if sin is None else (sin,))
     sums = x.new_empty(B, programs, K, dtype=torch.float32)
     launch(x, weight if weight is not None else x, *((cos, sin) if cos is not None else (x, x)), rstd, dy, dx, sums)
     return dx, x.new_empty(0) if weight is None else sums.sum((0, 1)).to(weight.dtype)

@@ -231,9 +231,8 @@ SPILLS = {
 def by_time(row):
     """Was this tile chosen on a GPU, by time? Then what it spills has been weighed."""
     rows = _table().get(row["arch"], {}).get(f"attention.{row['kernel']}", {})
-    return any(key.startswith(f"{row['head']}/") and key.count("/") == 2 for key in rows) and "masked" not in row.get(
-        "case", ""
-    )
+    mine = (k for k in rows if k.startswith(f"{row['head']}/") and k.endswith(row["dtype"]) and k.count("/") == 2)
+    return any(mine) and "masked" not in row.get("case", "")
 
 
 @functools.cache

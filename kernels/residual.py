@@ -9,7 +9,7 @@ and for pictures x, y [B, C, H, W]:
     s[2i + a, 2j + e] = y^{ae}[i + a, j + e] + β_c          (the four phases of a doubled picture, see layers.Upsample)
 
 For inference: where gradients are asked for, or torch.compile does the fusing, the same is composed of operators that know
-them. Everything is computed in fp32; s is rounded once to the type of x, and it is the rounded s that is normed.
+them. Everything is computed in fp32; s is rounded to the type of x, and it is the rounded s that is normed.
 """
 
 import torch
@@ -117,7 +117,7 @@ def _residual_launch(x, gate, z, gate_z, gain, offset, more, eps, plus_one):
 def residual_forward(x, y, gate, z, gate_z, gain, offset, more, eps, plus_one):
     """(s, its norm) by the kernel: x, y, z [B, L, D] contiguous."""
     total, out = torch.empty_like(x), torch.empty_like(x)
-    started = kept(_residual_launch, x, gate, z, gate_z, gain, offset, more, eps, plus_one)
+    started = kept(_residual_launch, x, gate, z, gate_z, gain, offset, more, eps, plus_one, also=(y,))
     started(x, y, *(x if t is None else t for t in (gate, z, gate_z, gain, offset, more)), total, out)
     return total, out
 
@@ -133,7 +133,7 @@ def _bias_launch(y, x):
 @on_device
 def bias_forward(y, bias, x):
     """y + bias (+ x) by the kernel, in place."""
-    kept(_bias_launch, y, x)(y, y if x is None else x, bias)
+    kept(_bias_launch, y, x, also=(bias,))(y, y if x is None else x, bias)
     return y
 
 
@@ -147,7 +147,7 @@ def interleave_forward(y, bias):
     """The picture that the phases y (channels last) make, by the kernel."""
     B, C, H, W = y.shape
     out = y.new_empty(B, 2 * H - 2, 2 * W - 2, C // 4)
-    kept(_interleave_launch, y, out.numel())(y, bias, out)
+    kept(_interleave_launch, y, out.numel(), also=(bias,))(y, bias, out)
     return out.permute(0, 3, 1, 2)
 
 
@@ -155,8 +155,10 @@ def interleave_forward(y, bias):
 
 
 def lean(x):
-    """Whether what computes no gradients may take the place of what does, and torch.compile is not there to do it better."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and launch.real(x)
+    """Whether other forms may take the place of operators that autograd, autocast or torch.compile know: nobody of them is there,
+    and x is a plain tensor."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    return not watched and launch.real(x)
 
 
 def _why_not(name, x, *tensors):
@@ -200,7 +202,7 @@ def add_bias(y, bias, x=None):
     alike = x is None or (x.stride() == y.stride() and x.dtype == y.dtype)
     if lean(y) and dense and alike and use("add_bias", y, _why_no_bias, y):
         return bias_forward(y, bias, x)
-    s = y + bias.view(-1, *[1] * (y.dim() - 2))
+    s = y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
     return s if x is None else x + s
 
 

@@ -121,8 +121,9 @@ _old_gpu._dynamo_marked_constant = True
 
 @functools.cache
 def _trained_by_torch():
-    """Does the table say that on this GPU a training step is faster by PyTorch's own operators?"""
-    return _table().get(architecture(), {}).get("training") == "torch"
+    """The kernels that the table of this GPU leaves to PyTorch's own operators where gradients are computed, since a training
+    step was faster so."""
+    return frozenset(_table().get(architecture(), {}).get("training", {}).get("torch", ()))
 
 
 _trained_by_torch._dynamo_marked_constant = True
@@ -143,8 +144,8 @@ def use(name, x, why_not, *args):
         reason = f"tensors are on the {x.device.type}"
     else:
         reason = (_old_gpu(x.device) if x.is_cuda else None) or why_not(*args)
-        if reason is None and mode == "auto" and torch.is_grad_enabled() and name != "linear_cross_entropy":
-            reason = TORCH_TRAINS if _trained_by_torch() else None
+        if reason is None and mode == "auto" and torch.is_grad_enabled() and name in _trained_by_torch():
+            reason = TORCH_TRAINS
     if reason is None:
         return True
     if mode == "triton":

@@ -11,19 +11,20 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 WARM_UP = 2  # calls before recording: kernels are compiled and libraries choose their algorithms in these
+MOST = 8  # recordings that are kept, the latest
 
 
 class Replayed:
     """f(x, t, *conditions), recorded at its third call with the same shapes and types and replayed from then on.
 
     x: a tensor. t: a tensor, or a number, of which f gets a tensor [1] on x's device. conditions: tensors in tuples and lists, equal
-    from step to step; they are copied into the recording when others are given. f must not wait for the GPU and must
-    depend on nothing else that changes. If it cannot be recorded, that is said once and f is called as it is.
-
+    from step to step; they are copied into the recording when others are given (other objects: they are not changed in place). f must not wait for the GPU and must
+    depend on nothing else that changes. If it cannot be recorded, that is said once and f is called as it is. The recordings share
+    their memory: they never run at the same time, and what one gives is copied out of it.
     """
 
     def __init__(self, f):
-        self.f, self.kinds = f, {}
+        self.f, self.kinds, self.pool = f, {}, None
 
     @property
     def recordings(self):
@@ -38,7 +39,7 @@ class Replayed:
     def __call__(self, x, t, *conditions):
         t = t if isinstance(t, torch.Tensor) else torch.full((1,), float(t), device=x.device)
         leaves, shape = tree_flatten(conditions)
-        key = (str(shape), *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in (x, t, *leaves)))
+        key = (str(shape), *((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in (x, t, *leaves)))
         kind = self.kinds.get(key, 0)
         if kind == WARM_UP:
             kind = self._record(x, t, leaves, shape)
@@ -50,8 +51,11 @@ class Replayed:
         return self.f(x, t, *conditions)
 
     def _record(self, x, t, leaves, shape):
+        if len(self.recordings) >= MOST:
+            del self.kinds[next(key for key, kind in self.kinds.items() if isinstance(kind, _Recording))]
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            return _Recording(self.f, x, t, leaves, shape)
+            return _Recording(self.f, x, t, leaves, shape, self.pool)
         except RuntimeError as e:
             print(
                 f"note: no CUDA graph ({str(e).splitlines()[0]}); steps are started kernel by kernel", file=sys.stderr
@@ -62,12 +66,14 @@ class Replayed:
 class _Recording:
     """One graph, the tensors that it reads, and the one that it writes."""
 
-    def __init__(self, f, x, t, leaves, shape):
+    def __init__(self, f, x, t, leaves, shape, pool):
         self.x, self.t = x.clone(), t.clone()
         self.leaves, self.given = [leaf.clone() for leaf in leaves], leaves
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device), torch.cuda.graph(self.graph):
+        with torch.cuda.device(x.device), torch.cuda.graph(self.graph, pool, torch.cuda.Stream(x.device)):
             self.out = f(self.x, self.t, *tree_unflatten(self.leaves, shape))
+        # what was derived from weights (layers.Upsample) and is read by the graph must not be freed before it
+        self.derived = [m.phases for m in f.modules() if hasattr(m, "phases")] if isinstance(f, torch.nn.Module) else []
 
     def replay(self, x, t, leaves):
         self.x.copy_(x)

@@ -306,7 +306,7 @@ def _delta(target, parts, models, scale, file):
 
 
 class Attached:
-    """A LoRA that runs beside the weights. `scale` may be changed at any time; remove() takes it away."""
+    """A LoRA that runs beside the weights. `scale` may be changed between runs; remove() takes it away."""
 
     def __init__(self, models, lora, scale):
         self.scale, self.handles = scale, []
@@ -353,7 +353,10 @@ class Fused:
         for d, layer in zip(lora.deltas, layers, strict=True):
             weight = layer.weight
             if keep:
-                self.before.append((weight, weight.data))
+                shared = (
+                    weight.data.untyped_storage().nbytes() > weight.data.nbytes
+                )  # such as with q and k (layers.join)
+                self.before.append((weight, weight.data.clone() if shared else weight.data))
             delta = d.matrix(weight.shape).to(weight.device)
             # never in place: it may be a mapped file
             weight.data = (weight.data.float() + scale * delta).to(weight.dtype)

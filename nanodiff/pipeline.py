@@ -23,7 +23,7 @@ from nanodiff import cudagraph, memory, onednn, prompt, quantize, samplers, sing
 from nanodiff.config import UserError
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.labels import LabelEncoder
-from nanodiff.models.layers import join
+from nanodiff.models.layers import computed_by, join
 from nanodiff.schedule import Schedule
 from nanodiff.sources import BUILDERS, Folder, source
 from nanodiff.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer
@@ -563,10 +563,12 @@ class Pipeline:
         """The denoiser for batches of `rows`, recorded and replayed as a CUDA graph, or None: see `replays`."""
         if not self.replays or (self.replays == "auto" and (self.device.type != "cuda" or rows > LAUNCH_BOUND)):
             return None
+        if hasattr(self.net, "resident"):  # weights that come and go have no place that could be recorded
+            return None
         hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
         owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
-        weights = tuple(t.data_ptr() for t in (*self.net.parameters(), *self.net.buffers()))
-        state = (weights, tuple((id(o), getattr(o, "scale", None)) for o in owners))
+        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
+        state = (weights, tuple((o, getattr(o, "scale", None)) for o in owners), computed_by())
         if state not in self.recorded:  # what was recorded before reads other weights
             self.recorded.clear()
             self.recorded[state] = cudagraph.Replayed(self.net)

@@ -29,7 +29,7 @@ def graphs(monkeypatch):
     failures = []
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, pool, stream):
         if failures:
             raise RuntimeError(failures[0])
         Graph.now = graph
@@ -39,6 +39,8 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     return failures
 
 
@@ -103,6 +105,35 @@ def test_other_shapes_and_types_are_recorded_apart(graphs):
         for _ in range(4):
             torch.testing.assert_close(replayed(x, 1), x * 3)
     assert len(replayed.recordings) == 3 and len(calls) == 9
+
+
+def test_the_latest_recordings_are_kept(graphs, monkeypatch):
+    monkeypatch.setattr(cudagraph, "MOST", 2)
+    replayed = cudagraph.Replayed(step([]))
+    for n in (3, 4, 5):
+        for _ in range(3):
+            replayed(torch.ones(n), 1)
+    assert [len(r.x) for r in replayed.recordings] == [4, 5]
+    torch.testing.assert_close(replayed(torch.ones(3), 1), full(3), msg="one that is gone is recorded anew, in time")
+
+
+def test_what_a_graph_reads_outlives_its_model(graphs):
+    """Weights derived from weights (layers.Upsample.phases) are held by the recording."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.phases = (1, 2)
+
+        def forward(self, x, t):
+            return x + t
+
+    net = Net()
+    replayed = cudagraph.Replayed(net)
+    for _ in range(3):
+        replayed(full(1), 1)
+    held, net.phases = net.phases, ()
+    assert replayed.recordings[0].derived == [held]
 
 
 def test_a_failure_is_said_once_and_steps_go_on(graphs, capsys):

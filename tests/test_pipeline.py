@@ -7,6 +7,7 @@ import pytest
 import torch
 from util import GOLDEN, TINY, copy_model, golden, max_error, rms_ratio
 
+import kernels
 from nanodiff import pipeline, samplers
 from nanodiff.config import UserError
 from nanodiff.images import to_uint8
@@ -447,6 +448,13 @@ def test_when_steps_are_replayed(monkeypatch):
     sd.net.conv_in.weight.data = sd.net.conv_in.weight.data.clone()
     second = sd.replayed(2)
     assert second is not first and len(sd.recorded) == 1
+    with torch.no_grad():
+        sd.net.conv_in.weight.mul_(1.01)  # as EMA does: what was derived from it is another
+    assert sd.replayed(2) is not second
+    with kernels.backend("torch"):
+        other = sd.replayed(2)
+    assert sd.replayed(2) is not other, "a recording is of one kind of kernel"
+    second = sd.replayed(2)
 
     class Beside:
         scale = 1.0
@@ -460,6 +468,11 @@ def test_when_steps_are_replayed(monkeypatch):
     assert third is not second and sd.replayed(2) is third
     beside.scale = 0.5
     assert sd.replayed(2) is not third
+    assert any(beside is owner for state in sd.recorded for owner, _ in state[1]), (
+        "held, so that no other gets its address"
+    )
+    sd.net.resident = object()
+    assert sd.replayed(2) is None, "weights that come and go"
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

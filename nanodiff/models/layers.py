@@ -37,6 +37,11 @@ def use_kernels(mode):
         raise UserError(f"--kernels triton: {e}") from None
 
 
+def computed_by():
+    """What decides how operators are computed: the switch of the kernels, and how fp32 is multiplied on a GPU."""
+    return kernels.switch.mode(), torch.backends.cuda.matmul.fp32_precision
+
+
 def timestep_embedding(t, dim, max_period=10000.0):
     """Sinusoids of the timestep: [B] -> [B, dim], cosines first (Vaswani et al. 2017 §3.5; DDPM appendix B).
 
@@ -76,7 +81,8 @@ def _lean(x):
 
 def _plain(layer, kind):
     """Is this layer nothing but its weights? (A LoRA hangs on its call; packed for a CPU, it is of another class.)"""
-    return type(layer) is kind and not layer._forward_hooks and not hasattr(layer, "parametrizations")
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations")
+    return type(layer) is kind and not hooked and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
 def without_bias(conv, x):

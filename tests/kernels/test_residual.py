@@ -83,3 +83,12 @@ def test_interleave(shape, dtype):
         got = kernels.interleave(y, bias)
     assert got.movedim(1, -1).is_contiguous()
     check(got, interleave_reference(*exact(y, bias)), TOLERANCE[dtype], "picture")
+
+
+def test_lean_forms_are_for_plain_inference():
+    x = normal(2, 3)
+    with torch.no_grad():
+        assert kernels.lean(x) and kernels.lean(torch.nn.Parameter(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not kernels.lean(x)
+    assert not kernels.lean(x), "gradients may be asked for"

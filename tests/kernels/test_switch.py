@@ -13,7 +13,7 @@ from torch import nn
 from util import ROOT, rms_ratio
 
 import kernels
-from kernels import switch
+from kernels import launch, switch
 from nanodiff.dist import finish
 
 interpreter = pytest.mark.skipif(not switch.INTERPRET, reason="for the interpreter; test_gpu.py is for a GPU")
@@ -105,7 +105,7 @@ def test_training_by_torch_where_the_table_says_so(monkeypatch, capsys):
     x = torch.empty(1, 5, 2, 16, device="meta")
     monkeypatch.setattr(switch, "UNUSABLE", None)
     monkeypatch.setattr(switch, "_old_gpu", lambda device: None)
-    monkeypatch.setattr(switch, "_table", lambda: {"sm_00": {"training": "torch"}, "sm_90": {}})
+    monkeypatch.setattr(switch, "_table", lambda: {"sm_00": {"training": {"torch": ["attention"]}}, "sm_90": {}})
     gpu = type("OnAGpu", (), {"is_meta": False, "is_cuda": True, "device": torch.device("cuda", 0)})()
     monkeypatch.setattr(switch, "_said", set())
 
@@ -115,7 +115,7 @@ def test_training_by_torch_where_the_table_says_so(monkeypatch, capsys):
             return switch.use(name, gpu, lambda *args: None, x)
 
     try:
-        assert used("auto", "sm_90") and used("triton", "sm_00") and used("auto", "sm_00", "linear_cross_entropy")
+        assert used("auto", "sm_90") and used("triton", "sm_00") and used("auto", "sm_00", "rms_norm")
         assert not used("auto", "sm_00")
         with torch.no_grad():
             assert used("auto", "sm_00")
@@ -299,3 +299,90 @@ def test_whole_denoisers(name):
     assert rms_ratio(results["triton"][0], results["torch"][0]) < 1e-5
     whole = [torch.cat([t.flatten() for t in results[mode][1:]]) for mode in ("triton", "torch")]
     assert rms_ratio(*whole) < 1e-4
+
+
+# Plans that are kept --------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Stands for a compiled kernel: that it was asked for."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self):
+        self.runs = 0
+
+    def run(self, *args):
+        self.runs += 1
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """[(kernel's name, its tensors' types)] of every kernel that would be compiled; launches do nothing."""
+    found = []
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.kernel, self.arg_names = kernel, kernel.arg_names
+
+        def __getitem__(self, grid):
+            def compiled(*args, **constants):
+                found.append((self.kernel.__name__, tuple(a.dtype for a in args if isinstance(a, torch.Tensor))))
+                return Code()
+
+            return compiled
+
+    class Driver:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    make = launch.Launch.__init__
+    monkeypatch.setattr(launch.Launch, "__init__", lambda self, kernel, *a, **k: make(self, Kernel(kernel), *a, **k))
+    monkeypatch.setattr(launch.triton.runtime.driver, "_active", Driver(), raising=False)
+    launch.forget()
+    yield found
+    launch.forget()
+
+
+@interpreter
+def test_a_plan_is_made_once_for_a_signature(started):
+    x, w = torch.randn(2, 32, 4, 4), torch.randn(32)
+    with kernels.backend("triton"), torch.no_grad():
+        for _ in range(3):
+            kernels.group_norm(x, 4, w, w)
+        assert len(started) == 1
+        kernels.group_norm(x.half(), 4, w, w)  # another type, another shape, other strides, another address
+        kernels.group_norm(x[:1], 4, w, w)
+        kernels.group_norm(x.to(memory_format=torch.channels_last), 4, w, w)
+        assert len(started) == 4
+        wide = torch.randn(33)
+        kernels.group_norm(x, 4, w, wide[1:])
+        assert len(started) == 5
+        with switch.forced("group_norm", {"num_warps": 8}):
+            kernels.group_norm(x, 4, w, w)
+        assert len(started) == 6
+
+
+@interpreter
+def test_types_of_every_tensor_are_part_of_a_plan(started):
+    """Code compiled for one type of pointer is never given another, with gradients either."""
+    x, w = torch.randn(2, 32, 4, 4), torch.randn(32)
+    rows, gain = torch.randn(2, 3, 16), torch.randn(16)
+    with kernels.backend("triton"):
+        for kind in (torch.float32, torch.float16):
+            kernels.group_norm(x.half().requires_grad_(), 4, w.to(kind), w.to(kind))
+            with torch.no_grad():
+                kernels.add_bias(x.half(), w.to(kind))
+                kernels.residual_norm(rows.half(), rows.to(kind), weight=gain, bias=gain)
+    assert len(started) == len(set(started)) == 6, started
+
+
+@interpreter
+def test_gradients_are_part_of_a_plan(started):
+    """Whether a plan was made with or without gradients in the air decides nothing for the other."""
+    x = torch.randn(1, 4, 2, 16)
+    with kernels.backend("triton"):
+        kernels.attention(x, x, x)
+        with torch.no_grad():
+            kernels.attention(x, x, x)
+    assert len(started) == 2
