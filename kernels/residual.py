@@ -157,8 +157,9 @@ def interleave_forward(y, bias):
 def lean(x):
     """Whether other forms may take the place of operators that autograd, autocast or torch.compile know: nobody of them is there,
     and x is a plain tensor."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-    return not watched and launch.real(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return launch.real(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _why_not(name, x, *tensors):

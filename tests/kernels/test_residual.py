@@ -91,4 +91,5 @@ def test_lean_forms_are_for_plain_inference():
         assert kernels.lean(x) and kernels.lean(torch.nn.Parameter(x))
         with torch.autocast("cpu", torch.bfloat16):
             assert not kernels.lean(x)
+        assert not kernels.lean(x.to("meta"))
     assert not kernels.lean(x), "gradients may be asked for"

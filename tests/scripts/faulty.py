@@ -1,6 +1,7 @@
 """train.py with a fault put into one of its processes: torchrun faulty.py FAULT RANK diffusion …"""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,10 @@ def main():
     def fail():
         raise config.UserError("the fault of this test")
 
+    def sleep():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun would wait for it half a minute before it kills it
+        time.sleep(1000)
+
     def crash():
         raise ZeroDivisionError("a bug of ours")
 
@@ -41,7 +46,7 @@ def main():
     elif fault == "kill":
         pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, lambda: os.kill(os.getpid(), 9))
     elif fault == "sleep":
-        pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, lambda: time.sleep(1000))
+        pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, sleep)
     elif fault == "term":
         pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, lambda: os.kill(os.getpid(), 15))
     elif fault == "data":
