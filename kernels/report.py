@@ -218,8 +218,14 @@ def rows(arch, dtype, K):
 
 # Spills that are accepted, beside those of by_time(): (kernel, dtype, head sizes) -> bytes a thread.
 SPILLS = {
-    # Two registers of the fp32 kernel with every kind of mask at once; smaller tiles spill as much.
-    ("backward_kv", "float32", (40,)): 8,
+    # A few registers for strides that are known to be multiples of 16 bytes but not of 16 elements, and in fp32 for every kind of
+    # mask at once; smaller tiles spill as much.
+    ("backward_kv", "float32", (40,)): 24,
+    ("backward_kv", "bfloat16", (40,)): 8,
+    ("backward_kv", "float16", (40,)): 16,
+    ("backward_q", "float32", (40,)): 8,
+    # Two registers on sm_80, since the scale is part of the multiply-add before exp2.
+    ("forward", "float32", (96, 128, 160, 256, 512)): 8,
     # 77 keys have no strides that are multiples of 16, which costs four registers; no model has such heads for a prompt.
     ("forward", "bfloat16", (512,)): 16,
     ("forward", "float16", (512,)): 16,
