@@ -224,8 +224,10 @@ SPILLS = {
     ("backward_kv", "bfloat16", (40,)): 8,
     ("backward_kv", "float16", (40,)): 16,
     ("backward_q", "float32", (40,)): 8,
-    # Two registers on sm_80, since the scale is part of the multiply-add before exp2.
-    ("forward", "float32", (96, 128, 160, 256, 512)): 8,
+    # Two registers on sm_80, and for heads of 64 under Triton 3.6, since the scale is part of the multiply-add before exp2.
+    ("forward", "float32", (64, 96, 128, 160, 256, 512)): 8,
+    # Two registers under Triton 3.6.
+    ("delta", "float32", (64, 80, 128)): 8,
     # 77 keys have no strides that are multiples of 16, which costs four registers; no model has such heads for a prompt.
     ("forward", "bfloat16", (512,)): 16,
     ("forward", "float16", (512,)): 16,
