@@ -658,6 +658,9 @@ def main(argv=None):
     if not args.dry and not torch.cuda.is_available():
         print("error: no CUDA device; --dry runs the same parts on small models", file=sys.stderr)
         return 2
+    if args.resume and not (Path(args.resume) / "day.jsonl").exists():
+        print(f"error: --resume {args.resume}: there is no day.jsonl", file=sys.stderr)
+        return 2
     out.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", "/tmp/nanodiff-triton"))
     if args.peer:

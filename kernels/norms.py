@@ -60,6 +60,21 @@ def _gain(p_gain, s_gain, b, o_d, m_d, GAIN: tl.constexpr, PLUS_ONE: tl.constexp
 
 
 @triton.jit
+def _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, RMS: tl.constexpr, GAIN: tl.constexpr,
+            OFFSET: tl.constexpr, PLUS_ONE: tl.constexpr):  # fmt: skip
+    """(y, mean, rstd) of rows u of image b, in fp32; the mean is 0 for RMSNorm."""
+    mean = tl.zeros([u.shape[0]], tl.float32)
+    if not RMS:
+        mean = tl.sum(u, 1) / D
+        u = tl.where(m_d[None, :], u - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+    y = u * rstd[:, None] * _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)
+    if OFFSET:
+        y += tl.load(p_offset + b * s_offset + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    return y, mean, rstd
+
+
+@triton.jit
 def _norm_forward(p_x, p_gain, p_offset, p_y, p_mean, p_rstd, s_b, s_l, s_gain, s_offset, L, D, eps, RMS: tl.constexpr,
                   GAIN: tl.constexpr, OFFSET: tl.constexpr, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr,
                   BLOCK_D: tl.constexpr):  # fmt: skip
@@ -69,15 +84,10 @@ def _norm_forward(p_x, p_gain, p_offset, p_y, p_mean, p_rstd, s_b, s_l, s_gain, 
     m_d = o_d < D
     m = (o_l < L)[:, None] & m_d[None, :]
     u = tl.load(p_x + b * s_b + o_l.to(tl.int64)[:, None] * s_l + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    y, mean, rstd = _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, RMS, GAIN, OFFSET, PLUS_ONE)
     if not RMS:
-        mean = tl.sum(u, 1) / D
         tl.store(p_mean + b * L + o_l, mean, mask=o_l < L)
-        u = tl.where(m_d[None, :], u - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
     tl.store(p_rstd + b * L + o_l, rstd, mask=o_l < L)
-    y = u * rstd[:, None] * _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)
-    if OFFSET:
-        y += tl.load(p_offset + b * s_offset + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     o = (b * L + o_l)[:, None] * D + o_d[None, :]
     tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 

@@ -16,7 +16,7 @@ import torch
 
 from kernels import launch
 from kernels.launch import Launch, kept
-from kernels.norms import WIDEST, _gain, _per_image, _rows, layer_norm
+from kernels.norms import WIDEST, _gain, _normed, _per_image, _rows, layer_norm
 from kernels.switch import cdiv, on_device, tl, triton, tuned, use
 
 # 2. The plain reference ------------------------------------------------------------------------------------
@@ -34,14 +34,14 @@ def add_bias_reference(y, bias, x=None):
     return s if x is None else x + s
 
 
-def interleave_reference(y, bias):
-    """The phases y [B, 4 C, H + 1, W + 1] as one picture [B, C, 2 H, 2 W], plus bias [C]."""
+def interleave_reference(y, bias=None, last=True):
+    """The phases y [B, 4 C, H + 1, W + 1] as one picture [B, C, 2 H, 2 W], plus bias [C]. last: channels last."""
     y = y.unflatten(1, (4, -1))
     (B, _, C), H, W = y.shape[:3], y.shape[3] - 1, y.shape[4] - 1
-    out = y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2)
+    out = y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2) if last else y.new_empty(B, C, 2 * H, 2 * W)
     for a, e in ((0, 0), (0, 1), (1, 0), (1, 1)):
         out[:, :, a::2, e::2] = y[:, 2 * a + e, :, a : a + H, e : e + W]
-    return out + bias.view(-1, 1, 1)
+    return out if bias is None else out + bias.view(-1, 1, 1)
 
 
 # 3. The Triton code ----------------------------------------------------------------------------------------
@@ -67,11 +67,7 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
     if MORE:
         s += tl.load(p_more + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     tl.store(p_sum + o, s.to(p_sum.dtype.element_ty), mask=m)
-    u = tl.where(m_d[None, :], u - (tl.sum(u, 1) / D)[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
-    y = u * rstd[:, None] * _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)
-    if OFFSET:
-        y += tl.load(p_offset + b * s_offset + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    y, _, _ = _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, False, GAIN, OFFSET, PLUS_ONE)
     tl.store(p_out + o, y.to(p_out.dtype.element_ty), mask=m)
 
 
@@ -213,9 +209,9 @@ def _why_not_interleave(y):
     )
 
 
-def interleave(y, bias):
+def interleave(y, bias=None, last=True):
     """The phases y [B, 4 C, H + 1, W + 1] of a doubled picture, (0, 0), (0, 1), (1, 0), (1, 1) after each other, as one picture
-    [B, C, 2 H, 2 W], plus bias [C]. Without gradients."""
-    if lean(y) and use("interleave", y, _why_not_interleave, y):
+    [B, C, 2 H, 2 W], plus bias [C]. last: the picture's channels last. Without gradients."""
+    if bias is not None and last and lean(y) and use("interleave", y, _why_not_interleave, y):
         return interleave_forward(y, bias)
-    return interleave_reference(y, bias)
+    return interleave_reference(y, bias, last)

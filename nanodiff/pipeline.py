@@ -201,9 +201,7 @@ class Pipeline:
     tokenizer_names = ("tokenizer",)
     steps, guidance = 50, 7.5  # what sample.py takes when nothing is said
     half = torch.float16  # the half precision it was made for
-    replays = (
-        False  # is a denoising step recorded as a CUDA graph (cudagraph.Replayed)? "auto": where launches bound it
-    )
+    replays = False  # record denoising steps as CUDA graphs (cudagraph.Replayed)? "auto": where launches bound them
     packs = False  # may weights be packed for a CPU (onednn.prepare), which empties the plain ones?
     keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
 
@@ -553,8 +551,10 @@ class Pipeline:
     def shifts(self, times, added=None):
         """{time: what the UNet takes in its place} for a run over `times` on a GPU, where the products that make these are too
         small to be worth a start at every step; else nothing."""
+        if self.device.type != "cuda" or not memory.whole(self.net) or not hasattr(self.net, "shifts"):
+            return {}
         times = sorted({float(t) for t in times})
-        if not times or len(times) > MOST_TIMES or self.device.type != "cuda" or not memory.whole(self.net):
+        if not 0 < len(times) <= MOST_TIMES:
             return {}
         made = self.net.shifts(torch.tensor(times).to(self.device), added)
         return dict(zip(times, made.split(len(made) // len(times)), strict=True))
@@ -788,9 +788,6 @@ class Joint(Pipeline):
     def condition(self, text, sizes, guided):
         return text.states, text.pooled
 
-    def shifts(self, times, added=None):
-        return {}
-
     def denoise(self, net, x, t, states, pooled):
         return net(x, t, states, pooled)
 
@@ -934,9 +931,6 @@ class SD3(Pipeline):
 
     def condition(self, text, sizes, guided):
         return text.states, text.pooled
-
-    def shifts(self, times, added=None):
-        return {}
 
     def denoise(self, net, x, t, states, pooled):
         return net(x, t, states, pooled)

@@ -262,7 +262,7 @@ class Upsample(nn.Module):
         return self.conv(x)
 
     def _by_phases(self, x):
-        B, C, H, W = x.shape
+        C = x.shape[1]
         weight, bias = self.conv.weight, self.conv.bias
         state = (
             weight.data_ptr(),
@@ -290,14 +290,8 @@ class Upsample(nn.Module):
         conv = self.phases[1][0]
         if _lean(x) and _plain(conv, nn.Conv2d):
             return kernels.interleave(F.conv2d(x, conv.weight, None, padding=1), self.conv.bias)
-        y = conv(x).unflatten(1, (4, C))  # [B, 4, C, H + 1, W + 1]
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        out = (
-            y.new_empty((B, 2 * H, 2 * W, C)).permute(0, 3, 1, 2) if channels_last else y.new_empty(B, C, 2 * H, 2 * W)
-        )
-        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            out[:, :, a::2, b::2] = y[:, 2 * a + b, :, a : a + H, b : b + W]
-        return out
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return kernels.interleave(conv(x), last=last)
 
 
 class Stage(nn.Module):
