@@ -14,17 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, as_dict, printable, script
-from nanodiff.options import listed
+from nanodiff.config import arg, script
 
 # torch is imported inside the stages, so that --help answers at once.
 
 LESS_MEMORY = "try a smaller --batch-size"
-LEAST = {"batch_size": 1, "num_workers": 0, "panels": 0, "bootstrap": 0, "nearest_k": 1, "kid_subsets": 1, "kid_subset_size": 2,
-         "is_splits": 1, "num_images": 1, "steps": 1}  # fmt: skip
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
-PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
-OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
 
 
 @dataclass
@@ -35,9 +30,9 @@ class Common:
 
 @dataclass
 class Weights(Common):
-    seed: int = arg(2020, "of subsets, splits and resamples")
-    batch_size: int = arg(16, "pictures at a time through a network")
-    num_workers: int = arg(2, "threads that decode pictures")
+    seed: int = arg(2020, "of subsets, splits and resamples", low=0, high=(1 << 32) - 1)
+    batch_size: int = arg(16, "pictures at a time through a network", low=1)
+    num_workers: int = arg(2, "threads that decode pictures", low=0)
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     kernels: str = arg("auto", "our Triton kernels on a GPU, for CLIP and for drawing; Inception and VGG are PyTorch's", choices=("auto", "triton", "torch"))  # fmt: skip
     weights_dir: str | None = arg(
@@ -54,8 +49,8 @@ class Images(Weights):
     model: str | None = arg(
         None, "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model"
     )
-    num_images: int | None = arg(None, "pictures per prompt to draw; default 1")
-    steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps")
+    num_images: int | None = arg(None, "pictures per prompt to draw; default 1", low=1)
+    steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps", low=1)
     guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own", "cfg-scale")
     scheduler: str | None = arg(None, "sampler; default: the model's own")
     draw_seed: int | None = arg(None, "picture i is drawn from this seed + i; default 0")
@@ -71,11 +66,11 @@ class Images(Weights):
         "fid", "Inception Score by the FID network (torch-fidelity) or torchvision's", choices=("fid", "torchvision")
     )
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
-    nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage")
-    kid_subsets: int = arg(100, "subsets of KID")
-    kid_subset_size: int = arg(1000, "pictures in each of them")
-    is_splits: int = arg(10, "parts of the Inception Score")
-    bootstrap: int | None = arg(None, "resamples of FID's interval; default 20 below 2048 pictures, else none")
+    nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage", low=1)
+    kid_subsets: int = arg(100, "subsets of KID", low=1)
+    kid_subset_size: int = arg(1000, "pictures in each of them", low=2)
+    is_splits: int = arg(10, "parts of the Inception Score", low=1)
+    bootstrap: int | None = arg(None, "resamples of FID's interval; default 20 below 2048 pictures, else none", low=0)
     cache: bool = arg(True, "keep features in OUTPUT_DIR/cache")
     cache_dir: str | None = arg(None, "keep them here instead, to share them between runs")
 
@@ -95,17 +90,17 @@ class Compare(Weights):
     )
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
     fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
-    panels: int = arg(12, "pairs of which panels and difference maps are drawn")
+    panels: int = arg(12, "pairs of which panels and difference maps are drawn", low=0)
 
 
 @dataclass
 class Captions(Common):
-    seed: int = arg(2020, "of the resamples")
+    seed: int = arg(2020, "of the resamples", low=0, high=(1 << 32) - 1)
     candidates: str | None = arg(None, "JSON {id: caption}, COCO results, or CSV (Image_Name, Title)")
     references: str | None = arg(None, "JSON {id: [captions]}, COCO annotations, or CSV")
     tokenize: str = arg("ptb", "ptb: lower case, Penn Treebank words, no punctuation, as COCO; none: split at spaces", choices=("ptb", "none"))  # fmt: skip
     metrics: str | None = arg(None, "comma-separated: bleu1 … bleu4, rouge_l, rouge_l_f1, meteor, cider; default: all")
-    bootstrap: int = arg(1000, "resamples of the intervals")
+    bootstrap: int = arg(1000, "resamples of the intervals", low=0)
 
 
 @dataclass
@@ -114,292 +109,11 @@ class Summary(Common):
     title: str = arg("Evaluation", "heading of the report")
 
 
-def begin(cfg):
-    """(record, device), after joining the other processes of torchrun."""
-    import torch
-
-    from nanodiff import dist, engine
-    from nanodiff.models import layers
-
-    for name, least in LEAST.items():
-        value = getattr(cfg, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if getattr(cfg, "bootstrap", None) == 1:
-        raise UserError("--bootstrap 1 has no spread; give 0, or 2 or more")
-    if not 0 <= getattr(cfg, "seed", 0) < 1 << 32:
-        raise UserError(f"--seed {cfg.seed} must be between 0 and 2^32 - 1")
-    device = engine.pick_device(getattr(cfg, "device", "cpu"))
-    layers.use_kernels(getattr(cfg, "kernels", "torch"))
-    torch.backends.cudnn.allow_tf32 = False  # features are compared with other programs' to four digits
-    dist.start(device, cfg.dist_timeout)
-    return engine.Record(cfg, device), device
-
-
-def dataset(path, flag, cfg):
-    """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
-    from nanodiff import data, dist
-
-    if Path(path).is_dir() and Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
-        raise UserError(
-            f"--output-dir {cfg.output_dir} lies in --{flag} {path}, so the next run would count its figures as pictures"
-        )
-    return dist.on_main(data.load, path, captions=False)
-
-
-def finish(record, metrics, make):
-    """On rank 0: write the numbers, then make() -> (Report, files) and write it, so that a figure that fails loses no number. Print the
-    results, end the record."""
-    from nanodiff import dist, report
-
-    def write():
-        numbers = report.write_metrics(record.out, metrics)
-        document, files = make()
-        return [*numbers, *files, *document.write(record.out)]
-
-    for path in dist.on_main(write):
-        record.file(path)
-    for name, m in metrics.items():
-        record.result(name, m["value"])
-    record.write()
-    if dist.is_main():
-        print(f"report: {record.out / 'report.html'}")
-    dist.finish()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# images
-
-
-def images(cfg):
-    from nanodiff import dist, evaluate, pages, report
-
-    wanted = evaluate.wanted(listed(cfg.metrics))
-    spaces = listed(cfg.features) or ("inception",)
-    for space in spaces:
-        if space not in evaluate.SPACES:
-            raise UserError(f"--features: {printable(space)!r} is none of {', '.join(evaluate.SPACES)}")
-    if cfg.fid_dims not in (64, 192, 768, 2048):
-        raise UserError(f"--fid-dims {cfg.fid_dims} is none of 64, 192, 768, 2048")
-    if cfg.generated and cfg.model:
-        raise UserError("--generated are pictures, --model draws them; give one of the two")
-    if not cfg.generated and not cfg.prompts:
-        raise UserError("--generated FOLDER is required, or --prompts FILE to draw pictures first")
-    for name in ("num_images", "steps", "guidance_scale", "scheduler", "draw_seed", "dtype") if cfg.generated else ():
-        if getattr(cfg, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for drawing, but --generated are pictures")
-    if cfg.across and not all(part.isdecimal() for part in listed(cfg.across)):
-        raise UserError(f"--across {printable(cfg.across)}: expected numbers of pictures, such as 0,5,9")
-    record, device = begin(cfg)
-    out = record.out
-    settings = evaluate.Settings(
-        wanted or evaluate.GROUPS, bool(wanted), spaces, cfg.weights_dir, cfg.allow_pickle, cfg.clip, cfg.fid_mode, cfg.fid_dims, cfg.is_network, cfg.nearest_k,
-        cfg.kid_subsets, cfg.kid_subset_size, cfg.is_splits, cfg.bootstrap, cfg.seed,
-        (cfg.cache_dir or str(out / "cache")) if cfg.cache else None, cfg.batch_size, cfg.num_workers, device,
-    )  # fmt: skip
-    real = dataset(cfg.real, "real", cfg) if cfg.real else None
-    given = cfg.prompts
-    if not cfg.generated:
-        with record.timed("draw"):
-            folder, settings.about = draw(cfg, record, device)
-            cfg.generated, given = [str(folder)], None
-    names = _names(cfg.generated, "generated")
-    found, sets, told = {}, {}, {}
-    reads = given or not wanted or set(wanted) & set(evaluate.NEEDS_PROMPTS)
-    for path, name in zip(cfg.generated, names, strict=True):
-        sets[name] = dataset(path, "generated", cfg)
-        told[name], why = dist.on_main(evaluate.prompts_for, sets[name], given) if reads else (None, "")
-        with record.timed("features and metrics"):
-            found[name] = evaluate.images(sets[name], settings, real, told[name], name, why)
-        for reason in dict.fromkeys(found[name].skipped.values()):
-            dist.say(f"note: not computed: {reason}")
-    numbers = found[names[0]].metrics
-    if len(names) > 1:
-        numbers = {f"{name}.{k}": m for name, f in found.items() for k, m in f.metrics.items()}
-
-    def make():
-        document = report.Report("Pictures: " + ", ".join(names))
-        rows = [["generated", path, len(sets[name])] for path, name in zip(cfg.generated, names, strict=True)]
-        document.table(("set", "from", "pictures"), rows + ([["real", cfg.real, len(real)]] if real else []))
-        return document, pages.sets(out, document, found, sets, real, told, [int(part) for part in listed(cfg.across)])
-
-    finish(record, numbers, make)
-
-
-def _names(paths, flag):
-    """A short name for each path: its last part, or more of it where that is not unique."""
-    parts = [Path(p).expanduser().resolve().parts for p in paths]
-    parts = [(*p[:-1], p[-1].removesuffix(".tar").removesuffix(".json").removesuffix(".csv")) for p in parts]
-    for n in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-n:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    twice = next(p for i, p in enumerate(paths) if parts[i] in parts[:i])
-    raise UserError(f"--{flag}: {printable(twice)} is given twice")
-
-
-def draw(cfg, record, device):
-    """Draw the prompts' pictures into OUTPUT_DIR/generated. Returns the folder, and the facts of how they were drawn."""
-    from nanodiff import dist, engine, evaluate, gallery, pipeline
-
-    lines = dist.on_main(evaluate.prompts_in, cfg.prompts)
-    dtype = engine.pick_dtype(cfg.dtype or "auto", device)
-    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device).with_scheduler(cfg.scheduler)
-    scale = 3.0 if cfg.guidance_scale is None and cfg.model is None else cfg.guidance_scale
-    how = gallery.settings(sd, cfg.model or "embedded", cfg.steps, scale)
-    every = [prompt for prompt in lines for _ in range(cfg.num_images or 1)]
-    jobs = [gallery.Job(f"{i:05d}.png", prompt, (cfg.draw_seed or 0) + i) for i, prompt in enumerate(every)]
-    folder = record.out / "generated"
-    gallery.draw(sd, jobs, folder, how, cfg.batch_size, anew=True)
-    return folder, {"drawn_with": how}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# compare
-
-
-def compare(cfg):
-    from nanodiff import dist, evaluate, features, pages, report, similarity
-
-    paths = {n: getattr(cfg, n) for n in ("a", "b", "original", "finetuned", "teacher") if getattr(cfg, n)}
-    if set(paths) == {"a", "b"}:
-        pairings = [("a", "b")]
-    elif {"original", "finetuned"} <= set(paths) <= {"original", "finetuned", "teacher"}:
-        pairings = [p for p in PAIRINGS if set(p) <= set(paths)]
-    else:
-        raise UserError("give --a and --b, or --original and --finetuned (and --teacher)")
-    known = (*similarity.NAMES, *OF_SETS)
-    names = listed(cfg.metrics) or known
-    for name in names:
-        if name not in known:
-            raise UserError(f"--metrics: {printable(name)!r} is none of {', '.join(known)}")
-    record, device = begin(cfg)
-    folders = {label: dataset(path, label, cfg) for label, path in paths.items()}
-    settings = evaluate.Settings(
-        tuple(n for n in OF_SETS if n in names), bool(cfg.metrics), ("inception",), cfg.weights_dir, cfg.allow_pickle, cfg.clip,
-        cfg.fid_mode, cache=str(record.out / "cache"), seed=cfg.seed, batch_size=cfg.batch_size, workers=cfg.num_workers, device=device,
-    )  # fmt: skip
-    loss, facts, skipped = None, {}, {}
-    if "lpips" in names:
-        try:
-            loss, facts = features.perceptual(cfg.weights_dir, device, cfg.allow_pickle)
-        except features.Absent as e:
-            if cfg.metrics:
-                raise UserError(str(e)) from None
-            dist.say(f"note: not computed: lpips: {e}")
-            skipped["lpips"] = str(e)
-    with record.timed("pairs"):
-        found, resized = evaluate.pairs(folders, pairings, settings, names, loss)
-    metrics = evaluate.pair_metrics(found, facts, resized, cfg.seed)
-    for name in (n for n in similarity.LEAST if n in found[0].numbers["_vs_".join(pairings[0])]):
-        if not any(k.split(".")[-1] == name for k in metrics):
-            skipped[name] = f"{name}: the pictures are smaller than {similarity.LEAST[name]} pixels"
-            if cfg.metrics:
-                raise UserError(skipped[name])
-            dist.say(f"note: not computed: {skipped[name]}")
-    with record.timed("sets"):
-        whole, missing = evaluate.of_sets(folders, pairings, settings, cfg.prompts)
-    for reason in dict.fromkeys(missing.values()):
-        dist.say(f"note: not computed: {reason}")
-    metrics, skipped = metrics | whole, skipped | missing
-
-    def make():
-        document = report.Report("Pictures compared: " + ", ".join(f"{a} and {b}" for a, b in pairings))
-        return document, pages.comparison(
-            record.out, document, found, folders, pairings, metrics, skipped, as_dict(cfg), cfg.panels, cfg.seed
-        )
-
-    finish(record, metrics, make)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# captions, report
-
-
-def captions(cfg):
-    from nanodiff import charts, dist, evaluate, report, textmetrics
-
-    for flag in ("candidates", "references"):
-        if getattr(cfg, flag) is None:
-            raise UserError(f"--{flag} FILE is required")
-    record, _ = begin(cfg)
-    mine, theirs = (dist.on_main(textmetrics.read, path) for path in (cfg.candidates, cfg.references))
-    names = listed(cfg.metrics)
-    if not names and len(mine) == 1:
-        dist.say("note: not computed: cider weighs words by how few pictures have them, and here is one picture")
-        names = tuple(n for n in textmetrics.NAMES if n != "cider")
-    with record.timed("scores"):
-        found = dist.on_main(
-            evaluate.captions, mine, theirs, cfg.tokenize, names or textmetrics.NAMES, cfg.bootstrap, cfg.seed
-        )
-    metrics, ids, scores = found
-
-    def make():
-        document = report.Report("Captions")
-        document.text(f"{len(ids)} captions of {printable(cfg.candidates)} against {printable(cfg.references)}. Corpus BLEU and the mean of "
-                      "single captions' BLEU are different numbers; METEOR is without synonyms.")  # fmt: skip
-        report.metrics_table(document, metrics)
-        header = ("id", "candidate", *scores)
-        lines = [[k, mine[k][0], *(s.each[i] for s in scores.values())] for i, k in enumerate(ids)]
-        report.write_csv(record.out / "captions.csv", header, lines)
-        series = {"": [(m["value"], *(m.get("ci") or (m["value"],) * 2)) for n, m in metrics.items() if n in scores]}
-        chart = charts.bars(record.out / "captions.png", list(scores), series, "with 95 % intervals")
-        document.picture(chart, "The set's scores")
-        by = next(iter(scores))
-        order = sorted(range(len(ids)), key=lambda i: scores[by].each[i])
-        for title, chosen in (("Lowest", order[:5]), ("Highest", order[-5:][::-1])):
-            document.heading(f"{title} by {by}")
-            document.table(
-                ("id", "candidate", "references", by),
-                [[ids[i], mine[ids[i]][0], " | ".join(theirs[ids[i]]), scores[by].each[i]] for i in chosen],
-            )
-        return document, [p for p in (record.out / "captions.csv", chart) if p]
-
-    finish(record, metrics, make)
-
-
-def summary(cfg):
-    from nanodiff import charts, dist, pages, report
-
-    if not cfg.inputs:
-        raise UserError("--inputs FOLDER is required")
-    record, _ = begin(cfg)
-    names = _names(cfg.inputs, "inputs")
-    found = {n: dist.on_main(report.read_metrics, p) for n, p in zip(names, cfg.inputs, strict=True)}
-    every = list(dict.fromkeys(m for f in found.values() for m in f))
-    metrics = found[names[0]] if len(found) == 1 else {f"{n}.{m}": v for n, f in found.items() for m, v in f.items()}
-
-    def make():
-        document, files = report.Report(cfg.title), []
-        if any(m.split(".")[-1] in ("ssim", "mse", "psnr") for m in every):
-            document.text(pages.CANNOT)
-        document.heading("Side by side")
-        document.table(
-            ("metric", *names), [[m, *(f[m]["value"] if m in f else None for f in found.values())] for m in every]
-        )
-        drawable = lambda f, m: m in f and not isinstance(f[m]["value"], str)  # noqa: E731
-        common = [m for m in every if sum(drawable(f, m) for f in found.values()) > 1]
-        if common:
-            nothing = (float("nan"),) * 3
-            panels = {
-                m: {"": [pages.band(f[m]) if drawable(f, m) else nothing for f in found.values()]} for m in common
-            }
-            chart = charts.lines(record.out / "runs.png", names, panels, "run")
-            document.picture(chart, "Numbers that more than one run has")
-            files += [chart] if chart else []
-        for name, f in found.items():
-            document.heading(name)
-            report.metrics_table(document, f)
-        return document, files
-
-    finish(record, metrics, make)
-
-
 STAGES = {
-    "images": (Images, images),
-    "compare": (Compare, compare),
-    "captions": (Captions, captions),
-    "report": (Summary, summary),
+    "images": (Images, "nanodiff.stories.judging:images_of"),
+    "compare": (Compare, "nanodiff.stories.judging:compare"),
+    "captions": (Captions, "nanodiff.stories.judging:captions"),
+    "report": (Summary, "nanodiff.stories.judging:summary"),
 }
 
 if __name__ == "__main__":

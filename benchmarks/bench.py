@@ -44,7 +44,7 @@ OURS = {
 import torch; from nanodiff import pipeline
 sd = pipeline.load(folder, getattr(torch, kind)); report()""",
     "net": """
-import torch; from nanodiff import onednn, pipeline, weights
+import torch; from nanodiff import pipeline, weights; from nanodiff.device import onednn
 name = "transformer" if os.path.isdir(folder + "/transformer") else "unet"
 size, dtype = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0])
 net = weights.load(pipeline.BUILDERS[name], folder + "/" + name, dtype)
@@ -65,7 +65,7 @@ with torch.no_grad():
     report(seconds=timed(call, int(kind.split("-")[2])), first=first)""",
 }
 OURS["clip"] = """
-import torch; from nanodiff import onednn, weights; from nanodiff.models.clip import CLIPTextModel
+import torch; from nanodiff import weights; from nanodiff.device import onednn; from nanodiff.models.clip import CLIPTextModel
 net = weights.load(CLIPTextModel, folder + "/text_encoder", getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
 onednn.prepare(net, pack=True)  # as sample.py does
 with torch.no_grad():
@@ -83,8 +83,8 @@ SMALL = """dict(block_out_channels=(128, 256, 256), layers_per_block=2, cross_at
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))"""
 OURS["train"] = f"""
-import torch; from nanodiff import weights; from nanodiff.models.unet import UNet2DConditionModel as UNet
-weights.keep_freed_memory(); torch.manual_seed(0)
+import torch; from nanodiff import weights; from nanodiff.device import memory; from nanodiff.models.unet import UNet2DConditionModel as UNet
+memory.keep_freed_memory(); torch.manual_seed(0)
 net = UNet(UNet.Config.from_json({SMALL})); call = lambda x, t, text: net(x, t, text){TRAIN}"""
 ERROR = """
 x, text = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 4, 64, 64), (2, 77, 768)))
@@ -97,7 +97,7 @@ for dtype in (torch.float32, torch.bfloat16):
 a, b = out.values()
 report(seconds=((a - b).pow(2).mean() / a.pow(2).mean()).sqrt().item())"""
 OURS["error"] = f"""
-import torch; from nanodiff import onednn, weights; from nanodiff.models.unet import UNet2DConditionModel as UNet
+import torch; from nanodiff import weights; from nanodiff.device import onednn; from nanodiff.models.unet import UNet2DConditionModel as UNet
 def load(dtype):
     net = weights.load(UNet, folder + "/unet", dtype); onednn.prepare(net, pack=True); return net
 run = lambda net, x, text: net(x, 500, text){ERROR}"""
@@ -241,8 +241,9 @@ def make_model(name, folder):
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from nanodiff.tokenizer import END, clip_from_merges
-    from nanodiff.weights import save_tensors, write_json
+    from nanodiff.files import write_json
+    from nanodiff.text.tokenizer import END, clip_from_merges
+    from nanodiff.weights import save_tensors
 
     repository, components, stored = MODELS[name]
     golden = ROOT / "tests" / "golden"

@@ -46,9 +46,11 @@ def train(net, call):
 """
 DECODE = {
     "ours": """
-from nanodiff import onednn, textgen, weights
+from nanodiff import weights
+from nanodiff.device import memory, onednn
+from nanodiff.text import textgen
 from nanodiff.models.llm import CausalLM
-weights.keep_freed_memory()
+memory.keep_freed_memory()
 start = now(); net = onednn.widen(weights.load(CausalLM, folder, torch.bfloat16, device)); out["load"] = now() - start
 for rows in (1, 8):
     times = []
@@ -73,7 +75,7 @@ report()
 }
 STEP = {
     "ours": """
-from nanodiff import captioner
+from nanodiff.stories import captioner_model as captioner
 torch.manual_seed(0)
 start = now(); net = captioner.base(captioner.Settings(vit, folder, dropout=0.0), torch.bfloat16, device); out["load"] = now() - start
 captioner.adapt(net, captioner.Adapters(8, 32.0, 0.0, captioner.LLM_TARGETS), captioner.Adapters(0, 1.0, 0.0, ()))

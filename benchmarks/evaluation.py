@@ -65,10 +65,11 @@ print("WORK", time.perf_counter() - start)
 PAIRS = """
 import sys, time
 from statistics import fmean
-from nanodiff import data, evaluate
+from nanodiff import data
+from nanodiff.evaluation import image_pairs, image_sets
 start = time.perf_counter()
 folders = {k: data.load(p, captions=False) for k, p in zip("ab", sys.argv[1:3])}
-found, _ = evaluate.pairs(folders, [("a", "b")], evaluate.Settings(), ("ssim", "phash"))
+found, _ = image_pairs.pairs(folders, [("a", "b")], image_sets.Settings(), ("ssim", "phash"))
 print("RESULT", *(fmean(p.numbers["a_vs_b"][n] for p in found) for n in ("ssim", "phash")))
 print("WORK", time.perf_counter() - start)
 """
@@ -80,8 +81,8 @@ def make(work, n):
     import torch
     from util import recipe
 
-    from nanodiff import images
     from nanodiff.models.inception import InceptionV3
+    from nanodiff.output import images
     from nanodiff.weights import save_tensors
 
     for label, noise in (("a", 0.02), ("b", 0.1)):

@@ -98,8 +98,8 @@ def make(name, dtype, device, dry=False):
     import torch
 
     from nanodiff import pipeline, weights
-    from nanodiff.schedule import Schedule
-    from nanodiff.tokenizer import END, clip_from_merges
+    from nanodiff.diffusion.schedule import Schedule
+    from nanodiff.text.tokenizer import END, clip_from_merges
 
     if dry:
         return pipeline.load(GOLDEN / "tiny" / name, dtype, device)

@@ -45,9 +45,10 @@ def report(net, params, call):
 OURS = (
     COMMON
     + """
-from nanodiff import dist, lora, weights
+from nanodiff import lora, weights
+from nanodiff.device import dist, memory
 from nanodiff.models.unet import UNet2DConditionModel
-weights.keep_freed_memory()
+memory.keep_freed_memory()
 net = weights.load(UNet2DConditionModel, folder, torch.bfloat16 if low else torch.float32, device).requires_grad_(True)
 torch.manual_seed(0); lora.adapt(net, 16); net.train().to(memory_format=torch.channels_last).to(device)
 if recompute: dist.recompute(net)
@@ -72,8 +73,9 @@ report(net, [p for p in net.parameters() if p.requires_grad], lambda x, t, state
 MAKE = """
 import sys, torch
 from nanodiff import weights
-from nanodiff.singlefile import Known
-from nanodiff.sources import BUILDERS, configs
+from nanodiff.pipeline.single import Known
+from nanodiff.pipeline.families import BUILDERS
+from nanodiff.pipeline.sources import configs
 known = configs("stable-diffusion-v1-5/stable-diffusion-v1-5")
 torch.manual_seed(0)
 net = known.builder("unet")(known.config("unet"))

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from nanodiff import memory, pipeline, quantize, weights
+from nanodiff import pipeline, weights
+from nanodiff.device import memory, quantize
 
 
 def error(got, want):

@@ -133,7 +133,8 @@ def quality(args, work):
     import torch
 
     from assets.nano import score
-    from nanodiff import data, objective, pipeline
+    from nanodiff import data, pipeline
+    from nanodiff.diffusion import objective
 
     for part in ("model_index.json", "scheduler", "text_encoder", "tokenizer"):
         source = work / "q" / "model" / part

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import types
 import typing
 from pathlib import Path
 
+SHORT = 25  # options of a stage up to which --help shows them all
 SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
@@ -38,23 +40,52 @@ speaks = None  # of several processes: f(error) -> may this one print its failur
 
 
 class UserError(Exception):
-    """Something the user can mend. Scripts print it as one line `error: …` and exit with code 2."""
+    """Something the user can mend. Scripts print it as one line `error: …` and exit with code 2.
+
+    The library speaks of its arguments, in backticks (`steps`); a script shows them as the flags that set them (--steps)."""
 
 
 class Stopped(Exception):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks and savers run."""
 
 
-def arg(default, help="", *aliases, choices=None, const=None):
+def arg(default, help="", *aliases, choices=None, const=None, low=None, high=None, group=None, often=False):
     """A dataclass field with its help string.
 
     aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
-    (`--resume` alone), which makes the flag's value optional.
+    (`--resume` alone), which makes the flag's value optional. low, high: its bounds (see check_bounds).
+    group: heading of this option and of those after it in --help. often: shown by --help; of a long list the others by --help-all.
+    A field of a derived class keeps the bounds and the group of the one that it replaces.
     """
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const}
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "low": low, "high": high, "group": group,
+                "often": often}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _inherited(cls, name, key):
+    """What arg() was given as `key` for a field, by the class or by the nearest of its bases that says it."""
+    said = (
+        base.__dataclass_fields__[name].metadata.get(key)
+        for base in cls.__mro__
+        if name in getattr(base, "__dataclass_fields__", ())
+    )
+    return next((value for value in said if value is not None), None)
+
+
+def check_bounds(cfg):
+    """Raise UserError for a number outside the bounds of its option; None has none."""
+    for field in dataclasses.fields(cfg):
+        low, high = (_inherited(type(cfg), field.name, key) for key in ("low", "high"))
+        values = getattr(cfg, field.name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is None or ((low is None or value >= low) and (high is None or value <= high)):
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if high is None:
+                raise UserError(f"{flag} must be at least {low:g}, not {value:g}")
+            raise UserError(f"{flag} {value:g} must be between {low:g} and {high:g}")
 
 
 def nearest(name, known, n=3):
@@ -164,13 +195,25 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     """An instance of the dataclass `cls` from a command line (see the module docstring for the order)."""
     argv = [_dashed(a) for a in argv]
     presets = presets or {}
-    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    fields, whole, group = dataclasses.fields(cls), "--help-all" in argv, parser
+    whole = whole or len(fields) <= SHORT or not any(_inherited(cls, f.name, "often") for f in fields)
+    parser.add_argument("-h", "--help", action="help", help="this")
+    if not whole:
+        often = sum(bool(_inherited(cls, f.name, "often")) for f in fields)
+        parser.epilog = f"{len(fields) - often} more options, in groups: --help-all"
+    parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS if len(fields) <= SHORT else "every option")
     parser.add_argument("--config", metavar="FILE", help="JSON or TOML file with any of the options below")
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="a named set of defaults")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    for field in dataclasses.fields(cls):
-        _add(parser, field, typing.get_type_hints(cls)[field.name])
+    hints = typing.get_type_hints(cls)
+    for field in fields:
+        if whole and (heading := _inherited(cls, field.name, "group")):
+            group = next((g for g in parser._action_groups if g.title == heading), None) or parser.add_argument_group(
+                heading
+            )
+        _add(group, field, hints[field.name], whole or _inherited(cls, field.name, "often"))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]
@@ -182,6 +225,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
     cfg = cls(**(values | given))
+    check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     return cfg
 
@@ -199,14 +243,15 @@ def _dashed(token):
     return flag.replace("_", "-") + eq + value
 
 
-def _add(parser, field, hint):
+def _add(parser, field, hint, shown_in_help=True):
     m = field.metadata
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
     names = ["--" + n.replace("_", "-") for n in (field.name, *m["aliases"])]
     shown = "" if default in (None, [], "") else f" [{default}]"
-    kwargs = {"dest": field.name, "help": (m["help"] + shown).replace("%", "%%"), "default": None}
+    text = (m["help"] + shown).replace("%", "%%") if shown_in_help else argparse.SUPPRESS
+    kwargs = {"dest": field.name, "help": text, "default": None}
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **kwargs)
         return
@@ -217,8 +262,20 @@ def _add(parser, field, hint):
         kwargs |= {"type": kind, "choices": m["choices"]}
     if m["const"] is not None:
         kwargs |= {"nargs": "?", "const": m["const"]}
-    metavar = "{" + ",".join(m["choices"]) + "}" if m["choices"] else kind.__name__.upper()
+    metavar = "{" + ",".join(m["choices"]) + "}" if m["choices"] else _metavar(field.name, kwargs["type"])
     parser.add_argument(*names, metavar=metavar, **kwargs)
+
+
+def _metavar(name, kind):
+    """What stands for an option's value in --help."""
+    if kind is not str:
+        return {int: "N", float: "X"}.get(kind, kind.__name__.upper())
+    last = name.rpartition("_")[2]
+    if last in ("dir", "root", "folder"):
+        return "DIR"
+    if last in ("file", "csv", "path", "config", "image", "mask", "output"):
+        return "FILE"
+    return "MODEL" if last in ("model", "teacher", "student", "encoder") else "TEXT"
 
 
 def from_mapping(cls, mapping, where):
@@ -253,14 +310,15 @@ def tool(run):
     try:
         return run() or 0
     except UserError as e:
-        print(f"error: {printable(e)}", file=sys.stderr)
+        print(f"error: {printable(flagged(e))}", file=sys.stderr)
         return 2
 
 
 def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     """Run a script: parse sys.argv, call its main(cfg), turn every expected failure into one line.
 
-    stages: {name: (Config, main)}; the single name "" means a script without a stage word.
+    stages: {name: (Config, main)}, main a function or where it is, "package.module:name", to be imported after parsing; the
+    single name "" means a script without a stage word.
     presets: {stage: {preset: {field: value}}}. less_memory: what to try when memory runs out.
     Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
     """
@@ -288,10 +346,15 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
                 list(dict.fromkeys(s.split(" ")[0] for s in stages)),
             )
             raise UserError(f"the first word must be one of {', '.join(words)}, not {first}{nearest(first, words)}")
-        cls, main = stages[stage]
+        cls, story = stages[stage]
         cfg = parse(cls, argv, doc, (presets or {}).get(stage), f"{prog} {stage}".strip())
         signal.signal(signal.SIGTERM, _stop)
-        main(cfg)
+        if isinstance(
+            story, str
+        ):  # imported now: nothing that a mistake on the command line, or --help, would have to wait for
+            module, _, name = story.partition(":")
+            story = getattr(importlib.import_module(module), name)
+        story(cfg)
         sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt) as e:
@@ -312,7 +375,7 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
 def _verdict(e, less_memory):
     """(exit code, line for people) of what ended a script; (None, None) for a fault of our own, which is a traceback."""
     if isinstance(e, UserError):
-        return 2, f"error: {printable(e)}"
+        return 2, f"error: {printable(flagged(e))}"
     if isinstance(e, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(e, Stopped):
@@ -332,6 +395,19 @@ def _verdict(e, less_memory):
     if speaks is not None and isinstance(e, RuntimeError) and CONNECTION.search(text):
         return 1, f"error: another process was lost, or did not answer in time: {printable(text.splitlines()[0])}"
     return None, None
+
+
+FLAGS = {
+    "quirks": "diffusers-quirks",
+    "image": "init-image",
+    "tiled": "vae-tiling",
+    "crops_coords_top_left": "crop",
+}  # named otherwise
+
+
+def flagged(text):
+    """A message of the library with the flags of the command line in place of its arguments."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text))
 
 
 def _stop(signum, frame):

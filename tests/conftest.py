@@ -23,7 +23,7 @@ def _deterministic():
 
 def pytest_terminal_summary(terminalreporter):
     """What ran where: seconds of each folder, why tests were skipped, the processor, a count."""
-    from nanodiff import onednn
+    from nanodiff.device import onednn
 
     seconds, skipped = defaultdict(float), Counter()
     for reports in terminalreporter.stats.values():

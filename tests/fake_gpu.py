@@ -18,6 +18,7 @@ import kernels
 from kernels import launch, switch
 from nanodiff import pipeline, weights
 from nanodiff.models import layers
+from nanodiff.weights import loading
 
 MANIFESTS = ROOT / "tests" / "golden" / "manifests"
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "split", "split_with_sizes", "as_strided", "unsqueeze",
@@ -94,7 +95,7 @@ def network(name, part):
     cfg = cls.Config.from_json(json.loads((MANIFESTS / f"{name}.{part}.json").read_text())["config"])
     net = weights.skeleton(cls, cfg).eval().requires_grad_(False)
     wanted = [(k, v.shape, torch.bfloat16) for k, v in net.state_dict().items()]
-    net.load_state_dict(weights._allocate(wanted, "cuda"), strict=True, assign=True)
+    net.load_state_dict(loading._allocate(wanted, "cuda"), strict=True, assign=True)
     for module in net.modules():
         if hasattr(module, "phases"):  # made once, by indexing that fakes do not have on a PyTorch without CUDA
             module.phases = None

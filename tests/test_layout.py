@@ -4,84 +4,25 @@ import ast
 import re
 from pathlib import Path
 
+import house
 import pytest
 from util import ROOT
 
-FLOORS = [  # a file may import from lower floors only (and from the same floor where ALLOWED says so)
-    {
-        "config",
-        "options",
-        "hub",
-        "weights",
-        "singlefile",
-        "checkpoint",
-        "tokenizer",
-        "dist",
-        "images",
-        "onednn",
-        "cudagraph",
-    },
-    {"models"},
-    {
-        "schedule",
-        "samplers",
-        "objective",
-        "lora",
-        "data",
-        "textgen",
-        "textmetrics",
-        "charts",
-        "prompt",
-        "memory",
-        "quantize",
-        "study",
-        "sources",
-        "recipe",
-        "loader",
-        "latents",
-        "corel",
-        "plan",
-        "fewstep",
-        "promptset",
-        "captionset",
-    },
-    {"pipeline", "engine", "metrics", "similarity", "features", "report"},
-    {"build", "evaluate", "lorafile", "gallery"},
-    {"pages", "teach", "captioner"},
-]
-GROUND_ORDER = {  # the ground floor, itself in layers: who may import whom there
-    "config": set(),
-    "options": {"config"},
-    "weights": {"config"},
-    "hub": {"config"},
-    "images": {"config"},
-    "tokenizer": {"config", "weights"},
-    "checkpoint": {"config", "weights", "dist"},
-    "singlefile": {"config", "weights", "tokenizer"},
-    "dist": {"config"},
-    "onednn": set(),
-    "cudagraph": set(),
-}
-# Where people look for a tool, and what does its work, which is upstairs: looked up when the tool is run, by importlib.
-DOORS = {("weights", "pipeline"), ("lora", "lorafile")}
-ALLOWED = {
-    ("samplers", "schedule"),
-    ("objective", "schedule"),
-    ("fewstep", "samplers"),
-    ("promptset", "data"),
-    ("captionset", "data"),
-    ("captionset", "textmetrics"),
-    ("latents", "objective"),
-    ("latents", "loader"),
-    ("plan", "memory"),
-    ("data", "corel"),
-}
+ROOMS = (  # a room imports from those before it only; inner imports and importlib count
+    "config", "files", "device", "diffusion", "weights", "models", "text", "output", "pipeline", "lora", "data", "training", "evaluation",
+    "stories",
+)  # fmt: skip
+DOORS = {
+    "corel",
+    "captionset",
+    "__init__",
+}  # where people look for a tool or begin; may look anywhere, nobody imports them
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
 ONLY_IN = {
     "matplotlib": "charts",
-    "tensorboard": "engine",
-    "wandb": "engine",
-    "pyarrow": "data",
+    "tensorboard": "watch",
+    "wandb": "watch",
+    "pyarrow": "sources",
     "huggingface_hub": "hub",
 }
 LIBRARY = sorted((ROOT / "nanodiff").rglob("*.py"))
@@ -113,35 +54,57 @@ def imported(source):
             yield from ((node.module.split(".")[0], f"{node.module}.{a.name}", node in top) for a in node.names)
 
 
-def unit(path):
-    """The floor plan's name of a library file: `models` for everything under models/."""
-    return "models" if path.parent.name == "models" else path.stem
+def door(path):
+    return path.name == "__main__.py" or (path.parent.name == "nanodiff" and path.stem in DOORS)
 
 
-def floor(name):
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+def place(path):
+    """(room, dotted module) of a library file."""
+    parts = path.relative_to(ROOT / "nanodiff").with_suffix("").parts
+    return parts[0], ".".join(("nanodiff", *parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem != "__init__"], ids=lambda p: p.stem)
-def test_floors(path):
-    me = unit(path)
-    for package, name, at_top in imports(path):
+def targets(path):
+    """Dotted names inside nanodiff that a file imports, in whatever way."""
+    for package, name, _ in imports(path):
         assert package != ".", f"{path.name} imports {name}: say where from"
-        if package != "nanodiff" or name == "nanodiff":
-            continue
+        if package == "nanodiff" and name != "nanodiff":
+            yield name
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if not door(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_arrows_run_down(path):
+    room, _module = place(path)
+    for name in targets(path):
         other = name.split(".")[1]
-        if at_top is None and (me, other) in DOORS:
-            continue
-        if other == me == "models":
-            assert path.stem == "layers" or name.split(".")[2] == "layers", (
-                f"{path.name} imports a sibling model: {name}"
-            )
-        elif floor(me) == floor(other) == 0:
-            assert other in GROUND_ORDER[me], f"{path.name} imports {name}"
-        elif floor(me) == floor(other):
-            assert (me, other) in ALLOWED, f"{path.name} imports {name} on its own floor"
-        else:
-            assert floor(other) < floor(me), f"{path.name} imports {name} from a higher floor"
+        assert other in ROOMS, f"{path} imports {name}, which is no room"
+        assert ROOMS.index(other) <= ROOMS.index(room), f"{path} imports {name} from a room above its own"
+        assert other != room or name.count(".") > 1 or path.name == "__init__.py", (
+            f"{path} imports its own room's front"
+        )
+
+
+def test_no_circles():
+    """Among the files of a room, fronts apart: a file is there before those that import it."""
+    modules = {place(p)[1]: p for p in LIBRARY if p.name != "__init__.py" and not door(p)}
+    arrows = {
+        m: {n for t in targets(p) for n in (t, t.rpartition(".")[0]) if n in modules and n != m}
+        for m, p in modules.items()
+    }
+    while free := [m for m, to in arrows.items() if not to & arrows.keys()]:
+        for m in free:
+            del arrows[m]
+    assert not arrows, f"a circle among {', '.join(sorted(arrows))}"
+
+
+def test_models_know_no_sibling_but_the_layers():
+    for path in (ROOT / "nanodiff" / "models").glob("*.py"):
+        for name in targets(path):
+            if name.startswith("nanodiff.models."):
+                other = name.split(".")[2]
+                assert other in ("layers", "upsample") or path.stem == "layers", (
+                    f"{path.name} imports a sibling model: {name}"
+                )
 
 
 def test_every_way_to_import_is_seen():
@@ -170,7 +133,9 @@ def test_banned_and_optional_packages(path):
 def test_scripts_import_no_torch_before_parsing(path):
     for package, name, at_top in imports(path):
         if at_top and package in {"torch", "numpy", "nanodiff"}:
-            assert name.startswith(("nanodiff.config", "nanodiff.options")), f"{path}: imports {name} at the top"
+            assert name.startswith(("nanodiff.config", "nanodiff.training.options")), (
+                f"{path}: imports {name} at the top"
+            )
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
@@ -204,11 +169,16 @@ def test_nothing_unsafe(path):
         assert not re.search(pattern, text), f"{path}: {pattern}"
 
 
-def test_readme_tree_names_every_file():
+def test_the_maps_are_true():
+    """README's rooms are those that there are, in their order; docs/files.md has every file."""
     readme = (ROOT / "README.md").read_text()
-    for path in [*LIBRARY, *SCRIPTS, *KERNELS]:
-        if path.name != "__init__.py":
-            assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"README does not mention {path.name}"
+    shown = re.findall(r"^  (\w+)(?:/|\.py) ", readme, re.M)
+    assert tuple(shown) == ROOMS
+    assert (ROOT / "docs" / "files.md").read_text() == house.files(), "python -m tests.house files > docs/files.md"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text()) <= 12_000
 
 
 def test_every_library_file_opens_with_a_docstring():

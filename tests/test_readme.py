@@ -14,7 +14,8 @@ import sample
 import train
 from nanodiff import config
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(p.read_text() for p in PAGES)
 COMMANDS = [c for c in re.findall(r"`([^`\n]+)`", README) if c.startswith("python ")]
 DOCSTRINGS = [
     line.strip().split("  #")[0]
@@ -39,7 +40,8 @@ def test_commands_parse(command):
     elif script == "caption.py":
         config.parse(caption.STAGES[argv[0]][0], argv[1:])
     elif script == "-m":
-        assert (ROOT / (argv[0].replace(".", "/") + ".py")).exists()
+        place = ROOT / argv[0].replace(".", "/")
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists()
     else:
         assert (ROOT / script).exists() or not script.endswith(".py")
 

@@ -172,9 +172,9 @@ def in_process(module, name, *argv):
 
 def stop_at_step(patch, step):
     """Let a training run of this process end by Ctrl-C within update `step`. patch: a MonkeyPatch."""
-    from nanodiff import engine
+    from nanodiff.training.run import Run
 
-    update = engine.Run.update
+    update = Run.update
 
     def stop(self):
         if self.step == step:
@@ -182,4 +182,4 @@ def stop_at_step(patch, step):
             raise KeyboardInterrupt
         return update(self)
 
-    patch.setattr(engine.Run, "update", stop)
+    patch.setattr(Run, "update", stop)

@@ -63,7 +63,7 @@ def main():
 def averaged(out, part):
     """Score run v's own ("net") or averaged ("ema") weights at its last checkpoint before the end, while it is still moving."""
     sys.path.insert(0, str(ROOT))
-    from nanodiff import checkpoint
+    from nanodiff.training import checkpoint
     from nanodiff.weights import load_tensors, save_tensors
 
     target, found = out / f"v-{part}", checkpoint.found(out / "v")
@@ -82,7 +82,7 @@ def averaged(out, part):
 def report(out, updates):
     """table.md, results.json and curves.png of the runs that are there."""
     sys.path.insert(0, str(ROOT))
-    from nanodiff import charts
+    from nanodiff.output import charts
 
     names = {n: told for n, (told, _) in RUNS.items()} | {
         "v-net": "v, before the end: its own weights",

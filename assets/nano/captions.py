@@ -47,7 +47,7 @@ def learn(out, train, val, images, seed, updates):
 
 
 def study(cfg):
-    from nanodiff import captionset
+    from nanodiff.data import captionset
 
     out = Path(cfg.output_dir).resolve()
     images = out / "emoji" / "images"
@@ -116,7 +116,8 @@ def interval(values):
 
 def tell(out, found, cfg):
     """The table and the figure."""
-    from nanodiff import charts, weights
+    from nanodiff.files import write_json
+    from nanodiff.output import charts
 
     lines = ["| trained on | pictures | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for arm, numbers in found.items():
@@ -136,7 +137,7 @@ def tell(out, found, cfg):
             lines.append(f"- {arm}, {m}: {mean:+.3g} ± {half:.2g} (p = {p:.2g})")
     text = "\n".join(lines) + "\n"
     (out / "study.md").write_text(text, encoding="utf-8")
-    weights.write_json(out / "study.json", {"updates": cfg.updates, "seeds": cfg.seeds, "results": found})
+    write_json(out / "study.json", {"updates": cfg.updates, "seeds": cfg.seeds, "results": found})
     bands = {
         m: {"": [(mean, mean - half, mean + half) for mean, half in (interval(n[m]) for n in found.values())]}
         for m in METRICS
@@ -149,17 +150,21 @@ def trip(cfg):
     """Captions drawn, told, drawn again: a sheet, and how many come back."""
     import torch
 
-    from nanodiff import captioner, data, evaluate, images, pipeline, weights
+    from nanodiff import data, pipeline
+    from nanodiff.evaluation import caption_scores
+    from nanodiff.files import write_json
+    from nanodiff.output import images
+    from nanodiff.stories import captioner_model
 
     out = Path(cfg.output_dir)
-    net = captioner.load(cfg.model_file, torch.float32, "cpu")
+    net = captioner_model.load(cfg.model_file, torch.float32, "cpu")
     sd = pipeline.load(ROOT / "assets" / "nano", torch.float32, "cpu").with_scheduler("ddim")
     captions = list(dict.fromkeys(data.load(str(ROOT / "assets/emoji/emoji.tar")).captions))
     captions = [captions[i] for i in np.random.default_rng(cfg.seed).permutation(len(captions))[: cfg.captions]]
 
     def draw(texts):
         seeds = [cfg.seed + i for i in range(len(texts))]
-        return images.to_pil(sd.generate(texts, None, 25, 3.0, seeds).pixels)
+        return images.to_pil(sd.generate(texts, seeds=seeds).pixels)
 
     first = draw(captions)
     told = net.describe(first, 16)
@@ -169,13 +174,13 @@ def trip(cfg):
         cells += [first[i].resize((128, 128)), again[i].resize((128, 128))]
         labels += [captions[i], f"told: {told[i]}"]
     images.save_png(images.grid(cells, 8, labels, size=11), out / "trip.png")
-    metrics, _, _ = evaluate.captions(
+    metrics, _, _ = caption_scores.captions(
         {str(i): [t] for i, t in enumerate(told)}, {str(i): [t] for i, t in enumerate(captions)}, resamples=0
     )
     numbers = {k: m["value"] for k, m in metrics.items()} | {
         "exact": float(np.mean([a == b for a, b in zip(captions, told, strict=True)]))
     }
-    weights.write_json(out / "trip.json", {"captions": len(captions), **numbers})
+    write_json(out / "trip.json", {"captions": len(captions), **numbers})
     for name in ("exact", "bleu1", "bleu4", "cider"):
         print(f"{name}: {numbers[name]:.3f}")
 

@@ -44,9 +44,9 @@ def score(sd, dataset, captions=CAPTIONS):
     ranks, errors, drawn = [], [], []
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]
-        steps, guidance = sd.sampling("steps") or 25, sd.sampling("guidance_scale") or 3.0
-        made = sd.generate([dataset.captions[i] for i in batch], steps=steps, guidance_scale=guidance,
-                           seeds=range(first, first + len(batch))).pixels.clamp(-1, 1)  # fmt: skip
+        made = sd.generate([dataset.captions[i] for i in batch], seeds=range(first, first + len(batch))).pixels.clamp(
+            -1, 1
+        )
         drawn.append(embed(made))
         distance = torch.cdist(drawn[-1], known)
         ranks += (distance < distance.gather(1, torch.tensor(batch)[:, None])).sum(1).tolist()

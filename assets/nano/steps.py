@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from assets.nano import score
-from nanodiff import charts, data, images, pipeline
+from nanodiff import data, pipeline
+from nanodiff.output import charts, images
 
 STEPS, OWN, CAPTIONS, FREE = (1, 2, 4, 8), 50, 100, 200
 

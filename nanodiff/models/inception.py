@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.onednn import unusable
+from nanodiff.device.onednn import unusable
 
 VARIANTS = {"fid": 1008, "torchvision": 1000}
 EPS = 1e-3

@@ -34,7 +34,7 @@ def use_kernels(mode):
     try:
         kernels.set_backend(mode)
     except RuntimeError as e:
-        raise UserError(f"--kernels triton: {e}") from None
+        raise UserError(f"`kernels` triton: {e}") from None
 
 
 def computed_by():

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanodiff import onednn
 from nanodiff.config import UserError, from_json
+from nanodiff.device import onednn
 from nanodiff.models.layers import attention, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
 
 FIXED = {

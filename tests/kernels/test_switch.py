@@ -14,7 +14,7 @@ from util import ROOT, rms_ratio
 
 import kernels
 from kernels import launch, switch
-from nanodiff.dist import finish
+from nanodiff.device.dist import finish
 
 interpreter = pytest.mark.skipif(not switch.INTERPRET, reason="for the interpreter; test_gpu.py is for a GPU")
 

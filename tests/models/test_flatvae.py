@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from nanodiff import sources, weights
+from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.models.flatvae import Config, FlatVAE
+from nanodiff.pipeline import sources
 
 SMALL = {"sample_size": 32, "latent_dim": 32, "block_out_channels": [8, 16], "norm_num_groups": 4}
 

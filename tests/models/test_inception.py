@@ -6,7 +6,7 @@ import pytest
 import torch
 from util import GOLDEN, golden, manifest, max_error, recipe, rms_ratio
 
-from nanodiff.features import tf1_bilinear
+from nanodiff.evaluation.features import tf1_bilinear
 from nanodiff.models import inception
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nanodiff import sources, weights
+from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.models.labels import Config, LabelEncoder
-from nanodiff.tokenizer import LabelTokenizer
+from nanodiff.pipeline import families
+from nanodiff.text.tokenizer import LabelTokenizer
 
 
 def test_a_label_is_one_vector_and_none_is_another(tmp_path):
@@ -16,7 +17,7 @@ def test_a_label_is_one_vector_and_none_is_another(tmp_path):
     states, pooled = net(ids)
     assert states[0].shape == (3, 1, 8) and torch.equal(pooled, net.embedding.weight[[2, 0, 1]])
     weights.save(net, tmp_path)
-    again = weights.load(sources.OWN["LabelEncoder"], tmp_path, torch.float32)
+    again = weights.load(families.OWN["LabelEncoder"], tmp_path, torch.float32)
     assert again.cfg.labels == ("cat", "dog") and torch.equal(again(ids)[1], pooled)
     tok.save(tmp_path / "tokenizer")
     assert LabelTokenizer.load(tmp_path / "tokenizer").labels == ("cat", "dog")

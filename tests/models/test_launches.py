@@ -4,7 +4,9 @@ import pytest
 import torch
 from fake_gpu import empty, gpu, network  # noqa: F401  the fixture
 
-from nanodiff import memory, singlefile, weights
+from nanodiff.device import memory
+from nanodiff.pipeline import single
+from nanodiff.weights import loading
 
 SIDES = {"sd15": 64, "sd21": 96, "sdxl": 128}
 # Launches of one guided step with what a run makes beforehand (times, the text's keys and values), counted; before there were
@@ -93,14 +95,14 @@ def last(t):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_weights_are_allocated_channels_last(device):
-    place = weights._allocate([("conv", (8, 4, 3, 3), torch.float32), ("linear", (8, 4), torch.float32)], device)
+    place = loading._allocate([("conv", (8, 4, 3, 3), torch.float32), ("linear", (8, 4), torch.float32)], device)
     assert last(place["conv"]) and place["linear"].is_contiguous()
 
 
 def test_weights_of_a_single_file_are_placed_channels_last():
-    assert last(singlefile.placed(torch.randn(8, 4, 3, 3), "cpu", None))
-    assert last(singlefile.placed(torch.randn(8, 4, 3, 3), "cpu", torch.bfloat16))
-    assert singlefile.placed(torch.randn(8, 4).t(), "cpu", None).is_contiguous()
+    assert last(single.placed(torch.randn(8, 4, 3, 3), "cpu", None))
+    assert last(single.placed(torch.randn(8, 4, 3, 3), "cpu", torch.bfloat16))
+    assert single.placed(torch.randn(8, 4).t(), "cpu", None).is_contiguous()
 
 
 class Stream:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from util import TINY, built, golden, manifest, max_error, rms_ratio
 
-from nanodiff import images, weights
+from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.models.vae import AutoencoderKL, Config
+from nanodiff.output import images
 
 
 @pytest.fixture(

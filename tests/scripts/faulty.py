@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from nanodiff import checkpoint, config, data, engine, loader, pipeline
+from nanodiff import config, data, pipeline
+from nanodiff.training import checkpoint, loader
 
 
 def main():
@@ -61,7 +62,6 @@ def main():
         sys.argv += ["--lr", "0.5"]
     elif fault == "oom":
         pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, out_of_memory)
-    assert engine
     return config.script(train.STAGES, train.__doc__, train.PRESETS, train.LESS_MEMORY)
 
 

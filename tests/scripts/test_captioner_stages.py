@@ -11,9 +11,10 @@ from PIL import Image
 from util import TINY, error_line, in_process, launch, rms_ratio, run, stop_at_step
 
 import caption
-from nanodiff import captioner, captionset, hub
 from nanodiff.config import printable
-from nanodiff.weights import load_tensors
+from nanodiff.data import captionset
+from nanodiff.stories import captioner, captioner_model
+from nanodiff.weights import hub, load_tensors
 
 SMALL = {"vision-model": TINY / "vit", "model-name": TINY / "llama", "lora-r": 4, "lora-dropout": 0.1, "vit-lora-r": 2, "lr": 3e-3,
          "mixed-precision": "no", "max-new-tokens": 6, "samples": 2, "seed": 3}  # fmt: skip
@@ -123,7 +124,7 @@ def test_training_writes_what_is_promised(trained):
 def test_the_best_stays_the_best(home, parts, monkeypatch):
     """An epoch that is worse does not take its place."""
     told = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(caption, "validate", lambda *args: next(told))
+    monkeypatch.setattr(captioner, "validate", lambda *args: next(told))
     assert stage("train", **parts, **SMALL, output_dir=home / "fake", epochs=3, batch_size=20)[0] == 0
     assert training(home / "fake" / "checkpoints" / "best_model")["epoch"] == 2
     assert training(home / "fake" / "checkpoints" / "last_checkpoint")["best_val_loss"] == 1.0
@@ -184,7 +185,7 @@ def test_telling(home, trained):
     picture = home / "images" / "dish_03.jpg"
     code, out, err = stage("infer", **one, infer_image_path=picture)
     assert code == 0, err
-    net = captioner.load(one["model_file"], torch.float32, "cpu")
+    net = captioner_model.load(one["model_file"], torch.float32, "cpu")
     assert out == printable(net.describe([Image.open(picture)], 6)[0]) + "\n"
     assert (home / "told" / "sheet.png").is_file()
     code, out, err = stage("infer", **one, infer_image_path=home / "images", batch_size=5)
@@ -207,7 +208,7 @@ def test_judging(home, parts, trained):
     found = json.loads((home / "judged" / "metrics.json").read_text())
     assert {"bleu1", "bleu2", "bleu4", "bleu1_mean", "rouge_l", "meteor", "cider", "perplexity"} <= set(found)
     rows = captionset.located(captionset.read(parts["val-csv-path"]), [home / "images"])
-    net = captioner.load(options["model-file"], torch.float32, "cpu")
+    net = captioner_model.load(options["model-file"], torch.float32, "cpu")
     nats, tokens = 0.0, 0
     for row in rows:
         for text in row.captions:
@@ -378,7 +379,7 @@ def test_the_documents_commands(home, parts):
             "--val_csv_path", parts["val-csv-path"], "--image_path", home / "images", "--samples", 0]  # fmt: skip
     code, _, err = in_process(caption, "caption.py", *caption.worded(list(map(str, argv))))
     assert code == 0, err
-    net = captioner.load(home / "doc" / "checkpoints" / "last_checkpoint.pt", torch.float32, "cpu")
+    net = captioner_model.load(home / "doc" / "checkpoints" / "last_checkpoint.pt", torch.float32, "cpu")
     assert net.settings.language_model == str(TINY / "llama")
 
 
@@ -514,7 +515,7 @@ def test_a_run_that_ends_within_an_epoch(home, parts, monkeypatch):
     """It is judged and written at its end; and a validation that is no number ends nothing."""
     code, _, err = stage("train", **parts, **SMALL, output_dir=home / "short", max_steps=1, batch_size=4)
     assert code == 0 and training(home / "short" / "checkpoints" / "last_checkpoint")["step"] == 1, err
-    monkeypatch.setattr(caption, "validate", lambda *args: float("nan"))
+    monkeypatch.setattr(captioner, "validate", lambda *args: float("nan"))
     code, _, err = stage("train", **parts, **SMALL, output_dir=home / "nan", max_steps=1, batch_size=4)
     assert code == 0 and "validation loss nan" in err, err
     assert training(home / "nan" / "checkpoints" / "last_checkpoint")["val_loss"] is None

@@ -7,7 +7,9 @@ import pytest
 from util import ROOT, in_process
 
 import distill
-from nanodiff import config, data, gallery, images, pipeline
+from nanodiff import config, data, pipeline
+from nanodiff.output import images
+from nanodiff.stories import gallery
 
 
 def script(*argv):

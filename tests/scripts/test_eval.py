@@ -11,9 +11,12 @@ from PIL import Image, ImageFilter
 from util import GOLDEN, ROOT, TINY, error_line, in_process, launch, recipe, run
 
 import eval as evaluation
-from nanodiff import config, data, pages
+from nanodiff import config, data
+from nanodiff.data import tools
+from nanodiff.evaluation import pages
 from nanodiff.models.inception import InceptionV3
 from nanodiff.models.lpips import VGG16
+from nanodiff.stories import judging
 from nanodiff.weights import save_tensors
 
 
@@ -111,7 +114,7 @@ def test_the_same_however_it_is_run(alone, sets, weights, tmp_path, how):
 def test_containers_and_order(sets, tmp_path):
     """Lossless copies in another container and order give the same numbers; identical sets an FID of 0."""
     emoji = data.load(sets / "teacher")
-    data.pack(sets / "finetuned", tmp_path / "x.tar")
+    tools.pack(sets / "finetuned", tmp_path / "x.tar")
     argv = ["--real", sets / "teacher", "--features", "pixels", "--metrics", "fid,kid,prdc,diversity,colours"]
     a, *_ = evaluate("images", tmp_path / "a", "--generated", sets / "finetuned", *argv)
     b, *_ = evaluate("images", tmp_path / "b", "--generated", tmp_path / "x.tar", *argv)
@@ -222,29 +225,29 @@ def test_drawn_pictures_are_of_these_weights(tmp_path):
 def test_names_of_sets():
     """Dots belong to a name (the folders of a study by guidance scale); only containers' suffixes do not."""
     base = "/x/sd_to_sd_cfg_1.5_steps_50_gen_"
-    assert evaluation._names([f"{base}{i}" for i in range(3)], "generated") == [
+    assert judging._names([f"{base}{i}" for i in range(3)], "generated") == [
         f"sd_to_sd_cfg_1.5_steps_50_gen_{i}" for i in range(3)
     ]
-    assert evaluation._names(["/a/x.tar", "/b/x"], "generated") == ["a/x", "b/x"]
-    assert evaluation._names(["."], "inputs") == [os.path.basename(os.getcwd())]
+    assert judging._names(["/a/x.tar", "/b/x"], "generated") == ["a/x", "b/x"]
+    assert judging._names(["."], "inputs") == [os.path.basename(os.getcwd())]
     assert len(set(pages.distinct(["a b", "a_b", "a-b"]).values())) == 3
 
 
 def test_which_clip(tmp_path, weights):
     """A path is that path, whatever else lies in --weights-dir; a bare name is looked for there."""
-    from nanodiff import evaluate as library
+    from nanodiff.evaluation import image_sets
 
     mine = tmp_path / "clip-vit-base-patch32"
     mine.symlink_to(TINY / "clip")
-    assert library.clip_path(library.Settings(clip=str(mine), weights_dir=weights)) == str(mine)
-    assert library.clip_path(library.Settings(weights_dir=weights)) == weights / "clip-vit-base-patch32"
+    assert image_sets.clip_path(image_sets.Settings(clip=str(mine), weights_dir=weights)) == str(mine)
+    assert image_sets.clip_path(image_sets.Settings(weights_dir=weights)) == weights / "clip-vit-base-patch32"
     with pytest.raises(config.UserError, match="other/clip-vit-base-patch32"):
-        library.clip_path(library.Settings(clip="other/clip-vit-base-patch32", weights_dir=weights))
+        image_sets.clip_path(image_sets.Settings(clip="other/clip-vit-base-patch32", weights_dir=weights))
 
 
 def test_prompts_by_name(sets, tmp_path):
     """COCO annotations name pictures by id; captions of others are no harm, and said."""
-    from nanodiff import evaluate as library
+    from nanodiff.evaluation import image_sets
 
     for name in ("COCO_1.jpg", "COCO_2.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -252,14 +255,14 @@ def test_prompts_by_name(sets, tmp_path):
             "annotations": [{"image_id": i, "caption": f"picture {i}"} for i in (3, 2, 1)]}  # fmt: skip
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     dataset = data.load(tmp_path, captions=False)
-    assert library.prompts_for(dataset, tmp_path / "coco.json") == (["picture 1", "picture 2"], None)
+    assert image_sets.prompts_for(dataset, tmp_path / "coco.json") == (["picture 1", "picture 2"], None)
     Image.new("RGB", (8, 8)).save(tmp_path / "COCO_1.png")
     (tmp_path / "stems.json").write_text('{"COCO_1": "x", "COCO_2": "y"}')
     with pytest.raises(config.UserError, match="differ by suffix only"):
-        library.prompts_for(data.load(tmp_path, captions=False), tmp_path / "stems.json")
+        image_sets.prompts_for(data.load(tmp_path, captions=False), tmp_path / "stems.json")
     half = data.load(sets / "teacher", captions=False)
     half = data.Dataset([item if i else item._replace(captions=()) for i, item in enumerate(half.items)], half.root)
-    assert library.prompts_for(half)[0] is None and "1 of 20 have none" in library.prompts_for(half)[1]
+    assert image_sets.prompts_for(half)[0] is None and "1 of 20 have none" in image_sets.prompts_for(half)[1]
 
 
 def test_compare_triples(sets, weights, tmp_path):
@@ -513,7 +516,7 @@ def test_bad_input_of_the_others(sets, tmp_path):
 
 def test_numbers_are_those_of_the_library(alone, sets):
     """The script adds nothing of its own: features of one, formula of the other."""
-    from nanodiff import features, metrics
+    from nanodiff.evaluation import features, metrics
 
     found, *_ = alone
     net = features.colour_pixels()

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from util import ROOT, in_process, stop_at_step
 
 import distill
-from nanodiff import lora, pipeline, samplers
+from nanodiff import lora, pipeline
+from nanodiff.diffusion import samplers
 
 NANO = ROOT / "assets" / "nano"
 
@@ -106,7 +107,7 @@ def test_the_guidance_is_the_teachers(folder):
     sd.save(folder / "student")
     options = {"student": folder / "student", "guidance-scale": None, "no-evaluate": True, "max-steps": 1}
     code, _, err = script(folder, **options)
-    assert code == 0 and "consistency: guidance 7.5, 4 steps" in err, err
+    assert code == 0 and "consistency: guidance 3, 4 steps" in err, err
     sd = pipeline.load(NANO, torch.float32)
     sd.schedule = type(sd.schedule).from_config(sd.schedule.to_json() | {"prediction_type": "sample"})
     sd.save(folder / "other")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from util import TINY, copy_model, error_line, run, start
 
+from nanodiff.stories import drawing
 from nanodiff.weights import load_tensors
 
 MODEL = ("--model", str(TINY / "sd15"), "--steps", "2", "--seed", "5")
@@ -328,19 +329,20 @@ def test_large_models_compute_in_bf16_where_the_cpu_does(monkeypatch, capsys):
     import torch
 
     import sample as script
-    from nanodiff import onednn, sources
+    from nanodiff.device import onednn
+    from nanodiff.pipeline import sources
 
     cpu, cfg = torch.device("cpu"), script.Config()
     large = sources.configs("stable-diffusion-v1-5/stable-diffusion-v1-5")
     flow = sources.configs("stable-diffusion-3.5-medium")
     small = sources.configs(TINY / "sd15")
     monkeypatch.setattr(onednn, "computes_bf16", lambda: True)
-    assert script.pick_dtype(cfg, cpu, large) == script.pick_dtype(cfg, cpu, flow) == torch.bfloat16
+    assert drawing.pick_dtype(cfg, cpu, large) == drawing.pick_dtype(cfg, cpu, flow) == torch.bfloat16
     assert "--dtype fp32 is exact" in capsys.readouterr().err
-    assert script.pick_dtype(cfg, cpu, small) == torch.float32
-    assert script.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
+    assert drawing.pick_dtype(cfg, cpu, small) == torch.float32
+    assert drawing.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
     monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
-    assert script.pick_dtype(cfg, cpu, large) == torch.float32
+    assert drawing.pick_dtype(cfg, cpu, large) == torch.float32
 
 
 def test_vae_of_another_model(tmp_path):

@@ -12,6 +12,7 @@ import sample
 from nanodiff import config, weights
 from nanodiff.config import UserError
 from nanodiff.models import taesd
+from nanodiff.stories import drawing
 
 SD15, XL, MEDIUM, TURBO = (TINY / n for n in ("sd15", "sdxl", "sd35-medium", "sd35-large-turbo"))
 LORA = GOLDEN / "lora"
@@ -19,14 +20,14 @@ LORA = GOLDEN / "lora"
 
 def make(out, model, *argv, prompt="a cat"):
     argv = ["--model", model, "--prompt", prompt, "--seed", 1, "--output-dir", out, *argv]
-    sample.main(config.parse(sample.Config, [str(a) for a in argv]))
+    drawing.main(config.parse(sample.Config, [str(a) for a in argv]))
     return Image.open(out / "00000.png")
 
 
 def refused(out, model, *argv):
     with pytest.raises(UserError) as caught:
         make(out, model, "--steps", 1, *argv)
-    return str(caught.value)
+    return config.flagged(caught.value)
 
 
 def test_defaults_of_the_families(tmp_path, capsys):
@@ -132,7 +133,7 @@ def test_loras_beside_and_fused(tmp_path, capsys):
     for other in (fused, away):
         assert max(abs(a - b) for a, b in zip(beside, other, strict=True)) <= 1
     again = tmp_path / "again"
-    sample.main(
+    drawing.main(
         config.parse(sample.Config, ["--from-image", str(tmp_path / "a" / "00000.png"), "--output-dir", str(again)])
     )
     assert Image.open(again / "00000.png").tobytes() == beside

@@ -7,9 +7,12 @@ from PIL import Image
 from util import GOLDEN, TINY, copy_model, golden, max_error
 
 import sample
-from nanodiff import config, samplers, weights
-from nanodiff.images import to_pixels
-from nanodiff.schedule import Schedule
+from nanodiff import config, weights
+from nanodiff.diffusion import samplers
+from nanodiff.diffusion.schedule import Schedule
+from nanodiff.files import write_json
+from nanodiff.output.images import to_pixels
+from nanodiff.stories import drawing
 
 CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.pipe.*.json"))
 SIZES = {"original_size": "--original-size", "target_size": "--target-size", "crops_coords_top_left": "--crop"}
@@ -43,7 +46,7 @@ def argv_of(case, tmp_path):
             argv += ["--scheduler", names[0]]
         else:  # a hand-made configuration: as a model that brings it
             argv[1] = copy_model(model.name, tmp_path / model.name)
-            weights.write_json(argv[1] / "scheduler" / "scheduler_config.json", wanted.to_json())
+            write_json(argv[1] / "scheduler" / "scheduler_config.json", wanted.to_json())
             names = [samplers.name_of(wanted)]
         if names[0] in ("ddim", "pndm") and wanted.cfg["timestep_spacing"] != "leading":
             argv += ["--diffusers-quirks"]
@@ -92,7 +95,7 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert case in UNREACHABLE, case
         return
     assert case not in UNREACHABLE
-    sample.main(config.parse(sample.Config, argv))
+    drawing.main(config.parse(sample.Config, argv))
     want, _ = golden(case)
     got = weights.load_tensors(tmp_path / "latents.safetensors")["latents"]
     assert max_error(got, want["final_latents"]) < 1e-4
@@ -102,6 +105,6 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
     if "--init-image" not in argv:  # what stands in the picture makes it again
         picture, again = tmp_path / "00000.png", tmp_path / "again"
-        sample.main(config.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
+        drawing.main(config.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
         first, second = (to_pixels(Image.open(p)) * 127.5 for p in (picture, again / "00000.png"))
         assert (first - second).abs().max() <= 1.01

@@ -15,7 +15,9 @@ from PIL import Image
 from util import ROOT, error_line, in_process, recipe, run, start
 
 import train
-from nanodiff import build, config, lora, pipeline
+from nanodiff import config, lora, pipeline
+from nanodiff.stories import training, vae
+from nanodiff.training import build
 
 
 @pytest.fixture(scope="module")
@@ -442,9 +444,9 @@ def test_kl_weight_and_best_model(tmp_path, pictures):
 
 def test_the_best_vae_is_one_after_the_warm_up(tmp_path, pictures, monkeypatch):
     """S2-39: epochs of the warm-up, though judged better, are not it; of those after it the best is."""
-    judged, kept, write = iter([0.4, 0.1, 0.2, 5.0, 4.0, 6.0]), [], train.write_vae
-    monkeypatch.setattr(train, "validate", lambda *args: next(judged))
-    monkeypatch.setattr(train, "write_vae", lambda run, *args: (kept.append((args[-1], run.step)), write(run, *args)))
+    judged, kept, write = iter([0.4, 0.1, 0.2, 5.0, 4.0, 6.0]), [], vae.write_vae
+    monkeypatch.setattr(training, "validate", lambda *args: next(judged))
+    monkeypatch.setattr(vae, "write_vae", lambda run, *args: (kept.append((args[-1], run.step)), write(run, *args)))
     code, _, err = in_process(
         train, "train.py", "vae", "--data", pictures, "--preset", "tiny", "--epochs", 6, "--max-steps", 0, "--batch-size", 9,
         "--validation", 0.3, "--kl-warmup", 3, "--keep-best", "--output-dir", tmp_path / "o",
@@ -543,8 +545,8 @@ def test_a_bad_picture_by_policy(tmp_path, pictures):
 
 def test_timestep_draws_are_uniform_over_a_run():
     """S2-36: a histogram of the timesteps that 300 updates draw."""
-    from nanodiff import objective
-    from nanodiff.schedule import Schedule
+    from nanodiff.diffusion import objective
+    from nanodiff.diffusion.schedule import Schedule
 
     schedule = Schedule.from_config({"_class_name": "DDPMScheduler"})
     t = torch.cat([objective.timesteps(schedule, 3, range(i * 16, i * 16 + 16)) for i in range(300)])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from util import launch, start
 
-from nanodiff import checkpoint
+from nanodiff.training import checkpoint
 from nanodiff.weights import load_tensors
 
 

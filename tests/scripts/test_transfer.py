@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from util import ROOT, TINY, in_process, stop_at_step
 
 import distill
-from nanodiff import config, data, images, lora, pipeline, weights
+from nanodiff import config, data, lora, pipeline, weights
+from nanodiff.output import images
+from nanodiff.stories import transfer
 
 NANO = ROOT / "assets" / "nano"
 FOLDERS = ("checkpoints", "comparison_output", "metrics", "research_comparisons", "research_paper_materials", "sdxl_images", "visualization",
@@ -102,12 +104,12 @@ def test_before_and_after_begin_from_the_same_latents(done, tmp_path, words):
     )
     code, _, err = script("evaluate", "--config", written(tmp_path, words), "--checkpoint", nothing)
     assert code == 0, err
-    before, after = (root / distill.ARMS[n] for n in ("original", "finetuned"))
+    before, after = (root / transfer.ARMS[n] for n in ("original", "finetuned"))
     pictures = sorted(p.relative_to(before) for p in before.rglob("*.png"))
     assert len(pictures) == 3
     for name in pictures:
         assert (np.asarray(images.open_image(before / name)) == np.asarray(images.open_image(after / name))).all()
-    plans = {n: json.loads((done[0] / "output" / distill.ARMS[n] / "drawn.json").read_text()) for n in distill.ARMS}
+    plans = {n: json.loads((done[0] / "output" / transfer.ARMS[n] / "drawn.json").read_text()) for n in transfer.ARMS}
     assert plans["original"]["pictures"] == plans["finetuned"]["pictures"] == plans["online"]["pictures"]
     assert plans["original"]["settings"]["model_sha256"] != plans["finetuned"]["settings"]["model_sha256"]
 

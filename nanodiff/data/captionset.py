@@ -1,0 +1,471 @@
+"""Captioned pictures in the captioner's form, and what is done to them before training.
+
+    rows = read("titles.csv")                                     # [Row(name, captions, …)], of Image_Name and Title
+    dataset = pictures(located(rows, ["data/images"]), "titles.csv")    # a data.Dataset, for the loader
+    parts, counts = split(original, synthetic, seed=42)           # {"train": rows, "val": rows, "test": rows}
+
+CSV: `Image_Name` is a picture's file name without its suffix, `Title` a text or a list of texts (["…"]); several rows of one name are
+several captions of one picture. Synthetic rows also name the row that they vary (`Source_Name`). Files are UTF-8, a mark at their
+beginning is ignored.
+
+    python -m nanodiff.captionset export assets/emoji/emoji.tar out/emoji    # any data set as titles.csv and images/
+"""
+
+import argparse
+import csv
+import fcntl
+import filecmp
+import hashlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nanodiff.config import UserError, nearest, printable, spreadsheet, tool
+from nanodiff.data import caption_files, sources
+from nanodiff.device import dist
+from nanodiff.files import write_bytes
+from nanodiff.output import images
+
+COLUMNS = ("Image_Name", "Title")
+NAMES = ("Image_Name", "image_name", "file_name", "image", "image_id", "id")
+CAPTIONS = ("Title", "title", "caption", "captions", "text")
+SOURCE = "Source_Name"
+UNKNOWN = "?"  # the source of a synthetic row that names none
+SUFFIXES = [x for s in (".jpg", ".png", ".jpeg", ".webp", ".bmp") for x in (s, s.upper())]
+LOGGED = re.compile(
+    r"(?P<name>[^\s:,|/\\]+)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
+)  # of a job's .out
+
+
+class Row(NamedTuple):
+    """One picture and its captions. path: its file, when known; source: the name of the original that it varies, "" for originals."""
+
+    name: str
+    captions: tuple
+    path: str = ""
+    source: str = ""
+
+
+def read(path, clean=False, skip=False, captions=True):
+    """[Row] of a CSV, or of a job's `.out` log (lines `name.jpg: caption`); rows of one name become one. clean: see cleaned(). skip: leave
+    out, counted and said, what has no caption. captions=False: they may be missing. Raises UserError naming the file, and the line, of everything else that is wrong."""
+    path = Path(path)
+    found = _logged(path) if path.suffix in (".out", ".log") else _table(path, captions)
+    empty, rows = [], {}
+    for name, titles, source, where in found:
+        titles = tuple(t for t in (cleaned(t) if clean else t.replace("\0", "").strip() for t in titles) if t)
+        if not titles and captions:
+            empty.append(f"{where} ({printable(name)})")
+            continue
+        known = rows.get(name, Row(name, (), "", source))
+        rows[name] = known._replace(captions=tuple(dict.fromkeys(known.captions + titles)))
+    if empty:
+        what = f"{path}: {len(empty)} captions are empty: {', '.join(empty[:5])}"
+        if not skip or not rows:
+            raise UserError(f"{what} (`skip_bad` leaves them out)" if rows else what)
+        dist.say(f"warning: {what}; they are left out")
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return list(rows.values())
+
+
+def _table(path, captions=True):
+    """(name, titles, source, where) of every row of a CSV."""
+    csv.field_size_limit(1 << 24)
+    reader = csv.DictReader(io.StringIO(_text(path)))
+    there = [c for c in reader.fieldnames or () if c]
+    name, title = (next((c for c in some if c in there), None) for some in (NAMES, CAPTIONS))
+    for found, wanted in ((name, COLUMNS[0]), (title or not captions, COLUMNS[1])):
+        if not found:
+            raise UserError(
+                f"{path}: no column {wanted}; it has {', '.join(map(printable, there)) or 'none'}{nearest(wanted, there)}"
+            )
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if row.get(None):
+                raise UserError(
+                    f"{where}: has more columns than the first line; a text with commas needs double quotes around it"
+                )
+            if not (row[name] or "").strip():
+                raise UserError(f"{where}: no {name}")
+            text = ((row.get(title) if title else "") or "").strip()
+            listed = text[:1] == "[" and text[1:].lstrip()[:1] in ("'", '"', "]")
+            titles = [] if text == "[]" else caption_files.titles(text, where) if listed else [text]
+            yield _stem(row[name], where), titles, (row.get(SOURCE) or "").strip(), where
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: {e}") from None
+
+
+def _logged(path):
+    """(name, titles, source, where) of the lines of a job's log that name a picture and its caption; says how many others there are."""
+    others = 0
+    for i, line in enumerate(_text(path, "replace").splitlines(), 1):
+        match = LOGGED.search(line)
+        if match:
+            yield _stem(match["name"], path), [match["title"].strip().strip("'\"")], "", f"{path}:{i}"
+        else:
+            others += bool(line.strip())
+    if others:
+        dist.say(f"note: {path}: {others} lines name no picture with a caption and are not used")
+
+
+def _text(path, errors="strict"):
+    try:
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not UTF-8 (byte {e.start}); save the file as UTF-8") from None
+
+
+def _stem(name, where):
+    """A picture's name without its suffix, which stays inside its folder."""
+    name = name.strip()
+    if Path(name).suffix.lower() in sources.SUFFIXES:
+        name = name[: -len(Path(name).suffix)]
+    if (
+        not name
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or any(len(p.encode()) > 200 for p in Path(name).parts)
+    ):
+        raise UserError(f"{where}: {printable(name[:80])!r} is no picture's name")
+    return name
+
+
+def cleaned(text):
+    """Lower case, single spaces."""
+    return " ".join(text.replace("\0", "").lower().split())
+
+
+def find(name, folders):
+    """The file of a picture among some folders, or None. Raises UserError when two folders have different pictures of that name."""
+    found = [path for folder in folders for suffix in SUFFIXES if (path := Path(folder) / f"{name}{suffix}").is_file()]
+    if different := [p for p in found[1:] if not filecmp.cmp(p, found[0], shallow=False)]:
+        raise UserError(f"{found[0]} and {different[0]} are different pictures of one name; rename one")
+    return found[0] if found else None
+
+
+def located(rows, folders, skip=False):
+    """The rows with their files. skip: leave out, counted and said, those without. Raises UserError."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"`image_path` {folder}: no such folder")
+    found = [row._replace(path=str(path) if (path := find(row.name, folders)) else "") for row in rows]
+    absent = [row.name for row in found if not row.path]
+    if absent:
+        what = f"{len(absent)} of {len(rows)} pictures are not in {', '.join(map(str, folders))}: {', '.join(map(printable, absent[:5]))}"
+        if not skip or len(absent) == len(rows):
+            raise UserError(f"{what} (`skip_bad` leaves them out)" if len(absent) < len(rows) else what)
+        dist.say(f"warning: {what}; they are left out")
+    return [row for row in found if row.path]
+
+
+def pictures(rows, where):
+    """A data.Dataset of located rows."""
+    items = [sources.Item(row.name, row.path, 0, Path(row.path).stat().st_size, row.captions) for row in rows]
+    return sources.Dataset(items, str(where))
+
+
+def table(rows, more=()):
+    """Bytes of a CSV with Image_Name and Title, a list of texts. more: {column: value of a Row}."""
+    return _encoded([[*COLUMNS, *dict(more)]]) + b"".join(line(row, more) for row in rows)
+
+
+def line(row, more=()):
+    """A Row's line of table()."""
+    return _encoded(
+        [[row.name, json.dumps(list(row.captions), ensure_ascii=False), *(f(row) for f in dict(more).values())]]
+    )
+
+
+def _encoded(rows):
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().encode("utf-8", "replace")
+
+
+def write(path, rows, more=()):
+    """A whole table() at once."""
+    write_bytes(path, table(rows, more))
+
+
+def append(path, data):
+    """Add whole lines to a file at once; several processes may."""
+    with open(path, "ab", buffering=0) as f:
+        f.write(data)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Variations
+
+BULLET = re.compile(r"^\s*(?:[-*•–]+|\(?\d{1,2}[.):]|[a-z][.)]|(?:variation|option|caption)\s*\d*\s*[:.)])\s*", re.I)
+
+
+def variations(text, original, low=2, high=10, known=()):
+    """Captions of a language model's reply, one a line: without bullets, numbers, quotes and markup; `low` to `high` words each; each once,
+    and none that is the original or in `known`, however they are written."""
+    seen, out = {cleaned(t) for t in (original, *known)}, []
+    for line in text.splitlines():
+        line = BULLET.sub("", BULLET.sub("", line).replace("*", "").strip())
+        line = line.strip(" \"'“”‘’`").rstrip(".,; ")
+        line = "".join(c for c in " ".join(line.split()) if c.isprintable())
+        if line.endswith(":") or not low <= len(line.split()) <= high or cleaned(line) in seen:
+            continue
+        if not any(c.isalpha() for c in line) or "\N{REPLACEMENT CHARACTER}" in line:
+            continue
+        seen.add(cleaned(line))
+        out.append(line)
+    return out
+
+
+def seed_of(seed, *parts):
+    """A random seed for something by its name: the same whatever else is drawn."""
+    digest = hashlib.blake2b("/".join(map(str, (seed, *parts))).encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 33
+
+
+class Journal:
+    """The variations that a run has made so far, in a folder: NAME.jsonl, a line for each original, flushed; beside it the table for
+    people, NAME_captions.csv, which grows with it, and NAME_shortfall.csv, the originals with fewer variations than were asked for.
+
+    Every process writes lines of its own into NAME-RANK.jsonl. A run that was killed loses at most the lines that it was writing.
+    Raises UserError for a folder that was begun with other settings or captions."""
+
+    def __init__(self, folder, kind, rows, settings):
+        self.folder, self.name, self.rows = Path(folder), kind, rows
+        self.csv, self.shortfall = self.folder / f"{kind}_captions.csv", self.folder / f"{kind}_shortfall.csv"
+        self.names, taken = [], set()  # file names as they will be on disk
+        for i, row in enumerate(rows):
+            name = images.slug(row.name)
+            while name in taken:
+                name += f"_{i}"
+            taken.add(name)
+            self.names.append(name)
+        digest = hashlib.blake2b(json.dumps([[r.name, *r.captions] for r in rows]).encode(), digest_size=12).hexdigest()
+        self.settings = json.loads(json.dumps(settings | {"captions": digest}))
+        self.lock = None  # rank 0's
+        dist.on_main(self._claim)
+        self.done = dist.on_main(self._begin)
+        self.own = self.folder / f"{kind}-{dist.world().rank}.jsonl"
+        append(self.own, (json.dumps({"settings": self.settings}) + "\n").encode("utf-8", "replace"))
+
+    def _claim(self):
+        self.lock = open(self.folder / f".{self.name}.lock", "w", encoding="utf-8")  # noqa: SIM115  held until finish()
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder}: another run is varying captions in this folder") from None
+
+    def close(self):
+        """Let go of the folder."""
+        if self.lock:
+            self.lock.close()
+
+    def _files(self):
+        """The journal of all, and those of the processes."""
+        return [
+            p
+            for p in sorted(self.folder.glob(f"{self.name}*.jsonl"))
+            if re.fullmatch(rf"{self.name}(-\d+)?\.jsonl", p.name)
+        ]
+
+    def _begin(self):
+        """{index: (variations, replies)} of what is there."""
+        whole, done = self.folder / f"{self.name}.jsonl", {}
+        for path in self._files():
+            # the last one was not finished
+            for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+                try:
+                    record = json.loads(text)
+                except ValueError as e:
+                    raise UserError(f"{path}: not a record of variations: {e}") from None
+                if "settings" in record:
+                    self._same(path, record["settings"])
+                else:
+                    done[record["row"]] = (record["variations"], record["replies"])
+        self._rewrite(whole, done)
+        return done
+
+    def _same(self, path, before):
+        for key, value in self.settings.items():
+            if before.get(key) != value:
+                raise UserError(f"{path}: was begun with another {key} ({printable(before.get(key))}, not {printable(value)}); take another `output_dir`, "
+                                "or delete it")  # fmt: skip
+
+    def _rewrite(self, whole, done):
+        """One file of everything, in the order of the rows; the processes' own are gone."""
+        lines = [
+            {"settings": self.settings},
+            *({"row": i, "variations": v, "replies": n} for i, (v, n) in sorted(done.items())),
+        ]
+        write_bytes(whole, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode("utf-8", "replace"))
+        for path in self._files():
+            if path != whole:
+                path.unlink()
+        write(self.csv, [row for i in sorted(done) for row in self._made(i, done[i][0])], self._columns)
+
+    _columns = {SOURCE: lambda row: row.source}
+
+    def _made(self, i, found):
+        return [Row(f"{self.names[i]}_v{k}", (text,), "", self.rows[i].name) for k, text in enumerate(found, 1)]
+
+    def add(self, i, found, replies):
+        """Write down the variations of row i, and after how many replies there were so many."""
+        text = json.dumps({"row": i, "variations": found, "replies": replies}, ensure_ascii=False) + "\n"
+        append(self.own, text.encode("utf-8", "replace"))
+        if i not in self.done:
+            append(self.csv, b"".join(line(row, self._columns) for row in self._made(i, found)))
+
+    def finish(self, wanted):
+        """Every process calls it at the end. wanted: variations of each. Returns {what: count}."""
+        dist.gathered(None)  # all have written
+        done = dist.on_main(self._begin)
+        few = [
+            (spreadsheet(self.rows[i].name), spreadsheet(self.rows[i].captions[0]), len(v), n)
+            for i, (v, n) in sorted(done.items())
+            if len(v) < wanted
+        ]
+        listed = _encoded([["Image_Name", "Title", "variations", "replies"], *few])
+        dist.on_main(write_bytes, self.shortfall, listed)
+        self.close()
+        return {
+            "captions": len(done),
+            "variations": sum(len(v) for v, _ in done.values()),
+            "captions_with_fewer": len(few),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def content(path):
+    """A hash of a picture's pixels, whatever its file's format or metadata. Raises UserError for one that cannot be read."""
+    image = images.open_image(path)
+    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def merged(rows, skip=False):
+    """({content(): row}, {name of a copy: of the one that stays}) of located rows: copies give their captions to the first of them. skip:
+    leave out, counted and said, what cannot be read."""
+    out, copies, bad = {}, {}, []
+    for row in dist.progress(rows, len(rows), "pictures"):
+        try:
+            key = content(row.path)
+        except UserError as e:
+            if not skip:
+                raise UserError(f"{e} (`skip_bad` leaves it out)") from None
+            bad.append(str(e))
+            continue
+        if key in out:
+            copies[row.name] = out[key].name
+            row = out[key]._replace(captions=tuple(dict.fromkeys(out[key].captions + row.captions)))
+        out[key] = row
+    if bad:
+        dist.say(f"warning: {len(bad)} pictures cannot be read and are left out, such as {bad[0]}")
+    return out, copies
+
+
+def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, skip=False):
+    """({"train" | "val" | "test": [Row]}, {what: count}) of located rows. Of the total, by `shares`: the test part is of originals alone, the
+    validation part half of each, the training part what remains.
+
+    Beforehand: pictures with the same pixels become one with all their captions; a synthetic caption that an original or an earlier synthetic
+    picture has is dropped, so is a synthetic picture that is an original's copy. So no picture is in two parts, and no synthetic caption
+    is another part's. apart: also drop synthetic pictures from training and validation whose source is in the test part, and from training
+    whose source is in the validation part. The same rows in any order give the same parts."""
+    synthetic = [row._replace(source=row.source or UNKNOWN) for row in synthetic]
+    if apart and (strangers := [row.name for row in synthetic if row.source == UNKNOWN]):
+        raise UserError(f"`apart` needs to know what {len(strangers)} synthetic pictures vary, such as {printable(strangers[0])}: their CSV has no "
+                        f"{SOURCE}")  # fmt: skip
+    seen = Counter(row.name for row in (*original, *synthetic))
+    if twice := [n for n, k in seen.items() if k > 1]:
+        raise UserError(
+            f"two different pictures are called {printable(twice[0])}; rename one, since Image_Name must tell them apart"
+        )
+    counts = Counter({"original rows": len(original), "synthetic rows": len(synthetic)})
+    real, copies = merged(sorted(original), skip)
+    synthetic = [row._replace(source=copies.get(row.source, row.source)) for row in synthetic]
+    drawn, twins = merged(sorted(synthetic), skip)
+    counts |= {"original copies merged": len(copies), "synthetic copies merged": len(twins)}
+    taken, kept = {cleaned(t) for row in real.values() for t in row.captions}, []
+    for key, row in drawn.items():
+        if key in real:
+            counts["synthetic pictures that are originals"] += 1
+            continue
+        captions = tuple(t for t in row.captions if cleaned(t) not in taken)
+        counts["synthetic captions dropped"] += len(row.captions) - len(captions)
+        if captions:
+            taken |= {cleaned(t) for t in captions}
+            kept.append(row._replace(captions=captions))
+    real, total = list(real.values()), len(real) + len(kept)
+    rng = np.random.default_rng(seed)
+    real, kept = ([rows[i] for i in rng.permutation(len(rows))] for rows in (real, kept))
+    n_test, n_val = (max(1, round(share * total)) for share in shares[:0:-1])
+    n_drawn = min(n_val // 2, len(kept)) if kept else 0
+    n_real = n_val - n_drawn
+    if n_test + n_real >= len(real):
+        raise UserError(
+            f"{len(real)} different originals are too few: of {total} pictures in all the test part takes {n_test} and the validation part "
+            f"{n_real} of them; give more originals, fewer synthetic pictures or smaller shares (`test_share`, `val_share`)"
+        )
+    test, val = real[:n_test], real[n_test : n_test + n_real] + kept[:n_drawn]
+    train = real[n_test + n_real :] + kept[n_drawn:]
+    if apart:
+        named = {row.name for row in test}
+        val = [row for row in val if row.source not in named]
+        named |= {row.name for row in val if not row.source}
+        rest = [row for row in train if row.source not in named]
+        counts["left out for their source"] = len(train) - len(rest)
+        train = rest
+    held = {row.name for row in test}
+    parts = {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
+    counts["training pictures whose source is tested"] = sum(row.source in held for row in train)
+    for name, rows in parts.items():
+        counts[f"{name} original"] = sum(not row.source for row in rows)
+        counts[f"{name} synthetic"] = sum(bool(row.source) for row in rows)
+    return parts, dict(counts)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tool
+
+
+def export(source, target):
+    """Any data set with captions as TARGET/titles.csv and TARGET/images/, the pictures' bytes as they are."""
+    dataset, target, rows = sources.load(source), Path(target), []
+    (target / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(len(dataset)):
+        key = Path(dataset.keys[i])
+        name = images.slug(key.stem if key.suffix.lower() in sources.SUFFIXES else key.name)
+        name = name if all(row.name != name for row in rows) else f"{name}_{i}"
+        kept = dataset.data(i)
+        with images.Image.open(io.BytesIO(kept)) as image:
+            suffix = {"JPEG": ".jpg"}.get(image.format, f".{(image.format or 'png').lower()}")
+        write_bytes(target / "images" / f"{name}{suffix}", kept)
+        rows.append(Row(name, dataset.texts[i]))
+    write_bytes(target / "titles.csv", table(rows))
+    print(f"{len(rows)} pictures: {target / 'titles.csv'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="command", required=True)
+    part = parts.add_parser("export", help="any data set as titles.csv and images/")
+    part.add_argument("source")
+    part.add_argument("target")
+    given = parser.parse_args()
+    return tool(lambda: export(given.source, given.target))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

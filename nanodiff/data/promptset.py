@@ -1,0 +1,156 @@
+"""Sets of prompts: every combination of some words, drawn at random, or lists that are there already.
+
+    read("assets/prompts/dogs.json").draw(1000, seed=42)
+
+A file of words is JSON: `templates` {category: "a {breed} dog {pose}"}, `words` {name: [word, …]}, and `training`, the categories that
+pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line), .csv and .tsv (a column of prompts, and perhaps
+`category`), or any set of pictures with captions.
+"""
+
+import csv
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.data import sources
+
+COLUMNS = ("prompt", "prompts", "caption", "text", "Title")
+LISTED = "standard"  # the category of a list's prompts
+FOLDER = re.compile(r"[\w][\w ().-]{0,60}")  # what a category may be called
+
+
+class Words(NamedTuple):
+    """Templates and the words that fill them."""
+
+    templates: dict  # {category: text with {name}}
+    words: dict  # {name: [word, …]}
+    training: list  # categories
+
+    def count(self, category):
+        """Different prompts of a category."""
+        return math.prod(len(self.words[n]) for n in names_in(self.templates[category]))
+
+    def one(self, category, number):
+        """Prompt `number` of a category, in the order in which the last word turns fastest."""
+        chosen = {}
+        for name in reversed(names_in(self.templates[category])):
+            number, i = divmod(number, len(self.words[name]))
+            chosen[name] = self.words[name][i]
+        return self.templates[category].format(**chosen)
+
+    def draw(self, n, seed, categories=None, without=()):
+        """n pairs (category, prompt), each different while there are enough, as evenly over `categories` (default: `training`) as can be.
+        without: prompts that are not to be drawn."""
+        categories, taken, out = categories or self.training, set(without), []
+        for k, category in enumerate(categories):
+            share = n // len(categories) + (k < n % len(categories))
+            rng, total = np.random.default_rng([seed, k]), self.count(category)
+            order = (
+                rng.permutation(total)
+                if total <= 1 << 20
+                else iter(lambda rng=rng, total=total: rng.integers(total), None)
+            )
+            fresh = (p for p in (self.one(category, int(i)) for i in order) if p not in taken)
+            some = list(dict.fromkeys(itertools.islice(fresh, share)))
+            while len(some) < share:  # all of them are used up
+                some += [self.one(category, int(i)) for i in rng.permutation(total)[: share - len(some)]]
+            out += [(category, p) for p in some]
+        return out
+
+
+class Lines(NamedTuple):
+    """Prompts that are listed."""
+
+    pairs: list  # (category, prompt)
+
+    def draw(self, n, seed, categories=None, without=()):
+        """The first n that are not in `without`; from the first on again when these are fewer. seed, categories: for Words alone."""
+        fresh = [p for p in self.pairs if p[1] not in set(without)] or self.pairs
+        return [fresh[i % len(fresh)] for i in range(n)]
+
+
+def names_in(template):
+    """The {names} of a template, each once, in order."""
+    return list(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
+
+
+def read(path, column=None):
+    """Words or Lines of a file (see the module docstring). column: of a table's prompts. Raises UserError."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.suffix == ".json" and isinstance(raw := read_json(path), dict) and "templates" in raw:
+        return _words(raw, path)
+    if path.suffix in (".csv", ".tsv"):
+        return Lines(_table(path, column))
+    if column:
+        raise UserError(f"`prompt_column` is for tables, and {path} is none")
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+    else:
+        lines = list(sources.load(path).captions)
+    if not lines:
+        raise UserError(f"{path}: has no prompts")
+    return Lines([(LISTED, line) for line in lines])
+
+
+def _words(raw, path):
+    for key in raw:
+        if key not in Words._fields:
+            raise UserError(f"{path}: unknown key {printable(key)!r}{nearest(key, Words._fields)}")
+    templates, words = raw["templates"], raw.get("words", {})
+    texts = lambda v: isinstance(v, list) and v and all(isinstance(w, str) and w for w in v)  # noqa: E731
+    if not isinstance(templates, dict) or not templates or not all(isinstance(t, str) for t in templates.values()):
+        raise UserError(f"{path}: templates is no object of texts")
+    if not isinstance(words, dict) or not all(texts(v) for v in words.values()):
+        raise UserError(f"{path}: words is no object of lists of texts")
+    for category, template in templates.items():
+        rest = re.sub(r"\{\w+\}", "", template)
+        if "{" in rest or "}" in rest:
+            raise UserError(f"{path}: template {category!r} has a brace that is no {{name}}")
+        if not FOLDER.fullmatch(category):
+            raise UserError(f"{path}: category {printable(category)!r} cannot name a folder")
+        for name in names_in(template):
+            if name not in words:
+                raise UserError(
+                    f"{path}: template {category!r} wants {name!r}, which words has not{nearest(name, words)}"
+                )
+    training = raw.get("training", list(templates)[:1])
+    if not texts(training):
+        raise UserError(f"{path}: training is no list of categories")
+    for category in training:
+        if category not in templates:
+            raise UserError(
+                f"{path}: training names {category!r}, which templates has not{nearest(category, templates)}"
+            )
+    return Words(templates, words, training)
+
+
+def _table(path, column):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: {e}") from None
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    there = [c for c in rows[0] if c]
+    name = column or next((c for c in COLUMNS if c in there), None)
+    if name not in there:
+        lacks = f"no column {printable(column)}" if column else f"none of the columns {', '.join(COLUMNS)}"
+        raise UserError(f"{path}: has {lacks}; it has {', '.join(map(printable, there))} (`prompt_column` names one)")
+    pairs = []
+    for i, row in enumerate(rows, 2):
+        text, category = (row[name] or "").strip(), (row.get("category") or "").strip() or LISTED
+        if not text:
+            raise UserError(f"{path}: line {i} has no {name}")
+        if not FOLDER.fullmatch(category):
+            raise UserError(f"{path}: line {i}: category {printable(category)!r} cannot name a folder")
+        pairs.append((category, text))
+    return pairs

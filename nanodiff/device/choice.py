@@ -1,0 +1,48 @@
+"""Where to compute and in which type: what `auto` means for --device, --dtype and --mixed-precision."""
+
+import os
+import sys
+
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.device import onednn
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name):
+    """torch.device for auto | cpu | cuda; asking for CUDA without one falls back to the CPU, with a line."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "cuda":
+        print("warning: no CUDA device here, using the CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def pick_dtype(name, device):
+    """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a GPU, fp32 on a CPU (exact, and what the tests judge;
+    sample.py takes bf16 for large models where onednn.computes_bf16()).
+
+    fp16 on a CPU is refused: without AVX512-FP16 a matrix product is hundreds of times slower than in fp32.
+    """
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("`dtype` fp16 does not compute on a CPU at any useful speed; use fp32 or bf16")
+    return DTYPES[name]
+
+
+def pick_precision(name, device):
+    """The autocast type of --mixed-precision: None (fp32), torch.float16 or torch.bfloat16.
+
+    auto: bf16 where the device multiplies it (GPUs from sm_80 on, CPUs with AVX512_BF16 or AMX), else fp16 on a GPU and
+    fp32 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("`mixed_precision` fp16 needs a GPU; use bf16 or no")
+    if name != "auto":
+        return DTYPES.get(name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if onednn.computes_bf16() else None

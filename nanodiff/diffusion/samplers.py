@@ -1,0 +1,562 @@
+"""Samplers: from noise to picture, as generators that yield every step.
+
+    for step in ddim(model, x, schedule, n, noise): ...     # step.x, step.x0, step.t
+
+`model(x, t)` is the network's raw prediction at timestep t for the input it was trained on (variance-preserving
+scale); `noise()` draws fresh N(0, 1) shaped like x; `start` skips the first steps (image-to-image). History lives in
+local variables, so there is no state to reset. Symbols: ᾱ = alphas_cumprod, a = √ᾱ, s = √(1-ᾱ), σ = s/a, λ = ln(a/s).
+
+What replaced what: diffusers has a class of 400-1,300 lines for each of these, with a hidden step index; here the
+time grid (schedule.py and `sigma_grid`) and the update are apart, so the update is the paper's formula. Where diffusers
+departs from its paper in a way that changes pictures we follow it, because the promise is the same picture; where
+it is wrong (the previous timestep of DDIM and PNDM off "leading" spacing) the right formula is the default and
+`quirks=True` gives theirs.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanodiff.config import UserError, nearest
+from nanodiff.diffusion.schedule import DEFAULTS, SPACES, leading, split
+
+
+class Step(NamedTuple):
+    x: torch.Tensor  # the sample after this step, in the sampler's own scale
+    x0: torch.Tensor  # the network's estimate of the clean sample
+    t: float  # the timestep at which the network was asked
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shared pieces
+
+
+def clip(x0, cfg):
+    """Static or dynamic thresholding of x0 as the config says (Saharia et al. 2022, arXiv 2205.11487 §2.3)."""
+    if cfg.get("thresholding"):
+        bound = x0.float().abs().flatten(1).quantile(cfg["dynamic_thresholding_ratio"], dim=1)
+        bound = bound.clamp(1, cfg["sample_max_value"]).view(-1, *[1] * (x0.dim() - 1)).to(x0.dtype)
+        return torch.minimum(torch.maximum(x0, -bound), bound) / bound
+    return x0.clamp(-cfg["clip_sample_range"], cfg["clip_sample_range"]) if cfg.get("clip_sample") else x0
+
+
+def predict(schedule, out, x, abar):
+    """(x0, ε) of a prediction at x = √ᾱ·x0 + √(1-ᾱ)·ε, x0 clipped as the config says."""
+    x0, eps = split(schedule.prediction, out, x, abar**0.5, (1 - abar) ** 0.5)
+    return clip(x0, schedule.cfg), eps
+
+
+def sigma_to_t(sigma, log_sigmas):
+    """The (fractional) timestep whose σ this is, by linear interpolation in ln σ."""
+    return np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas)))
+
+
+def sigma_grid(schedule, n):
+    """(timesteps [n], σ [n+1]) of the σ-space samplers, as Python floats, noisy first.
+
+    Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5).
+    """
+    cfg, every = schedule.cfg, schedule.all_sigmas()
+    multistep = "solver_order" in cfg
+    t = _multistep_times(schedule, n) if multistep else schedule.spaced(n, np.float32)
+    sigmas = np.interp(t, np.arange(len(every)), every)
+    if cfg.get("interpolation_type") == "log_linear":
+        sigmas = np.exp(np.linspace(np.log(every[-1]), np.log(every[0]), n + 1, dtype=np.float32))
+    span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
+    top = cfg.get("sigma_max") or float(span[0])
+    low = cfg.get("sigma_min") or float(span[1])
+    if cfg.get("use_karras_sigmas"):
+        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
+    elif cfg.get("use_exponential_sigmas"):
+        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
+    if cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas"):
+        t = sigma_to_t(sigmas, np.log(every))
+        rounds = multistep and (cfg["use_karras_sigmas"] and cfg["beta_schedule"] != "squaredcos_cap_v2")
+        t = t.round() if rounds else t.astype(np.int64) if multistep else t
+    last = every[0] if cfg.get("final_sigmas_type") == "sigma_min" else 0.0
+    return t.astype(np.float32).tolist(), np.append(sigmas, last).astype(np.float32).tolist()
+
+
+def _multistep_times(schedule, n):
+    """DPM-Solver++ counts its steps differently: n intervals, the clean end left out."""
+    T, spacing = schedule.T, schedule.cfg["timestep_spacing"]
+    if n >= T and spacing != "trailing":
+        raise UserError(
+            f"DPM-Solver++ has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}"
+        )
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, n + 1).round()[::-1][:-1].astype(np.int64)
+    if spacing == "leading":
+        return leading((np.arange(n + 1) * (T // (n + 1)))[::-1][:-1], schedule.cfg["steps_offset"], T)
+    return schedule.spaced(n)
+
+
+def spaced_times(schedule, n, mu=None):
+    """n of the training's timesteps, by the config's spacing."""
+    return schedule.spaced(n).tolist()
+
+
+def pndm_times(schedule, n, mu=None):
+    """The same, the second one twice where PNDM begins without Runge-Kutta steps."""
+    t = schedule.spaced(n).tolist()
+    return t[:2] + t[1:] if schedule.cfg["skip_prk_steps"] and n > 1 else t
+
+
+def sigma_times(schedule, n, mu=None):
+    return sigma_grid(schedule, n)[0]
+
+
+def flow_times(schedule, n, mu=None):
+    return [sigma * schedule.T for sigma in flow_sigmas(schedule, n, mu)[:-1]]
+
+
+def flow_sigmas(schedule, n, mu=None, grid=None):
+    """σ [n+1] of flow matching from 1 to 0, shifted towards noise for large pictures (Esser et al. 2024 eq. 23).
+
+    The shift is applied to the grid's lower end first and then to the whole grid, as the reference does: with shift 3
+    and 4 steps the last σ before 0 is 0.0089.
+    """
+    cfg, shift = schedule.cfg, schedule.cfg["shift"]
+
+    def shifted(s):
+        if not cfg["use_dynamic_shifting"]:
+            return shift * s / (1 + (shift - 1) * s)
+        power = math.exp(mu) if cfg["time_shift_type"] == "exponential" else mu
+        return power / (power + (1 / s - 1))
+
+    if cfg["use_dynamic_shifting"] and mu is None:
+        raise UserError("this scheduler shifts by picture size (use_dynamic_shifting): mu is needed")
+    low = 1 / schedule.T if cfg["use_dynamic_shifting"] else shifted(1 / schedule.T)
+    sigmas = shifted(np.linspace(1.0, low, n) if grid is None else np.array(grid))
+    if cfg["shift_terminal"]:
+        sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
+    top, low = float(sigmas[0]), float(sigmas[-1])
+    if cfg["use_karras_sigmas"]:
+        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
+    elif cfg["use_exponential_sigmas"]:
+        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
+    return np.append(sigmas, 0.0).astype(np.float32).tolist()
+
+
+def flow_mu(schedule, patches):
+    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture."""
+    cfg = schedule.cfg
+    slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
+    return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
+
+
+def _previous(schedule, timesteps, i, n, quirks=False):
+    """The timestep after the i-th: the list's next entry, -1 at the end.
+
+    diffusers takes t - T // n instead, which is the next entry for "leading" spacing only (quirks=True).
+    """
+    if quirks:
+        return timesteps[i] - schedule.T // n
+    return timesteps[i + 1] if i + 1 < len(timesteps) else -1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Variance-preserving samplers
+
+
+def ddpm(model, x, schedule, n, noise, start=0, timesteps=None):
+    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239 Alg. 2, eq. 6-7), on any sub-sequence of timesteps.
+
+    μ = √ᾱ' β/(1-ᾱ) x0 + √α (1-ᾱ')/(1-ᾱ) x,  α = ᾱ/ᾱ', β = 1-α;   x' = μ + √var · z,
+    var = β (1-ᾱ')/(1-ᾱ) ("fixed_small") or β ("fixed_large"). timesteps: a descending list instead of the spacing.
+    """
+    timesteps = timesteps or schedule.spaced(n).tolist()
+    for i in range(start, n):
+        t, prev = timesteps[i], _previous(schedule, timesteps, i, n)
+        abar, abar_prev = schedule.alpha_bar(t), schedule.alpha_bar(prev)
+        x0, _ = predict(schedule, model(x, t), x, abar)
+        alpha = abar / abar_prev
+        beta = 1 - alpha
+        x = (abar_prev**0.5 * beta * x0 + alpha**0.5 * (1 - abar_prev) * x) / (1 - abar)
+        if t > 0:
+            small = max(beta * (1 - abar_prev) / (1 - abar), 1e-20)
+            x = x + (beta if schedule.cfg["variance_type"] == "fixed_large" else small) ** 0.5 * noise()
+        yield Step(x, x0, t)
+
+
+def ddim(model, x, schedule, n, noise, start=0, eta=0.0, clipped_eps=False, quirks=False):
+    """Implicit sampling (Song et al. 2021, arXiv 2010.02502 eq. 12, 16): deterministic at η = 0, ancestral at η = 1.
+
+    x' = √ᾱ' x0 + √(1-ᾱ'-τ²) ε + τ z,   τ² = η² (1-ᾱ')/(1-ᾱ) (1-ᾱ/ᾱ').
+    clipped_eps: recompute ε from the clipped x0. quirks: see _previous().
+    """
+    timesteps = schedule.spaced(n).tolist()
+    for i in range(start, n):
+        t, prev = timesteps[i], _previous(schedule, timesteps, i, n, quirks)
+        abar = schedule.alpha_bar(t)
+        abar_prev = schedule.alpha_bar(prev) if prev >= 0 else schedule.final_alpha_bar()
+        x0, eps = predict(schedule, model(x, t), x, abar)
+        if clipped_eps:
+            eps = (x - abar**0.5 * x0) / (1 - abar) ** 0.5
+        variance = max((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev), 0.0)
+        tau = eta * variance**0.5
+        x = abar_prev**0.5 * x0 + max(1 - abar_prev - tau**2, 0.0) ** 0.5 * eps
+        if eta > 0:
+            x = x + tau * noise()
+        yield Step(x, x0, t)
+
+
+def pndm(model, x, schedule, n, noise, start=0, quirks=False):
+    """Pseudo linear multistep (Liu et al. 2022, arXiv 2202.09778 eq. 11-12): DDIM's transfer with an Adams-Bashforth ε.
+
+    ε' = (55 ε0 - 59 ε1 + 37 ε2 - 9 ε3) / 24, warmed up by lower orders; `skip_prk_steps` false: by three Runge-Kutta
+    steps. With the skip, the second timestep is visited twice (n + 1 network calls): the first visit is a guess.
+    quirks: the timestep after t is t - T // n, as in diffusers, not the list's next entry.
+    """
+    times, ratio, history = pndm_times(schedule, n), schedule.T // n, []
+    if not schedule.cfg["skip_prk_steps"]:
+        if n < 4 or start:
+            raise UserError("PNDM with Runge-Kutta steps needs at least 4 steps and cannot start in the middle")
+        for step, slope in _runge_kutta(model, x, schedule, times[:4], ratio if quirks else None):
+            x, history = step.x, [*history, *([] if slope is None else [slope])]
+            yield step
+        times = times[3:]
+    before = None  # (x, t) of the first step, while its second visit is to come
+    for i, t in enumerate(times[start:]):
+        prev = t - ratio if quirks else next((u for u in times[start + i :] if u < t), -1)
+        out = model(x, t)
+        if len(history) == 1 and before is not None:  # second visit: redo the first step with the mean slope
+            x, t, prev = before[0], t + ratio if quirks else before[1], t
+            out, before = (out + history[-1]) / 2, None
+        else:
+            history = [*history[-3:], out]
+            before = (x, t) if len(history) == 1 else None
+            weights, divisor = ADAMS_BASHFORTH[len(history)]
+            slopes = [w * e for w, e in zip(weights, reversed(history), strict=True)]
+            out = sum(slopes[1:], slopes[0]) / divisor if divisor > 1 else out
+        x, x0 = _transfer(schedule, x, out, t, prev)
+        yield Step(x, x0, times[start + i])
+
+
+ADAMS_BASHFORTH = {
+    1: ((1,), 1),
+    2: ((3, -1), 2),
+    3: ((23, -16, 5), 12),
+    4: ((55, -59, 37, -9), 24),
+}  # by slopes known, newest first
+
+
+def _runge_kutta(model, x, schedule, times, ratio=None):
+    """Three steps of the classical fourth-order method from times[i] to times[i + 1], as (Step, slope at the step's beginning or None).
+
+    Slopes at the beginning, twice in the middle and at the end weigh 1/6, 1/3, 1/3, 1/6. ratio: see pndm's quirks."""
+    for t, end in itertools.pairwise(times):
+        half = (ratio or t - end) // 2
+        middle, total, y = end + half, 0.0, x
+        for at, to, w in ((t, t - half, 1), (middle, middle, 2), (middle, end, 2), (end, end, 1)):
+            out = model(y, at)
+            total = total + w / 6 * out
+            y, x0 = _transfer(schedule, x, total if at == end else out, t, to)
+            yield Step(y, x0, at), out if at == t else None
+        x = y
+
+
+def _transfer(schedule, x, out, t, prev):
+    """DDIM's deterministic step from t to prev, in PNDM's algebra (eq. 11), and the x0 it stands for."""
+    abar = schedule.alpha_bar(min(t, schedule.T - 1))
+    abar_prev = schedule.alpha_bar(prev) if prev >= 0 else schedule.final_alpha_bar()
+    x0, eps = split(schedule.prediction, out, x, abar**0.5, (1 - abar) ** 0.5)
+    denominator = abar * (1 - abar_prev) ** 0.5 + (abar * (1 - abar) * abar_prev) ** 0.5
+    return (abar_prev / abar) ** 0.5 * x - (abar_prev - abar) / denominator * eps, x0
+
+
+def lcm_times(schedule, n, mu=None):
+    """n of the timesteps that a latent consistency model was distilled on, noisy first."""
+    known = schedule.cfg["original_inference_steps"]
+    if n > known:
+        raise UserError(f"LCM was distilled on {known} timesteps and cannot take {n} steps")
+    grid = (np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1]
+    return grid[np.floor(np.linspace(0, known, n, endpoint=False)).astype(np.int64)].tolist()
+
+
+def lcm(model, x, schedule, n, noise, start=0):
+    """Latent consistency (Luo et al. 2023, arXiv 2310.04378 Alg. 3): jump to x0, noise back to the next timestep.
+
+    f(x, t) = c_skip x + c_out x0,  c_skip = ¼ / (τ² + ¼),  c_out = τ / √(τ² + ¼),  τ = timestep_scaling · t.
+    """
+    timesteps = lcm_times(schedule, n)
+    for i in range(start, n):
+        t = timesteps[i]
+        x0, _ = predict(schedule, model(x, t), x, schedule.alpha_bar(t))
+        tau = schedule.cfg["timestep_scaling"] * t
+        x = tau / (tau**2 + 0.25) ** 0.5 * x0 + 0.25 / (tau**2 + 0.25) * x
+        if i + 1 < n:
+            abar = schedule.alpha_bar(timesteps[i + 1])
+            x = abar**0.5 * x + (1 - abar) ** 0.5 * noise()
+        yield Step(x, x0, t)
+
+
+def dpmpp_2m(model, x, schedule, n, noise, start=0):
+    """DPM-Solver and DPM-Solver++, multistep, orders 1-3, ODE and SDE (Lu et al. 2022, arXiv 2211.01095 Alg. 2, App. D).
+
+    With h = λ' - λ and data prediction m:  x' = (s'/s) x - a' (e^-h - 1) (m + ½ D1),  D1 = (m - m_1) h / h_1.
+    Noise prediction ("dpsolver") exchanges a and s and the sign of h.
+    """
+    cfg = schedule.cfg
+    data, sde = cfg["algorithm_type"].endswith("++"), cfg["algorithm_type"].startswith("sde")
+    if not data and cfg["final_sigmas_type"] == "zero":
+        raise UserError(f"{cfg['algorithm_type']} cannot end at sigma 0; set final_sigmas_type to sigma_min")
+    if sde and cfg["solver_order"] == 3:
+        raise UserError("the SDE variants of DPM-Solver have no third order; set solver_order to 2")
+    timesteps, sigmas = sigma_grid(schedule, n)
+    points = [(1 / (s * s + 1) ** 0.5, s / (s * s + 1) ** 0.5) for s in sigmas]
+    lam = [math.log(a) - math.log(s) if s else math.inf for a, s in points]
+    history = []
+    for i in range(start, n):
+        t, (a, s), (a1, s1) = timesteps[i], points[i], points[i + 1]
+        x0, eps = split(schedule.prediction, model(x, t), x, a, s)
+        if cfg["thresholding"]:
+            x0 = clip(x0, cfg)
+            eps = (x - a * x0) / s
+        history = [x0 if data else eps, *history[:2]]
+        order = min(cfg["solver_order"], len(history))
+        few = cfg["lower_order_final"] and n < 15
+        if i == n - 1 and (cfg["euler_at_final"] or few or cfg["final_sigmas_type"] == "zero"):
+            order = 1
+        elif i == n - 2 and few:
+            order = min(order, 2)
+        h = lam[i + 1] - lam[i]
+        z = noise() if sde else None
+        # e1: the factor of D0; data prediction runs on e^-h, noise prediction on e^h; an SDE doubles the exponent.
+        sign = -1.0 if data else 1.0
+        grow = math.exp(sign * h) - 1
+        if not sde:
+            x = (s1 / s if data else a1 / a) * x
+            e1 = -(a1 if data else s1) * grow
+        elif data:
+            x = s1 / s * math.exp(-h) * x + s1 * (1 - math.exp(-2 * h)) ** 0.5 * z
+            e1 = a1 * (1 - math.exp(-2 * h))
+        else:
+            x = a1 / a * x + s1 * (math.exp(2 * h) - 1) ** 0.5 * z
+            e1 = -2 * s1 * grow
+        x = x + e1 * history[0]
+        if order >= 2:
+            x = x + _higher_orders(cfg, history, [lam[i + 1], *lam[i::-1][:3]], order, e1, a1, s1, data, sde)
+        yield Step(x, x0, t)
+
+
+def _higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
+    """The D1 (and D2) terms of DPM-Solver(++): lam = [λ', λ, λ_1, λ_2], m = [m, m_1, m_2]."""
+    h, r0 = lam[0] - lam[1], (lam[1] - lam[2]) / (lam[0] - lam[1])
+    d1 = (m[0] - m[1]) / r0
+    if order == 2 and cfg["solver_type"] == "midpoint":
+        return 0.5 * e1 * d1
+    k = -h * (2 if sde else 1) if data else h  # the exponential integrator's exponent
+    scale = -(a1 if data else s1 * (2 if sde else 1))
+    phi1 = (math.exp(k) - 1) / k - 1
+    if order == 2:
+        return scale * phi1 * d1
+    r1 = (lam[2] - lam[3]) / h
+    d11 = (m[1] - m[2]) / r1
+    d2 = (d1 - d11) / (r0 + r1)
+    phi2 = (math.exp(k) - 1 - k) / k**2 - 0.5
+    return scale * phi1 * (d1 + r0 * d2) + scale * phi2 * d2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# σ-space samplers: X = x / a = x0 + σ ε; the network sees x = X / √(σ²+1)
+#
+# Steps are written from x0, not from X: X' = x0 + σ'/σ (X - x0) and X' = X + (σ' - σ) (X - x0)/σ are equal, but the second is the
+# difference of two numbers of size σ, and σ is 4096 at zero terminal SNR: in fp32 it keeps three digits less.
+
+
+def _ask(model, X, schedule, t, sigma):
+    """x0 from the network at X = x0 + σ ε."""
+    abar = 1 / (sigma**2 + 1)
+    x = X * abar**0.5
+    return clip(split(schedule.prediction, model(x, t), x, abar**0.5, (1 - abar) ** 0.5)[0], schedule.cfg)
+
+
+def euler(model, x, schedule, n, noise, start=0, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
+    """Euler's method on dX/dσ = (X - x0) / σ (Karras et al. 2022, arXiv 2206.00364 Alg. 2 without its correction):
+
+    X' = x0 + σ'/σ (X - x0).
+    s_churn … s_noise: the stochastic steps of Alg. 2. As in diffusers, the network is asked before the extra noise.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    for i in range(start, n):
+        t, sigma = timesteps[i], sigmas[i]
+        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        hat = sigma * (gamma + 1)
+        x_in = x / (sigma**2 + 1) ** 0.5
+        out = model(x_in, t)
+        if gamma > 0:
+            x = x + s_noise * (hat**2 - sigma**2) ** 0.5 * noise()
+        a = 1 / (hat**2 + 1) ** 0.5
+        x0, _ = split(schedule.prediction, out, x * a, a, hat * a)
+        x = x0 + sigmas[i + 1] / hat * (x - x0)
+        yield Step(x, x0, t)
+
+
+def euler_a(model, x, schedule, n, noise, start=0):
+    """Euler with ancestral noise (k-diffusion sample_euler_ancestral): down to σ_down, then up by fresh noise.
+
+    X' = x0 + σ_down/σ (X - x0) + σ_up z,  σ_up² = σ'² (σ² - σ'²) / σ²,  σ_down² = σ'² - σ_up² = (σ'²/σ)²: DDPM's posterior in σ-space.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    for i in range(start, n):
+        t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
+        x0 = _ask(model, x, schedule, t, sigma)
+        up = (after**2 * max(sigma**2 - after**2, 0.0) / sigma**2) ** 0.5
+        down = max(after**2 - up**2, 0.0) ** 0.5
+        x = x0 + down / sigma * (x - x0) + up * noise()
+        yield Step(x, x0, t)
+
+
+def heun(model, x, schedule, n, noise, start=0):
+    """Heun's second-order method (Karras et al. 2022 Alg. 1): an Euler step, then the mean of both slopes.
+
+    With r = σ'/σ and x0' the estimate at the Euler step's end:  X' = x0 + r (X - x0) + ½ (1/r - 1) (x0' - x0).
+    Two network calls a step, one in the last (σ' = 0).
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    for i in range(start, n):
+        t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
+        x0 = _ask(model, x, schedule, t, sigma)
+        x = x0 + after / sigma * (x - x0)
+        if after > 0:
+            x = x + (sigma / after - 1) / 2 * (_ask(model, x, schedule, timesteps[i + 1], after) - x0)
+        yield Step(x, x0, t)
+
+
+def flow_euler(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
+    """Euler's method on the flow's ODE: x' = x + (σ' - σ) v (Esser et al. 2024, arXiv 2403.03206 eq. 1).
+
+    `stochastic_sampling`: x' = (1-σ') x0 + σ' z instead. mu: the size-dependent shift of use_dynamic_shifting.
+    sigmas: a descending list (before the shift) instead of the even grid.
+    """
+    sigmas = flow_sigmas(schedule, n, mu, sigmas)
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        v = model(x, sigma * schedule.T)
+        x0 = x - sigma * v
+        x = (1 - after) * x0 + after * noise() if schedule.cfg["stochastic_sampling"] else x + (after - sigma) * v
+        yield Step(x, x0, sigma * schedule.T)
+
+
+def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
+    """Heun's second-order method on the flow's ODE (Karras et al. 2022 Alg. 1 with the velocity as slope)."""
+    if schedule.cfg["stochastic_sampling"]:
+        raise UserError("`scheduler` flow_heun: the model is to be sampled with fresh noise, which flow_euler does")
+    sigmas = flow_sigmas(schedule, n, mu, sigmas)
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        v = model(x, sigma * schedule.T)
+        x0, guess = x - sigma * v, x + (after - sigma) * v
+        if after > 0:
+            v = (v + model(guess, after * schedule.T)) / 2
+            guess = x + (after - sigma) * v
+        x = guess
+        yield Step(x, x0, sigma * schedule.T)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+
+class Sampler(NamedTuple):
+    """A sampler as a row: everything that is to be said of it in one place."""
+
+    run: Callable  # the generator: run(model, x, schedule, n, noise, start, …)
+    kind: str  # the scheduler class of the Hub whose fields it reads; schedule.SPACES says in what that counts
+    fields: dict = {}  # what it sets of them
+    times: Callable = spaced_times  # (schedule, n, mu) -> the timestep of every step that it yields, noisy first
+    scaled: bool = True  # x at the variance-preserving scale; False: at σ-space's, x / √ᾱ
+
+
+SAMPLERS = {  # by the name on the command line
+    "ddpm": Sampler(ddpm, "DDPMScheduler"),
+    "ddim": Sampler(ddim, "DDIMScheduler"),
+    "pndm": Sampler(pndm, "PNDMScheduler", times=pndm_times),
+    "euler": Sampler(euler, "EulerDiscreteScheduler", times=sigma_times, scaled=False),
+    "euler_a": Sampler(euler_a, "EulerAncestralDiscreteScheduler", times=sigma_times, scaled=False),
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", times=sigma_times),
+    "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, sigma_times),
+    "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False),
+    "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
+    "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
+    "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times),
+}
+
+
+def rescheduled(schedule, name, **more):
+    """The model's schedule under another sampler (None: its own) and with `more` fields changed: its betas and
+    prediction type stay (see Schedule.from_config)."""
+    if name is None:
+        return type(schedule).from_config(schedule.raw, schedule.kind, **more)
+    if name not in SAMPLERS:
+        raise UserError(f"unknown scheduler {name!r}{nearest(name, SAMPLERS)}; known: {', '.join(SAMPLERS)}")
+    kind, fields = SAMPLERS[name].kind, SAMPLERS[name].fields
+    if schedule.flow != (SPACES[kind] == "flow"):
+        own = "a flow-matching model and uses flow-match Euler" if schedule.flow else "not a flow-matching model"
+        raise UserError(f"`scheduler` {name}: this is {own}")
+    if schedule.raw.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in DEFAULTS[kind]:
+        raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
+    raw = {k: v for k, v in schedule.raw.items() if k != OWN}
+    return type(schedule).from_config(raw, kind, **fields | more)
+
+
+OWN = "_sampler"  # the field in which a sampler that is no class of the Hub says its name: Sampler(…, fields={OWN: "name"})
+
+
+def name_of(schedule):
+    """The command-line name of a schedule's sampler: of those of its class the last one whose fields are set."""
+    said = schedule.raw | schedule.cfg
+    for name, row in reversed(SAMPLERS.items()):
+        if row.kind == schedule.kind and all(said.get(k) == v for k, v in row.fields.items()):
+            return name
+    raise ValueError(schedule.kind)
+
+
+def of(schedule):
+    """The Sampler of a schedule."""
+    return SAMPLERS[name_of(schedule)]
+
+
+def check_steps(schedule, n):
+    """Raise UserError when a schedule cannot take n steps."""
+    if not 1 <= n <= schedule.T:
+        raise UserError(f"`steps` {n}: must be between 1 and the {schedule.T} timesteps the model was trained on")
+    if schedule.kind == "LCMScheduler":
+        lcm_times(schedule, n)
+
+
+def times(schedule, n, mu=None):
+    """The timestep of every step that a sampler yields, noisy first."""
+    return of(schedule).times(schedule, n, mu)
+
+
+def calls(schedule, n):
+    """Steps that a sampler yields: n, and one more for PNDM, which visits its second timestep twice."""
+    return len(times(schedule, n, 1.0))  # their number depends on no mu
+
+
+def begin(schedule, n, noise, image=None, start=0, mu=None):
+    """The first x of a run: pure noise at the sampler's scale, or `image` noised to the level of step `start`."""
+    if schedule.space == "flow":
+        if image is None:
+            return noise
+        sigma = flow_sigmas(schedule, n, mu)[start]
+        return (1 - sigma) * image + sigma * noise
+    if schedule.space == "sigma":
+        _, sigmas = sigma_grid(schedule, n)
+        scaled = of(schedule).scaled
+        if image is None:
+            top = max(sigmas)
+            leading = schedule.cfg["timestep_spacing"] == "leading"
+            return noise if scaled else noise * ((top**2 + 1) ** 0.5 if leading else top)
+        scale = 1 / (sigmas[start] ** 2 + 1) ** 0.5 if scaled else 1.0
+        return (image + sigmas[start] * noise) * scale
+    if image is None:
+        return noise
+    abar = schedule.alpha_bar(times(schedule, n)[start])
+    return abar**0.5 * image + (1 - abar) ** 0.5 * noise

@@ -1,0 +1,177 @@
+"""Reading a LoRA file of any dialect for given models: strict, like all loading here.
+
+alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else alpha = rank.
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from nanodiff import weights
+from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.device import onednn
+from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Delta, Lora, names_of
+from nanodiff.weights import original_names
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path, models, allow_partial=False):
+    """A Lora for `models` ({component: module}). Raises UserError for keys that none of them knows (unless
+    allow_partial, then each is said), for shapes that do not fit, for methods that are no LoRA."""
+    path = Path(path)
+    if inside := [
+        n for n in models if (path / n / "adapter_model.safetensors").exists()
+    ]:  # a PEFT folder for each component
+        parts = [read(path / n, {n: models[n]}, allow_partial) for n in inside]
+        return Lora(path.name, [d for p in parts for d in p.deltas], [k for p in parts for k in p.skipped])
+    file = file_of(path)
+    if file.suffix in weights.PICKLES:
+        raise UserError(
+            f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT `allow_pickle``"
+        )
+    tensors, metadata = weights.load_tensors(file), weights.metadata(file)
+    for model in models.values():  # their layers' shapes are asked for
+        onednn.undo(model)
+    groups, strange = grouped(tensors, file)
+    known, settings = names_of(models), _settings(file, metadata)
+    deltas, absent = [], list(strange)
+    for name, parts in groups.items():
+        targets = known.get(name) or known.get(name.removeprefix("base_model.model."))
+        if targets is None and len(models) == 1:  # PEFT's folder of one text encoder
+            targets = known.get(f"{next(iter(models))}.{name.removeprefix('base_model.model.')}")
+        if targets is None:
+            absent.append(name)
+            continue
+        if DOWN not in parts or UP not in parts:
+            raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
+        fused = len(targets[0]) == 3 and targets[0][2] in (0, 1, 2)
+        for target in targets if fused else targets[:1]:
+            deltas.append(
+                _delta(target, parts, models, _scale(f"{file}: {printable(name)}", target, parts, settings), file)
+            )
+    if absent and not allow_partial:
+        few = ", ".join(printable(k) for k in absent[:5])
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        hint = nearest(absent[0], known) if absent[0] in groups else ""
+        raise UserError(
+            f"{file}: {len(absent)} of {len(groups) + len(strange)} layers are not in this model, so it is for another family: "
+            f"{few}{more}{hint} (`allow_partial` goes on without them)"
+        )
+    if not deltas:
+        raise UserError(f"{file}: no layer of it is in this model")
+    if absent:
+        print(
+            f"warning: {file.name}: {len(absent)} layers left out: {', '.join(map(printable, absent))}", file=sys.stderr
+        )
+    return Lora(file.name, deltas, absent)
+
+
+def file_of(path):
+    """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder."""
+    path = Path(path)
+    names = ("adapter_model.safetensors", DIFFUSERS_NAME)
+    return next((path / n for n in names if (path / n).exists()), path / names[0]) if path.is_dir() else path
+
+
+def grouped(tensors, file):
+    """({layer name: {"down", "up", "alpha"}}, keys of no known form)"""
+    groups, strange = {}, []
+    for key, tensor in tensors.items():
+        for mark, method in OTHERS.items():
+            if re.search(mark, key):
+                raise UserError(f"{file}: {printable(key)}: {method} is not supported (only plain LoRA)")
+        if re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key):
+            raise UserError(
+                f"{file}: is in the layout of cloneofsimo/lora, which numbers layers instead of naming them; not supported"
+            )
+        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
+        if suffix is None:
+            strange.append(key)
+        else:
+            groups.setdefault(key.removesuffix(suffix), {})[SUFFIXES[suffix]] = tensor
+    return groups, strange
+
+
+def _settings(file, metadata):
+    """{prefix: {"r", "lora_alpha", …}} of `lora_adapter_metadata` (JSON in the header), or of adapter_config.json."""
+    settings = {}
+    if text := metadata.get("lora_adapter_metadata"):
+        try:
+            flat = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{file}: lora_adapter_metadata is no JSON: {e}") from None
+        if not isinstance(flat, dict):
+            raise UserError(f"{file}: lora_adapter_metadata is no JSON object")
+        for key, value in flat.items():
+            prefix, _, name = key.partition(".")
+            settings.setdefault(prefix, {})[name] = value
+    config = file.parent / "adapter_config.json"
+    if file.name == "adapter_model.safetensors" and config.exists():
+        settings[""] = read_json(config)
+    return settings
+
+
+def _scale(name, target, parts, settings):
+    """alpha / rank of a layer (rank-stabilised: alpha / √rank). name: of file and layer, for errors."""
+    rank = parts[DOWN].shape[0] if parts[DOWN].dim() else 0
+    told = settings.get(target[0], settings.get("", {}))
+    alpha = told.get("lora_alpha", rank)
+    patterns = told.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{name}: alpha_pattern is no JSON object")
+    for pattern, value in patterns.items():
+        if target[1] == pattern or target[1].endswith(f".{pattern}"):
+            alpha = value
+        elif not re.fullmatch(r"[\w.]+", pattern):
+            raise UserError(
+                f"{name}: alpha_pattern {printable(pattern)!r} is a regular expression; only names are supported"
+            )
+    stabilised = told.get("use_rslora") and "alpha" not in parts
+    alpha = parts["alpha"].float() if "alpha" in parts else alpha
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha.item() if alpha.numel() == 1 else None
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
+        raise UserError(f"{name}: alpha {alpha!r} with rank {rank} gives no strength")
+    return alpha / rank**0.5 if stabilised else alpha / rank
+
+
+def _delta(target, parts, models, scale, file):
+    component, module = target[:2]
+    down, up = parts[DOWN], parts[UP]
+    layer = models[component].get_submodule(module)
+    if min(down.dim(), up.dim()) < 2:
+        raise UserError(
+            f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} are no matrices"
+        )
+    if len(target) == 3:
+        up = original_names.ours(up, target[2])
+    wanted = (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+    got = (up.shape[0], *down.shape[1:])
+    flat = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (wanted, got)]  # a 1×1 convolution is linear
+    if flat[0] != flat[1] or up.shape[1] != down.shape[0]:
+        raise UserError(
+            f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} do not fit a layer of shape "
+            f"{list(wanted)}; it is for another family"
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise UserError(f"{file}: {component}.{module}: not finite (NaN or infinity)")
+    return Delta(component, module, down, up, scale)
+
+
+def parse(text):
+    """ "FILE" or "FILE:SCALE" of the command line -> (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return path, float(scale)
+        except ValueError:
+            raise UserError(
+                f"`lora` {printable(text)}: {printable(scale)!r} is no scale; use FILE or FILE:SCALE"
+            ) from None
+    return text, 1.0

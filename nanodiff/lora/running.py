@@ -1,0 +1,93 @@
+"""A LoRA in use: beside the weights, or fused into them.
+
+for lora in (read("style.safetensors", models), read("subject.safetensors", models)):
+    attach(models, lora, 0.8)                       # beside the weights; or fuse(models, lora, 0.8)
+"""
+
+import functools
+
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.config import UserError
+from nanodiff.device import onednn
+
+# ---------------------------------------------------------------------------------------------------------
+# Using
+
+
+class Attached:
+    """A LoRA that runs beside the weights. `scale` may be changed between runs; remove() takes it away."""
+
+    def __init__(self, models, lora, scale):
+        self.scale, self.handles = scale, []
+        for d in lora.deltas:
+            layer = models[d.component].get_submodule(d.module)
+            self.handles.append(layer.register_forward_hook(functools.partial(self._add, d, {})))
+
+    def _add(self, delta, placed, layer, args, out):
+        x = args[0]
+        key = (x.device, x.dtype)
+        if key not in placed:
+            placed.clear()
+            placed[key] = delta.down.to(*key), delta.up.to(*key)
+        down, up = placed[key]
+        strength = self.scale * delta.scale
+        if not isinstance(layer, nn.Conv2d):
+            return out + F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) * strength
+        kernel = layer.kernel_size if down.dim() == 4 else (1, 1)
+        h = F.conv2d(
+            x, down.view(*down.shape[:2], *kernel), None, layer.stride, layer.padding if down.dim() == 4 else 0
+        )
+        return out + F.conv2d(h, up.flatten(1)[:, :, None, None]) * strength
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def attach(models, lora, scale=1.0):
+    """Run `lora` beside the weights of `models`; returns an Attached."""
+    return Attached(models, lora, scale)
+
+
+class Fused:
+    """A LoRA added into the weights. remove() puts back the very weights that were there before, if they were kept."""
+
+    def __init__(self, models, lora, scale, keep=True):
+        self.before, self.models = [], models
+        for model in models.values():
+            onednn.undo(model)
+        layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
+        if any(hasattr(layer, "codes") for layer in layers):
+            raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out `lora_fuse`")
+        for d, layer in zip(lora.deltas, layers, strict=True):
+            weight = layer.weight
+            if keep:
+                shared = (
+                    weight.data.untyped_storage().nbytes() > weight.data.nbytes
+                )  # such as with q and k (layers.join)
+                self.before.append((weight, weight.data.clone() if shared else weight.data))
+            delta = d.matrix(weight.shape).to(weight.device)
+            # never in place: it may be a mapped file
+            weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
+        self._weights_changed()
+
+    def remove(self):
+        for model in self.models.values():
+            onednn.undo(model)
+        for weight, data in reversed(self.before):
+            weight.data = data
+        self._weights_changed()
+
+    def _weights_changed(self):
+        """Let what was derived from the weights (layers.Upsample) be derived again."""
+        for m in (m for model in self.models.values() for m in model.modules()):
+            if getattr(m, "phases", None):
+                m.phases = ()
+
+
+def fuse(models, lora, scale=1.0, keep=True):
+    """Add `lora` into the weights of `models`; returns a Fused. keep: so that it can be taken out again, at the price of
+    the changed weights' memory. Not while they are at work (memory.Resident)."""
+    return Fused(models, lora, scale, keep)

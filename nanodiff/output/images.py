@@ -1,0 +1,186 @@
+"""PIL images and tensors: pixels are [B, 3, H, W] in [-1, 1]; grids, labels, metadata, safe names."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from nanodiff.config import UserError, printable
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning threshold; beyond it an image is a decompression bomb
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP"]
+CHUNK = "nanodiff"  # our PNG text chunk: the truth; "parameters" beside it is for display in other tools
+FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def open_image(source, name=None):
+    """A file (path or binary stream) as an RGB PIL image, EXIF orientation applied, transparency on white."""
+    name = name or source
+    try:
+        image = Image.open(source, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{name}: {image.width}x{image.height} pixels are too many")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        elif image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+        return image.convert("RGB")
+    except FAULTS as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
+        raise UserError(f"{name}: not a readable image: {reason}") from None
+
+
+def fit(image, width, height):
+    """Resize so that the image covers width × height, then crop the centre."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def to_pixels(image):
+    """PIL RGB -> [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(pixels):
+    """[B, 3, H, W], about [-1, 1] -> uint8 [B, H, W, 3], clamped and rounded."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def as_uint8(image):
+    """uint8 [H, W, 3] of a PIL picture, a uint8 array, or floats in [0, 1] ([H, W, 3] array or [3, H, W] tensor).
+
+    Raises UserError for floats outside [0, 1], which would be another scale."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.dim() == 3 and image.shape[0] == 3 else image).numpy()
+    x = np.asarray(image)
+    if x.dtype != np.uint8:
+        x = x.astype(np.float64)
+        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+            raise UserError(
+                f"a picture of {np.asarray(image).dtype} must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}"
+            )
+        x = np.rint(x * 255).astype(np.uint8)
+    if x.ndim != 3 or x.shape[2] != 3:
+        raise UserError(f"a picture has the shape {list(x.shape)}, expected [H, W, 3]")
+    return x
+
+
+def to_pil(pixels):
+    """[B, 3, H, W] -> list of PIL images."""
+    return [Image.fromarray(a.numpy()) for a in to_uint8(pixels)]
+
+
+def grid(images, nrow=None, labels=None, pad=4, size=10):
+    """PIL images -> one sheet, `nrow` a row (default: about square), a label above each, in letters of `size` pixels."""
+    nrow = nrow or int(np.ceil(np.sqrt(len(images))))
+    nrow = min(nrow, len(images))
+    w, h = max(i.width for i in images), max(i.height for i in images)
+    font, line_height = ImageFont.load_default(size), size + 4
+    rows = [_wrapped(label, w, font) for label in labels] if labels else []
+    text = line_height * max(map(len, rows), default=0)
+    sheet = Image.new("RGB", (nrow * (w + pad) + pad, -(-len(images) // nrow) * (h + text + pad) + pad), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = pad + i % nrow * (w + pad), pad + i // nrow * (h + text + pad)
+        for j, line in enumerate(rows[i] if rows else ()):
+            pen.text((x, y + line_height * j), line, fill="black", font=font)
+        sheet.paste(image, (x, y + text))
+    return sheet
+
+
+def _wrapped(label, width, font, lines=4):
+    """A label as lines that are at most `width` pixels wide; what does not fit into `lines` is cut."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    rows = [""]
+    for word in printable(label).split():
+        if pen.textlength(f"{rows[-1]} {word}".strip(), font) <= width or not rows[-1]:
+            rows[-1] = f"{rows[-1]} {word}".strip()
+        else:
+            rows.append(word)
+    rows = rows[:lines]
+    for i, row in enumerate(rows):
+        while pen.textlength(rows[i], font) > width and len(row) > 1:
+            rows[i] = row = row[:-1]
+    return rows
+
+
+def slug(text, limit=80):
+    """A file-name part: letters, digits and _ only (requirement S3-13)."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:limit].strip("_") or "empty"
+
+
+def a1111_parameters(record):
+    """The `parameters` text that A1111, Civitai and others show. Display only: see CHUNK for the truth."""
+
+    def quote(value):
+        text = printable(value)
+        return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+    lines = [record["prompt"]]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    last = {
+        "Steps": record["steps"],
+        "Sampler": record["scheduler"],
+        "CFG scale": f"{record['guidance_scale']:g}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model": record["model"],
+        "RNG": "CPU",
+    }
+    return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items())])
+
+
+def save_png(image, path, record=None):
+    """Write a PNG with the record of how it was made: `parameters` for people, CHUNK (JSON) as the truth."""
+    info = PngImagePlugin.PngInfo()
+    if record is not None:
+        clean = a1111_parameters(record).encode("utf-8", errors="replace").decode()
+        info.add_itxt("parameters", clean)
+        info.add_text(CHUNK, json.dumps(record))  # ASCII: lone surrogates survive as escapes
+    try:
+        image.save(path, format="PNG", pnginfo=info)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+def read_record(path):
+    """The record inside a PNG that save_png() wrote. Raises UserError when there is none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(CHUNK)
+            record = json.loads(text) if text else None
+    except (*FAULTS, RecursionError) as e:
+        raise UserError(f"{path}: not a readable PNG: {e}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: carries no settings of ours (was it made with `no_metadata` or by another tool?)")
+    return record
+
+
+def recorded(path):
+    """What read_record() gives, without decoding the picture; None when it carries nothing. Raises UserError for an unreadable file."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            text = image.info.get(CHUNK)
+            record = json.loads(text) if text else None
+    except (*FAULTS, RecursionError) as e:
+        raise UserError(f"{path}: not a readable image: {e}") from None
+    return record if isinstance(record, dict) else None
+
+
+def save_gif(frames, path, milliseconds=500):
+    """PIL images of one size -> a looping GIF; the last frame stays three times as long."""
+    times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def save_grid(pixels, path, nrow=None, labels=None):
+    """[B, 3, H, W] -> a PNG sheet."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_png(grid(to_pil(pixels), nrow, labels), path)

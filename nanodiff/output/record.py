@@ -1,0 +1,81 @@
+"""run.json: what was run, with what, how long, which files came out and which numbers."""
+
+import contextlib
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanodiff import config
+from nanodiff.config import SECRETS, UserError, as_dict
+from nanodiff.device import dist, onednn
+from nanodiff.files import out_dir, write_json
+
+
+class Record:
+    """run.json: what was run, with what, how long, which files came out and which numbers."""
+
+    def __init__(self, cfg, device):
+        if dist.world().size > 1 and not torch.distributed.is_initialized():  # all would write the same files
+            raise UserError("running this on several processes is not supported yet; start it without torchrun")
+        self.out = out_dir(cfg.output_dir)
+        self.started = time.perf_counter()
+        self.data = {
+            "config": as_dict(cfg),
+            "argv": _without_secrets(sys.argv, cfg),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu x {torch.get_num_threads()}",
+            "cpu": onednn.processor(),
+            "git_commit": config.commit(),
+            "seconds": {},
+            "files": [],
+            "results": {},
+        }
+
+    @contextlib.contextmanager
+    def timed(self, stage):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.data["seconds"]
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+    def file(self, path, **facts):
+        self.data["files"].append({"path": str(path), **facts})
+
+    def result(self, name, value):
+        """Print a number on stdout and keep it."""
+        self.data["results"][name] = value
+        if dist.is_main():
+            print(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}")
+
+    def write(self):
+        self.data["seconds"]["total"] = round(time.perf_counter() - self.started, 3)
+        self.data["peak_memory_mb"] = _peak_memory_mb()
+        if torch.cuda.is_available():
+            self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+        if dist.is_main():
+            write_json(self.out / "run.json", self.data)
+
+
+def _without_secrets(argv, cfg):
+    """argv with every token masked, however its flag was spelled."""
+    values = [v for v in (getattr(cfg, name, None) for name in SECRETS) if v]
+    for value in values:
+        argv = [word.replace(value, "***") for word in argv]
+    return list(argv)
+
+
+def _peak_memory_mb():
+    """Largest resident memory of this process so far (getrusage would count a parent's, too)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -1,0 +1,282 @@
+"""Text to image: tokenize, encode, draw noise, denoise, decode.
+
+    sd = pipeline.load("path/or/hub-id")
+    pixels = sd.generate("a red apple", seeds=[0]).pixels          # [1, 3, H, W] in [-1, 1]
+
+Three classes, one for each family: `Pipeline` (SD 1.x, 2.x, our own), `SDXL` and `SD3`. They differ in how a prompt
+becomes a condition and how the denoiser takes it; noise, guidance, sampling and decoding are the same.
+The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators: noise is drawn on
+the CPU in fp32, one generator per image, in diffusers' order (posterior sample, initial noise, then each step's).
+A model without a VAE works in pixels: its "latents" are the picture.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.device import memory, onednn
+from nanodiff.diffusion import samplers
+from nanodiff.output import images
+from nanodiff.pipeline import saving
+from nanodiff.pipeline.conditions import Conditions
+from nanodiff.pipeline.families import SAMPLING, is_turbo
+from nanodiff.pipeline.guidance import Guidance
+from nanodiff.pipeline.settings import Drawing, Start, Words, told
+from nanodiff.pipeline.space import LatentSpace
+from nanodiff.pipeline.start import begin
+
+
+@dataclass
+class Result:
+    """What generate() gives back."""
+
+    pixels: torch.Tensor  # [B, 3, H, W], about [-1, 1]
+    latents: torch.Tensor  # [B, C, h, w], final, as the VAE's decode() takes them
+    history: list = field(default_factory=list)  # the Steps, when asked for
+    output_type: str = "pil"  # of `images`
+
+    def to_pil(self) -> list:
+        """The pictures as PIL images."""
+        return images.to_pil(self.pixels)
+
+    @property
+    def images(self):
+        """The pictures in the form that `output_type` asked for: PIL images, or an array [B, H, W, 3] in [0, 1] ("np")."""
+        if self.output_type == "np":
+            return (self.pixels.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+        return self.to_pil()
+
+    def __repr__(self):
+        n, _, height, width = self.pixels.shape
+        return f"Result({n} pictures of {width}x{height})"
+
+
+class Noise:
+    """Draws N(0, 1) on the CPU in fp32: one generator per image, or one generator for the whole batch."""
+
+    def __init__(self, generators, shape, device, dtype):
+        self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
+
+    def __call__(self, shape=None):
+        shape = shape or self.shape
+        if isinstance(self.generators, torch.Generator):
+            drawn = torch.randn(shape, generator=self.generators)
+        else:
+            drawn = torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in self.generators])
+        return drawn.to(self.device, self.dtype)
+
+
+class Pipeline(Conditions, Guidance, LatentSpace):
+    """Stable Diffusion 1.x, 2.x and turbo; our own small models, in latents or in pixels."""
+
+    class_name = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    encoder_names = ("text_encoder",)
+    tokenizer_names = ("tokenizer",)
+    steps, guidance = 50, 7.5  # when nothing is said, neither here nor in the model's folder
+    turbo_steps = 1
+    half = torch.float16  # the half precision it was made for
+    keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
+    takes_sizes = False  # SDXL's size condition
+    skips_layers = False  # SD 3's skip-layer guidance
+
+    def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
+        self.net, self.vae = denoiser, vae
+        self.encoders = encoders if isinstance(encoders, list) else [encoders]
+        self.tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
+        self.schedule, self.name, self.index = schedule, name, {}
+        self.kept = OrderedDict()  # encoded prompts
+        self.recorded = {}  # {what the denoiser is: its Replayed}, at most one
+        self.check_fit()
+
+    def __repr__(self):
+        parts = ", ".join(f"{k} {v:g} M" for k, v in self.parameters().items())
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"{type(self).__name__}({self.name or 'unnamed'}: {parts}; {samplers.name_of(self.schedule)}, {where})"
+
+    unet = property(lambda self: self.net)
+
+    def check_fit(self):
+        """Raise UserError when the parts are not of one model, naming the two that disagree."""
+        self.check_latents()
+        unet = self.net.cfg
+        if unet.addition_embed_type:
+            raise UserError(f"unet: addition_embed_type {unet.addition_embed_type!r} belongs to SDXL")
+        self.check_text(unet.cross_attention_dim, self.encoders[0].cfg.hidden_size)
+        self.check_tokenizers()
+
+    # -- what the model is ---------------------------------------------------------------------------------
+
+    @property
+    def turbo(self) -> bool:
+        """Adversarially distilled (sd-turbo, sdxl-turbo): to be sampled in one to four steps without guidance."""
+        return is_turbo(self.schedule.raw, self.name)
+
+    def sampling(self, name: str):
+        """ "steps" or "guidance_scale" that the model's folder asks for, or None."""
+        value = (self.index.get(SAMPLING) or {}).get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e5 else None
+
+    def settings(self, steps: int | None = None, guidance_scale: float | None = None) -> tuple[int, float]:
+        """(steps, guidance scale) of a picture: what is given; else what the model's folder says; else what its family was made
+        for, a turbo or a model without words without guidance."""
+        if steps is None:
+            steps = self.sampling("steps") or (self.turbo_steps if self.turbo else self.steps)
+        if guidance_scale is None:
+            own = self.sampling("guidance_scale")
+            guidance_scale = 0.0 if self.turbo or self.unconditional else self.guidance
+            guidance_scale = guidance_scale if own is None or self.unconditional else own
+        return steps, guidance_scale
+
+    def models(self) -> dict:
+        """{component name: module} of everything that is loaded."""
+        named = {self.denoiser_name: self.net, "vae": self.vae}
+        named |= zip(self.encoder_names, self.encoders, strict=True)
+        return {k: m for k, m in named.items() if m is not None}
+
+    def parameters(self) -> dict:
+        """{component: millions of parameters}"""
+        return {k: round(memory.count(m) / 1e6, 2) for k, m in self.models().items()}
+
+    def with_scheduler(self, name: str | None, **fields) -> "Pipeline":
+        """The same models under another sampler; None keeps the model's own. fields: of scheduler_config.json."""
+        if name is None and not fields:
+            return self
+        schedule = samplers.rescheduled(self.schedule, name, **fields)
+        other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
+        other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
+        other.packs, other.replays = self.packs, self.replays
+        return other
+
+    def save(self, folder, dtype=None, states=None):
+        """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler. states: {component: state_dict} in
+        place of the components' own."""
+        saving.save(self, folder, dtype, states)
+
+    # -- pictures ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | list[str] | None = None,
+        drawing: Drawing | None = None,
+        start: Start | None = None,
+        words: Words | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        generators: torch.Generator | list[torch.Generator] | None = None,
+        sampler: Callable | None = None,
+        keep_steps: bool = False,
+        on_step: Callable | None = None,
+        decode: Callable | None = None,
+        output_type: str = "pil",
+        **settings,
+    ) -> Result:
+        """One batch of pictures, one per prompt; a single text is a batch of one.
+
+        drawing, start, words, and in `settings` single fields of theirs by name (`steps=25`, `image=…`, `prompt_2=…`): see
+        settings.py. seeds: one per prompt (default 0, 1, …), or `generators`, CPU ones. sampler: a function in place of the
+        schedule's own sampler, called as samplers.py says. on_step(i, n, Step) is called after each step. decode(latents):
+        in place of the VAE's. output_type: of Result.images, "pil" or "np". Raises UserError for settings that make no sense.
+        """
+        prompts, generators = _counted(prompts, seeds, generators)
+        drawing, start, words = told(settings, drawing or Drawing(), start or Start(), words or Words())
+        steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
+        height, width = (
+            own if given is None else given
+            for given, own in zip((drawing.height, drawing.width), self.size, strict=True)
+        )
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % self.multiple:
+                raise UserError(f"`{name}` {side} must be a positive multiple of {self.multiple}")
+        self.check_size(height, width)
+        self.check_options(drawing, start, words)
+        samplers.check_steps(self.schedule, steps)
+        run, options, shift = self._sampler(sampler, drawing, height, width)
+        shape = (len(prompts), self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
+        noise = Noise(generators, shape, self.device, torch.float32)
+
+        text, negative = self.conditions(prompts, negative_prompt, words, guided=scale > 1)
+        x, first, known = begin(self, start, steps, noise, shift)
+        times = samplers.times(self.schedule, steps, **shift)
+        total = self._until(drawing.denoising_end, times, first)
+        self.ready(self.net, self.packs and total >= onednn.FEWEST_STEPS)
+        step, history = None, []
+        with memory.at_work(self.net):
+            sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
+            model = self.denoiser(text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times)
+            for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
+                if known:  # inpainting, in place: the sampler continues from what is written here
+                    step.x.copy_(known(step.x, first + done))
+                if keep_steps:
+                    history.append(step)
+                if on_step:
+                    on_step(done, total, step)
+                if done == total:
+                    break
+        latents = step.x
+        if not torch.isfinite(latents).all():
+            raise UserError("the latents are not finite (NaN or infinity): check the model's weights, or use fp32")
+        pixels = decode(latents) if decode else self.decode(latents, drawing.tiled)
+        return Result(pixels.float(), latents, history, output_type)
+
+    def _sampler(self, given, drawing, height, width):
+        """(sampler, its options, the shift of a flow's times) of a run."""
+        own = samplers.of(self.schedule).run
+        if drawing.eta and own is not samplers.ddim:
+            raise UserError(f"`eta` is DDIM's; {samplers.name_of(self.schedule)} has no such setting")
+        if drawing.quirks and own not in (samplers.ddim, samplers.pndm):
+            raise UserError(f"`quirks` is for ddim and pndm; {samplers.name_of(self.schedule)} has none")
+        options = ({"eta": drawing.eta} if drawing.eta else {}) | ({"quirks": True} if drawing.quirks else {})
+        if self.schedule.flow and self.schedule.cfg["use_dynamic_shifting"]:
+            options["mu"] = samplers.flow_mu(self.schedule, height * width // self.multiple**2)
+        shift = {"mu": options.get("mu")} if self.schedule.flow else {}
+        return given or own, options, shift
+
+    def _until(self, denoising_end, times, first):
+        """Steps from `first` on, until the part `denoising_end` of the noise is gone."""
+        if denoising_end is None:
+            return len(times) - first
+        total = sum(t >= round(self.schedule.T * (1 - denoising_end)) for t in times[first:])
+        if not total or not 0 < denoising_end < 1:
+            raise UserError(f"`denoising_end` {denoising_end:g} leaves no step to take; it is between 0 and 1")
+        return total
+
+    def first_step(self, steps: int, strength: float) -> int:
+        """The step at which image-to-image starts."""
+        return max(steps - min(int(steps * strength), steps), 0)
+
+    def check_options(self, drawing, start, words):
+        """Raise UserError for settings of another family, and for those that need another."""
+        for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
+            needs = name[-1] if name[-1] in "23" else "3"
+            if getattr(words, name) is not None and f"text_encoder_{needs}" not in self.encoder_names:
+                raise UserError(f"`{name}`: this model has no text encoder {needs}")
+        if words.max_sequence_length is not None and not 1 <= words.max_sequence_length <= 512:
+            raise UserError(f"`max_sequence_length` {words.max_sequence_length} must be between 1 and 512")
+        if drawing.sizes and not self.takes_sizes:
+            name = next(iter(drawing.sizes))
+            raise UserError(f"`{name}`: only SDXL takes sizes as a condition")
+        if drawing.skip_layers and not self.skips_layers:
+            raise UserError("`skip_layers`: only SD 3 models take it")
+        if drawing.skip_layers and not set(drawing.skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
+            raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
+        if start.mask is not None and start.image is None:
+            raise UserError("`mask` needs `image`")
+
+    def size_ids(self, n, height, width, sizes):
+        """SDXL's size condition; None for the others."""
+
+
+def _counted(prompts, seeds, generators):
+    """([prompt], generators), as many of each. Raises UserError where they do not agree: a picture of another's noise is nobody's."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if generators is None:
+        generators = [torch.Generator().manual_seed(int(s)) for s in (range(len(prompts)) if seeds is None else seeds)]
+    if not isinstance(generators, torch.Generator) and len(generators) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts and {len(generators)} seeds: one of each makes a picture")
+    return prompts, generators

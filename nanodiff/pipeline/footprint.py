@@ -1,0 +1,55 @@
+"""The memory of a run, predicted on the meta device."""
+
+import torch
+
+from nanodiff import weights
+from nanodiff.device import memory, quantize
+from nanodiff.pipeline.families import BUILDERS
+from nanodiff.pipeline.loading import FAMILIES
+from nanodiff.pipeline.sdxl import SDXL
+
+
+def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
+    """[memory.Stage] of a run, predicted on the meta device."""
+    family, stages = FAMILIES[src.kind], []
+    meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in BUILDERS if n in src.parts}
+    if not with_t5:
+        meta.pop("text_encoder_3", None)
+    vae, net = meta.get("vae"), meta[family.denoiser_name]
+    scale = vae.cfg.downscale if vae else 1
+    side = net.cfg.sample_size or 64
+    h, w = (side, side) if isinstance(side, int) else side
+    h, w = (height or h * scale) // scale, (width or w * scale) // scale
+    rows = batch * (2 if guided else 1)
+
+    def empty(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def run(name, model, own):
+        if name == "text_encoder_3":
+            return lambda: model(empty(rows, length, of=torch.long))
+        if name.startswith("text_encoder"):
+            return lambda: model(empty(rows, model.cfg.max_position_embeddings, of=torch.long))
+        if name == "vae":
+            size = (min(h, 64), min(w, 64)) if tiled else (h, w)
+            return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size, of=own))
+        x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
+        if name == "transformer":
+            text = empty(rows, 77 + length, model.cfg.joint_attention_dim)
+            return lambda: model(x, t, text, empty(rows, model.cfg.pooled_projection_dim))
+        text, added = empty(rows, 77, model.cfg.cross_attention_dim), None
+        if model.cfg.addition_embed_type:
+            pooled = model.cfg.projection_class_embeddings_input_dim - 6 * model.cfg.addition_time_embed_dim
+            added = empty(rows, pooled), empty(rows, 6, of=torch.float32)
+        return lambda: model(x, t, model.text_kv(text), added)
+
+    for name in (*family.encoder_names, family.denoiser_name, "vae"):
+        if model := meta.get(name):
+            own = dtype
+            if name == "vae" and family is SDXL and dtype == torch.float16 and model.cfg.force_upcast:
+                own = torch.float32
+            small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
+            sizes = quantize.sizes(model, small) if small else {}
+            stage = memory.stage(name, model.to(own), run(name, model, own), own, sizes)
+            stages.append(stage._replace(block=0.0) if name == "vae" else stage)  # it moves as a whole
+    return stages

@@ -1,0 +1,103 @@
+"""The denoiser as a sampler asks it: with its condition, and with classifier-free guidance."""
+
+import torch
+
+from nanodiff.device import cudagraph, memory, onednn
+from nanodiff.models.layers import computed_by, join
+
+MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
+LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
+
+
+class Guidance:
+    """What a pipeline does at every step. Needs: net, schedule, device, dtype, joined()."""
+
+    replays = False  # record denoising steps as CUDA graphs (cudagraph.Replayed)? "auto": where launches bound them
+    packs = False  # may weights be packed for a CPU (onednn.prepare), which empties the plain ones?
+
+    @property
+    def device(self):
+        return memory.device_of(self.net)
+
+    @property
+    def dtype(self):
+        """The type in which the denoiser computes."""
+        return memory.dtype_of(self.net)
+
+    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=()):
+        """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
+
+        text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
+        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`.
+        """
+        if self.device.type == "cuda" and memory.whole(self.net):
+            join(self.net)
+        both = text if negative is None else self.joined([negative, text])
+        condition = self.condition(both, sizes, negative is not None)
+        net = self.replayed(len(both.states)) or self.net
+        known = self.shifts(times, *condition[1:])
+
+        def predict(x, t):
+            return net(x, known.get(float(t), t), *condition)
+
+        def model(x, t):
+            x = x.to(self.dtype)
+            if negative is None:
+                return predict(x, t).float()
+            without, with_text = predict(torch.cat([x, x]), t).float().chunk(2)
+            out = without + scale * (with_text - without)
+            if skip and skip.active(sum(u > t for u in times), len(times)):
+                blind = self.net(x, t, text.states, text.pooled, skip.layers).float()
+                out = out + skip.scale * (with_text - blind)
+            if rescale:
+                dims = list(range(1, out.dim()))
+                matched = out * (with_text.std(dims, keepdim=True) / out.std(dims, keepdim=True))
+                out = rescale * matched + (1 - rescale) * out
+            return out
+
+        return model
+
+    def condition(self, text, sizes, guided):
+        """What the denoiser takes after x and t for `text`; its keys and values are computed here, once a run."""
+        return (self.net.text_kv(text.states) if memory.whole(self.net) else text.states,)
+
+    def denoise(self, net, x, t, states, pooled):
+        """One call of the denoiser, or of what training put in its place, without guidance."""
+        return net(x, t, states)
+
+    def shifts(self, times, added=None):
+        """{time: what the UNet takes in its place} for a run over `times` on a GPU, where the products that make these are too
+        small to be worth a start at every step; else nothing."""
+        if self.device.type != "cuda" or not memory.whole(self.net) or not hasattr(self.net, "shifts"):
+            return {}
+        times = sorted({float(t) for t in times})
+        if not 0 < len(times) <= MOST_TIMES:
+            return {}
+        made = self.net.shifts(torch.tensor(times).to(self.device), added)
+        return dict(zip(times, made.split(len(made) // len(times)), strict=True))
+
+    def replayed(self, rows):
+        """The denoiser for batches of `rows`, recorded and replayed as a CUDA graph, or None: see `replays`."""
+        if not self.replays or (self.replays == "auto" and (self.device.type != "cuda" or rows > LAUNCH_BOUND)):
+            return None
+        if hasattr(self.net, "resident"):  # weights that come and go have no place that could be recorded
+            return None
+        hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
+        owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
+        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
+        state = (weights, tuple((o, getattr(o, "scale", None)) for o in owners), computed_by())
+        if state not in self.recorded:  # what was recorded before reads other weights
+            self.recorded.clear()
+            self.recorded[state] = cudagraph.Replayed(self.net)
+        return self.recorded[state]
+
+    def ready(self, module, pack):
+        """Prepare a module for a CPU, if that is where it stays and it is not compiled."""
+        stays = (
+            module is not None
+            and self.device.type == "cpu"
+            and memory.whole(module)
+            and not hasattr(module, "resident")
+        )
+        if stays and module._compiled_call_impl is None:
+            onednn.prepare(module, pack)

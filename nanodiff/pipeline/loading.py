@@ -1,0 +1,95 @@
+"""A pipeline from a folder, a single file or the Hub; and a single file as a folder, and back."""
+
+from pathlib import Path
+
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.device import memory, quantize
+from nanodiff.diffusion.schedule import Schedule
+from nanodiff.pipeline import families
+from nanodiff.pipeline.base import Pipeline
+from nanodiff.pipeline.families import BUILDERS, SAMPLING
+from nanodiff.pipeline.sd3 import SD3, Joint
+from nanodiff.pipeline.sdxl import SDXL
+from nanodiff.pipeline.single import Single
+from nanodiff.pipeline.sources import Folder, source
+from nanodiff.pipeline.space import say
+from nanodiff.weights import original_names
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(
+    model,
+    dtype=torch.float32,
+    device="cpu",
+    variant=None,
+    revision=None,
+    token=None,
+    scheduler=None,
+    offload="none",
+    quantized=None,
+    no_t5=False,
+    components=None,
+    prediction_type=None,
+    allow_pickle=False,
+    name=None,
+):
+    """A Pipeline from a folder, single file or Hub id (see hub.resolve), or from what source() returned.
+
+    dtype: type in which everything computes. scheduler: name of another sampler than the model's own
+    (samplers.SAMPLERS). offload: see memory.Resident. quantized: "int8" or "nf4" for the denoiser and T5. no_t5: leave
+    SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
+    """
+    ready = isinstance(model, Folder | Single)
+    src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle, no_t5)
+    family = FAMILIES[src.kind]
+    if no_t5 and "text_encoder_3" not in family.encoder_names:
+        raise UserError(f"`no_t5`: {src.kind} has no third text encoder")
+    left_out = {"text_encoder_3", "tokenizer_3"} if no_t5 else set()
+    if family is SD3 and "text_encoder_3" not in src.parts | left_out:
+        say("note: this model comes without T5; its part of the text is zeros")
+        left_out = {"tokenizer_3"}
+    wanted = [p for p in BUILDERS if p in src.parts - left_out]
+    tokenizers = [src.tokenizer(n) for n in family.tokenizer_names if n in src.parts - left_out]
+    modules = {}
+    for part in wanted:
+        small = quantized and part in ("unet", "transformer", "text_encoder_3")
+        home = offload != "none" or small  # stays as stored, in host memory
+        modules[part] = src.module(part, None if home else dtype, "cpu" if home else device)
+        if small:
+            quantize.apply(modules[part], quantized, device, "cpu" if offload != "none" else device)
+            if offload == "none":
+                quantize.rest(modules[part], dtype, device)
+        if offload != "none":  # the VAE is small, and its tiled decode reaches into its blocks
+            memory.Resident(modules[part], dtype, device, blocks=offload == "sequential" and part != "vae")
+    denoiser = modules.pop(family.denoiser_name)
+    vae = modules.pop("vae", None)
+    encoders = [modules.get(n) for n in family.encoder_names]
+    raw, where = src.scheduler()
+    sd = family(denoiser, vae, encoders, tokenizers, Schedule.from_config(raw, where=where), name=str(name or model))
+    sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool) or k == SAMPLING}
+    return sd.with_scheduler(scheduler)
+
+
+def convert(model, target, allow_pickle=False, components=None, prediction_type=None):
+    """A single-file checkpoint as a Hub folder, or a Hub folder as one file in the original names. Types stay."""
+    src = source(model, components=components, prediction_type=prediction_type, allow_pickle=allow_pickle)
+    single, target = isinstance(src, Single), Path(target)
+    if single and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder")
+    sd = load(src, None)
+    if single:
+        sd.save(target)
+    else:
+        family = original_names.family_of_pipeline(sd.class_name, sd.net)
+        original_names.export(sd.models(), family, target)
+    print(f"{target}: {', '.join(sd.models())}")
+
+
+FAMILIES = {
+    kind: {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3, "MMDiT": Joint}[family]
+    for kind, family in families.FAMILIES.items()
+}

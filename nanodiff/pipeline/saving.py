@@ -1,0 +1,38 @@
+"""A pipeline as a Hub folder, as diffusers and transformers read it."""
+
+from pathlib import Path
+
+from nanodiff import weights
+from nanodiff.device import onednn
+from nanodiff.files import write_json
+from nanodiff.text.tokenizer import LabelTokenizer, T5Tokenizer
+
+
+def save(sd, folder, dtype=None, states=None):
+    """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler. states: {component: state_dict} in
+    place of the components' own."""
+    folder = Path(folder)
+    index = {"_class_name": sd.class_name, "_diffusers_version": "0.31.0", **sd.index}
+    if sd.class_name == "StableDiffusionPipeline":
+        index |= {
+            "feature_extractor": [None, None],
+            "safety_checker": [None, None],
+            "requires_safety_checker": False,
+        }
+    index["scheduler"] = ["diffusers", sd.schedule.kind]
+    for name in (sd.denoiser_name, "vae", *sd.encoder_names):
+        module = sd.models().get(name)
+        index[name] = [None, None]
+        if module is not None:
+            onednn.undo(module)
+            library = "transformers" if name.startswith("text") else "diffusers"
+            index[name] = [library, module.class_name]
+            weights.save(module, folder / name, dtype, (states or {}).get(name))
+    index |= {name: [None, None] for name in sd.tokenizer_names[len(sd.tokenizers) :]}
+    for name, tokenizer in zip(sd.tokenizer_names, sd.tokenizers, strict=False):
+        kind = {T5Tokenizer: "T5TokenizerFast", LabelTokenizer: "LabelTokenizer"}.get(type(tokenizer), "CLIPTokenizer")
+        index[name] = ["transformers", kind]
+        tokenizer.save(folder / name)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", sd.schedule.to_json())
+    write_json(folder / "model_index.json", index)

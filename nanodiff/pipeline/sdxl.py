@@ -1,0 +1,81 @@
+"""Stable Diffusion XL."""
+
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.device import memory
+from nanodiff.pipeline.base import Pipeline
+from nanodiff.pipeline.conditions import Text, _penultimate, _same_length
+
+
+class SDXL(Pipeline):
+    """Stable Diffusion XL and its turbo: two text encoders, a pooled text and six sizes (Podell et al. 2023, arXiv
+    2307.01952 §2.2)."""
+
+    class_name = "StableDiffusionXLPipeline"
+    encoder_names = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    takes_sizes = True
+
+    def check_fit(self):
+        self.check_latents()
+        unet, (first, second) = self.net.cfg, (e.cfg for e in self.encoders)
+        if unet.addition_embed_type != "text_time":
+            raise UserError("unet: has no text_time condition, so it is not SDXL's")
+        if not second.with_projection:
+            raise UserError("text_encoder_2: has no text_projection, so it is not SDXL's")
+        self.check_text(unet.cross_attention_dim, first.hidden_size + second.hidden_size, givers="the text encoders")
+        vector = second.projection_dim + 6 * unet.addition_time_embed_dim
+        if unet.projection_class_embeddings_input_dim == 2560:
+            raise UserError("unet: 2560 inputs of its add_embedding: the SDXL refiner is not supported")
+        self.check_text(unet.projection_class_embeddings_input_dim, vector, "a vector", "text_encoder_2")
+        self.check_tokenizers()
+
+    def pick(self, i, clip_skip):
+        return _penultimate(clip_skip)
+
+    def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
+        pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
+        return Text(torch.cat(_same_length(self, pairs, clip_skip), dim=-1), pairs[1][1])
+
+    def nothing(self, text, how):
+        if not self.index.get("force_zeros_for_empty_prompt", True):
+            return super().nothing(text, how)
+        return Text(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
+
+    def size_ids(self, n, height, width, sizes):
+        """[2, 6]: the six sizes of the negative and of the positive condition, heights first.
+
+        sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "target_size": (h, w)} and the same with
+        "negative_", which need original and target together and otherwise are the positive ones.
+        """
+        sizes = {k: tuple(v) for k, v in (sizes or {}).items() if v is not None}
+        known = ("original_size", "crops_coords_top_left", "target_size")
+        for key in sizes:
+            if key.removeprefix("negative_") not in known:
+                raise ValueError(f"unknown size {key!r}")
+        defaults = ((height, width), (0, 0), (height, width))
+        ids = [v for k, d in zip(known, defaults, strict=True) for v in sizes.get(k, d)]
+        if "negative_original_size" in sizes and "negative_target_size" in sizes:
+            negative = (*sizes["negative_original_size"], *sizes.get("negative_crops_coords_top_left", (0, 0)))
+            negative = [*negative, *sizes["negative_target_size"]]
+        elif any(k.startswith("negative_") for k in sizes):
+            raise UserError("`negative_original_size` and `negative_target_size` must be given together")
+        else:
+            negative = ids
+        return torch.tensor([negative, ids], dtype=torch.float32, device=self.device)
+
+    def condition(self, text, sizes, guided):
+        n = len(text.states) // (2 if guided else 1)
+        ids = sizes.repeat_interleave(n, dim=0) if guided else sizes[1:].repeat(n, 1)
+        return *super().condition(text, sizes, guided), (text.pooled, ids)
+
+    def denoise(self, net, x, t, states, pooled):
+        """The sizes are the picture's own, uncropped."""
+        height, width = (s * self.downscale for s in x.shape[-2:])
+        return net(x, t, states, (pooled, self.size_ids(1, height, width, None)[1:].expand(len(x), -1)))
+
+    def vae_dtype(self):
+        """SDXL's own VAE overflows in fp16 (`force_upcast`), so it is not even tried there."""
+        dtype = memory.dtype_of(self.vae)
+        return torch.float32 if dtype == torch.float16 and self.vae.cfg.force_upcast else dtype

@@ -1,0 +1,75 @@
+"""What may be said about a picture, in four groups: its words, how it is drawn, what it starts from, how it is given back."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from nanodiff.config import nearest
+
+
+class SkipLayers(NamedTuple):
+    """Skip-layer guidance, for SD 3.5 medium: out += scale · (out with text - out of the model without `layers`), from
+    `start` to `stop` of the steps (the model card's settings: layers 7, 8, 9, scale 2.8, 0.01 to 0.2)."""
+
+    layers: tuple
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def active(self, i: int, n: int) -> bool:
+        return n * self.start < i < n * self.stop
+
+
+@dataclass(frozen=True)
+class Words:
+    """How prompts become a condition. A text for all pictures, or a list of as many as there are prompts."""
+
+    prompt_2: str | list[str] | None = None  # for the second text encoder (SDXL, SD 3); None: the prompt
+    prompt_3: str | list[str] | None = None  # for the third (SD 3)
+    negative_prompt_2: str | list[str] | None = None
+    negative_prompt_3: str | list[str] | None = None
+    long_prompts: bool = False  # no limit of 75 tokens: chunks
+    weighted: bool = False  # (word:1.2) and the like mean something
+    max_sequence_length: int | None = None  # tokens of T5, 1 to 512; None: 256
+    clip_skip: int = 0  # layers of the CLIPs that are left out, counted from the end
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How noise becomes a picture. None: what the model was made for (Pipeline.settings, Pipeline.size)."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None  # 1 or less: none
+    guidance_rescale: float = 0.0  # 0 to 1
+    height: int | None = None  # pixels
+    width: int | None = None
+    eta: float = 0.0  # DDIM's noise, 0 to 1
+    quirks: bool = False  # see samplers.ddim
+    tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
+    sizes: dict | None = None  # SDXL's, see SDXL.size_ids
+    skip_layers: SkipLayers | None = None  # SD 3's
+    denoising_end: float | None = None  # stop when this part of the noise is gone, between 0 and 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """What image-to-image and inpainting begin with."""
+
+    image: torch.Tensor | None = None  # [B or 1, 3, H, W] in [-1, 1]
+    strength: float = 0.8  # how much of it is repainted, above 0 to 1
+    mask: torch.Tensor | None = None  # [1, 1, H, W] in {0, 1}: repaint where 1
+
+
+ALIASES = {"num_inference_steps": "steps", "cfg_scale": "guidance_scale"}  # other programs' names
+
+
+def told(settings: dict, *groups) -> list:
+    """The groups (instances of the classes above) with the settings that are theirs. Raises TypeError for one that is nobody's."""
+    settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    owner = {f.name: i for i, group in enumerate(groups) for f in dataclasses.fields(group)}
+    if strange := [name for name in settings if name not in owner]:
+        raise TypeError(f"generate() has no setting {strange[0]!r}{nearest(strange[0], owner)}")
+    mine = [{k: v for k, v in settings.items() if owner[k] == i} for i in range(len(groups))]
+    return [dataclasses.replace(group, **some) for group, some in zip(groups, mine, strict=True)]

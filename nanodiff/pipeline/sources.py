@@ -1,0 +1,186 @@
+"""Where a pipeline's parts come from: a folder in Hub form, one component's folder, a single file, or nothing at all.
+
+    src = source("path/or/hub-id")                          # names, configurations and classes are checked here
+    unet = src.module("unet", torch.float16, "cpu")
+
+What model_index.json names is data: only classes that we have are built, names are never paths, no code is run.
+"""
+
+from pathlib import Path
+
+from nanodiff import weights
+from nanodiff.config import UserError, printable, read_json
+from nanodiff.device import onednn
+from nanodiff.files import ASSETS
+from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.llm import CausalLM
+from nanodiff.models.vae import AutoencoderKL
+from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, RELEASED, REQUIRED
+from nanodiff.pipeline.single import Known, Single
+from nanodiff.text.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer, TextTokenizer
+from nanodiff.weights import hub
+
+EMBEDDED = ASSETS / "nano"  # the model that comes with the program
+
+
+def check_index(index, folder):
+    """(pipeline class, component names) of a model_index.json, all of classes that we have. Names are data, never
+    paths."""
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(FAMILIES)})")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
+    present = set()
+    for name, entry in index.items():
+        if name.startswith("_") or name in IGNORED or not isinstance(entry, list):
+            continue
+        if entry == [None, None]:
+            continue
+        if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
+            raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
+        present.add(name)
+    for name in REQUIRED[FAMILIES[kind]]:
+        if name not in present:
+            raise UserError(f"{folder}/model_index.json: has no {name}")
+    return kind, present
+
+
+class Folder:
+    """A pipeline in Hub folder form: where its configs, weights and tokenizers come from."""
+
+    def __init__(self, path, variant=None):
+        self.path, self.variant = path, variant
+        self.index = read_json(path / "model_index.json")
+        self.kind, self.parts = check_index(self.index, path)
+
+    def folder(self, name):
+        return self.path / name
+
+    def builder(self, name):
+        """The class of a component."""
+        entry = self.index.get(name)
+        return OWN.get(entry[1] if isinstance(entry, list) else None, BUILDERS[name])
+
+    def config(self, name):
+        path = self.folder(name) / "config.json"
+        return self.builder(name).Config.from_json(read_json(path), str(path))
+
+    def check_there(self, name):
+        """Raise UserError when a part that SD 3 could do without is missing."""
+        if name.endswith("_3") and not self.folder(name).is_dir():
+            raise UserError(f"{self.path}: {name} is missing; download it, or go without it with `no_t5`")
+
+    def module(self, name, dtype, device):
+        self.check_there(name)
+        return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant)
+
+    def tokenizer(self, name):
+        self.check_there(name)
+        if self.index[name][1] == "LabelTokenizer":
+            return LabelTokenizer.load(self.path / name)
+        return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
+
+    def scheduler(self):
+        path = self.path / "scheduler" / "scheduler_config.json"
+        return read_json(path), str(path)
+
+
+class Component(Folder):
+    """One component's folder in place of a pipeline's own, such as a UNet that was trained alone."""
+
+    def __init__(self, path, rest, variant=None):
+        kind = read_json(path / "config.json").get("_class_name")
+        part = next((n for n in ("unet", "transformer", "vae") if kind in CLASSES[n]), None)
+        if part is None:
+            raise UserError(
+                f"{path}: {kind!r} is no model that can stand in place of another (a UNet, transformer or VAE)"
+            )
+        if rest is None:
+            raise UserError(
+                f"{path}: one component ({part}), not a pipeline; name a pipeline for the rest with `components`"
+            )
+        super().__init__(rest.path, variant)
+        if part not in self.parts:
+            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
+        self.part, self.own = part, path
+
+    def folder(self, name):
+        return self.own if name == self.part else self.path / name
+
+
+def source(
+    model,
+    variant=None,
+    revision=None,
+    token=None,
+    components=None,
+    prediction_type=None,
+    allow_pickle=False,
+    no_t5=False,
+    without=(),
+):
+    """The Folder, Component or singlefile.Single that `model` names. components: what a single file or a component
+    lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
+    skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
+    path = hub.resolve(model, revision, token, variant, skip)
+    rest = None
+    if components:  # the denoiser is what the file brings
+        skip = (*skip, "unet", "transformer")
+        rest = Folder(hub.resolve(components, None, token, variant, skip), variant)
+    if not path.is_file():
+        if prediction_type:
+            raise UserError(f"`prediction_type` is for single-file checkpoints; {path} is a folder")
+        if (path / "model_index.json").exists() and rest:
+            raise UserError(f"`components` is for single files and single components; {path} is a whole pipeline")
+        return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
+    return Single(path, BUILDERS, rest, prediction_type, allow_pickle)
+
+
+def load_vae(path, dtype, device):
+    """The VAE in a component folder (or in the `vae` of a pipeline's folder), of whichever class its config.json names."""
+    path = hub.trained(path)
+    path = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: VAE checkpoint not found (a folder with config.json and its weights)")
+    kind = read_json(path / "config.json").get("_class_name", "AutoencoderKL")
+    if kind not in CLASSES["vae"]:
+        raise UserError(f"{path}: {kind!r} is no VAE (only {', '.join(CLASSES['vae'])})")
+    return weights.load(OWN.get(kind, AutoencoderKL), path, dtype, device)
+
+
+def load_text(path, dtype, device, projection=False):
+    """(encoder, tokenizer) of a CLIP text encoder: a whole CLIP's folder, a pipeline's, or the encoder's own. Raises UserError
+    when a projection is wanted and not there."""
+    path = Path(path)
+    inside = (path / "text_encoder").is_dir()
+    folder = path / "text_encoder" if inside else path
+    raw, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if isinstance(raw.get("text_config"), dict):  # both towers in one file
+        inner = {k: v for k, v in raw["text_config"].items() if k in CLIPTextModel.Config.__dataclass_fields__}
+        raw = inner | {"projection_dim": raw.get("projection_dim", 512)}
+        raw |= {"architectures": ["CLIPTextModelWithProjection"]} if projection else {}
+    cfg = CLIPTextModel.Config.from_json(raw, where)
+    if projection and not cfg.with_projection:
+        raise UserError(f"{folder}: has no text_projection, which an MMDiT needs")
+    tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path)
+    unwanted = () if cfg.with_projection else ("text_projection",)
+    return weights.load(CLIPTextModel, folder, dtype, device, cfg=cfg, without=unwanted), tokenizer
+
+
+def load_language(path, dtype, device):
+    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left."""
+    raw, where = read_json(Path(path) / "config.json"), str(Path(path) / "config.json")
+    cfg = CausalLM.Config.from_json(raw, where)
+    tokenizer = TextTokenizer.load(path, cfg)
+    tied = ("lm_head",) if cfg.tie_word_embeddings else ()
+    return onednn.widen(weights.load(CausalLM, path, dtype, device, cfg=cfg, without=tied)), tokenizer
+
+
+def configs(model, *args, **options):
+    """What `model` names as a source of configurations, as source() takes it: weights need not be there nor are they
+    downloaded, and the released models are known without any file."""
+    name = hub.ALIASES.get(str(model), str(model))
+    if name in RELEASED and not Path(model).exists():
+        return Known(RELEASED[name], BUILDERS)
+    return source(model, *args, **options, without=hub.COMPONENTS)

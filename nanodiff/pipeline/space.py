@@ -1,0 +1,84 @@
+"""Between pixels and latents: sizes, the VAE, and its overflow in half precision."""
+
+import sys
+
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.device import memory
+
+
+def say(message):
+    print(message, file=sys.stderr)
+
+
+class LatentSpace:
+    """What a pipeline does with pictures and their latents. Needs: net, vae (None: latents are pixels), denoiser_name."""
+
+    @property
+    def downscale(self):
+        """Pixels per latent along one side."""
+        return self.vae.cfg.downscale if self.vae else 1
+
+    @property
+    def multiple(self):
+        """Heights and widths are multiples of this many pixels."""
+        return self.downscale
+
+    @property
+    def size(self):
+        """(height, width) in pixels that the model was made for."""
+        size = self.net.cfg.sample_size or 64
+        h, w = (size, size) if isinstance(size, int) else size
+        return h * self.downscale, w * self.downscale
+
+    def check_latents(self):
+        net, name = self.net.cfg, self.denoiser_name
+        channels = self.vae.cfg.latent_channels if self.vae else net.out_channels
+        if net.in_channels == 9:
+            raise UserError(
+                "unet: 9 input channels: inpainting models are not supported; use an ordinary one with `mask`"
+            )
+        if (net.in_channels, net.out_channels) != (channels, channels):
+            got = f"{net.in_channels} channels in and {net.out_channels} out"
+            raise UserError(f"{name} has {got}, the VAE's latents have {channels}: they are not of one model")
+
+    def check_size(self, height, width):
+        """Raise UserError for pictures that are too large for the model, or not of its only size."""
+        only = getattr(self.vae.cfg, "fixed_size", None) if self.vae else None
+        if only and (height, width) != (only, only):
+            raise UserError(f"`height` and `width`: this model's VAE makes {only}x{only} pictures only")
+
+    def encode_pixels(self, pixels, noise):
+        """[B, 3, H, W] in [-1, 1] -> latents: a posterior sample, as image-to-image starts from."""
+        if self.vae is None:
+            return pixels
+        shape = (len(pixels), self.vae.cfg.latent_channels, *(s // self.downscale for s in pixels.shape[-2:]))
+        drawn = noise(shape)
+        return self._finite(lambda dtype: self.vae.encode(pixels.to(self.device, dtype), drawn.to(dtype)))
+
+    def decode(self, latents, tiled=False):
+        """latents -> pixels. A half-precision VAE that overflows is run again in fp32, with a line."""
+        if self.vae is None:
+            if tiled:
+                raise UserError("`tiled`: this model works in pixels and has no VAE")
+            return latents
+        run = self.vae.decode_tiled if tiled else self.vae.decode
+        return self._finite(lambda dtype: run(latents.to(dtype)))
+
+    def vae_dtype(self):
+        """The type in which the VAE is tried first."""
+        return memory.dtype_of(self.vae)
+
+    def _finite(self, run):
+        """run(dtype of the VAE), again in fp32 when a half-precision result is not finite."""
+        dtype = self.vae_dtype()
+        with memory.at_work(self.vae, dtype):
+            out = run(dtype)
+        if not torch.isfinite(out).all() and dtype != torch.float32:
+            say(f"note: the VAE overflowed in {dtype}; running it again in fp32")
+            with memory.at_work(self.vae, torch.float32):
+                out = run(torch.float32)
+        if not torch.isfinite(out).all():
+            raise UserError("the VAE's result is not finite (NaN or infinity): check its weights")
+        return out

@@ -1,0 +1,460 @@
+"""caption.py's stories of a captioner: training it, telling pictures by it, judging what it tells."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from nanodiff import data
+from nanodiff.config import UserError, printable
+from nanodiff.data import captionset
+from nanodiff.device import dist
+from nanodiff.diffusion import objective
+from nanodiff.evaluation import caption_scores, features, image_sets, textmetrics
+from nanodiff.files import write_bytes
+from nanodiff.output import charts, images, report
+from nanodiff.stories import captioner_model
+from nanodiff.stories.captions import begin, language_dtype
+from nanodiff.training import loader
+from nanodiff.training.options import listed
+from nanodiff.training.run import Run
+
+
+def train(cfg):
+    """The stage `train`: validated after every epoch; checkpoints/best_model has the lowest validation loss of all epochs."""
+
+    cfg.check()
+    run = Run(cfg)
+    rows = {n: dist.on_main(part, cfg, n) for n in ("train", "val")}
+    dist.on_main(held_out, cfg, rows)
+    torch.manual_seed(cfg.seed)  # what begins anew
+    net = dist.together(make, cfg, rows["train"], run)
+    if cfg.lora:
+        captioner_model.adapt(net, captioner_model.Adapters(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, listed(cfg.lora_targets)),
+                        captioner_model.Adapters(cfg.vit_lora_r, cfg.vit_lora_alpha, cfg.vit_lora_dropout, captioner_model.VIT_TARGETS))  # fmt: skip
+    ids = {n: dist.together(captions_of, net, rows[n], cfg, n) for n in rows}
+    sets = {n: captionset.pictures(rows[n], cfg.train_csv_path) for n in rows}
+    how = net.pictures.transform
+    change = loader.Transform(
+        how.resolution, True, cfg.random_flip, cfg.random_jitter, cfg.random_rotate, how.interpolation, True
+    )
+    policy = {"policy": "skip" if cfg.skip_bad else "stop", "limit": 1.0, "timeout": cfg.dist_timeout}
+    feed = loader.Feed(sets["train"], change, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers, **policy)
+    checks = loader.Feed(sets["val"], how, cfg.seed, cfg.batch_size, **policy)
+    run.cfg = cfg = dataclasses.replace(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
+    calls = run.trainable({"captioner": net})
+    run.schedule(feed.per_epoch)
+    run.resume()
+    dist.on_main(tidy, run, cfg)
+    run.same("data set", [s.fingerprint() for s in sets.values()], must=True)
+    feed.interrupted = run.interrupted
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    dist.say(f"captioner: {trained / 1e6:.2f} M of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters learn; "
+             f"{len(sets['train'])} training and {len(sets['val'])} validation pictures")  # fmt: skip
+
+    def chosen(part, index, position):
+        """One of a picture's captions: for training drawn by its global sample index, else the first."""
+        own = ids[part][position]
+        one = objective.generator(cfg.seed, "caption", index) if part == "train" and len(own) > 1 else None
+        return own[torch.randint(len(own), (), generator=one).item() if one else 0]
+
+    def rows_of(part, batch):
+        texts = [chosen(part, i, p) for i, p in zip(batch.indices, batch.positions, strict=True)]
+        longest = max(map(len, texts))
+        return torch.tensor([t + [captioner_model.NO_LABEL] * (longest - len(t)) for t in texts], device=run.device)
+
+    def tokens(step):
+        """Caption tokens of a whole update over its pictures: by it a micro-batch's sum becomes its part of the mean over tokens."""
+        first, positions = feed.plan.update(step)
+        return sum(len(chosen("train", first + k, int(p))) for k, p in enumerate(positions)) / len(positions)
+
+    for step in run.steps():
+        mean = tokens(step)
+        for batch in feed.update(step):
+            torch.manual_seed(objective.generator(cfg.seed, "dropout", next(iter(batch.indices), 0)).initial_seed())
+            with run.forward(batch):
+                loss = calls["captioner"](batch.pixels.to(run.device), rows_of("train", batch)) / (
+                    mean * len(batch.positions)
+                )
+            run.backward(loss, batch)
+        run.update()
+        if run.epoch_ended() or step + 1 == run.total:
+            epoch = -(-(step + 1) // feed.per_epoch)
+            feed.report_bad(run.out)
+            with run.averaged():
+                found = validate(run, net, checks, lambda b: rows_of("val", b))
+                run.log(val_loss=found)
+                told = show(run, net, sets["val"], rows["val"], cfg, epoch)
+                best = run.judge(found)
+                facts = {
+                    "epoch": epoch,
+                    "step": step + 1,
+                    "val_loss": found if math.isfinite(found) else None,
+                    "best_val_loss": run.best,
+                }
+                names = (
+                    ["last_checkpoint"] + ["best_model"] * best + [f"epoch_{epoch}"] * run.every_epochs(cfg.save_epochs)
+                )
+                for name in names:
+                    write(run, net, name, facts, not cfg.lora)
+            dist.say(
+                f"epoch {epoch}: validation loss {found:.4f}"
+                + (" (the best so far)" if best else f" (best: {run.best:.4f})" if run.best is not None else "")
+            )
+            for line in told:
+                dist.say(line)
+    run.save()
+    if run.best is not None:
+        run.record.result("best_val_loss", run.best)
+    for name in ("best_model", "last_checkpoint"):
+        if dist.on_main((run.out / "checkpoints" / name).is_dir):
+            run.record.file(run.out / "checkpoints" / name)
+    log = run.out / "metrics.jsonl"
+    if dist.on_main(lambda: log.exists() and bool(charts.losses(log, run.out / "loss.png", ("loss", "val_loss")))):
+        run.record.file(run.out / "loss.png")
+    run.close()
+
+
+def held_out(cfg, rows):
+    """Raise UserError when a picture of --test-csv-path would be learned from or chosen by; the default one counts where it is of the same
+    split, beside the training CSV."""
+
+    typed = "test_csv_path" in getattr(cfg, "given", ())
+    if not Path(cfg.test_csv_path).is_file():
+        if typed:
+            raise UserError(f"--test-csv-path {cfg.test_csv_path}: no such file")
+        return
+    if not typed and Path(cfg.test_csv_path).parent.resolve() != Path(cfg.train_csv_path).parent.resolve():
+        return
+    tested = {row.name for row in captionset.read(cfg.test_csv_path, captions=False)}
+    for name, some in rows.items():
+        if known := [row.name for row in some if row.name in tested]:
+            raise UserError(f"{len(known)} pictures of {cfg.test_csv_path} are also in {getattr(cfg, f'{name}_csv_path')}, such as {printable(known[0])}: "
+                            "they could not be tested")  # fmt: skip
+
+
+def tidy(run, cfg):
+    """A new run does not mix its captioners with an older one's; a resumed one takes its last epoch's samples again."""
+
+    if not run.step and not cfg.resume and (run.out / "checkpoints").exists():
+        if not cfg.overwrite_output_dir:
+            raise UserError(
+                f"{run.out}: has captioners of an earlier run; take another --output-dir, or --overwrite-output-dir"
+            )
+        shutil.rmtree(run.out / "checkpoints")
+    samples = run.out / "samples.jsonl"
+    if samples.exists():
+        kept = [
+            x
+            for x in samples.read_text(encoding="utf-8").split("\n")[:-1]
+            if json.loads(x)["epoch"] * run.per_epoch <= run.step
+        ]
+        write_bytes(samples, "".join(f"{x}\n" for x in kept).encode())
+
+
+def part(cfg, name):
+    """The located rows of a part: "train", "val", "test"."""
+
+    path = getattr(cfg, f"{name}_csv_path")
+    if not Path(path).is_file():
+        raise UserError(f"--{name}-csv-path {path}: no such file (caption.py split writes it)")
+    return captionset.located(captionset.read(path, skip=cfg.skip_bad), cfg.folders(), cfg.skip_bad)
+
+
+def make(cfg, rows, run):
+    """A Captioner to train, on the run's device."""
+
+    settings = captioner_model.Settings(
+        cfg.vision_model, cfg.model_name, hidden=cfg.projector_hidden, dropout=cfg.projector_dropout
+    )
+    if cfg.model_size != "pretrained":
+        texts = [t for row in rows for t in row.captions]
+        return captioner_model.fresh(cfg.model_size, texts, settings, cfg.vocab_size).to(run.device)
+    low = run.precision if cfg.lora and run.precision else torch.float32
+    net = captioner_model.base(settings, low, run.device, cfg.hf_token)
+    return net if cfg.lora else net.requires_grad_(True)
+
+
+def captions_of(net, rows, cfg, name):
+    """[[ids with the end token] of each caption] of each row; says how many were cut."""
+
+    out, cut = [], 0
+    for row in rows:
+        out.append([net.caption_ids(t, cfg.max_length) for t in row.captions])
+        cut += sum(
+            len(net.tokenizer.ids(t.strip(), begin=False)) >= min(cfg.max_length, net.room) for t in row.captions
+        )
+    if cut:
+        dist.say(
+            f"warning: {cut} captions of {getattr(cfg, f'{name}_csv_path')} are longer than --max-length {cfg.max_length} tokens, and cut"
+        )
+    return out
+
+
+def validate(run, net, feed, ids_of):
+    """Mean cross-entropy per caption token of the validation pictures, in nats."""
+
+    total = [0.0, 0.0]
+    for step in range(feed.per_epoch):
+        for batch in feed.update(step):
+            if batch.count:
+                ids = ids_of(batch)
+                with run.autocast():
+                    total[0] += net(batch.pixels.to(run.device), ids).item()
+                total[1] += (ids != captioner_model.NO_LABEL).sum().item()
+    sums, tokens = dist.total(total, run.device)
+    return sums / tokens
+
+
+def show(run, net, dataset, rows, cfg, epoch):
+    """Lines with what is told of the first validation pictures now, also in samples.jsonl, and as a sheet."""
+
+    def tell():
+        if not cfg.samples:
+            return []
+        kept, some = readable(rows[: cfg.samples], cfg.skip_bad)
+        some = [open_picture() for open_picture in some]
+        texts = net.describe(some, cfg.max_new_tokens)
+        lines = [
+            {"epoch": epoch, "image": row.name, "reference": row.captions[0], "prediction": t}
+            for row, t in zip(kept, texts, strict=True)
+        ]
+        with open(run.out / "samples.jsonl", "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        images.save_png(sheet_of(some, [x["reference"] for x in lines], texts), run.out / "samples.png")
+        return [
+            f"  {printable(x['image'])}: {printable(x['prediction'])!r} (reference: {printable(x['reference'])!r})"
+            for x in lines
+        ]
+
+    return dist.on_main(tell)
+
+
+def sheet_of(pictures, references, predictions, side=160):
+    """One PIL sheet: each picture below its reference (in brackets, if there is one) and what was told."""
+
+    labels = [
+        f"{p or '(nothing)'} [{r}]" if r else p or "(nothing)" for p, r in zip(predictions, references, strict=True)
+    ]
+    small = [images.fit(p, side, side) for p in pictures]
+    return images.grid(small, min(6, len(small)), labels, size=12)
+
+
+def write(run, net, name, facts, whole):
+
+    dist.on_main(captioner_model.save, net, run.out / "checkpoints" / name, net.state_dict(), whole, facts)
+
+
+def teller(cfg, device):
+    """The Captioner of --model-file, for telling."""
+
+    if not cfg.model_file:
+        raise UserError("--model-file is required, such as results/vit_llama3_2_1B/checkpoints/best_model.pt")
+    net = captioner_model.load(
+        cfg.model_file, language_dtype(cfg, device), device, cfg.model_name, cfg.vision_model, cfg.hf_token
+    )
+    for name, given in (("language_model", cfg.model_name), ("vision_model", cfg.vision_model)):
+        if given and not getattr(net.settings, name):
+            raise UserError(f"--{name.replace('_', '-')}: {cfg.model_file} brings its own, which was wholly trained")
+    return net
+
+
+def tell(cfg, net, pictures, record):
+    """Captions of PIL pictures; says the speed."""
+
+    groups = [pictures[i : i + cfg.batch_size] for i in range(0, len(pictures), cfg.batch_size)]
+    out, steps = [], []
+    with record.timed("tell"):
+        for group in dist.progress(groups, len(groups), "captions (batches)"):
+            start, taken = time.perf_counter(), []
+            out += net.describe(
+                [f() for f in group],
+                cfg.max_new_tokens,
+                cfg.beams,
+                on_step=lambda i, s, kept=taken: kept.append(s),
+            )
+            steps.append((len(taken) * len(group), time.perf_counter() - start))
+    if sum(n for n, _ in steps):
+        rate = sum(n for n, _ in steps) / sum(s for _, s in steps)
+        record.data["results"]["tokens_per_s"] = rate
+        dist.say(f"{len(out)} pictures, {rate:.1f} tokens/s with their reading")
+    return out
+
+
+def infer(cfg):
+    """The stage `infer`: one picture's caption is printed alone; of several, a line each with the picture's name."""
+
+    if not cfg.infer_image_path:
+        raise UserError("--infer-image-path is required: a picture, a folder, or a CSV")
+    rows = to_tell(cfg)
+    device, record = begin(cfg)
+    with record.timed("load"):
+        net = teller(cfg, device)
+    rows, shown = readable(rows, cfg.skip_bad)
+    texts = tell(cfg, net, shown, record)
+    told = [row._replace(captions=(t,)) for row, t in zip(rows, texts, strict=True)]
+    captionset.write(record.out / "captions.csv", told)
+    sheet = sheet_of(
+        [open_picture() for open_picture in shown[:48]],
+        [row.captions[0] if row.captions else "" for row in rows[:48]],
+        texts[:48],
+    )
+    images.save_png(sheet, record.out / "sheet.png")
+    for path in (record.out / "captions.csv", record.out / "sheet.png"):
+        record.file(path)
+    record.data["results"]["captions"] = {row.name: row.captions[0] for row in told}
+    record.write()
+    alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(told) == 1
+    for row in told:
+        text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
+        print(text if alone else f"{printable(row.name)}\t{text}")
+
+
+def to_tell(cfg):
+    """[Row] of --infer-image-path. Raises UserError."""
+
+    path = Path(cfg.infer_image_path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES)
+        if not files:
+            raise UserError(
+                f"--infer-image-path {path}: no pictures in it (looked for {', '.join(sorted(data.SUFFIXES))})"
+            )
+        return [captionset.Row(p.name, (), str(p)) for p in files]
+    if not path.is_file():
+        raise UserError(f"--infer-image-path {path}: no such file or folder")
+    if path.suffix.lower() == ".csv":
+        return captionset.located(
+            captionset.read(path, captions=False), cfg.image_path or [path.parent / "images"], cfg.skip_bad
+        )
+    return [captionset.Row(path.stem, (), str(path))]
+
+
+def readable(rows, skip):
+    """(rows, [f() -> PIL picture]) of those that can be read; the others raise UserError, or are said with --skip-bad."""
+
+    kept, bad = [], []
+    for row in rows:
+        try:
+            images.open_image(row.path)
+            kept.append(row)
+        except UserError as e:
+            if not skip or len(rows) == 1:
+                raise
+            bad.append(str(e))
+    if bad:
+        dist.say(f"warning: {len(bad)} of {len(rows)} pictures cannot be read and are left out, such as {bad[0]}")
+    if not kept:
+        raise UserError(f"none of {len(rows)} pictures can be read: {bad[0] if bad else 'there are none'}")
+    return kept, [functools.partial(images.open_image, row.path) for row in kept]
+
+
+def evaluate(cfg):
+    """The stage `eval`: the pictures of a part against all their captions."""
+
+    asked_for = listed(cfg.metrics)
+    textmetrics.check_names([n for n in asked_for if n not in OWN])
+    rows, shown = readable(part(cfg, cfg.eval_set)[: cfg.max_samples], cfg.skip_bad)
+    if "cider" in asked_for and len(rows) == 1:
+        raise UserError("--metrics cider weighs words by how few pictures have them, and here is one picture")
+    device, record = begin(cfg)
+    clip = image_sets.Settings(
+        groups=("clip_score",),
+        must="clip_score" in asked_for,
+        weights_dir=cfg.weights_dir,
+        clip=cfg.clip,
+        seed=cfg.seed,
+        device=device,
+    )
+    if clip.must:
+        try:
+            image_sets.clip_path(clip)
+        except features.Absent as e:
+            raise UserError(f"--metrics clip_score: {e}") from None
+    with record.timed("load"):
+        net = teller(cfg, device)
+    texts = tell(cfg, net, shown, record)
+    found, scores, skipped = judged(cfg, net, rows, shown, texts, asked_for, clip)
+    for reason in skipped:
+        dist.say(f"note: not computed: {printable(reason)}")
+    document = report.Report(f"Captions of {len(rows)} pictures ({cfg.eval_set})")
+    document.text(
+        f"Told by {cfg.model_file}. BLEU is the corpus's; the mean of single captions' BLEU, another number, is bleuN_mean. METEOR is without synonyms."
+    )
+    for path in report.write_metrics(record.out, found):
+        record.file(path)
+    report.metrics_table(document, found)
+    header = ("Image_Name", "prediction", "references", *scores)
+    lines = [
+        [row.name, t, " | ".join(row.captions), *(s.each[i] for s in scores.values())]
+        for i, (row, t) in enumerate(zip(rows, texts, strict=True))
+    ]
+    report.write_csv(record.out / "captions.csv", header, lines)
+    series = {"": [(found[n]["value"], *(found[n].get("ci") or (found[n]["value"],) * 2)) for n in scores]}
+    chart = charts.bars(record.out / "scores.png", list(scores), series, "with 95 % intervals") if scores else None
+    document.picture(chart, "The set's scores")
+    rank = next((s.each for n, s in scores.items() if n in ("cider", "meteor")), None) or [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -rank[i])
+    some = sorted(
+        {order[round(k * (len(order) - 1) / max(cfg.sheet - 1, 1))] for k in range(min(cfg.sheet, len(order)))},
+        key=order.index,
+    )
+    if some:
+        sheet = sheet_of([shown[i]() for i in some], [rows[i].captions[0] for i in some], [texts[i] for i in some])
+        images.save_png(sheet, record.out / "sheet.png")
+        document.picture(record.out / "sheet.png", "From the best told to the worst; in brackets the reference")
+        record.file(record.out / "sheet.png")
+    for path in (record.out / "captions.csv", *([chart] if chart else []), *document.write(record.out)):
+        record.file(path)
+    for name, m in found.items():
+        record.result(name, m["value"])
+    record.write()
+    print(f"report: {record.out / 'report.html'}")
+
+
+OWN = ("perplexity", "clip_score")  # metrics that are not of the words alone
+
+
+def judged(cfg, net, rows, shown, texts, names, clip):
+    """({metric: entry}, {metric: textmetrics.Score}, [why something is missing])."""
+
+    skipped = []
+    wanted = tuple(n for n in names if n not in OWN) if names else textmetrics.NAMES
+    if len(rows) == 1 and "cider" in wanted and not names:
+        skipped.append("cider weighs words by how few pictures have them, and here is one picture")
+        wanted = tuple(n for n in wanted if n != "cider")
+    found, scores = {}, {}
+    if wanted:
+        found, _, scores = caption_scores.captions({r.name: [t] for r, t in zip(rows, texts, strict=True)}, {r.name: list(r.captions) for r in rows},
+                                             cfg.tokenize, wanted, cfg.bootstrap, cfg.seed)  # fmt: skip
+    if not names or "perplexity" in names:
+        nats, tokens = surprise(net, rows, shown, cfg.batch_size, clip.device)
+        facts = report.provenance(
+            form="exp of the mean cross-entropy per token of all references, end token included",
+            tokenizer="the model's",
+        )
+        found["perplexity"] = report.entry(math.exp(min(nats / tokens, 700)), tokens, facts)
+    if not names or "clip_score" in names:
+        scored = image_sets.images(captionset.pictures(rows, cfg.eval_set), clip, None, texts, "captions")
+        found |= {k: m for k, m in scored.metrics.items() if k.startswith("clip_score")}
+        skipped += dict.fromkeys(scored.skipped.values())
+    return found, scores, skipped
+
+
+def surprise(net, rows, shown, batch_size, device):
+    """(summed cross-entropy, tokens) of all references."""
+
+    pairs = [(i, net.caption_ids(t)) for i, row in enumerate(rows) for t in row.captions]
+    nats = 0.0
+    for k in range(0, len(pairs), batch_size):
+        some = pairs[k : k + batch_size]
+        longest = max(len(ids) for _, ids in some)
+        ids = torch.tensor([t + [captioner_model.NO_LABEL] * (longest - len(t)) for _, t in some], device=device)
+        with torch.inference_mode():
+            nats += net(net.pictures.batch([shown[i]() for i, _ in some]).to(device), ids).item()
+    return nats, sum(len(ids) for _, ids in pairs)

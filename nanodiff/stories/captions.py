@@ -1,0 +1,281 @@
+"""caption.py's stories of texts: going on with one, varying captions, drawing them, splitting them."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanodiff import pipeline
+from nanodiff.config import UserError, as_dict, printable
+from nanodiff.data import captionset
+from nanodiff.data.promptset import names_in
+from nanodiff.device import choice, dist
+from nanodiff.files import out_dir
+from nanodiff.models import layers
+from nanodiff.output.record import Record
+from nanodiff.pipeline import sources
+from nanodiff.stories import gallery
+from nanodiff.text import textgen
+from nanodiff.training.options import parse_size
+from nanodiff.weights import hub
+
+
+def begin(cfg):
+    """(device, Record) of a stage, joined with the other processes if there are any."""
+
+    device = choice.pick_device(cfg.device)
+    if hasattr(cfg, "dist_timeout"):
+        dist.start(device, cfg.dist_timeout)
+        dist.agree(as_dict(cfg), "configuration")
+    layers.use_kernels(cfg.kernels)
+    return device, Record(cfg, device)
+
+
+def end(record):
+
+    record.write()
+    dist.finish()
+
+
+def language_dtype(cfg, device):
+    """torch dtype of a language model: bf16 on a GPU by itself."""
+
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return choice.pick_dtype(cfg.dtype, device)
+
+
+def language(cfg, device):
+    """(CausalLM, TextTokenizer) of --model."""
+
+    folder = dist.on_main(hub.resolve, cfg.model, None, cfg.hf_token)
+    return dist.together(sources.load_language, folder, language_dtype(cfg, device), device)
+
+
+def complete(cfg):
+    """The stage `complete`: see the module docstring."""
+
+    for name in ("model", "prompt"):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name} is required")
+    chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
+    device, record = begin(cfg)
+    with record.timed("load"):
+        net, tokenizer = language(cfg, device)
+    text = textgen.chat([{"role": "user", "content": cfg.prompt}]) if cfg.chat else cfg.prompt
+    ids = tokenizer.ids(text, begin=not cfg.chat)
+    times = []
+    with record.timed("write"):
+        (written,) = textgen.generate(net, [ids], cfg.max_new_tokens, chance, net.cfg.eos_token_id, [cfg.seed], cfg.beams,
+                                      on_step=lambda i, seconds: times.append(seconds))  # fmt: skip
+    record.data["results"] = {"prompt_ids": ids, "ids": written.ids, "ended": written.ended}
+    if len(times) > 1:
+        rate = (len(times) - 1) / sum(times[1:])
+        record.data["results"]["tokens_per_s"] = rate
+        print(f"{len(ids)} tokens read in {times[0]:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+    record.write()
+    print(tokenizer.rest(ids, written.ids))
+
+
+REQUEST = ('Write {n} different variations of this caption of a picture: "{caption}". Keep the kind of thing, and change its ingredients, its '
+           "style or how it is made. Each variation has {low} to {high} words and stands on a line of its own. Write the variations alone.")  # fmt: skip
+EXAMPLE = ("Caption: Grilled Salmon with Lemon\nVariations:\n- Smoked salmon with dill and lemon\n- Salmon tartare on rye toast\n- Baked salmon "
+           "in a herb crust\n\nCaption: Iced Tea\nVariations:\n- Peach iced tea with mint\n- Green tea over ice with honey\n- Sparkling "
+           "hibiscus iced tea\n\nCaption: {caption}\nVariations:\n-")  # fmt: skip
+JOURNAL = "augmented"
+
+
+def augment(cfg):
+    """The stage `augment`: new captions for each of a CSV's, by a language model; the same for any number of processes."""
+
+    if cfg.max_words < cfg.min_words:
+        raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
+    chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
+    device, record = begin(cfg)
+    rows = dist.on_main(captionset.read, cfg.data_csv, cfg.clean, cfg.skip_bad)
+    if cfg.start_idx >= len(rows):
+        raise UserError(f"--start-idx {cfg.start_idx}: {cfg.data_csv} has {len(rows)} captions")
+    template = template_of(cfg)
+    with record.timed("load"):
+        net, tokenizer = language(cfg, device)
+    chat = cfg.chat == "yes" or (cfg.chat == "auto" and net.cfg.gemma)
+    template = template or (REQUEST if chat else EXAMPLE)
+    settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",
+                                             "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
+    settings |= {"template": template, "chat": chat, "dtype": str(net.output.dtype).removeprefix("torch.")}
+    work = captionset.Journal(record.out, JOURNAL, rows, settings)
+    some = range(cfg.start_idx, min(len(rows), cfg.start_idx + (cfg.max_samples or len(rows))))
+    groups = [list(some[i : i + cfg.batch_size]) for i in range(0, len(some), cfg.batch_size)]
+    todo = [g for g in groups if any(i not in work.done for i in g)]
+    if len(todo) < len(groups):
+        dist.say(f"{record.out}: {sum(i in work.done for i in some)} of {len(some)} captions are varied already")
+    mine, rates = todo[dist.world().rank :: dist.world().size], []
+
+    def enough(ids):
+        """Has a reply said what is read of it?"""
+        return ("\n" if "{first}" in template else "\n\n") in tokenizer.decode(ids)
+
+    def one(group):
+        """{row: (variations, replies)} of a group, whose rows ask again until they have enough."""
+        got = {i: ([], 0) for i in group}
+        for attempt in range(cfg.attempts if cfg.temperature else 1):  # the likeliest reply is always the same
+            lacking = [i for i in group if len(got[i][0]) < cfg.variations]
+            if not lacking:
+                break
+            texts = [asked(cfg, template, rows[i], cfg.variations - len(got[i][0])) for i in lacking]
+            ids = [
+                tokenizer.ids(textgen.chat([{"role": "user", "content": t}]) if chat else t, begin=not chat)
+                for t in texts
+            ]
+            seeds = [captionset.seed_of(cfg.seed, rows[i].name, attempt) for i in lacking]
+            start = time.perf_counter()
+            written = textgen.generate(net, ids, cfg.max_new_tokens, chance, net.cfg.eos_token_id, seeds,
+                                       until=None if chat else enough)  # fmt: skip
+            rates.append((sum(len(w.ids) for w in written), time.perf_counter() - start))
+            for i, prompt, w in zip(lacking, ids, written, strict=True):
+                reply = tokenizer.rest(prompt, w.ids)
+                if "{first}" in template:
+                    reply = rows[i].captions[0].split()[0] + reply.split("\n")[0]
+                elif not chat:
+                    reply = reply.split("\n\n")[0]
+                known, _ = got[i]
+                fresh = captionset.variations(
+                    reply, rows[i].captions[0], cfg.min_words, cfg.max_words, (*known, *rows[i].captions)
+                )
+                fresh = [captionset.cleaned(t) for t in fresh] if cfg.clean else fresh
+                got[i] = ([*known, *fresh][: cfg.variations], attempt + 1)
+        return got
+
+    def run():
+        for group in dist.progress(mine, len(mine), "captions (batches)"):
+            for i, (found, replies) in one(group).items():
+                work.add(i, found, replies)
+
+    with record.timed("write"):
+        dist.together(run)
+    counts = work.finish(cfg.variations)
+    tokens, seconds = (sum(column) for column in zip(*rates, strict=True)) if rates else (0, 0.0)
+    if seconds:
+        dist.say(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s in a process")
+        record.data["results"]["tokens_per_s"] = tokens / seconds
+    for name, value in counts.items():
+        record.result(name, value)
+    if counts["captions_with_fewer"]:
+        dist.say(
+            f"warning: {counts['captions_with_fewer']} of {counts['captions']} captions have fewer than {cfg.variations} variations "
+            f"after {cfg.attempts} replies; {work.shortfall} names them"
+        )
+    record.file(work.csv)
+    end(record)
+
+
+def template_of(cfg):
+    """The request's text, or None. Raises UserError for one that does not name the caption."""
+
+    if cfg.template is None:
+        return None
+    path = Path(cfg.template)
+    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".txt" and path.is_file() else cfg.template
+    names = names_in(text)
+    if strange := [n for n in names if n not in ("caption", "n", "low", "high", "first")]:
+        raise UserError(
+            f"--template: {{{printable(strange[0])}}} is none of {{caption}}, {{n}}, {{low}}, {{high}}, {{first}}"
+        )
+    if not {"caption", "first"} & set(names):
+        raise UserError("--template names neither {caption} nor {first}, so all captions would get the same variations")
+    return text
+
+
+def asked(cfg, template, row, n):
+    """The request for one caption."""
+    caption = row.captions[0]
+    for name, value in (
+        ("n", n),
+        ("low", cfg.min_words),
+        ("high", cfg.max_words),
+        ("first", caption.split()[0]),
+        ("caption", caption),
+    ):
+        template = template.replace(f"{{{name}}}", str(value))
+    return template
+
+
+def synthesize(cfg):
+    """The stage `synthesize`: a picture for each caption; the same for any number of processes."""
+
+    if "{caption}" not in cfg.template:
+        raise UserError("--template does not name {caption}, so all pictures would be of the same words")
+    size = parse_size(cfg.resize, otherwise=", or none") if cfg.resize != "none" else None
+    device, record = begin(cfg)
+    source = cfg.data_csv or record.out / "augmented_captions.csv"
+    rows = dist.on_main(captionset.read, source, False, cfg.skip_bad)
+    with record.timed("load"):
+        dtype = choice.pick_dtype(cfg.dtype, device)
+        sd = dist.together(pipeline.load, cfg.model, dtype, device, token=cfg.hf_token)
+        sd = sd.with_scheduler((None if sd.schedule.flow else "ddpm") if cfg.scheduler == "auto" else cfg.scheduler)
+    negative, scale = cfg.negative_prompt or None, cfg.guidance_scale
+    given = getattr(cfg, "given", frozenset())
+    if sd.turbo and "guidance_scale" not in given:
+        scale = None
+    how = gallery.settings(
+        sd, cfg.model, None if sd.turbo and "steps" not in given else cfg.steps, scale, cfg.height, cfg.width
+    )
+    if negative and how["guidance_scale"] <= 1:
+        dist.say(f"warning: guidance is off at {how['guidance_scale']:g}; the negative prompt is not used")
+        negative = None
+    how |= {"negative_prompt": negative, "resize": size, "template": cfg.template}
+    jobs = [
+        gallery.Job(
+            f"{row.name}.{cfg.format}",
+            cfg.template.replace("{caption}", row.captions[0]),
+            captionset.seed_of(cfg.seed, row.name),
+        )
+        for row in rows
+    ]
+    folder, listing = record.out / "images", record.out / "synthetic_captions.csv"
+    by_name = {job.name: row for job, row in zip(jobs, rows, strict=True)}
+    columns = {captionset.SOURCE: lambda row: row.source}
+    dist.on_main(lambda: listing.exists() or captionset.append(listing, captionset.table([], columns)))
+    with record.timed("draw"):
+        failed = gallery.draw(sd, jobs, folder, how, cfg.batch_size, on_saved=lambda job: captionset.append(
+            listing, captionset.line(by_name[job.name], columns)))  # fmt: skip
+    drawn = [row for job, row in zip(jobs, rows, strict=True) if job.name not in failed]
+    dist.on_main(captionset.write, listing, drawn, columns)
+    record.result("pictures", len(drawn))
+    record.result("failed", len(failed))
+    for job in jobs:
+        if job.name not in failed:
+            record.file(folder / job.name, prompt=job.prompt, seed=job.seed)
+    record.file(listing)
+    end(record)
+
+
+def split(cfg):
+    """The stage `split`: see captionset.split()."""
+
+    for name in ("val_share", "test_share"):
+        if not 0 < getattr(cfg, name) < 0.5:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name):g} must be above 0 and below 0.5")
+    record = Record(cfg, choice.pick_device("cpu"))
+
+    def rows_of(path):
+        beside = Path(path).parent / "images"
+        folders = cfg.image_path or ([beside] if beside.is_dir() else ["data/images"])
+        return captionset.located(captionset.read(path, cfg.clean, cfg.skip_bad), folders, cfg.skip_bad)
+
+    with record.timed("read"):
+        original, synthetic = rows_of(cfg.original_csv), []
+        for path in cfg.synthetic_csv:
+            synthetic += rows_of(path)
+    with record.timed("split"):
+        shares = (1 - cfg.val_share - cfg.test_share, cfg.val_share, cfg.test_share)
+        parts, counts = captionset.split(original, synthetic, cfg.seed, shares, cfg.apart, cfg.skip_bad)
+    for name, rows in parts.items():
+        path = Path(getattr(cfg, f"{name}_csv_path") or record.out / f"{name}.csv")
+        out_dir(path.parent)
+        captionset.write(path, rows)
+        record.file(path)
+    for name, value in counts.items():
+        record.result(name.replace(" ", "_"), value)
+    record.write()

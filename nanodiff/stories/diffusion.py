@@ -1,0 +1,68 @@
+"""What train.py's diffusion loop needs beside the loop: sample sheets and the model that comes out."""
+
+from pathlib import Path
+
+from nanodiff import lora
+from nanodiff.config import UserError
+from nanodiff.device import choice, dist
+from nanodiff.training import build, teach
+from nanodiff.training.options import under
+
+
+def sheet(run, sd, cfg, dataset, path, strip=False):
+    """Sample pictures with the averaged weights and fixed noise. strip: x_t at some of the steps instead, a row a prompt."""
+
+    prompts = prompts_of(cfg, sd, dataset)[: 4 if strip else cfg.eval_batch_size]
+    guidance = 1.0 if sd.unconditional else cfg.sample_guidance
+    teach.sheet(
+        run,
+        sd,
+        prompts,
+        path,
+        cfg.sample_steps,
+        guidance,
+        (cfg.resolution, cfg.resolution),
+        strip,
+        not sd.unconditional,
+    )
+
+
+def prompts_of(cfg, sd, dataset):
+    """What the sample sheets show: the prompts given, or texts spread over the data."""
+
+    if sd.unconditional:
+        return [""] * cfg.eval_batch_size
+    given = []
+    for prompt in cfg.sample_prompts:
+        if prompt.endswith(".txt"):
+            path = Path(under(cfg.base_dir, prompt))
+            if not path.is_file():
+                raise UserError(f"--sample-prompts {prompt}: no such file")
+            given += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        else:
+            given.append(prompt)
+    if cfg.condition == "labels":
+        sd.tokenizer(given)
+    texts = [group[0] for group in build.conditions(cfg, dataset)]
+    spread = list(dict.fromkeys(texts))
+    return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
+
+
+def write_model(run, sd, cfg, name):
+    """The averaged model as a Hub folder; of adapters, their file alone."""
+
+    with run.averaged():
+        states = {k: dist.whole_state(m) for k, m in run.net.items()}
+        kind = choice.DTYPES[cfg.save_dtype]
+        if cfg.lora:
+            form = lora.form_for(cfg.lora_format, sd.models())
+            folder = run.out / name
+            path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for
+            facts = {"title": run.out.resolve().name, "steps": run.step + 1, "seed": cfg.seed, "learning_rate": cfg.lr,
+                     "resolution": f"{cfg.resolution}x{cfg.resolution}", "prediction_type": sd.schedule.prediction}  # fmt: skip
+            dist.on_main(folder.mkdir, exist_ok=True)
+            made = lora.trained(dict(run.net.items()), states, kind) if dist.is_main() else None
+            dist.on_main(lora.write, path, made, sd.models(), form, facts)
+        else:
+            dist.on_main(sd.save, run.out / name, kind, states)
+    run.record.file(run.out / name)

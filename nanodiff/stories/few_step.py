@@ -1,0 +1,204 @@
+"""distill.py few-step: a student that needs few steps where its teacher needs many."""
+
+import shutil
+
+import torch
+
+from nanodiff import data, lora, pipeline
+from nanodiff.config import UserError
+from nanodiff.device import choice, dist
+from nanodiff.diffusion import fewstep, samplers
+from nanodiff.evaluation import image_sets, pages
+from nanodiff.files import write_json
+from nanodiff.output import charts, images, report
+from nanodiff.output.record import Record
+from nanodiff.stories import gallery
+from nanodiff.training import build, loader, teach
+from nanodiff.training.options import listed
+
+
+def few_schedule(cfg, sd):
+    """The student's pipeline as it will draw: its sampler."""
+    flow = sd.schedule.flow
+    if cfg.method == "guidance":
+        return sd.with_scheduler(None)
+    if cfg.method == "progressive":  # the last jump ends at x̂0 itself
+        return (
+            sd.with_scheduler("flow_euler")
+            if flow
+            else sd.with_scheduler("ddim", timestep_spacing="trailing", set_alpha_to_one=True)
+        )
+    if flow:
+        return sd.with_scheduler("flow_euler", stochastic_sampling=True)
+    return sd.with_scheduler("lcm", original_inference_steps=cfg.known_steps)
+
+
+def few_step(cfg):
+    """The stage `few-step`: see the module docstring."""
+
+    cfg.check()
+    device = choice.pick_device(cfg.device)
+    dist.start(device, cfg.dist_timeout)
+    record = Record(cfg, device)
+    dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
+    torch.manual_seed(cfg.seed)
+    rounds = [cfg.student_steps]
+    if cfg.method == "progressive":
+        first = cfg.first_steps or 4 * cfg.student_steps
+        rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
+    settings, last = build.lora_settings(cfg) if cfg.lora else None, cfg.model
+    for i, n in enumerate(rounds):
+        folder = target if n == rounds[-1] else record.out / f"steps-{n}"
+        work = folder.with_name(f"{folder.name}.training")
+        facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "guidance": cfg.guidance_scale,
+                 "data": dataset.fingerprint(), "lr": cfg.lr, "seed": cfg.seed, "lora": settings}  # fmt: skip
+        if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
+            begins = cfg.student if cfg.student and i == 0 else last
+            sd, nets = dist.together(teach.student, begins, settings)
+            if cfg.lora and set(nets) != {sd.denoiser_name}:
+                raise UserError("--lora-targets: few steps are the denoiser's business; name its layers")
+            master = None if cfg.lora else fewstep.frozen(sd.net)
+            teacher = sd
+            if begins != last:
+                teacher = dist.together(pipeline.load, last, torch.float32, "cpu")
+                fewstep.same_space(sd, teacher)
+                if sd.schedule.prediction != teacher.schedule.prediction:
+                    raise UserError(
+                        f"--student {begins} predicts {sd.schedule.prediction}, its teacher {teacher.schedule.prediction}"
+                    )
+                if loader.fingerprint(*sd.encoders) != loader.fingerprint(*teacher.encoders):
+                    raise UserError(f"--student {begins} has another text encoder than its teacher")
+                master = teacher.net.requires_grad_(False).eval()
+            scale, steps = (
+                guidance_of(cfg, teacher) if i == 0 else 1.0,
+                guided_steps(cfg, teacher) if cfg.method == "guidance" else n,
+            )
+            sd = few_schedule(cfg, sd)
+            for count in (steps, *(cfg.check_steps if cfg.evaluate else ())):  # known now, not after the training
+                samplers.check_steps(sd.schedule, count)
+            if cfg.method == "dmd":
+                nets["critic"] = fewstep.frozen(master).requires_grad_(True)
+            sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
+            if i == 0:
+                dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
+            with record.timed("train"):
+                teach.fit(cfg, work, sd, nets, dataset, teach.few_step(cfg, n, scale, master), few_writer(cfg, sd, folder, facts), cfg.resolution,
+                          dataset.captions[:8], (steps, 1.0), (cfg.method, str(last), n, scale))  # fmt: skip
+            teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
+        dist.on_main(few_tidy, folder, work)
+        last = str(folder)
+    record.file(target)
+    if cfg.evaluate:
+        with record.timed("evaluate"):
+            few_quality(cfg, record, dataset, device)
+    record.write()
+    if dist.is_main():
+        print(f"student: {target}")
+    dist.finish()
+
+
+def few_tidy(folder, work):
+    """Of a student that is there, keep of its training what people look at; the rest is for going on."""
+
+    for name in ("metrics.jsonl", "loss.png", "samples"):
+        if (work / name).exists():
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else None
+            (work / name).replace(folder / name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def guidance_of(cfg, sd):
+    """The teacher's guidance: --guidance-scale, or what its folder or family has."""
+    return sd.settings(None, cfg.guidance_scale)[1]
+
+
+def guided_steps(cfg, sd):
+    """The teacher's own steps: --teacher-steps, or what its folder or family has."""
+    return sd.settings(cfg.teacher_steps)[0]
+
+
+def few_writer(cfg, sd, folder, facts):
+    """write() of teach.fit()."""
+
+    def write(run, states):
+        loss = run.more.get("epoch_loss") or (run.numbers or {}).get("loss")
+        told = facts | {"loss": loss, "updates": run.step}
+        states.pop("critic", None)
+        if not cfg.lora:
+            return teach.save_model(sd, folder, cfg.save_dtype, states, **told)
+        form = lora.form_for(cfg.lora_format, sd.models())
+        folder.mkdir(exist_ok=True)
+        path = folder / ("lora_weights" if form == "peft" else "pytorch_lora_weights.safetensors")
+        teach.save_adapters(
+            sd,
+            run,
+            states,
+            {form: path},
+            cfg.save_dtype,
+            title=f"{cfg.method}-{cfg.student_steps}",
+            base_model=cfg.model,
+        )
+        return write_json(folder / "training.json", told)
+
+    return write
+
+
+def few_quality(cfg, record, dataset, device):
+    """Draw with teacher and student at several steps, measure, and show quality against steps."""
+
+    out, found, sets = record.out, {}, {}
+    chosen = pages.spread(len(dataset), min(cfg.num_images, len(dataset)))
+    jobs = [gallery.Job(f"{i:05d}.png", dataset.captions[p], i) for i, p in enumerate(chosen)]
+    settings = image_sets.Settings(groups=("fid", "kid"), spaces=listed(cfg.features), weights_dir=cfg.weights_dir, cache=str(out / "cache"),
+                                 seed=cfg.seed, device=device)  # fmt: skip
+    dtype = choice.pick_dtype("auto", device)
+    for who in ("teacher", "student"):
+        taught = who == "student"
+        sd = dist.together(pipeline.load, cfg.model if cfg.lora or not taught else out / "model", dtype, device)
+        if taught and cfg.lora:
+            files = out / "model" / "lora_weights"
+            lora.fuse(sd.models(), lora.read(files if files.is_dir() else out / "model", sd.models()), keep=False)
+            sd = few_schedule(cfg, sd)
+        own = guided_steps(cfg, sd) if not taught or cfg.method == "guidance" else cfg.student_steps
+        for steps in sorted({*cfg.check_steps, own}):
+            folder = out / "check" / f"{who}-{steps}"
+            how = gallery.settings(
+                sd, who, steps, 1.0 if taught else guidance_of(cfg, sd), cfg.resolution, cfg.resolution
+            )
+            gallery.draw(sd, jobs, folder, how, cfg.draw_batch_size, anew=True, what=f"{who}, {steps} steps")
+            sets[who, steps] = dist.on_main(data.load, folder, captions=False)
+            found[who, steps] = image_sets.images(sets[who, steps], settings, dataset, what=f"{who}-{steps}")
+        teach.free(sd)
+    numbers = {f"{who}.steps_{n}.{k}": m for (who, n), f in found.items() for k, m in f.metrics.items()}
+
+    def write():
+        document = report.Report(f"{cfg.method.capitalize()}: a student of {cfg.student_steps} steps")
+        document.text(f"{len(jobs)} pictures at each number of steps, the same prompts and seeds, against the {len(dataset)} of {cfg.data}. "
+                      "The teacher's steps with guidance are two passes of the network, the student's one.")  # fmt: skip
+        steps = sorted({n for _, n in found})
+        names = list(dict.fromkeys(k for f in found.values() for k in f.metrics))
+        nothing = (float("nan"),) * 3
+        panels = {k: {who: [pages.band(found[who, n].metrics[k]) if (who, n) in found and k in found[who, n].metrics else nothing for n in steps]
+                      for who in ("teacher", "student")} for k in names}  # fmt: skip
+        chart = charts.lines(out / "quality.png", steps, panels, "steps", "less is better")
+        document.picture(chart, "Distance to the real pictures against steps")
+        document.table(
+            ("who", "steps", *names),
+            [[who, n, *(f.metrics[k]["value"] for k in names)] for (who, n), f in found.items()],
+        )
+        labels, cells = [], []
+        for (who, n), d in sets.items():
+            cells += [pages.small(d.image(i), 96) for i in range(min(8, len(d)))]
+            labels += [f"{who}, {n}", *[""] * (min(8, len(d)) - 1)]
+        images.save_png(images.grid(cells, min(8, len(jobs)), labels), out / "pictures.png")
+        document.picture(out / "pictures.png", "The same prompts and seeds")
+        return [
+            *report.write_metrics(out, numbers),
+            *(p for p in (chart, out / "pictures.png") if p),
+            *document.write(out),
+        ]
+
+    for path in dist.on_main(write):
+        record.file(path)
+    for k, m in numbers.items():
+        record.result(k, m["value"])

@@ -1,0 +1,338 @@
+"""Tokenizers: CLIP's byte pairs, T5's pieces, a language model's.
+
+CLIP's comes from `tokenizer.json` or from `vocab.json` + `merges.txt` (old folders have only these). Rules (Radford et al. 2021; openai/CLIP simple_tokenizer.py): NFC, runs of whitespace to one space, lower case,
+split into words by a fixed pattern, bytes of each word, then merges in rank order; the last piece of a word
+carries `</w>`. A text is [start, pieces…, end], cut to the model's length with the end kept, then padded.
+"""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_json
+from nanodiff.files import ASSETS, write_bytes, write_json
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MERGES = ASSETS / "clip" / "merges.txt"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class CLIPTokenizer:
+    """tok(["a cat"]) -> ids [[49406, 320, 2368, 49407, pad…]], each `length` long (77)."""
+
+    def __init__(self, backend, pad, length=77):
+        self.backend, self.length, self.words = backend, length, {}
+        self.bos, self.eos, self.pad = (backend.token_to_id(t) for t in (START, END, pad))
+        for token, i in ((START, self.bos), (END, self.eos), (pad, self.pad)):
+            if i is None:
+                raise UserError(f"tokenizer: the special token {token!r} is not in the vocabulary")
+        if self.pad != self.eos:  # SD 2 and SDXL pad with `!`, and a `!` in a prompt becomes padding, in diffusers too
+            backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
+
+    @classmethod
+    def load(cls, folder):
+        """From a Hub `tokenizer/` folder. The pad token of special_tokens_map.json wins over tokenizer_config.json:
+        in SD 2.1 the two differ, and the model was trained with the former (`!`)."""
+        folder = Path(folder)
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        special = folder / "special_tokens_map.json"
+        settings |= {k: v for k, v in (read_json(special) if special.exists() else {}).items() if k == "pad_token"}
+        pad = settings.get("pad_token", END)
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        length = min(int(settings.get("model_max_length", 77)), 1 << 16)
+        if (folder / "vocab.json").exists():
+            backend = _from_merges(folder)
+        elif (folder / "tokenizer.json").exists():
+            backend = _from_json(folder / "tokenizer.json")
+        else:
+            raise UserError(f"{folder}: no tokenizer (vocab.json and merges.txt, or tokenizer.json)")
+        return cls(backend, pad, length)
+
+    def save(self, folder):
+        """Write vocab.json, merges.txt and the two settings files of a Hub `tokenizer/` folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = json.loads(self.backend.to_str())["model"]
+        merges = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+        vocab = model["vocab"] | {START: self.bos, END: self.eos}
+        write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda kv: kv[1])))
+        write_bytes(folder / "merges.txt", ("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)).encode())
+        special = {
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": self.backend.id_to_token(self.pad),
+        }
+        write_json(folder / "special_tokens_map.json", special)
+        kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True}
+        write_json(folder / "tokenizer_config.json", special | kind)
+
+    def pieces(self, text):
+        """Ids of a text without start, end, cut or padding; a learned word stands for all its ids."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [i for piece in ids for i in self.words.get(piece, (piece,))] if self.words else ids
+
+    def add_word(self, word, ids):
+        """Let `word` stand for the token ids of a learned word (textual inversion)."""
+        if self.backend.token_to_id(word) is not None:
+            raise UserError(f"learned word {printable(word)}: the tokenizer already has this word")
+        self.backend.add_tokens([AddedToken(word, normalized=False)])
+        self.words[self.backend.token_to_id(word)] = list(ids)
+
+    def __call__(self, texts, length=None):
+        """texts: list of str -> list of lists of `length` ids. What is cut off: see overflow()."""
+        length = length or self.length
+        rows = [[self.bos, *self.pieces(t)[: length - 2], self.eos] for t in texts]
+        return [row + [self.pad] * (length - len(row)) for row in rows]
+
+    def overflow(self, text, length=None):
+        """The part of `text` that does not fit, decoded ("" when all of it fits)."""
+        return self.decode(self.pieces(text)[(length or self.length) - 2 :])
+
+    def decode(self, ids):
+        tokens = [self.backend.id_to_token(i) for i in ids if i not in (self.bos, self.eos)]
+        table = {c: b for b, c in _byte_characters().items()}
+        text = "".join(t or "" for t in tokens).replace("</w>", " ").strip()
+        return b"".join(b" " if c == " " else bytes([table[c]]) if c in table else c.encode() for c in text).decode(
+            "utf-8", errors="replace"
+        )
+
+
+class LabelTokenizer:
+    """tok(["cat"]) -> ids [[3]]: the place of a class label in the list, from 1; "" is 0, no label."""
+
+    length = 1
+
+    def __init__(self, labels):
+        self.labels = tuple(labels)
+
+    @classmethod
+    def load(cls, folder):
+        labels = read_json(Path(folder) / "labels.json").get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise UserError(f"{folder}/labels.json: no list of labels")
+        return cls(labels)
+
+    def save(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "labels.json", {"labels": list(self.labels)})
+
+    def __call__(self, texts):
+        for text in texts:
+            if text and text not in self.labels:
+                known = f"; it knows {', '.join(map(printable, self.labels[:8]))}" if self.labels else "; it knows none"
+                raise UserError(f"{printable(text)!r} is no label of this model{known}{nearest(text, self.labels)}")
+        return [[self.labels.index(text) + 1 if text else 0] for text in texts]
+
+
+class T5Tokenizer:
+    """tok(["a cat"], 256) -> ids [[3, 9, 1712, 1, 0, 0…]]: pieces of a unigram model, the end token, padding."""
+
+    def __init__(self, backend, length=512):
+        self.backend, self.length = backend, length
+        self.eos, self.pad = (backend.token_to_id(t) for t in ("</s>", "<pad>"))
+        if self.eos is None or self.pad is None:
+            raise UserError("tokenizer_3: has no </s> or no <pad>, so it is not T5's")
+
+    @classmethod
+    def load(cls, folder):
+        """From a Hub `tokenizer_3/` folder, which must hold tokenizer.json."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").exists():
+            found = (
+                "only spiece.model, which cannot be read" if (folder / "spiece.model").exists() else "no tokenizer.json"
+            )
+            raise UserError(f"{folder}: {found}; T5's tokenizer is read from tokenizer.json")
+        return cls(_from_json(folder / "tokenizer.json"))
+
+    def save(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode())
+        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        write_json(folder / "special_tokens_map.json", special)
+        kind = {"tokenizer_class": "T5TokenizerFast", "model_max_length": self.length, "extra_ids": 0}
+        write_json(folder / "tokenizer_config.json", special | kind)
+
+    def pieces(self, text):
+        """Ids of a text without end, cut or padding."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts, length=None):
+        """texts: list of str -> list of lists of `length` ids."""
+        length = length or self.length
+        rows = [[*self.pieces(t)[: length - 1], self.eos] for t in texts]
+        return [row + [self.pad] * (length - len(row)) for row in rows]
+
+    def overflow(self, text, length=None):
+        """The part of `text` that does not fit, decoded ("" when all of it fits)."""
+        return self.decode(self.pieces(text)[(length or self.length) - 1 :])
+
+    def decode(self, ids):
+        return self.backend.decode(ids)
+
+
+class TextTokenizer:
+    """A language model's: text to ids without cut or padding, and back. begin: the id that stands before a text, or None."""
+
+    def __init__(self, backend, begin=None):
+        self.backend, self.begin = backend, begin
+        self.spaced = (
+            backend.token_to_id("a</w>") is not None
+        )  # are words written with a space behind them? (see learned())
+
+    @classmethod
+    def load(cls, folder, cfg):
+        """From a Hub folder's tokenizer.json; cfg: the model's, which says the beginning. Raises UserError for a tokenizer with ids that the
+        model has no embedding for."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{folder}: no tokenizer.json, from which the tokenizer is read")
+        backend = _from_json(path)
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= cfg.vocab_size:
+            raise UserError(
+                f"{path}: has ids up to {largest}, the model's vocabulary has {cfg.vocab_size}: it is another model's"
+            )
+        return cls(backend, cfg.bos_token_id)
+
+    def save(self, folder):
+        """Write tokenizer.json into a folder."""
+        write_bytes(Path(folder) / "tokenizer.json", self.backend.to_str().encode())
+
+    def ids(self, text, begin=True):
+        """Ids of a text; begin: with the beginning before it, unless the text has it already."""
+        found = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.begin, *found] if begin and self.begin is not None and found[:1] != [self.begin] else found
+
+    def decode(self, ids):
+        """Text of ids, without special tokens."""
+        text = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text.removesuffix(" ") if self.spaced else text
+
+    @classmethod
+    def learned(cls, texts, vocab_size):
+        """One whose byte-pair vocabulary is learned from `texts` (see train_bpe), for a model that begins anew: (tokenizer, end token)."""
+        made = train_bpe(texts, vocab_size, length=1 << 20)
+        made.backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+        made.backend.post_processor = None
+        return cls(made.backend, made.bos), made.eos
+
+    def rest(self, prompt, ids):
+        """Text of `ids` where it goes on from `prompt`'s: a first word's space, which decoding it alone would lose, is kept."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+
+def _byte_characters():
+    """GPT-2's printable stand-in for every byte: {byte: character}."""
+    keep = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in keep]
+    return {b: chr(b) for b in keep} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _from_json(path):
+    if path.stat().st_size > JSON_SIZE_LIMIT:
+        raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for a tokenizer")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer file: {e}") from None
+
+
+def _read_merges(path):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: {e}") from None
+    lines = lines[1:] if lines and lines[0].startswith("#version") else lines
+    return [tuple(line.split()) for line in lines if line.strip()]
+
+
+def clip_from_merges(pad, length):
+    """OpenAI's CLIP tokenizer from its merges alone, for checkpoints that bring none: the vocabulary is the bytes, the
+    bytes that end a word, the merges in their order, and the two special tokens."""
+    merges, letters = _read_merges(CLIP_MERGES), list(_byte_characters().values())
+    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
+    return CLIPTokenizer(_bpe({piece: i for i, piece in enumerate(pieces)}, merges), pad, length)
+
+
+def _from_merges(folder):
+    vocab, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+    try:
+        return _bpe(vocab, merges)
+    except Exception as e:  # a merge of pieces outside the vocabulary
+        raise UserError(f"{folder}: vocab.json and merges.txt do not belong together: {e}") from None
+
+
+def clip_backend(model):
+    """A `tokenizers` pipeline with CLIP's normalisation and word pattern around a BPE model."""
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (START, END)])
+    bos, eos = backend.token_to_id(START), backend.token_to_id(END)
+    if bos is not None and eos is not None:
+        backend.post_processor = processors.RobertaProcessing(
+            (END, eos), (START, bos), trim_offsets=False, add_prefix_space=False
+        )
+    return backend
+
+
+def train_bpe(texts, vocab_size, length):
+    """A CLIPTokenizer whose byte-pair vocabulary is learned from `texts` (Sennrich et al. 2016, arXiv 1508.07909 Alg. 1).
+
+    Written out because the trainer of `tokenizers` breaks ties by hash order: two runs would not give one model.
+    Here the most frequent pair wins, the alphabetically first among equals. vocab_size counts the 512 byte pieces and
+    the two special tokens.
+    """
+    alphabet = list(_byte_characters().values())
+    backend = _bpe({c: i for i, c in enumerate(alphabet)}, [])
+    counts = Counter()
+    for text in texts:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            counts[word] += 1
+    words = [([*w[:-1], w[-1] + "</w>"], n) for w, n in sorted(counts.items())]
+    pieces = dict.fromkeys([*alphabet, *(a + "</w>" for a in alphabet)])
+    merges = []
+    while len(pieces) < vocab_size - 2:
+        pairs = Counter()
+        for parts, n in words:
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        pieces["".join(best)] = None
+        words = [(_merge(parts, best), n) for parts, n in words]
+    vocab = {piece: i for i, piece in enumerate([*pieces, START, END])}
+    return CLIPTokenizer(_bpe(vocab, merges), END, length)
+
+
+def _merge(parts, pair):
+    if pair[0] not in parts:
+        return parts
+    out = []
+    for piece in parts:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+def _bpe(vocab, merges):
+    return clip_backend(
+        models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+    )

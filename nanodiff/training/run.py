@@ -1,0 +1,542 @@
+"""What every run needs, as a box of verbs: device, precision, record; and for training: update, EMA, save, resume.
+
+The training loop stays visible in the script. `Run` never calls back:
+
+    run = engine.Run(cfg)
+    nets = run.trainable({"net": net})         # DDP, FSDP and recomputation here, and nowhere else
+    run.schedule(updates_per_epoch)
+    run.resume()                               # weights, EMA, optimizer, scaler, step
+    for step in run.steps():                   # starts where the last run stopped, saves when due
+        for batch in feed.update(step):        # its micro-batches on this rank
+            with run.forward(batch):
+                loss = nets["net"](batch.x).mean()
+            run.backward(loss, batch)
+        run.update()                           # clip, lr(step), optimizer, EMA, metrics.jsonl
+        if run.epoch_ended(): run.judge(run.epoch_loss)
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanodiff.config import Stopped, UserError, as_dict, printable
+from nanodiff.device import choice, dist
+from nanodiff.device.memory import keep_freed_memory
+from nanodiff.files import out_dir, write_bytes
+from nanodiff.models import layers
+from nanodiff.output.record import Record
+from nanodiff.training import checkpoint, recipe
+from nanodiff.training.watch import Watch
+
+PATIENCE = 10  # non-finite gradients in a row before a run gives up
+
+
+def report(device, precision):
+    """Lines about where a run computes."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        where = f"{facts.name}, {facts.total_memory >> 30} GB, CUDA {torch.version.cuda}"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+        where = f"CPU, {torch.get_num_threads()} threads, {memory} GB"
+    kind = str(precision or torch.float32).removeprefix("torch.")
+    processes = f", {dist.world().size} processes" if dist.world().size > 1 else ""
+    return f"device: {where}; torch {torch.__version__}; computing in {kind}{processes}"
+
+
+class Run:
+    """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps lr_min
+    max_grad_norm resume max_steps epochs checkpointing_steps checkpoint_epochs checkpoints_total_limit kernels ema
+    ema_decay ema_inv_gamma ema_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
+    dist_timeout log_every report_to early_stopping_patience early_stopping_delta oscillation_window
+    oscillation_threshold lr_cycles lr_power lr_first_cycle overwrite_output_dir."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.device = choice.pick_device(cfg.device)
+        dist.start(self.device, cfg.dist_timeout)
+        self.rank, self.world = dist.world().rank, dist.world().size
+        dist.agree({k: v for k, v in as_dict(cfg).items() if k != "local_rank"}, "configuration")
+        layers.use_kernels(cfg.kernels)
+        self.out = Path(cfg.output_dir)
+        self.lock = None  # rank 0's
+        dist.on_main(self._claim)
+        self.record = Record(cfg, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.precision = choice.pick_precision(cfg.mixed_precision, self.device)
+        if cfg.parallel == "fsdp" and self.precision == torch.float16:
+            raise UserError("`parallel` fsdp computes in bf16 or fp32; use `mixed_precision` bf16 or no")
+        self.watch = dist.together(Watch, cfg.report_to, cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        dist.say(report(self.device, self.precision))
+        self.plateau = recipe.Plateau()
+        self.stopper = recipe.Stopper(
+            cfg.early_stopping_patience, cfg.early_stopping_delta, cfg.oscillation_window, cfg.oscillation_threshold
+        )
+        self.step = self.skipped = self.bad_in_row = 0
+        self.epoch, self.best, self.reason = {"sum": 0.0, "n": 0}, None, None
+        self.numbers, self.first_loss = None, None  # of the last and of the first update
+        self.more = {}  # what else the script wants to survive: JSON values
+        # what this process got, and what all processes know of, on which alone they act: else one would save without the others
+        self.received, self.signals = set(), set()
+        self.last_saved, self.saved_step = None, None
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+        self._begin_update()
+
+    def _claim(self):
+        """Make the output folder this run's own: a second run in it is refused while this process lives."""
+        out_dir(self.out)
+        self.lock = open(self.out / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UserError(
+                f"{self.out}: another run is using this folder (process {self.lock.read().strip()})"
+            ) from None
+        os.register_at_fork(after_in_child=self.lock.close)  # workers must not keep the folder when this process dies
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {platform.node()}")
+        self.lock.flush()
+        (self.out / "PREEMPTED").unlink(missing_ok=True)
+
+    # -- what is trained ---------------------------------------------------------------------------------------
+
+    def trainable(self, nets):
+        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained.
+
+        Sets `net` (all of them, unwrapped), `opt` and `average` (the EMA, or None).
+        """
+        cfg = self.cfg
+        self.net = torch.nn.ModuleDict(nets).train()
+        if (
+            cfg.parallel != "fsdp"
+        ):  # FSDP2 brings unit after unit itself (the whole may not fit), and takes plain layouts only
+            self.net.to(self.device, memory_format=torch.channels_last)  # in which convolutions are faster
+        if not recipe.trainable(self.net):
+            raise UserError("nothing to train: every parameter is frozen")
+        if cfg.gradient_checkpointing:
+            dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
+        self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
+        self.opt = recipe.optimizer(cfg, recipe.trainable(self.net).values())
+        self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
+        return self.calls
+
+    def averaged(self):
+        """Inside, the nets have the averaged weights (or their own, if none are kept), in evaluation mode, without gradients."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.no_grad())
+        average = self.opt if isinstance(self.opt, recipe.ScheduleFree) else self.average
+        if average:
+            stack.enter_context(average.applied(self.net))
+        self.net.eval()
+        stack.callback(self.net.train)
+        return stack
+
+    def schedule(self, per_epoch):
+        """Fix the length of the run: cfg.max_steps updates, or cfg.epochs of `per_epoch` updates each."""
+        self.per_epoch = per_epoch
+        self.total = self.cfg.max_steps or self.cfg.epochs * per_epoch
+
+    def interrupted(self):
+        """Has a signal asked this process to end?"""
+        return bool(self.received - {signal.SIGUSR1})
+
+    def same(self, name, value, must=False):
+        """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
+        if self.more.setdefault(name, value) != value:
+            if must:
+                raise UserError(
+                    f"{self.out}: the {name} is not what it was when this run began, so it cannot go on; take another output folder, "
+                    "or begin anew (`overwrite_output_dir`)"
+                )
+            dist.say(f"note: the {name} is not what it was when this run began")
+            self.more[name] = value
+
+    # -- one update --------------------------------------------------------------------------------------------
+
+    def _begin_update(self):
+        self.sums, self.seen, self.samples, self.waited = {}, [], 0, 0.0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
+
+    def forward(self, batch):
+        """Context of a micro-batch's forward pass: precision, and gradients that are exchanged on the last one only."""
+        for module in self.calls.values():
+            dist.synchronise(module, batch.last)
+        return self.autocast()
+
+    def backward(self, loss, batch, **parts):
+        """Gradients of one micro-batch. batch.weight: its share of the update's samples, times the number of ranks (whose
+        gradients are averaged). loss, parts: means over the micro-batch; they are summed up for the log."""
+        self.scaler.scale(loss * batch.weight).backward()
+        self.seen.append((loss.detach(), batch.keys))
+        self.samples += batch.count
+        self.waited += batch.waited
+        for name, value in {"loss": loss, **parts}.items():
+            part = value.detach() * (batch.weight / self.world) if batch.weight else 0.0  # the same names on every rank
+            self.sums[name] = self.sums.get(name, 0.0) + part
+
+    def update(self):
+        """Clip, set lr, step the optimizer and the EMA, log; returns {name: number} of the update, the same on every rank.
+
+        A non-finite loss or gradient skips the update (weights, EMA and learning rate stay) and is counted; PATIENCE in a
+        row stop the run, naming samples.
+        """
+        cfg, taken = self.cfg, self.step - self.skipped
+        peak = cfg.lr * self.plateau.state["scale"] if cfg.lr_scheduler == "plateau" else cfg.lr
+        lr = recipe.learning_rate(taken, peak, self.total, cfg.lr_warmup_steps, cfg.lr_scheduler, cfg.lr_min,
+                                  cfg.lr_cycles, cfg.lr_power, cfg.lr_first_cycle * self.per_epoch)  # fmt: skip
+        lr = max(lr, cfg.lr_min) if cfg.lr_scheduler == "plateau" else lr
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.opt)
+        norm = torch.nn.utils.clip_grad_norm_(list(recipe.trainable(self.net).values()), cfg.max_grad_norm)
+        norm = dist.whole(norm).item()
+        names = list(self.sums)
+        told = [float(self.sums[n]) for n in names] + [
+            s in self.received for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        ]
+        told = dist.total([*told, self.samples], self.device)
+        numbers = dict(zip(names, told, strict=False))
+        self.signals |= {
+            s for s, n in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), told[len(names) :], strict=False) if n
+        }
+        if math.isfinite(norm) and math.isfinite(numbers["loss"]):
+            self.scaler.step(self.opt)
+            # the fused AdamW does not tell that it changed them, and layers.Upsample keeps what it made of its weights
+            if cfg.parallel != "fsdp":
+                torch.autograd.graph.increment_version(list(recipe.trainable(self.net).values()))
+            self.bad_in_row = 0
+            if self.average:
+                self.average.update(self.net, taken)
+            self.epoch["sum"] += numbers.get("judged", numbers["loss"])
+            self.epoch["n"] += 1
+        else:
+            self._skip(norm, numbers["loss"])
+        self.scaler.update()
+        self.opt.zero_grad(set_to_none=True)
+        numbers |= {"lr": lr, "grad_norm": norm, "samples": int(told[-1])}
+        if self.average:
+            numbers["ema_decay"] = self.average.at(taken)
+        if self.scaler.is_enabled():
+            numbers["loss_scale"] = self.scaler.get_scale()
+        self._report(numbers)
+        self._begin_update()
+        self.numbers, self.first_loss = numbers, self.first_loss or numbers["loss"]
+        return numbers
+
+    def _skip(self, norm, loss):
+        self.skipped += 1
+        self.bad_in_row += 1
+        bad = [key for value, keys in self.seen if not torch.isfinite(value) for key in keys]
+        bad = [key for keys in dist.gathered(bad) for key in keys]
+        among = [key for keys in dist.gathered([k for _, keys in self.seen for k in keys]) for key in keys]
+        named = f"samples with a non-finite loss: {_few(bad)}" if bad else f"one of the samples {_few(among)}"
+        dist.say(f"warning: step {self.step}: loss {loss:g}, gradient {norm:g}: update skipped; {named}")
+        if self.bad_in_row >= PATIENCE:
+            raise UserError(
+                f"{PATIENCE} non-finite losses or gradients in a row at step {self.step}; {named}; "
+                f"last good checkpoint: {self.last_saved or 'none'}"
+            )
+
+    def _report(self, numbers):
+        """The progress bar, and a line of metrics.jsonl when it is due."""
+        now = time.monotonic()
+        seconds = max(now - self.clock, 1e-9)
+        self.clock = now
+        numbers["images_per_s"] = numbers["samples"] / seconds
+        numbers["data_wait"] = min(self.waited / seconds, 1.0)  # share of the time in which the loader was waited for
+        self.bar.set_postfix(loss=f"{numbers['loss']:.4g}", images_s=f"{numbers['images_per_s']:.1f}", refresh=False)
+        self.rates = [*self.rates[-49:], numbers["images_per_s"]]
+        if self.every(self.cfg.log_every) or (self.cfg.log_every and self.epoch_ended()):
+            self.log(**{k: v for k, v in numbers.items() if k != "samples"})
+
+    def log(self, **numbers):
+        """Append one object to metrics.jsonl, and to what --report-to names."""
+        if not dist.is_main():
+            return
+        numbers = {k: (float(f"{v:.7g}") if isinstance(v, float) else v) for k, v in numbers.items()}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": self.step + 1, "epoch": self.step // self.per_epoch + 1, **numbers}) + "\n")
+        self.watch.numbers(self.step + 1, numbers)
+
+    # -- epochs ------------------------------------------------------------------------------------------------
+
+    def epoch_ended(self):
+        """Asked inside the loop: was this update the last one of an epoch?"""
+        return (self.step + 1) % self.per_epoch == 0
+
+    def every(self, n):
+        """True after every n-th update (and never for n = 0), asked inside the loop."""
+        return bool(n) and (self.step + 1) % n == 0
+
+    def every_epochs(self, n):
+        """True after every n-th epoch (and never for n = 0), asked inside the loop."""
+        return bool(n) and self.epoch_ended() and ((self.step + 1) // self.per_epoch) % n == 0
+
+    @property
+    def epoch_loss(self):
+        """The mean over the updates of this epoch so far of the loss (or of `judged`, if backward() was given one); NaN when
+        all of them were skipped."""
+        return self.epoch["sum"] / self.epoch["n"] if self.epoch["n"] else math.nan
+
+    def judge(self, loss):
+        """At the end of an epoch, with its loss (training's or validation's): lower the rate on a plateau, stop early.
+        Returns whether this is the best epoch so far."""
+        self.epoch = {"sum": 0.0, "n": 0}
+        if not math.isfinite(loss):
+            return False
+        if self.cfg.lr_scheduler == "plateau":
+            self.plateau.epoch(loss)
+        self.reason = self.stopper.epoch(loss)
+        better = self.best is None or loss < self.best
+        self.best = loss if better else self.best
+        return better
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def _tensors(self):
+        names = list(recipe.trainable(self.net))
+        tensors = {f"net/{k}": v.detach() for k, v in recipe.trainable(self.net).items()}
+        for name, p in zip(names, self.opt.param_groups[0]["params"], strict=True):
+            tensors |= {f"opt/{name}/{k}": v for k, v in self.opt.state[p].items()}
+        if self.average:
+            tensors |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
+        return tensors
+
+    def save(self):
+        if self.saved_step == self.step:
+            return
+        facts = {
+            "step": self.step, "skipped": self.skipped, "bad_in_row": self.bad_in_row, "epoch": self.epoch, "best": self.best,
+            "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
+            "scaler": self.scaler.state_dict(), "world": self.world, "config": as_dict(self.cfg),
+            "versions": self.record.data["versions"], "git_commit": self.record.data["git_commit"],
+        }  # fmt: skip
+        sharded = self.cfg.parallel == "fsdp"
+        self.last_saved = checkpoint.save(
+            self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit, sharded
+        )
+        self.saved_step = self.step
+
+    def resume(self):
+        """Continue from cfg.resume ("auto", "latest", a folder, or None); a changed option is named."""
+        self.sizes = {}
+        if not self.cfg.resume:
+            dist.on_main(self._fresh)
+            return
+        state = checkpoint.load(self.out, self.cfg.resume)
+        if state is None:
+            dist.say(f"{self.out}: no checkpoint yet, starting from the beginning")
+            dist.on_main(self._cut_log)
+            return
+        folder, facts = state
+        moving = {
+            "resume",
+            "output_dir",
+            "max_steps",
+            "epochs",
+            "device",
+            "checkpointing_steps",
+            "local_rank",
+            "dry_run",
+        }
+        for key, old in facts["config"].items():
+            new = getattr(self.cfg, key, None)
+            if key not in moving and new != old:
+                dist.say(f"note: {key} was {old!r} in the checkpoint and is {new!r} now")
+        if (old := facts["config"].get("optimizer", "adamw")) != self.cfg.optimizer:
+            raise UserError(f"{folder}: was trained with `optimizer` {old} `lr_scheduler` {facts['config'].get('lr_scheduler')}; give these "
+                            f"to go on, {self.cfg.optimizer} cannot")  # fmt: skip
+        if old == "schedule_free" and facts["config"]["adam_beta1"] != self.cfg.adam_beta1:
+            raise UserError(f"{folder}: its weights are mixed with their mean by `adam_beta1` {facts['config']['adam_beta1']:g}; give that "
+                            "to go on")  # fmt: skip
+        self._take(folder, checkpoint.read(folder, self._like()))
+        self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] and self.scaler.is_enabled() else None
+        self.step, self.skipped, self.bad_in_row = facts["step"], facts["skipped"], facts["bad_in_row"]
+        self.epoch, self.best, self.reason, self.more = facts["epoch"], facts["best"], facts["reason"], facts["more"]
+        self.plateau.state, self.stopper.state = facts["plateau"], facts["stopper"]
+        limits = ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold")
+        if any(facts["config"].get(name) != getattr(self.cfg, name) for name in limits):
+            self.reason = None  # it may be worth going on under other limits
+        if facts["world"] != self.world:
+            dist.say(
+                f"note: the checkpoint is of {facts['world']} processes, this run has {self.world}: mind the global batch"
+            )
+        self.last_saved = folder
+        dist.on_main(self._leave_younger)
+        dist.on_main(self._cut_log)
+        dist.say(f"resumed at step {self.step}")
+
+    def _leave_younger(self):
+        """Checkpoints beyond the one that is continued are another branch now: out of the way of --resume auto."""
+        for step, folder in checkpoint.found(self.out):
+            if step > self.step:
+                aside = folder.with_name(f"{folder.name}.abandoned")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                dist.say(f"note: {folder.name} is younger than what is continued; it is {aside.name} now")
+
+    def _fresh(self):
+        """A new run: refuse a folder with an older run's checkpoints, unless it may be overwritten."""
+        for _, older in checkpoint.found(self.out):
+            if not self.cfg.overwrite_output_dir:
+                raise UserError(
+                    f"{older} is of an earlier run: add `resume` to continue it, or take another `output_dir`"
+                    " (or `overwrite_output_dir`)"
+                )
+            shutil.rmtree(older)
+        if self.cfg.overwrite_output_dir:
+            for folder in (
+                "model",
+                "best_model",
+                "samples",
+                "reconstructions",
+                *(p.name for p in self.out.glob("model-epoch-*")),
+            ):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _like(self):
+        """{name: tensor} of everything a checkpoint of this run holds, before the first update has made it."""
+        like = {f"net/{k}": p.detach() for k, p in recipe.trainable(self.net).items()}
+        for k, p in recipe.trainable(self.net).items():
+            tensors, numbers = recipe.KEPT[self.cfg.optimizer]
+            like |= {f"opt/{k}/{field}": p.detach() for field in tensors}
+            like |= {f"opt/{k}/{field}": torch.zeros((), dtype=kind) for field, kind in numbers.items()}
+        if self.average:
+            like |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
+        return like
+
+    @torch.no_grad()
+    def _take(self, folder, tensors):
+        """Put a checkpoint's tensors where they belong. Raises UserError when they are another model's."""
+        like = self._like()
+        for name, tensor in tensors.items():
+            if name not in like and not name.startswith("ema/"):
+                raise UserError(f"{folder}: is of another model: it has {name.partition('/')[2]}, this one has not")
+            if name in like and tuple(like[name].shape) != tuple(tensor.shape):
+                raise UserError(
+                    f"{folder}: is of another model: {name} is {list(tensor.shape)}, here {list(like[name].shape)}"
+                )
+        if absent := [n for n in like if n.startswith("net/") and n not in tensors]:
+            raise UserError(f"{folder}: is of another model: it lacks {absent[0].partition('/')[2]}")
+        if absent := [
+            n for n in like if n not in tensors and any(k.startswith(n.partition("/")[0] + "/") for k in tensors)
+        ]:
+            raise UserError(f"{folder}: lacks {absent[0]}")
+        for name, p in recipe.trainable(self.net).items():
+            self._put(p, tensors[f"net/{name}"])
+            if f"opt/{name}/step" in tensors:
+                fields, numbers = recipe.KEPT[self.cfg.optimizer]
+                state = {k: torch.empty_like(p) for k in fields}
+                for field, value in state.items():
+                    self._put(value, tensors[f"opt/{name}/{field}"])
+                fused = isinstance(self.opt, torch.optim.AdamW) and self.cfg.parallel != "fsdp"
+                whole = {k: dist.whole(tensors[f"opt/{name}/{k}"]).to(p.device if fused else "cpu") for k in numbers}
+                self.opt.state[p] = whole | state
+        if self.average and not any(k.startswith("ema/") for k in tensors):
+            dist.say("note: the checkpoint has no averaged weights; the average starts from its weights")
+            self.average.shadow = {k: p.detach().clone().float() for k, p in recipe.trainable(self.net).items()}
+        elif self.average:
+            for name, value in self.average.shadow.items():
+                self._put(value, tensors[f"ema/{name}"])
+
+    def _put(self, target, value):
+        """Copy a tensor of a checkpoint into one of this run's, whole or sharded alike."""
+        if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(self.device), target.device_mesh, target.placements)
+        target.copy_(value)
+
+    def _cut_log(self):
+        """Drop lines of metrics.jsonl that are younger than the checkpoint: those steps are taken again."""
+        log = self.out / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        if kept != lines:
+            write_bytes(log, "".join(line + "\n" for line in kept).encode())
+
+    # -- loop --------------------------------------------------------------------------------------------------
+
+    def steps(self):
+        """Update numbers from where the run stands to the total, or to an early stop, with progress.
+
+        SIGINT and SIGTERM, to any process, end it after a whole update with a checkpoint (twice: at once); SIGUSR1 saves
+        and goes on.
+        """
+        from tqdm import tqdm
+
+        def request(signum, frame):
+            if signum in self.received and signum != signal.SIGUSR1:
+                raise KeyboardInterrupt
+            self.received.add(signum)
+
+        handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        quiet = not (sys.stderr.isatty() and dist.is_main())
+        self.bar = tqdm(total=self.total, initial=self.step, desc="updates", disable=quiet, file=sys.stderr)
+        self.clock = said = started = time.monotonic()
+        self.rates, first = [], self.step
+        try:
+            while self.step < self.total and not self.reason:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                now = time.monotonic()
+                if quiet and dist.is_main() and now - said > 30:
+                    rate = (self.step - first) / (now - started)
+                    left = (self.total - self.step) / rate
+                    loss = f"epoch's mean loss {self.epoch_loss:.4g}, " if self.epoch["n"] else ""
+                    images = sum(self.rates) / max(len(self.rates), 1)
+                    dist.say(f"step {self.step}/{self.total}, {loss}{images:.1f} images/s, {left / 60:.1f} min left")
+                    said = now
+                epochs = self.cfg.checkpoint_epochs
+                due = self.cfg.checkpointing_steps and self.step % self.cfg.checkpointing_steps == 0
+                due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
+                if due or self.signals:
+                    self.save()
+                if signal.SIGUSR1 in self.signals:
+                    self.signals.discard(signal.SIGUSR1)
+                    self.received.discard(signal.SIGUSR1)
+                if self.signals:
+                    dist.on_main((self.out / "PREEMPTED").write_text, f"checkpoint-{self.step}\n")
+                    raise Stopped if signal.SIGTERM in self.signals else KeyboardInterrupt
+            if self.reason:
+                dist.say(f"{self.reason}; stopped after update {self.step}")
+                self.record.data["results"]["stopped"] = self.reason
+        finally:
+            self.bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def close(self, leave=True):
+        """Write run.json and leave the other processes; leave=False: another run follows."""
+        self.record.result("steps", self.step)
+        if self.skipped:
+            self.record.result("skipped_updates", self.skipped)
+        self.record.write()
+        self.watch.close()
+        if self.lock:
+            self.lock.close()
+        if leave:
+            dist.finish()
+
+
+def _few(keys):
+    return ", ".join(map(printable, keys[:8])) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

@@ -1,0 +1,387 @@
+"""The loop by which a model learns from another one: pictures and captions in, a model or adapters out. distill.py's three stages differ
+in the loss they hand it.
+
+    fit(cfg, "out/work", sd, nets, dataset, make, write)
+
+make(Lesson) -> f(batch) -> (loss, {name: part for the log}); write(run, states) is called on rank 0 with the averaged weights.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import shutil
+from typing import NamedTuple
+
+import torch
+
+from nanodiff import lora, pipeline, weights
+from nanodiff.config import UserError, read_json
+from nanodiff.device import choice, dist, onednn
+from nanodiff.diffusion import fewstep, objective
+from nanodiff.output import charts, images
+from nanodiff.pipeline import sources
+from nanodiff.training import build, latents, loader, plan
+from nanodiff.training.run import Run
+
+
+class Lesson(NamedTuple):
+    """What a loss is made of."""
+
+    sd: object  # the student's pipeline
+    run: Run
+    calls: dict  # {component: what to call in its place}
+    x0_of: latents.Latents
+    text_of: latents.Texts
+    seed: int
+
+    def denoise(self, told, call=None, sd=None):
+        """f(x, t) -> the student's prediction, told (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
+        call, sd = call or self.calls.get(self.sd.denoiser_name, self.sd.net), sd or self.sd
+        return lambda x, t: sd.denoise(call, x, t, *told)
+
+    def nothing(self, told, batch):
+        """(states, pooled) against which the model's guidance works: of the empty text, or what its family has in its place."""
+        if type(self.sd).nothing is not pipeline.Pipeline.nothing:
+            text = self.sd.nothing(pipeline.Text(*told), {"clip_skip": 0})
+            return text.states, text.pooled
+        return self.text_of(batch, [""] * len(batch.indices))
+
+
+def plain(cfg):
+    """make() of ordinary training on the pictures: build.losses."""
+
+    def make(lesson):
+        losses = build.losses(cfg, lesson.sd, lesson.calls, lesson.run.device)
+
+        def loss(batch):
+            value, unweighted = losses(batch, lesson.x0_of, lesson.text_of, cfg.seed)
+            return value, {"unweighted_loss": unweighted}
+
+        return loss
+
+    return make
+
+
+def few_step(cfg, n, scale, teacher):
+    """make() of fit() for distill.py few-step's options (see fewstep.py). n: the student's steps; scale: the teacher's guidance; teacher: its network,
+    or None for an adapted student's own base. Every draw is a function of seed, sample and purpose."""
+
+    def made(lesson):
+        sd, run = lesson.sd, lesson.run
+        schedule, own = sd.schedule, sd.net
+        if teacher is not None:
+            teacher.to(run.device)
+
+        def loss(batch):
+            x0, rows = lesson.x0_of(batch), batch.indices
+
+            def draw(stream, part, one):
+                return objective.draw(lesson.seed, stream, [f"{i}.{part}" for i in rows], one).to(x0.device)
+
+            def normal(part):
+                return draw("noise", part, lambda g: torch.randn(x0.shape[1:], generator=g))
+
+            told = lesson.text_of(batch)
+            empty = lesson.nothing(told, batch)
+            student, now = lesson.denoise(told), lesson.denoise(told, own)
+            net = own if teacher is None else teacher
+            predict = fewstep.guided(lesson.denoise(told, net), lesson.denoise(empty, net), scale)
+
+            def guide(x, t):
+                with torch.no_grad(), lora.without(own) if teacher is None else contextlib.nullcontext():
+                    return predict(x, t)
+
+            if cfg.method == "dmd":
+                return matching(batch, draw, normal, told, student, now, guide)
+            if cfg.method == "guidance":
+                shift = schedule.cfg["shift"] if schedule.flow else 1.0
+                t = objective.timesteps(schedule, lesson.seed, rows, shift=shift).to(x0.device)
+                return fewstep.guidance(student, guide, schedule, schedule.add_noise(x0, normal(0), t), t), {}
+            count = n if cfg.method == "progressive" else cfg.known_steps
+            i = draw("timestep", 0, lambda g: torch.randint(count, (), generator=g))
+            if cfg.method == "progressive":
+                return fewstep.progressive(student, guide, schedule, x0, normal(0), i, n, cfg.substeps), {}
+            return fewstep.consistency(student, now, guide, schedule, x0, normal(0), i, cfg.known_steps), {}
+
+        def matching(batch, draw, normal, told, student, now, guide):
+            taught = run.step % cfg.critic_steps == 0
+            k = torch.randint(n, (), generator=objective.generator(lesson.seed, "timestep", f"step {run.step}")).item()
+            critic = lesson.denoise(told, run.net["critic"])
+            with torch.set_grad_enabled(taught):
+                x0 = fewstep.drawn(now, schedule, [normal(j) for j in range(k + 1)], n, k, student)
+            t, u = (
+                fewstep.matched_times(schedule, draw("timestep", i, lambda g: torch.rand((), generator=g)))
+                for i in (1, 2)
+            )
+            value = fewstep.denoising(lesson.denoise(told, lesson.calls["critic"]), schedule, x0, normal("critic"), t)
+            parts = {"critic": value}
+            if taught:
+                parts["student"] = fewstep.distribution(x0, guide, critic, schedule, normal("match"), u)
+                value = value + parts["student"]
+            return value, parts
+
+        return loss
+
+    return made
+
+
+def online(cfg, teacher, texts):
+    """make() of fit() for distill.py transfer: the student's x̂0 against the teacher's at the same x_t, each told in its own words; with
+    cfg.feature_weight, where both UNets look. teacher: its pipeline, which shares the student's latents and schedule; texts: of the data set."""
+
+    def made(lesson):
+        sd, run = lesson.sd, lesson.run
+        for module in teacher.models().values():
+            module.to(run.device).requires_grad_(False).eval()
+        teacher.vae = None  # the student's is the same
+        theirs = latents.Texts(teacher, texts, lesson.seed, run.device, cfg.caption_dropout, folder=run.out / "cache",
+                               dtype=run.precision or torch.float32)  # fmt: skip
+        # hooks that stay for as long as the networks live
+        places = [fewstep.Features(n) for n in (sd.net, teacher.net)] if cfg.feature_weight else []
+        shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
+
+        def loss(batch):
+            x0 = lesson.x0_of(batch)
+            t = objective.timesteps(sd.schedule, lesson.seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
+                                    shift).to(x0.device)  # fmt: skip
+            noise = objective.draw(
+                lesson.seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)
+            )
+            x = sd.schedule.add_noise(
+                x0, objective.offset(noise.to(x0), cfg.offset_noise, lesson.seed, batch.indices), t
+            )
+            with torch.no_grad():
+                want, _ = fewstep.split(
+                    teacher.schedule, lesson.denoise(theirs(batch), teacher.net, teacher)(x, t), x, t
+                )
+            got, _ = fewstep.split(sd.schedule, lesson.denoise(lesson.text_of(batch))(x, t), x, t)
+            parts = {"output": fewstep.mean_error(sd.schedule, got, want, t, x)}
+            if places:
+                parts["features"] = fewstep.features(places[0].seen, places[1].seen)
+            return parts["output"] + cfg.feature_weight * parts.get("features", 0.0), parts
+
+        return loss
+
+    return made
+
+
+def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(None, None), lesson_of=()):
+    """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
+    killed run goes on. side: pixels, default the model's. prompts, how: of the sheets of cfg.sample_every, and their (steps, guidance).
+
+    lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher. Raises UserError for a `work` that was begun
+    with another one or another data set, and for a size that the model cannot have."""
+    if side and side % sd.multiple:
+        raise UserError(f"`resolution` {side} must be a multiple of {sd.multiple}")
+    updates = cfg.max_steps or cfg.epochs * max(
+        1, -(-len(dataset) // (cfg.batch_size * cfg.grad_accum * dist.world().size))
+    )
+    part = dataclasses.replace(cfg, output_dir=str(work), resume=None if cfg.overwrite_output_dir else cfg.resume or "auto",
+                               checkpointing_steps=cfg.checkpointing_steps or max(1, updates // 10))  # fmt: skip
+    run = Run(part)
+    for module in sd.models().values():
+        module.to(run.device)
+    transform = loader.Transform(side or sd.size[0], True)
+    feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout)
+    calls = run.trainable(nets)
+    if cfg.gradient_checkpointing and sd.denoiser_name not in nets:
+        dist.recompute(sd.net)  # it rests, but gradients pass through it to the text encoder
+    run.schedule(feed.per_epoch)
+    run.resume()
+    run.same("data set", dataset.fingerprint(), must=True)
+    run.same("method or teacher", list(lesson_of), must=True)
+    feed.interrupted = run.interrupted
+    cache = work / "cache"
+    lesson = Lesson(
+        sd, run, calls, latents.Latents(sd.vae, feed, cfg.seed, run.device, cache),
+        latents.Texts(sd, dataset.texts, cfg.seed, run.device, cfg.caption_dropout, calls.get("text_encoder"), cache,
+                      dtype=run.precision or torch.float32), cfg.seed,
+    )  # fmt: skip
+    loss_of = make(lesson)
+    for step in run.steps():
+        for batch in feed.update(step):
+            build.reseed(cfg, cfg.seed, batch)
+            with run.forward(batch):
+                loss, parts = loss_of(batch)
+            run.backward(loss, batch, **parts)
+        run.update()
+        if prompts and run.every(getattr(cfg, "sample_every", 0)):
+            sheet(run, sd, prompts, work / "samples" / f"{step + 1:06d}.png", *how)
+        if run.epoch_ended():
+            run.more["epoch_loss"] = run.epoch_loss
+            run.judge(run.epoch_loss)
+    run.save()
+    with run.averaged():
+        states = {k: dist.whole_state(m) for k, m in run.net.items()}
+        dist.on_main(write, run, states)
+    dist.on_main(_curve, run)
+    run.close(leave=False)
+
+
+def _curve(run):
+    log = run.out / "metrics.jsonl"
+    if log.exists() and charts.losses(log, run.out / "loss.png"):
+        run.record.file(run.out / "loss.png")
+
+
+def student(model, settings=None):
+    """(pipeline in fp32, {component: module to train}). settings: None, for the whole denoiser; or lora.adapt()'s, for adapters on the
+    denoiser and the text encoder, wherever their targets are. Raises UserError for a target that is nowhere."""
+    sd, nets = build.student(model)
+    if settings is None:
+        return sd, nets
+    sd.net.requires_grad_(False)
+    parts = {sd.denoiser_name: sd.net} | {n: m for n, m in sd.models().items() if n.startswith("text_encoder")}
+    shared = adapters_of(parts, settings, model)
+    if len(parts) > 2 and set(shared) - {sd.denoiser_name}:
+        raise UserError("`lora_targets`: adapters on a text encoder are trained where a model has one, not several")
+    for n, mine in shared.items():
+        lora.adapt(parts[n], component=n, **mine)
+    return sd, {n: parts[n] for n in shared}
+
+
+def adapters_of(parts, settings, model):
+    """{component: settings of lora.adapt()}: every target and pattern goes to the components that have such layers; the default targets are
+    the denoiser's, which is the first of `parts`. Raises UserError for one that is nowhere."""
+    layers = {
+        n: [k for k, m in net.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+        for n, net in parts.items()
+    }
+    if settings["targets"] == lora.ATTENTION:
+        layers = dict([next(iter(layers.items()))])
+        return dict.fromkeys(layers, settings)
+    places = lambda target: [n for n, names in layers.items() if any(lora.matches(k, target) for k in names)]  # noqa: E731
+    found = {target: places(target) for target in settings["targets"]}
+    for target, where in found.items():
+        if not where:
+            ends = sorted({k.rpartition(".")[2] for names in layers.values() for k in names})
+            raise UserError(f"`lora_targets` {target}: no layer of {model} has such a name; it has {', '.join(ends)}")
+    out = {}
+    for n in (n for n in layers if any(n in where for where in found.values())):
+        out[n] = settings | {"targets": tuple(t for t, where in found.items() if n in where)}
+        for kind in ("rank_pattern", "alpha_pattern"):
+            out[n][kind] = {t: v for t, v in settings[kind].items() if n in places(t)}
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for target in settings[kind]:
+            if not any(target in mine[kind] for mine in out.values()):
+                raise UserError(f"`lora`-{kind.replace('_', '-')} {target}: matches none of the adapted layers")
+    return out
+
+
+def estimate(cfg, model, settings, side, dtype):
+    """plan.Estimate of fit() for a student, from its configuration alone. settings: as student() takes them; side: pixels, or None."""
+    src = sources.configs(model)
+    family = pipeline.FAMILIES[src.kind]
+    meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in pipeline.BUILDERS if n in src.parts}
+    net, texts = meta[family.denoiser_name], {n: m for n, m in meta.items() if n.startswith("text_encoder")}
+    scale = meta["vae"].cfg.downscale if "vae" in meta else 1
+    own = net.cfg.sample_size if isinstance(net.cfg.sample_size, int) else 64
+    trained = {family.denoiser_name: net.requires_grad_(settings is None)}
+    if settings is not None:
+        with torch.device("meta"):
+            for n, mine in adapters_of({family.denoiser_name: net} | texts, settings, model).items():
+                lora.adapt(meta[n], component=n, **mine)
+                trained[n] = meta[n]
+    length = 333 if family is pipeline.SD3 else 77
+    x, t, given = build.outline(net, cfg.batch_size, side // scale if side else own, length)
+    ids = torch.zeros(cfg.batch_size, length, dtype=torch.long, device="meta")
+
+    def loss():
+        told = given
+        for n in trained:
+            if n != family.denoiser_name:
+                told = (trained[n](ids)[0][-1], *given[1:])
+        return net(x, t, *told).float().pow(2).mean()
+
+    frozen = {n: m for n, m in meta.items() if n not in trained}
+    return plan.estimate(trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def save_model(sd, folder, dtype, states, **facts):
+    """The whole pipeline as a Hub folder, there at once or not at all; facts go into its training.json."""
+    fresh = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    sd.save(fresh, choice.DTYPES[dtype], states)
+    (fresh / "training.json").write_text(json.dumps(facts))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def save_adapters(sd, run, states, targets, dtype, **facts):
+    """Adapters in several forms. targets: {form: path}; facts: for kohya's header, and base_model for PEFT's. Returns the paths."""
+    made = lora.trained(dict(run.net.items()), states, choice.DTYPES[dtype])
+    facts = {
+        "steps": run.step,
+        "seed": run.cfg.seed,
+        "learning_rate": run.cfg.lr,
+        "prediction_type": sd.schedule.prediction,
+    } | facts
+    for form, path in targets.items():
+        fresh = path.with_name(f"{path.name}.part") if form == "peft" else path
+        shutil.rmtree(fresh, ignore_errors=True) if form == "peft" else None  # PEFT's are folders
+        lora.write(fresh, made, sd.models(), form, facts)
+        if form == "peft":
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.rename(path)
+    return list(targets.values())
+
+
+def settled(folder, facts, anew=False):
+    """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it. Raises UserError when it was made with others.
+    On rank 0."""
+    path = folder / "training.json"
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not path.is_file():
+        return False
+    before = read_json(path)
+    for name, value in json.loads(json.dumps(facts)).items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{folder}: was made with {name} {before[name]}, not {value}; take another `output_dir` (or `overwrite_output_dir`)"
+            )
+    dist.say(f"{folder}: is there already")
+    return True
+
+
+def free(*pipelines):
+    """Give the memory of pipelines and networks back, whoever else has a name for them."""
+    for one in pipelines:
+        for module in one.models().values() if hasattr(one, "models") else [one]:
+            module.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def sheet(run, sd, prompts, path, steps=None, guidance=None, size=None, strip=False, labels=True):
+    """Sample pictures with the averaged weights and fixed noise, as one PNG. strip: x_t at some of the steps instead, a row a prompt."""
+
+    def draw():
+        height, width = size or (None, None)
+        made = sd.generate(prompts, steps=steps, guidance_scale=guidance, height=height, width=width, keep_steps=strip)
+        for module in sd.models().values():
+            onednn.undo(module)  # training goes on with the layers it had
+        if strip:
+            chosen = sorted({round(i * (len(made.history) - 1) / 7) for i in range(8)})
+            frames = [sd.decode(made.history[i].x.float()) for i in chosen]
+            return torch.stack(frames, dim=1).flatten(0, 1), len(chosen), None
+        return made.pixels, None, prompts if labels else None
+
+    def write(drawn):
+        images.save_grid(drawn[0], path, nrow=drawn[1], labels=drawn[2])
+
+    with run.averaged():
+        sd.kept.clear()  # what the text encoder said before
+        if run.cfg.parallel == "fsdp":  # every rank computes its shards
+            dist.on_main(write, dist.together(draw))
+        else:
+            dist.on_main(lambda: write(draw()))
+        sd.kept.clear()
+    if dist.is_main():
+        run.watch.picture(run.step + 1, "denoising" if strip else "samples", images.open_image(path))

@@ -1,0 +1,56 @@
+"""TensorBoard and Weights & Biases, beside metrics.jsonl."""
+
+from pathlib import Path
+
+from nanodiff.config import UserError, as_dict
+from nanodiff.device import dist
+
+
+class Watch:
+    """TensorBoard or Weights & Biases, beside metrics.jsonl. Raises UserError when the extra is not installed."""
+
+    def __init__(self, kind, cfg):
+        self.kind, self.writer = kind, None
+        folder = getattr(cfg, "logging_dir", None) or Path(cfg.output_dir) / "logs"
+        missing = f"--report-to {kind}: {kind} is not installed; pip install {kind} (extra `{kind}`)"
+        if kind == "tensorboard":
+            try:
+                import tensorboard  # noqa: F401
+            except ImportError:
+                raise UserError(missing) from None
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder)) if dist.is_main() else None
+        elif kind == "wandb":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(missing) from None
+            if dist.is_main():
+                self.writer = wandb.init(project="nanodiff", dir=str(cfg.output_dir), config=as_dict(cfg))
+
+    def numbers(self, step, values):
+        if self.writer is None:
+            return
+        if self.kind == "wandb":
+            self.writer.log(values, step=step)
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step, name, image):
+        """image: a PIL image."""
+        if self.writer is None:
+            return
+        if self.kind == "wandb":
+            import wandb
+
+            self.writer.log({name: wandb.Image(image)}, step=step)
+            return
+        import numpy as np
+
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close() if self.kind == "tensorboard" else self.writer.finish()

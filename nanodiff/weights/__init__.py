@@ -1,0 +1,18 @@
+"""Weights and files: safetensors.py reads and writes them, loading.py makes modules of them, original_names.py and hub.py
+know other people's names."""
+
+from nanodiff.weights.loading import RENAMES, check_names, load, read_all, renamed, save, skeleton
+from nanodiff.weights.safetensors import (
+    PICKLES,
+    check_file,
+    find_files,
+    header,
+    load_pickle,
+    load_tensors,
+    metadata,
+    open_file,
+    save_tensors,
+)
+
+__all__ = ["PICKLES", "RENAMES", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "metadata",
+           "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton"]  # fmt: skip

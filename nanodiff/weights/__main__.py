@@ -1,0 +1,63 @@
+"""The weights of a model, as files.
+
+python -m nanodiff.weights inspect FILE             tensors of a file, from its header alone
+python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to safetensors;
+                                                    a single-file checkpoint to a Hub folder, or a folder to a file
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanodiff import pipeline
+from nanodiff.config import UserError, printable, tool
+from nanodiff.weights.safetensors import PICKLES, find_files, header, load_pickle, save_tensors
+
+# ---------------------------------------------------------------------------------------------------------
+# Tool
+
+
+def inspect(path):
+    """Print name and shape of every tensor of a file, or of a component folder, from the headers alone."""
+    path = Path(path)
+    for key, shape in header([path] if path.is_file() else find_files(path)).items():
+        print(printable(key), list(shape))
+
+
+def convert(source, target, allow_pickle=False, components=None, prediction_type=None):
+    """A pickle of tensors to a safetensors file; a single-file checkpoint to a Hub folder or back.
+
+    Raises UserError without allow_pickle: reading a pickle can run code.
+    """
+    if Path(source).is_dir() or Path(target).suffix != ".safetensors":
+        # Whole models are the pipeline's business; this tool is only where people look for it.
+        return pipeline.convert(source, target, allow_pickle, components, prediction_type)
+    if Path(source).suffix not in PICKLES:
+        raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
+    if not allow_pickle:
+        raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
+    tensors = load_pickle(source)
+    save_tensors(target, {k: v.clone() for k, v in tensors.items()})
+    print(f"{target}: {len(tensors)} tensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m nanodiff.weights", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("inspect", help="list the tensors of a file or component folder")
+    one.add_argument("path")
+    two = commands.add_parser("convert", help="pickle to safetensors; single file to Hub folder, and back")
+    two.add_argument("source")
+    two.add_argument("target")
+    two.add_argument("--allow-pickle", action="store_true", help="read a pickle, with weights_only")
+    two.add_argument("--components", help="folder for what a single file lacks")
+    two.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"), help="of a single file")
+    args = parser.parse_args()
+    if args.command == "inspect":
+        return tool(lambda: inspect(args.path))
+    more = args.allow_pickle, args.components, args.prediction_type
+    return tool(lambda: convert(args.source, args.target, *more))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Hub folders <-> modules. A model is built on the meta device, every tensor read and assigned.
+
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names its nearest relatives, because
+a picture also comes out of a half-loaded model — a wrong one. There is no per-model translation: modules carry
+the checkpoint's names, and the few historical spellings stand in RENAMES, as data.
+"""
+
+import contextlib
+import mmap
+import re
+from pathlib import Path
+
+import torch
+
+from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.device.memory import keep_freed_memory
+from nanodiff.files import write_json
+from nanodiff.weights.safetensors import STEMS, STORED, _table, find_files, header, open_file, save_tensors
+
+# (pattern, replacement or None to drop), by the class whose files need it.
+RENAMES = {
+    "AutoencoderKL": [  # diffusers < 0.17
+        (r"(attentions\.0)\.query\.", r"\1.to_q."),
+        (r"(attentions\.0)\.key\.", r"\1.to_k."),
+        (r"(attentions\.0)\.value\.", r"\1.to_v."),
+        (r"(attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    ],
+    "CLIPTextModel": [
+        (r"^(.*\.)?position_ids$", None),  # a constant 0..76 that old transformers stored
+        (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # transformers >= 5.6
+        (r"^(vision_model|visual_projection|logit_scale)\b", None),  # the other tower of a whole CLIP
+    ],
+}
+RENAMES["CausalLM"] = [
+    (r"rotary_emb\.inv_freq$", None),  # constants that old transformers stored
+    (r"^language_model\.", ""),
+]
+RENAMES["T5EncoderModel"] = [
+    (r"^encoder\.embed_tokens\.", None),  # a second copy of `shared` in some files
+    (r"^text_model\.", ""),
+]
+RENAMES["ViT"] = [(r"^(classifier|pooler)\.", None), (r"^vit\.", "")]  # heads that are not used
+RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
+RENAMES["CLIPModel"] = [(r"^(.*\.)?position_ids$", None)]
+
+
+def renamed(key, class_name):
+    """The name under which `class_name` knows a tensor of a file; None when it is to be dropped."""
+    for pattern, replacement in RENAMES.get(class_name, ()):
+        if re.search(pattern, key):
+            if replacement is None:
+                return None
+            key = re.sub(pattern, replacement, key)
+    return key
+
+
+def check_names(expected, found, where):
+    """expected, found: {name: shape}. Raises UserError for the first differences, with the nearest names."""
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    if missing or extra:
+        key, others, what = (missing[0], extra or found, "misses") if missing else (extra[0], expected, "has unknown")
+        more = len(missing) + len(extra) - 1
+        raise UserError(
+            f"{where}: {what} tensor {printable(key)}{nearest(key, others)}" + (f" (and {more} more)" if more else "")
+        )
+    for key, shape in expected.items():
+        if _squeezed(found[key], shape) != tuple(shape):
+            raise UserError(f"{where}: {key} has shape {list(found[key])}, the config asks for {list(shape)}")
+
+
+def _squeezed(shape, wanted):
+    """A linear layer that was stored as a 1×1 convolution: its shape without the trailing ones."""
+    shape = tuple(shape)
+    return shape[:2] if len(wanted) == 2 and len(shape) in (3, 4) and set(shape[2:]) == {1} else shape
+
+
+class WithoutInit(torch.overrides.TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: weights that a file will replace need none (and on the meta device the
+    normal distribution alone costs a second, for the compiler that it imports)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def skeleton(cls, cfg):
+    """The module without weights: on the meta device, built in no time."""
+    with torch.device("meta"), WithoutInit():
+        return cls(cfg)
+
+
+def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=()):
+    """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
+
+    dtype: torch dtype, None keeps the stored one. without: parts of the file that are not wanted, by the first word of their
+    names. Each tensor goes from the file straight to its final type and device.
+    """
+    folder = Path(folder)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
+    cfg = cfg or cls.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    paths = find_files(folder, variant)
+    shapes = header(paths)
+    _check_depth(cfg, shapes, folder)
+    model = skeleton(cls, cfg)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    names = {k: None if k.split(".")[0] in without else renamed(k, model.class_name) for k in shapes}
+    check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
+    state = read_all(paths, names, expected, dtype, device)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def read_all(paths, names, shapes, dtype, device):
+    """{model's name: tensor} for the files' tensors with a name in `names` (None = dropped), in one pass.
+
+    dtype None, or the stored one, on a CPU: tensors stay mapped (nothing is read before it is used; write_bytes() never
+    writes into a mapped file). Otherwise each is cast from the mapped file straight into its place, and its pages are
+    let go at once, so that a file and its cast are never both in memory. So are convolutions that are to compute,
+    which need another layout.
+    """
+    device = torch.device(device)
+    state, jobs = {}, []  # jobs: (path, offset in the file, bytes, stored dtype, name)
+    for path in paths:
+        start, table = _table(path)
+        stored = {k: STORED[entry["dtype"]] for k, entry in table.items()}
+        mapped = open_file(path)
+        for key, entry in table.items():
+            name = names[key]
+            if not name:
+                continue
+            # fp16 is only stored on a CPU, so it needs no layout to compute in
+            as_stored = dtype is None or (dtype == stored[key] and (len(shapes[name]) != 4 or dtype == torch.float16))
+            if device.type == "cpu" and as_stored:
+                state[name] = mapped.get_tensor(key).reshape(shapes[name])
+            else:
+                first, last = entry["data_offsets"]
+                jobs.append((path, start + first, last - first, stored[key], name))
+    place = _allocate([(name, shapes[name], dtype or kind) for _, _, _, kind, name in jobs], device)
+    for path in paths:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as region:
+            for _, offset, size, kind, name in (job for job in jobs if job[0] == path and job[2]):
+                source = torch.frombuffer(region, dtype=kind, count=size // kind.itemsize, offset=offset)
+                place[name].copy_(source.view(place[name].shape))
+                del source  # a mapping cannot be closed while a tensor looks into it
+                page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                if hasattr(mmap, "MADV_DONTNEED"):
+                    region.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
+    return state | place
+
+
+def _allocate(wanted, device):
+    """{name: empty tensor}, convolution weights channels last: the layout in which convolutions are fastest everywhere and
+    which their outputs take from them. On a CPU all in one region of huge pages, which takes a fraction of the page faults."""
+    if torch.device(device).type != "cpu":
+        return {
+            name: torch.empty(
+                shape,
+                dtype=dtype,
+                device=device,
+                memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format,
+            )
+            for name, shape, dtype in wanted
+        }
+    align = 64
+    sizes = [-(-torch.Size(shape).numel() * dtype.itemsize // align) * align for _, shape, dtype in wanted]
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    region = mmap.mmap(-1, max(sum(sizes), align), **private)  # private: pages can be given back (onednn.py)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: the same, slower
+            region.madvise(mmap.MADV_HUGEPAGE)
+    whole, place, offset = torch.frombuffer(region, dtype=torch.uint8), {}, 0
+    for (name, shape, dtype), size in zip(wanted, sizes, strict=True):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        flat = whole[offset : offset + count].view(dtype)
+        if len(shape) == 4:
+            o, i, h, w = shape
+            place[name] = flat.view(o, h, w, i).permute(0, 3, 1, 2)
+        else:
+            place[name] = flat.view(shape)
+        offset += size
+    return place
+
+
+def _check_depth(cfg, shapes, folder):
+    """A config cannot ask for more layers than its file has tensors (and so cannot make us build for ever)."""
+    for name in ("num_hidden_layers", "num_layers", "layers_per_block", "transformer_layers_per_block"):
+        value = getattr(cfg, name, 0)
+        if max(value if isinstance(value, tuple) else (value,)) > len(shapes):
+            raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
+
+
+def save(model, folder, dtype=None, state=None):
+    """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict()."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
+    write_json(
+        folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
+    )
+    stem = (
+        STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
+    )  # transformers' and diffusers'
+    state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
+    save_tensors(folder / f"{stem}.safetensors", state)

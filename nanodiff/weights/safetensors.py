@@ -1,0 +1,210 @@
+"""safetensors files: read with suspicion, written whole.
+
+File format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
+"""
+
+import json
+import os
+import re
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nanodiff.config import UserError, printable, read_json
+from nanodiff.files import write_file
+
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+ORDER = ("BOOL", "U8", "F16", "BF16", "I32", "F32", "F64", "I64")  # of types in a file, last first
+STORED = {  # names of the safetensors format
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def check_file(path):
+    """Raise UserError when `path` is plainly not a safetensors file, saying what it is instead."""
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            head = f.read(512)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a .safetensors file") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: is an HTML or XML page, not the weights; the download went wrong")
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:].lstrip()[:1] != b"{":
+        raise UserError(f"{path}: is a pickle, not safetensors; convert it with `python -m nanodiff.weights convert`")
+    if size < 8:
+        raise UserError(f"{path}: only {size} bytes; the download is not complete")
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > 100_000_000:
+        raise UserError(f"{path}: not a safetensors file (its header would have {length} bytes)")
+    if length + 8 > size:
+        raise UserError(f"{path}: truncated inside its header ({size} bytes); download it again")
+
+
+def open_file(path, device="cpu"):
+    """safe_open with errors that name the file and its fault. The tensors stay mapped, not read."""
+    check_file(path)
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as e:
+        reason = str(e)
+        if "not fully covered" in reason:
+            size = os.path.getsize(path)
+            with open(path, "rb") as f:
+                (length,) = struct.unpack("<Q", f.read(8))
+                header = json.loads(f.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            want = 8 + length + end
+            fault = "truncated" if size < want else "over-long"
+            reason = f"{fault}: {size} bytes, its header promises {want}; download it again"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def header(paths):
+    """{tensor name: shape} of safetensors files, without reading a tensor."""
+    shapes = {}
+    for path in paths:
+        f = open_file(path)
+        shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118  (not a dict)
+    return shapes
+
+
+def metadata(path):
+    """The `__metadata__` of a safetensors file: {str: str}."""
+    return dict(open_file(path).metadata() or {})
+
+
+def find_files(folder, variant=None):
+    """The weight files of a component folder, as a list of paths: one file, or the shards of an index.
+
+    variant: "fp16" prefers `….fp16.safetensors`; a component without it loads the plain file, with a line.
+    Raises UserError when there is none, naming a pickle if that is all there is.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for v in [variant, None] if variant else [None]:
+        dot = f".{v}" if v else ""
+        for stem in STEMS:
+            if (single := folder / f"{stem}{dot}.safetensors").exists():
+                if variant and not v:
+                    print(f"{folder}: no {variant} files, taking the plain ones", file=sys.stderr)
+                return [single]
+            for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
+                if (folder / index).exists():
+                    return _shards(folder / index)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{pickles[0]}: only a pickle here, which can run code when read; "
+            f"convert it with `python -m nanodiff.weights convert {pickles[0].name} OUT `allow_pickle``"
+        )
+    raise UserError(f"{folder}: no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
+
+
+def _shards(index):
+    """Paths of a sharded checkpoint; every name is checked before anything is opened."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    for name in set(weight_map.values()):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
+            raise UserError(f"{index}: {name!r} is not a plain file name")
+        if not (index.parent / name).exists():
+            raise UserError(f"{index}: names the shard {name}, which is missing; download it")
+    found = {}
+    for name in sorted(set(weight_map.values())):
+        for key in header([index.parent / name]):
+            if key in found:
+                raise UserError(f"{index}: tensor {key} is in two shards, {found[key]} and {name}")
+            found[key] = name
+    for key in {*weight_map, *found}:
+        if weight_map.get(key) != found.get(key):
+            raise UserError(f"{index}: tensor {key} is in {found.get(key)}, the index says {weight_map.get(key)}")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def _table(path):
+    """(offset of the first tensor byte, {key: {dtype, shape, data_offsets}}) of a file that open_file() accepted."""
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        table = json.loads(f.read(length))
+    table.pop("__metadata__", None)
+    for key, entry in table.items():
+        if entry["dtype"] not in STORED:
+            raise UserError(f"{path}: {printable(key)} is stored as {entry['dtype']}, which is not supported")
+    return 8 + length, table
+
+
+def load_pickle(path, inside="state_dict"):
+    """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback.
+
+    inside: the key under which the tensors may be nested.
+    """
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
+        raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # UnpicklingError, EOFError, RuntimeError or OSError, by where the file is torn
+        raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
+    while isinstance(state, dict) and isinstance(state.get(inside), dict):
+        state = state[inside]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def save_tensors(path, tensors, metadata=None):
+    """{name: tensor} -> a safetensors file, the bytes that safetensors' own writer makes (metadata sorted), but tensor by tensor, so that the
+    file is never in memory as a whole. The new file replaces the old one, so a mapped file stays intact."""
+    kinds = {dtype: name for name, dtype in STORED.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in kinds:
+            raise UserError(f"{path}: {printable(name)}: tensors of {tensor.dtype} are not written")
+    order = sorted(tensors, key=lambda k: (-ORDER.index(kinds[tensors[k].dtype]), k))
+    header, end = {"__metadata__": dict(sorted(({"format": "pt"} | (metadata or {})).items()))}, 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {
+            "dtype": kinds[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            if flat.numel():
+                f.write(flat.view(torch.uint8).numpy().data)
+
+    write_file(path, write)
+
+
+def load_tensors(path):
+    """{name: tensor} of a safetensors file, in memory (the file may be replaced afterwards)."""
+    f = open_file(path)
+    return {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118

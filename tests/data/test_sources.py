@@ -1,0 +1,271 @@
+"""Data sets on disk: layouts, faults, order."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+from util import ROOT, run
+
+from nanodiff import data
+from nanodiff.config import UserError
+from nanodiff.data import sources
+
+
+def png(color="red", size=(6, 6)):
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def folder(root, names=("a.png", "sub/b.png", "c.JPG")):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 6), "blue").save(path, "JPEG" if name.endswith("JPG") else "PNG")
+    return root
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as t:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_metadata_jsonl(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(
+        '\ufeff{"file_name": "a.png", "text": "A"}\n{"file_name": "c.JPG", "text": "C"}\n', encoding="utf-8"
+    )
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "B"}\n')
+    got = data.load(tmp_path)
+    assert dict(zip(got.keys, got.captions, strict=True)) == {"a.png": "A", "c.JPG": "C", "sub/b.png": "B"}
+    assert got.image(0).size == (6, 6)
+
+
+def test_captions_json_and_text_files(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": "A", "c.JPG": "C"}))
+    (tmp_path / "sub" / "b.txt").write_bytes(b"\xff caption\r\n")
+    assert dict(zip((d := data.load(tmp_path)).keys, d.captions, strict=True))["sub/b.png"] == "\ufffd caption"
+
+
+def test_junk_is_ignored(tmp_path):
+    folder(tmp_path, ["a.png"])
+    (tmp_path / "._a.png").write_bytes(b"junk")
+    (tmp_path / ".DS_Store").write_bytes(b"junk")
+    assert data.load(tmp_path, captions=False).keys == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"file_name": "../x.png", "text": "a"}', "outside the data folder"),
+        ('{"file_name": "/etc/x.png", "text": "a"}', "outside the data folder"),
+        ('{"text": "a"}', "no file_name"),
+        ('{"file_name": "a.png", "text": "a"}\n{"file_name": "a.png", "text": "b"}', "listed twice"),
+        ('{"file_name": "ghost.png", "text": "a"}', "not there: ghost.png"),
+        ("{", "metadata.jsonl"),
+    ],
+)
+def test_bad_listings(tmp_path, line, says):
+    folder(tmp_path, ["a.png"])
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(UserError, match=says):
+        data.load(tmp_path)
+
+
+def test_missing_captions_are_listed(tmp_path):
+    with pytest.raises(UserError, match=r"3 of 3 pictures have no caption: a\.png"):
+        data.load(folder(tmp_path))
+
+
+def test_empty_and_missing(tmp_path):
+    with pytest.raises(UserError, match="No images found"):
+        data.load(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        data.load(tmp_path / "x")
+
+
+def test_tar_shards(tmp_path):
+    for i in range(3):
+        tar(
+            tmp_path / f"s-{i:03d}.tar",
+            [(f"{i}.png", png()), (f"{i}.txt", f"caption {i}".encode()), (f"{i}.json", b"{}")],
+        )
+    got = data.load(f"{tmp_path}/s-{{000..002}}.tar")
+    assert got.captions == ["caption 0", "caption 1", "caption 2"] and got.image(2).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(UserError, match=r"s-003\.tar: no such file"):
+        data.load(f"{tmp_path}/s-{{000..003}}.tar")
+
+
+def test_hostile_tar_members_are_only_keys(tmp_path):
+    path = tmp_path / "s.tar"
+    tar(
+        path,
+        [
+            ("../../evil.png", png()),
+            ("../../evil.txt", b"e"),
+            ("/abs.png", png()),
+            ("/abs.txt", b"a"),
+            ("x.pkl", b"cos\nsystem\n(S'x'\ntR."),
+        ],
+    )
+    with tarfile.open(path, "a") as t:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        t.addfile(link)
+    got = data.load(path)
+    assert len(got) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["s.tar"]
+
+
+def test_truncated_tar(tmp_path):
+    path = tar(tmp_path / "s.tar", [("a.png", png()), ("a.txt", b"a")])
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(UserError, match=r"s\.tar"):
+        data.load(path)
+
+
+def test_pictures_are_fitted_and_kept(tmp_path):
+    folder(tmp_path, ["a.png"])
+    pictures = data.Pictures(data.load(tmp_path, captions=False), 4)
+    batch = pictures.batch([0, 0])
+    assert batch.shape == (2, 3, 4, 4) and batch.min() >= -1 and 0 in pictures.kept
+
+
+def test_metadata_csv_and_several_captions(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\na.png,"one, two"\nb.png,B\n', encoding="utf-8")
+    assert data.load(tmp_path).captions == ["one, two", "B"]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["A1", " ", "A2"], "b.png": "B"}))
+    assert data.load(tmp_path).texts == [("A1", "A2"), ("B",)]
+
+
+def test_labels_are_folders(tmp_path):
+    folder(tmp_path, ["cat/a.png", "dog/deep/b.png", "c.png"])
+    got = data.load(tmp_path, captions=False)
+    assert dict(zip(got.keys, got.labels, strict=True)) == {"cat/a.png": "cat", "dog/deep/b.png": "dog", "c.png": None}
+
+
+def test_columns_by_name(tmp_path):
+    """S1-04: both columns are honoured, and a wrong one is named with those that are there."""
+    folder(tmp_path, ["a.png", "b.png"])
+    rows = [{"picture": f"{n}.png", "file_name": "other.png", "words": n.upper(), "text": "wrong"} for n in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert data.load(tmp_path, image_column="picture", caption_column="words").captions == ["A", "B"]
+    with pytest.raises(UserError, match=r"no word; it has picture, file_name, words, text \(`caption_column`\)"):
+        data.load(tmp_path, image_column="picture", caption_column="word")
+
+
+def test_csv_table_with_names_without_suffix(tmp_path):
+    """The food data set's form: Image_Name has no suffix, the pictures are in a folder beside the table."""
+    folder(tmp_path / "Food Images", ["green-soup.jpg", "pie.png"])
+    (tmp_path / "food.csv").write_text("id,Title,Image_Name\n1,Green soup,green-soup\n2,Apple pie,pie\n")
+    got = data.load(tmp_path / "food.csv")
+    assert got.captions == ["Green soup", "Apple pie"] and got.image(0).size == (6, 6)
+    (tmp_path / "food.csv").write_text("Title,Image_Name\nX,none\nApple pie,pie\n")
+    with pytest.raises(UserError, match="1 captions name a picture that is not there: none"):
+        data.load(tmp_path / "food.csv")
+    assert data.load(tmp_path / "food.csv", skip=True).captions == ["Apple pie"]
+    (tmp_path / "food.csv").write_text("Name,Image\nX,pie\n")
+    with pytest.raises(UserError, match=r"food.csv: no column .*; it has Name, Image \(--image-column\)"):
+        data.load(tmp_path / "food.csv")
+
+
+def test_coco_annotations(tmp_path):
+    folder(tmp_path / "val", ["1.jpg", "2.jpg"])
+    notes = {"images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
+             "annotations": [{"image_id": 7, "caption": "A"}, {"image_id": 8, "caption": "B"}, {"image_id": 7, "caption": "A2"}]}  # fmt: skip
+    (tmp_path / "captions_val.json").write_text(json.dumps(notes))
+    assert data.load(tmp_path / "captions_val.json").texts == [("A", "A2"), ("B",)]
+    notes["annotations"].append({"image_id": 9, "caption": "?"})
+    (tmp_path / "captions_val.json").write_text(json.dumps(notes))
+    with pytest.raises(UserError, match="1 annotations are of pictures that are not in it"):
+        data.load(tmp_path / "captions_val.json")
+
+
+def test_a_link_out_of_the_data_folder_is_refused(tmp_path):
+    folder(tmp_path / "out", ["secret.png"])
+    root = folder(tmp_path / "in", ["a.png"])
+    (root / "link.png").symlink_to(tmp_path / "out" / "secret.png")
+    (root / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "A"}\n{"file_name": "link.png", "text": "B"}\n'
+    )
+    with pytest.raises(UserError, match="outside the data folder"):
+        data.load(root)
+
+
+def test_pictures_without_captions_may_be_skipped(tmp_path, capsys):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_text("A")
+    assert data.load(tmp_path, skip=True).keys == ["a.png"] and "left out: b.png" in capsys.readouterr().err
+
+
+def test_shards_with_json_and_labels(tmp_path):
+    tar(tmp_path / "s.tar", [("1.png", png()), ("1.json", b'{"caption": ["A", "B"]}'), ("1.cls", b"cat\n"),
+                             ("2.png", png()), ("2.txt", b"C")])  # fmt: skip
+    got = data.load(tmp_path / "s.tar")
+    assert got.texts == [("A", "B"), ("C",)] and got.labels == ["cat", None]
+
+
+def test_tables(tmp_path):
+    """A Hub data set's parquet and arrow files: rows of encoded pictures and captions."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": png(c), "path": None} for c in ("red", "blue", "lime")]
+    table = pa.table({"image": rows, "text": ["R", "B", "L"]})
+    pq.write_table(table, tmp_path / "data-00000.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "data-00000.parquet", tmp_path / "data.arrow"):
+        got = data.load(path)
+        assert got.captions == ["R", "B", "L"] and got.image(2).getpixel((0, 0)) == (0, 255, 0)
+    (tmp_path / "data.arrow").unlink()
+    assert len(data.load(tmp_path)) == 3
+
+
+def test_tables_without_pyarrow_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"needs pyarrow; pip install .*extra `parquet`"):
+        data.load(tmp_path / "x.parquet")
+
+
+def test_pack_round_trip(tmp_path):
+    root = folder(tmp_path / "in", ["cat/a.png", "dog/b.jpg"])
+    (root / "captions.json").write_text(json.dumps({"cat/a.png": ["A", "A2"], "dog/b.jpg": "B"}))
+    done = run("-m", "nanodiff.data", "pack", root, tmp_path / "x.tar")
+    assert done.returncode == 0, done.stderr
+    before, after = data.load(root), data.load(tmp_path / "x.tar")
+    assert after.texts == before.texts and after.labels == before.labels
+    assert [after.data(i) for i in range(2)] == [before.data(i) for i in range(2)], "the encoded bytes, not made again"
+
+
+def test_captions_of_strange_bytes(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfBOM\0 here\r\n")
+    (tmp_path / "b.txt").write_bytes(b"x" * (1 << 20))
+    got = data.load(tmp_path)
+    assert got.captions[0] == "BOM here" and len(got.captions[1]) == sources.CAPTION_LIMIT
+
+
+def test_check_tool(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "bad.png").write_bytes(b"no")
+    (tmp_path / "a.txt").write_text("A")
+    done = run("-m", "nanodiff.data", "check", tmp_path)
+    assert done.returncode == 1 and "pictures: 3" in done.stdout and "captions: 1" in done.stdout
+    assert "unreadable" in done.stdout and "duplicate: b.png" in done.stdout and "no caption: b.png" in done.stdout
+    assert run("-m", "nanodiff.data", "check", tmp_path / "none").returncode == 2
+
+
+def test_the_embedded_data_set():
+    got = data.load(ROOT / "assets" / "emoji" / "emoji.tar")
+    assert len(got) == len(set(got.captions)) == 536
+    assert got.captions[got.keys.index("1f34e")] == "red apple" and got.image(0).size == (64, 64)

@@ -1,0 +1,294 @@
+"""Layers by oneDNN: the same numbers, and the way back."""
+
+import pytest
+import torch
+from torch import nn
+from util import TINY, max_error, rms_ratio
+
+from nanodiff import lora, pipeline
+from nanodiff.device import onednn
+from nanodiff.models.layers import Upsample
+
+pytestmark = pytest.mark.skipif(bool(onednn.unusable(torch.float32)), reason=str(onednn.unusable(torch.float32)))
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST", 0)
+
+
+def layers(dtype):
+    net = nn.Sequential(
+        nn.Conv2d(24, 40, 3, padding=1, stride=2), nn.Conv2d(40, 16, 1, bias=False), nn.Flatten(2), nn.Linear(20, 33)
+    )
+    return net.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_and_back(dtype):
+    if reason := onednn.unusable(dtype):
+        pytest.skip(reason)  # a CPU without AVX-512 packs no bf16
+    net, x = layers(dtype), torch.randn(3, 24, 8, 10).to(dtype)
+    weights, want = [p.clone() for p in net.parameters()], net(x)
+    onednn.prepare(net, pack=True)
+    assert [type(m).__name__ for m in net] == ["PackedConv2d", "PackedConv2d", "Flatten", "PackedLinear"]
+    for _ in range(2):
+        assert rms_ratio(net(x), want) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert net[0].weight.numel() == 0, "the plain weight was given back"
+    onednn.undo(net)
+    for a, b in zip(weights, net.parameters(), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    assert torch.equal(net(x), want)
+
+
+def test_another_size_after_packing():
+    net = layers(torch.float32)[:2]
+    sizes = [torch.randn(1, 24, 8, 10), torch.randn(2, 24, 31, 7)]
+    want = [net(x) for x in sizes]
+    onednn.prepare(net, pack=True)
+    for x, y in zip(sizes, want, strict=True):
+        torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_unpacked():
+    net, x = layers(torch.float32), torch.randn(1, 24, 8, 10)
+    want = net(x)
+    onednn.prepare(net)
+    assert [type(m).__name__ for m in net] == ["Conv2d", "Conv2d", "Flatten", "DirectLinear"]
+    direct = net(x)
+    torch.testing.assert_close(direct, want)
+    onednn.prepare(net, pack=True)
+    assert type(net[3]).__name__ == "PackedLinear"
+    torch.testing.assert_close(net(x), want)
+    onednn.prepare(net)  # a shorter run comes: as if there had been no longer one
+    assert [type(m).__name__ for m in net] == ["Conv2d", "Conv2d", "Flatten", "DirectLinear"]
+    assert torch.equal(net(x), direct)
+
+
+def test_no_stopwatch_decides(monkeypatch):
+    """What multiplies is the same at every start, and named in run.json."""
+    monkeypatch.setattr("time.perf_counter", None)
+    onednn.unusable.cache_clear()
+    net = layers(torch.float32)
+    onednn.prepare(net)
+    assert type(net[3]) is onednn.DirectLinear
+    told = onednn.processor()
+    assert told["fp32 linear layers"] == "oneDNN" and told["threads"] == torch.get_num_threads()
+    assert told["instructions"].startswith(torch.backends.cpu.get_cpu_capability()) and told["processor"]
+
+
+def test_trying_the_operators_draws_nothing():
+    """When they are tried for the first time must not change what a run draws after."""
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    onednn.unusable.cache_clear()
+    torch.manual_seed(1)
+    assert onednn.unusable(torch.float32) is None and torch.equal(torch.rand(3), want)
+
+
+def test_what_is_trained_stays_plain():
+    net = layers(torch.float32)
+    net[0].weight.requires_grad_(True)
+    onednn.prepare(net, pack=True)
+    assert type(net[0]) is nn.Conv2d and type(net[1]) is onednn.PackedConv2d
+
+
+def test_odd_layers_stay_plain():
+    shared = nn.Linear(16, 16).requires_grad_(False)
+    twin = nn.Linear(16, 16)
+    twin.weight = shared.weight
+    piece = nn.Linear(16, 16)
+    piece.weight = nn.Parameter(torch.randn(16, 40)[:, :16], requires_grad=False)
+    reflected = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect").requires_grad_(False)
+    net = nn.ModuleList([shared, twin, piece, reflected])
+    onednn.prepare(net, pack=True)
+    assert [type(m) for m in net] == [nn.Linear, nn.Linear, nn.Linear, nn.Conv2d]
+
+
+def test_memory_of_packed_weights_is_given_back():
+    """Not only to this process: the mapping is private, so its pages are gone."""
+    from pathlib import Path
+
+    from nanodiff.weights import loading
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("Linux only")
+    place = loading._allocate([("weight", (4096, 2048), torch.float32)], torch.device("cpu"))["weight"].fill_(1.0)
+    layer = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
+    layer.weight.data = place
+    onednn._release(layer)
+    assert place.flatten()[2048:-2048].abs().max() == 0, "the pages are new, empty ones"
+
+
+def test_a_gradient_is_refused_not_lost():
+    net = layers(torch.float32)
+    onednn.prepare(net, pack=True)
+    with pytest.raises(RuntimeError, match="prepared for inference"):
+        net(torch.randn(1, 24, 8, 10, requires_grad=True))
+
+
+def test_direct_layers_have_a_gradient():
+    """A model that was sampled from can go on being trained, around or through its frozen layers."""
+    layer, x = nn.Linear(20, 33).requires_grad_(False), torch.randn(3, 20)
+    want = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    onednn.prepare(layer)
+    assert type(layer) is onednn.DirectLinear
+    got = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    assert torch.equal(got, want)
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_wide_layers(monkeypatch, dtype, rows):
+    """On a CPU without bf16: half precision kept in memory, computed in fp32, some rows of the weight at a time; with a gradient."""
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
+    monkeypatch.setattr(onednn, "PIECE", 1000)  # several pieces, the last one smaller
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 130), nn.Linear(130, 20, bias=False)).to(dtype).requires_grad_(False)
+    x = torch.randn(2, rows, 64).to(dtype)
+    want = net(x)
+    assert [type(m) for m in onednn.widen(net)] == [onednn.WideLinear] * 2
+    exact = nn.functional.linear(x.float(), net[0].weight.float(), net[0].bias.float())
+    if rows >= onednn.FEW_ROWS:
+        once = nn.functional.linear(x.float(), net[0].weight.float()).to(dtype) + net[0].bias
+        # a product on the edge between two numbers of this type may fall to either, and the sum with it
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(net[0](x), once, rtol=unit, atol=2 * unit)
+        assert (net[0](x) == once).float().mean() > 0.99, "rounded before the bias is added, as PyTorch does"
+    assert rms_ratio(net[0](x), exact) < 1e-2 and rms_ratio(net(x), want) < 2e-2
+    y = x.clone().requires_grad_()
+    net(y).float().square().sum().backward()
+    z = x.float().requires_grad_()
+    plain = nn.functional.linear(
+        nn.functional.linear(z, net[0].weight.float(), net[0].bias.float()), net[1].weight.float()
+    )
+    plain.square().sum().backward()
+    assert rms_ratio(y.grad, z.grad) < 3e-2
+    with torch.no_grad():
+        assert torch.equal(net[0](x), net[0](y.detach()))
+    onednn.undo(net)
+    assert [type(m) for m in net] == [nn.Linear] * 2
+
+
+def test_widen_leaves_what_learns_and_what_is_whole(monkeypatch):
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
+    net = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8).bfloat16().requires_grad_(False)])
+    onednn.widen(net)
+    assert [type(m) is nn.Linear for m in net] == [True, True, False]
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: True)
+    fast = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    assert type(onednn.widen(nn.ModuleList([fast]))[0]) is nn.Linear
+
+
+def test_the_reason_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(onednn, "unusable", lambda dtype: "the moon is full")
+    net = layers(torch.float32)
+    onednn.prepare(net, pack=True)
+    assert type(net[0]) is nn.Conv2d and "the moon is full" in capsys.readouterr().err
+
+
+def test_unusable_names_what_fails(monkeypatch):
+    onednn.unusable.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    assert "refuses" in onednn.unusable(torch.float32)
+    onednn.unusable.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
+def test_pictures_are_the_same(name):
+    """A pipeline that may pack gives the picture of one that may not, twice, and can still be saved."""
+    plain, packing = pipeline.load(TINY / name), pipeline.load(TINY / name)
+    packing.packs = True
+    want = plain.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
+    for _ in range(2):
+        got = packing.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
+        assert max_error(got.latents, want.latents) < 1e-4
+    assert any(type(m) in (onednn.PackedConv2d, onednn.PackedLinear) for m in packing.net.modules())
+    assert not any(type(m) in onednn.PLAIN and type(m) is not onednn.DirectLinear for m in plain.net.modules())
+
+
+def test_another_scheduler_keeps_the_choice():
+    sd = pipeline.load(TINY / "sd15")
+    sd.packs = sd.replays = True
+    other = sd.with_scheduler("euler")
+    assert other.packs and other.replays
+
+
+def test_saving_and_loras_see_plain_weights(tmp_path):
+    from util import GOLDEN
+
+    sd = pipeline.load(TINY / "sd15")
+    before = {k: v.clone() for k, v in sd.net.state_dict().items()}
+    sd.packs = True
+    sd.generate(["a corgi"], steps=4, seeds=[1])
+    sd.save(tmp_path / "saved")
+    again = pipeline.load(tmp_path / "saved").net.state_dict()
+    assert all(torch.equal(before[k], again[k]) for k in before)
+    sd.generate(["a corgi"], steps=4, seeds=[1])
+    found = lora.read(next((GOLDEN / "lora").glob("sd15.kohya*.safetensors")), sd.models(), allow_partial=True)
+    lora.fuse(sd.models(), found).remove()
+    assert all(torch.equal(v, before[k]) for k, v in sd.net.state_dict().items())
+
+
+# Upsampling by phases -------------------------------------------------------------------------------------------
+
+
+def enlarged(up, x, size=None):
+    x = torch.nn.functional.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
+    return up.conv(x)
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(1, 2), (5, 7), (8, 8)])
+def test_four_small_convolutions_are_the_large_one(size, fmt):
+    up = Upsample(12).double().requires_grad_(False)
+    x = torch.randn(2, 12, *size, dtype=torch.float64).to(memory_format=fmt)
+    with torch.no_grad():
+        got = up(x)
+        torch.testing.assert_close(got, enlarged(up, x), rtol=1e-12, atol=1e-12)
+        assert up.phases and got.is_contiguous(memory_format=fmt)
+        torch.testing.assert_close(up(x, (2 * size[0], 2 * size[1])), enlarged(up, x), rtol=1e-12, atol=1e-12)
+        odd = (2 * size[0] - 1, 2 * size[1])
+        torch.testing.assert_close(up(x, odd), enlarged(up, x, odd), rtol=1e-12, atol=1e-12)
+
+
+def test_phases_of_a_packed_convolution():
+    """Packed, doubled, an odd size, doubled again: always the same numbers."""
+    up, x = Upsample(16).requires_grad_(False), torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        want, odd = enlarged(up, x), enlarged(up, x, (7, 8))
+        onednn.prepare(up, pack=True)
+        for got, exact in ((up(x), want), (up(x, (7, 8)), odd), (up(x), want), (up(x, (7, 8)), odd)):
+            torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+        assert type(up.phases[1][0]) is onednn.PackedConv2d
+        onednn.undo(up)
+        torch.testing.assert_close(up(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_phases_follow_the_weights():
+    up, x = Upsample(8).requires_grad_(False), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        up(x)
+        up.conv.weight.mul_(2)
+        torch.testing.assert_close(up(x), enlarged(up, x))
+        up.conv.weight.data = torch.randn(8, 8, 3, 3)
+        torch.testing.assert_close(up(x), enlarged(up, x))
+        up.conv.bias.add_(1)
+        torch.testing.assert_close(up(x), enlarged(up, x))
+    assert [k for k, _ in up.named_parameters()] == ["conv.weight", "conv.bias"], "phases are not in a checkpoint"
+
+
+def test_phases_stand_aside_for_hooks_and_gradients():
+    up, x = Upsample(8), torch.randn(1, 8, 4, 4)
+    up(x).sum().backward()
+    assert up.conv.weight.grad is not None and not up.phases
+    up.requires_grad_(False)
+    handle = up.conv.register_forward_hook(lambda m, args, out: out + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(up(x), enlarged(up, x))
+        handle.remove()
+        torch.testing.assert_close(up(x), enlarged(up, x))
+    assert up.phases

@@ -1,0 +1,293 @@
+"""Samplers: equal to every recording; right where the truth is known in closed form; refusals.
+
+On Gaussian data N(μ, v) the exact network is known (util.gaussian_model). Then a deterministic sampler must carry
+the noise quantile z to the data quantile μ + √v·z as steps go up, and a stochastic one must give the variance v.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from util import coefficients, double_noise, gaussian_model, golden, max_error, rounding
+
+from nanodiff.config import UserError
+from nanodiff.diffusion import samplers
+from nanodiff.diffusion.samplers import SAMPLERS, begin
+from nanodiff.diffusion.schedule import Schedule
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+      "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": True}  # fmt: skip
+FLOWS = ("flow_euler", "flow_heun")
+FAMILIES = ["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp2m", "lcm", "flow", "heun"]
+
+
+def cases():
+    for family in FAMILIES:
+        _, facts = golden(f"schedulers.{family}")
+        for case in facts["args"]:
+            yield pytest.param(family, case, id=f"{family}-{case}")
+
+
+def fake(x, t):
+    return 0.8 * torch.sin(1.1 * x + 0.003 * t) + 0.1 * x
+
+
+@pytest.mark.parametrize(("family", "case"), list(cases()))
+def test_golden(family, case):
+    tensors, facts = golden(f"schedulers.{family}")
+    args, data = facts["args"][case], {k[len(case) + 1 :]: v for k, v in tensors.items() if k.startswith(case + "/")}
+    schedule = Schedule.from_config(args["config"], args["scheduler"])
+    options, settings = dict(args["step_kwargs"]), dict(args["set_timesteps"])
+    if "use_clipped_model_output" in options:
+        options["clipped_eps"] = options.pop("use_clipped_model_output")
+    if family in ("ddim", "pndm"):
+        options["quirks"] = True  # the recordings have t - T // n as the previous timestep
+    n = settings.pop("num_inference_steps", None) or len(settings.get("timesteps") or settings["sigmas"])
+    options |= settings  # mu, timesteps or sigmas
+    first = data["init_noise"] * args["init_noise_sigma"]
+    if not settings:
+        assert max_error(begin(schedule, n, data["init_noise"]), first) < 1e-6
+    generator = torch.Generator().manual_seed(args["generator_seed"])
+    noise = lambda: torch.randn(first.shape, generator=generator)  # noqa: E731
+    sampler = samplers.of(schedule).run
+    steps = list(sampler(fake, first, schedule, n, noise, **options))
+    generator.manual_seed(args["generator_seed"])
+    exact = list(sampler(fake, first.double(), schedule, n, noise, **options))
+    want = data["prev_sample"]
+    if family == "heun":  # the reference yields after each network call, we after each step
+        want = torch.cat([want[1:-1:2], want[-1:]])
+    largest = first.abs().max()
+    for step, truth, prev in zip(steps, exact, want, strict=True):
+        assert max_error(step.x, truth.x) < 5e-6, "fp32 is off the same formula in fp64: it cancels"
+        # The recording adds what is as large as x, which at zero SNR is 4096, in fp32, and carries on what that loses.
+        assert (step.x - prev).abs().max() < 1e-5 * prev.abs().max() + rounding(largest, 2)
+        largest = max(largest, prev.abs().max())
+    if family != "heun":
+        assert [s.t for s in steps] == pytest.approx(data["timesteps"].tolist(), abs=1e-4)
+
+
+# -- closed forms ---------------------------------------------------------------------------------------------
+
+MEAN, VAR = 0.3, 0.25
+
+
+def make(name, prediction, spacing, **more):
+    _, kind, fields, *_ = SAMPLERS[name]
+    if name in FLOWS:
+        return Schedule.from_config({"_class_name": kind, "shift": 1.0})
+    return Schedule.from_config(
+        SD | {"prediction_type": prediction, "timestep_spacing": spacing} | more, kind, **fields
+    )
+
+
+def run(schedule, name, n, z, **options):
+    """The samples at the end, for initial noise z (float64), brought to the data's scale."""
+    model = gaussian_model(schedule, MEAN, VAR)
+    x = begin(schedule, n, z)
+    for step in SAMPLERS[name][0](model, x, schedule, n, double_noise(z.shape), **options):
+        x = step.x
+    return x
+
+
+ODE = ["ddim", "pndm", "euler", "dpmpp_2m", "dpmpp_2m_karras", "heun"]
+TOLERANCE = {"ddim": 0.05, "pndm": 0.03, "euler": 0.05, "dpmpp_2m": 0.03, "dpmpp_2m_karras": 0.05, "heun": 0.03}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", ODE)
+def test_ode_samplers_carry_quantiles(name, spacing, prediction):
+    """At 100 steps the map z -> x is within a few per cent of the exact transport from the first timestep on."""
+    schedule = make(name, prediction, spacing)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    times = list(run_times(schedule, name, 100))
+    a, s = coefficients(schedule, times[0])
+    spread = (a * a * VAR + s * s) ** 0.5
+    # begin() starts at z (or σ z); the exact flow carries quantile (x - aμ)/spread to the data's.
+    x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, 100, z) * a
+    want = MEAN + VAR**0.5 * (x - a * MEAN) / spread
+    assert (run(schedule, name, 100, z) - want).abs().max() < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("n", [61, 103, 150, 333, 501, 998])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", ODE)
+def test_step_counts_that_do_not_divide_the_timesteps(name, spacing, n):
+    """The whole way is covered whatever n is: here the reference's t - T // n is off, and np.arange yields n + 1."""
+    schedule = make(name, "v_prediction", spacing)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    a, s = coefficients(schedule, next(run_times(schedule, name, n)))
+    x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, n, z) * a
+    want = MEAN + VAR**0.5 * (x - a * MEAN) / (a * a * VAR + s * s) ** 0.5
+    assert (run(schedule, name, n, z) - want).abs().max() < 1.7 * TOLERANCE[name] * 100 / min(n, 100)
+
+
+def run_times(schedule, name, n):
+    z = torch.zeros(1, 1, dtype=torch.float64)
+    for step in SAMPLERS[name][0](gaussian_model(schedule, MEAN, VAR), z, schedule, n, double_noise(z.shape)):
+        yield step.t
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "dpmpp_2m", "heun"])
+def test_order_of_convergence(name):
+    """Halving the step divides the error by about 2^order: first-order Euler and DDIM, higher the others."""
+    schedule = make(name, "epsilon", "trailing")
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    fine = run(schedule, name, 1000, z)
+    errors = [(run(schedule, name, n, z) - fine).abs().max().item() for n in (10, 20, 40)]
+    assert errors[0] > errors[1] > errors[2]
+    order = math.log2(errors[0] / errors[2]) / 2
+    assert order > {"ddim": 0.7, "euler": 0.6, "pndm": 0.7, "dpmpp_2m": 0.9, "heun": 0.9}[name]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("euler_a", {}), ("ddim", {"eta": 1.0})])
+def test_stochastic_samplers_have_the_data_variance(name, options, prediction):
+    schedule = make(name, prediction, "trailing")
+    z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = run(schedule, name, 200, z, **options)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.04)
+    assert x.var().item() == pytest.approx(VAR, rel=0.08)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in FLOWS])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 30, 333, 501, 999, 1000])
+def test_every_step_count_is_finite_or_refused(name, spacing, prediction, n):
+    schedule = make(name, prediction, spacing)
+    z = torch.randn(3, 1, dtype=torch.float64)
+    try:
+        samplers.check_steps(schedule, n)
+        x = run(schedule, name, n, z)
+    except UserError as e:
+        assert "step" in str(e)
+        return
+    assert torch.isfinite(x).all() and x.abs().max() < 50
+
+
+@pytest.mark.parametrize("n", [3, 6, 30, 70, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_ddim_is_its_closed_form(n, spacing):
+    """DDIM is linear on Gaussian data: each step multiplies the deviation by a known factor (eq. 12 by hand)."""
+    schedule = make("ddim", "epsilon", spacing)
+    times = [int(t) for t in schedule.spaced(n)]
+    bars = [schedule.alpha_bar(t) for t in times] + [1.0]
+    z = torch.tensor([[0.7]], dtype=torch.float64)
+    x = z.clone()
+    for bar, after in itertools.pairwise(bars):
+        total = bar * VAR + 1 - bar
+        x0 = MEAN + bar**0.5 * VAR / total * (x - bar**0.5 * MEAN)
+        eps = (1 - bar) ** 0.5 / total * (x - bar**0.5 * MEAN)
+        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+    assert max_error(run(schedule, "ddim", n, z), x) < 1e-9
+    if spacing != "leading" and 1000 % n:  # the reference's previous timestep is another one there
+        assert max_error(run(schedule, "ddim", n, z, quirks=True), x) > 1e-6
+
+
+def test_ddim_with_eta_1_is_ddpm():
+    ddim, ddpm = make("ddim", "epsilon", "leading"), make("ddpm", "epsilon", "leading")
+    z = torch.randn(5, 1, dtype=torch.float64)
+    a = [s.x for s in samplers.ddim(gaussian_model(ddim, MEAN, VAR), z, ddim, 20, double_noise(z.shape), eta=1.0)]
+    b = [s.x for s in samplers.ddpm(gaussian_model(ddpm, MEAN, VAR), z, ddpm, 20, double_noise(z.shape))]
+    for x, y in zip(a[:-1], b[:-1], strict=True):
+        assert max_error(x, y) < 1e-9
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in (*FLOWS, "pndm")])
+def test_prediction_types_give_one_picture(name):
+    """Not PNDM: as in the reference, its history mixes raw network outputs, before they are converted."""
+    z = torch.randn(4, 1, dtype=torch.float64)
+    results = [run(make(name, p, "trailing"), name, 12, z) for p in ("epsilon", "sample", "v_prediction")]
+    bound = 1e-3 if "karras" in name else 1e-6  # its timesteps are rounded, so t and σ disagree a little
+    assert max_error(results[0], results[1]) < bound and max_error(results[0], results[2]) < bound
+
+
+@pytest.mark.parametrize(("name", "n", "bound"), [("flow_euler", 400, 0.02), ("flow_heun", 40, 0.005)])
+def test_flows_carry_quantiles(name, n, bound):
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    assert (run(make(name, None, None), name, n, z) - (MEAN + VAR**0.5 * z)).abs().max() < bound
+
+
+@pytest.mark.parametrize("case", golden("schedulers.flow_heun")[1]["args"])
+def test_flow_heun_golden(case):
+    """The reference yields after each network call, we after each step."""
+    tensors, facts = golden("schedulers.flow_heun")
+    args = facts["args"][case]
+    schedule = Schedule.from_config(args["config"], args["class"])
+    x, n = tensors[f"{case}/x"], args["steps"]
+    asked = []
+
+    def model(x, t):
+        asked.append(t)
+        return fake(x, t)
+
+    steps = list(samplers.flow_heun(model, x, schedule, n, None))
+    assert len(steps) == n and max_error(steps[-1].x, tensors[f"{case}/final"]) < 1e-5
+    assert asked == pytest.approx(tensors[f"{case}/timesteps"].tolist(), abs=1e-3)
+
+
+def test_flow_heun_refuses_fresh_noise():
+    config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "stochastic_sampling": True}
+    with pytest.raises(UserError, match="flow_euler"):
+        next(samplers.flow_heun(fake, torch.zeros(1, 1), Schedule.from_config(config), 3, None))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_times_are_the_steps(name):
+    schedule = make(name, "epsilon", "leading")
+    z = torch.randn(2, 1, dtype=torch.float64)
+    steps = SAMPLERS[name][0](
+        gaussian_model(schedule, MEAN, VAR), begin(schedule, 6, z), schedule, 6, double_noise(z.shape)
+    )
+    assert [s.t for s in steps] == pytest.approx(samplers.times(schedule, 6), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "euler_a", "heun", "ddpm"])
+def test_starting_in_the_middle_is_the_rest_of_the_whole(name):
+    """Image-to-image: from step k on, a sampler without history continues as the whole run would."""
+    schedule = make(name, "epsilon", "leading")
+    model, z = gaussian_model(schedule, MEAN, VAR), torch.randn(3, 1, dtype=torch.float64)
+    x = begin(schedule, 10, z, torch.full_like(z, 0.4), start=6)
+    steps = list(SAMPLERS[name][0](model, x, schedule, 10, double_noise(z.shape), start=6))
+    assert len(steps) == 4 and torch.isfinite(steps[-1].x).all()
+    a, s = coefficients(schedule, steps[0].t)
+    vp = x if name in ("ddim", "ddpm", "dpmpp_2m") else x * a
+    assert max_error(vp, a * 0.4 + s * z) < 1e-6
+
+
+def test_refusals():
+    schedule = make("ddim", "epsilon", "leading")
+    for n in (0, -1, 1001, 5000):
+        with pytest.raises(UserError, match="`steps`"):
+            samplers.check_steps(schedule, n)
+    with pytest.raises(UserError, match="LCM"):
+        samplers.check_steps(make("lcm", "epsilon", "leading"), 51)
+    with pytest.raises(UserError, match="flow"):
+        samplers.rescheduled(make("flow_euler", None, None), "ddim")
+    with pytest.raises(UserError, match="euler"):
+        samplers.rescheduled(schedule, "eular")
+    with pytest.raises(UserError, match="sigma_min"):
+        s = make("dpmpp_2m", "epsilon", "linspace", algorithm_type="dpmsolver")
+        next(samplers.dpmpp_2m(fake, torch.zeros(1, 1), s, 5, None))
+    with pytest.raises(UserError, match="mu"):
+        samplers.flow_sigmas(
+            Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}), 4
+        )
+
+
+def test_names_round_trip():
+    for name in SAMPLERS:
+        own = make("flow_euler" if name in FLOWS else "ddim", "epsilon", "leading")
+        assert samplers.name_of(samplers.rescheduled(own, name)) == name
+
+
+def test_karras_grid():
+    schedule = make("dpmpp_2m_karras", "epsilon", "linspace")
+    _, sigmas = samplers.sigma_grid(schedule, 7)
+    every = schedule.all_sigmas()
+    ends = every[-1] ** (1 / 7), every[0] ** (1 / 7)
+    want = [(ends[0] + i / 6 * (ends[1] - ends[0])) ** 7 for i in range(7)]
+    assert np.allclose(sigmas[:-1], want, rtol=1e-6) and sigmas[-1] == 0

