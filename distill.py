@@ -158,9 +158,9 @@ class Transfer(Training, Noise, Adapters):
             raise UserError("--lora-… are settings of --lora")
         if self.feature_weight and self.method == "data":
             raise UserError("--feature-weight is for --method online or both")
-        if self.method != "data" and (self.min_snr is not None or self.snr_weighting):
+        if self.method != "data" and (self.min_snr is not None or self.snr_weighting or self.loss != "mse"):
             raise UserError(
-                "--min-snr and --snr-weighting are for --method data: online's error is weighed as v-prediction's"
+                "--loss, --min-snr and --snr-weighting are for --method data: online's error is weighed as v-prediction's"
             )
 
     @property

@@ -22,8 +22,6 @@ LESS_MEMORY = (
     "(--dry-run predicts what fits)"
 )
 EMBEDDED = Path(__file__).parent / "assets" / "nano"
-SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm", "flow_euler",
-              "flow_heun")  # fmt: skip
 
 
 @dataclass
@@ -85,7 +83,9 @@ class Config:
     negative_target_size: str | None = arg(None, "SDXL: the same for the negative prompt")
     negative_crop: str | None = arg(None, "SDXL: the same for the negative prompt")
     denoising_end: float | None = arg(None, "stop when this part of the noise is gone, between 0 and 1")
-    scheduler: str | None = arg(None, "sampler; default: the model's own", choices=SCHEDULERS)
+    scheduler: str | None = arg(
+        None, "sampler, such as ddim, euler or dpmpp_2m_karras (an unknown name lists all); default: the model's own"
+    )
     eta: float = arg(0.0, "DDIM noise, 0 to 1")
     height: int | None = arg(None, "pixels; default: the model's own")
     width: int | None = arg(None, "pixels; default: the model's own")

@@ -328,12 +328,14 @@ def train_diffusion(cfg):
     import torch
 
     from nanodiff.device import dist
+    from nanodiff.diffusion import objective
     from nanodiff.stories import diffusion, plans
     from nanodiff.stories.training import advice_loss, finish, load_data, make_feed, say_size, validate
     from nanodiff.training import build, latents
     from nanodiff.training.run import Run
 
     cfg.check()
+    objective.check_loss(cfg.loss)
     if cfg.dry_run:
         return plans.plan_diffusion(cfg)
     run = Run(cfg)

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.launch import Launch, kept, planned
-from kernels.switch import architecture, cdiv, halves, mode, on_device, power_of_2, span, tl, triton, tuned, use
+from .launch import Launch, kept, planned
+from .switch import architecture, cdiv, halves, mode, on_device, power_of_2, span, tl, triton, tuned, use
 
 LOG2E = tl.constexpr(math.log2(math.e))
 FUSED = {

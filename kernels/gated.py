@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import precision
-from kernels.launch import Launch, kept, planned
-from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
+from .attention import precision
+from .launch import Launch, kept, planned
+from .switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
 WORDS = 8192  # of the vocabulary at a time, in the backward pass

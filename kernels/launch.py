@@ -8,8 +8,8 @@ that was compiled before is handed straight to the driver (`Launch`).
 
 import torch
 
-from kernels import switch
-from kernels.switch import changed, triton
+from . import switch
+from .switch import changed, triton
 
 MOST = 4096  # plans that are kept: a language model's keys have another length at every token
 _kept = {}

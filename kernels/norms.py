@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import Launch, kept, planned
-from kernels.switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
+from .launch import Launch, kept, planned
+from .switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 
 WIDEST = 8192  # values of a row that one program can hold
 

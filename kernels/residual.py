@@ -6,7 +6,7 @@ The mathematics, for rows x, y, z [B, L, D] and gates g [B, D]:
 and for pictures x, y [B, C, H, W]:
     s = x + y + β_c                            (a residual block: β is the bias of the convolution that made y, which
                                                  PyTorch would add in a pass of its own)
-    s[2i + a, 2j + e] = y^{ae}[i + a, j + e] + β_c          (the four phases of a doubled picture, see layers.Upsample)
+    s[2i + a, 2j + e] = y^{ae}[i + a, j + e] + β_c          (the four phases of a doubled picture, see upsample.Upsample)
 
 For inference: where gradients are asked for, or torch.compile does the fusing, the same is composed of operators that know
 them. Everything is computed in fp32; s is rounded to the type of x, and it is the rounded s that is normed.
@@ -14,10 +14,10 @@ them. Everything is computed in fp32; s is rounded to the type of x, and it is t
 
 import torch
 
-from kernels import launch
-from kernels.launch import Launch, kept
-from kernels.norms import WIDEST, _gain, _normed, _per_image, _rows, layer_norm
-from kernels.switch import cdiv, on_device, tl, triton, tuned, use
+from . import launch
+from .launch import Launch, kept
+from .norms import WIDEST, _gain, _normed, _per_image, _rows, layer_norm
+from .switch import cdiv, on_device, tl, triton, tuned, use
 
 # 2. The plain reference ------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from nanodiff.config import UserError
 
-ASSETS = Path(__file__).parents[1] / "assets"  # what comes with the program
+ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
+ASSETS = ASSETS if ASSETS.is_dir() else Path(__file__).parents[1] / "assets"
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing

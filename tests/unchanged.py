@@ -305,6 +305,8 @@ def digests(folder, root):
     """{file: hash} of what a command left in `folder`; texts without the folder's name, times and versions."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts):
+        if path.suffix in (".html", ".gif") or path.name in (".lock", "loss.png", "MANIFEST.json", "state.json"):
+            continue  # with dates, times or the commit in them
         data = path.read_bytes()
         if path.name == "run.json":
             results = json.loads(data)["results"]
@@ -312,10 +314,8 @@ def digests(folder, root):
         elif path.name == "study.csv":
             data = b"\n".join(line.rpartition(b",")[0] for line in data.splitlines())
         elif path.suffix in (".json", ".jsonl", ".md", ".csv", ".txt"):
-            text = data.decode().replace(str(root), "ALL")
+            text = re.sub(r"\b[0-9a-f]{40}\b", "COMMIT", data.decode().replace(str(root), "ALL"))
             data = "\n".join(line for line in _apart(text) if not VOLATILE.search(line)).encode()
-        elif path.suffix in (".html", ".gif") or path.name in (".lock", "loss.png"):  # with dates, or drawn from times
-            continue
         found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()[:16]
     return found
 

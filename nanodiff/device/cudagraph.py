@@ -10,6 +10,8 @@ import sys
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from nanodiff.device import derived
+
 WARM_UP = 2  # calls before recording: kernels are compiled and libraries choose their algorithms in these
 MOST = 8  # recordings that are kept, the latest
 
@@ -72,8 +74,8 @@ class _Recording:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(x.device), torch.cuda.graph(self.graph, pool, torch.cuda.Stream(x.device)):
             self.out = f(self.x, self.t, *tree_unflatten(self.leaves, shape))
-        # what was derived from weights (layers.Upsample) and is read by the graph must not be freed before it
-        self.derived = [m.phases for m in f.modules() if hasattr(m, "phases")] if isinstance(f, torch.nn.Module) else []
+        # what was derived from weights and is read by the graph must not be freed before it
+        self.derived = derived.held(f) if isinstance(f, torch.nn.Module) else []
 
     def replay(self, x, t, leaves):
         self.x.copy_(x)

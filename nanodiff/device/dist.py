@@ -21,6 +21,7 @@ from torch import nn
 
 from nanodiff import config
 from nanodiff.config import UserError
+from nanodiff.device import derived
 
 # The repeated parts of the models by class name: what is sharded, or computed again in the backward pass, as a unit.
 UNITS = {"ResnetBlock", "TransformerBlock", "JointBlock", "Block", "Layer"}
@@ -46,7 +47,7 @@ def is_main():
 def say(message):
     """A line for people, from rank 0 alone."""
     if is_main():
-        print(message, file=sys.stderr)
+        print(config.flagged(message), file=sys.stderr)
 
 
 def progress(items, total, what):
@@ -186,9 +187,7 @@ def parallelize(module, how, device, dtype=None):
         mesh = init_device_mesh(device.type, (world().size,))
         # inputs stay as they are: autocast casts what it should, and timesteps do not fit bf16
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for part in module.modules():
-            if hasattr(part, "phases"):  # weights derived from others (layers.Upsample), which come and go
-                part.phases = None
+        derived.keep_none(module)
         for part in (*units(module), module):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         return module

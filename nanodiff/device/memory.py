@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanodiff.device import derived
+
 # Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
 BLOCKS = {"ResnetBlock", "TransformerBlock", "Downsample", "Upsample", "JointBlock", "Block", "Layer"}
 EXACT = {"absmax"}  # buffers that keep their type: the scales of quantized weights
@@ -94,9 +96,7 @@ class Resident:
         if self.stream is not None:
             for u in self.units.values():
                 _pin(u)
-        for m in module.modules():
-            if hasattr(m, "phases"):  # weights derived from others (Upsample) would stay where those leave
-                m.phases = None
+        derived.keep_none(module)  # it would stay where the weights leave
         module.resident = self
 
     def enter(self, dtype=None):

@@ -15,6 +15,8 @@ import math
 
 import torch
 
+from nanodiff.config import UserError, nearest
+
 STREAMS = ("timestep", "noise", "dropout", "posterior", "offset", "caption", "sample", "adapter")
 
 
@@ -70,11 +72,39 @@ def weight(schedule, t, min_snr=None):
     return clipped / (snr.sqrt() + 1) ** 2  # ‖ε-x0‖² error = (1+1/√SNR)² ‖x0‖² error · SNR-free
 
 
-def diffusion(model, schedule, x0, noise, t, min_snr=None):
-    """(weighted loss, unweighted loss), both scalars. model(x_t, t) -> prediction; x0, noise [B, …], t [B]."""
+def squared(error):
+    """e²: the bound on the likelihood, simplified (Ho et al. 2020, arXiv 2006.11239 eq. 14)."""
+    return error.pow(2)
+
+
+def absolute(error):
+    """|e|."""
+    return error.abs()
+
+
+def pseudo_huber(error, c=0.1):
+    """2c (√(e² + c²) - c): e² near 0, 2c |e| far out, so that single bad samples pull less (Khrapov et al. 2024, arXiv 2403.16728)."""
+    return 2 * c * ((error.pow(2) + c * c).sqrt() - c)
+
+
+LOSSES = {
+    "mse": squared,
+    "l1": absolute,
+    "huber": pseudo_huber,
+}  # of the error, elementwise, by the name on the command line
+
+
+def diffusion(model, schedule, x0, noise, t, min_snr=None, loss="mse"):
+    """(weighted loss, unweighted loss), both scalars. model(x_t, t) -> prediction; x0, noise [B, …], t [B]. loss: a name of LOSSES."""
     prediction = model(schedule.add_noise(x0, noise, t), t)
-    error = (prediction.float() - schedule.target(x0, noise, t).float()).pow(2).flatten(1).mean(1)
+    error = LOSSES[loss](prediction.float() - schedule.target(x0, noise, t).float()).flatten(1).mean(1)
     return (weight(schedule, t, min_snr) * error).mean(), error.detach().mean()
+
+
+def check_loss(name):
+    """Raise UserError for a loss that is none of LOSSES."""
+    if name not in LOSSES:
+        raise UserError(f"`loss` {name}: is none of {', '.join(LOSSES)}{nearest(name, LOSSES)}")
 
 
 def kl(mean, logvar):

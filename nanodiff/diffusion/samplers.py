@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanodiff.config import UserError, nearest
+from nanodiff.config import UserError, nearest, printable
 from nanodiff.diffusion.schedule import DEFAULTS, SPACES, leading, split
 
 
@@ -493,8 +493,7 @@ def rescheduled(schedule, name, **more):
     prediction type stay (see Schedule.from_config)."""
     if name is None:
         return type(schedule).from_config(schedule.raw, schedule.kind, **more)
-    if name not in SAMPLERS:
-        raise UserError(f"unknown scheduler {name!r}{nearest(name, SAMPLERS)}; known: {', '.join(SAMPLERS)}")
+    check_name(name)
     kind, fields = SAMPLERS[name].kind, SAMPLERS[name].fields
     if schedule.flow != (SPACES[kind] == "flow"):
         own = "a flow-matching model and uses flow-match Euler" if schedule.flow else "not a flow-matching model"
@@ -506,6 +505,12 @@ def rescheduled(schedule, name, **more):
 
 
 OWN = "_sampler"  # the field in which a sampler that is no class of the Hub says its name: Sampler(…, fields={OWN: "name"})
+
+
+def check_name(name):
+    """Raise UserError for a name that is no sampler's; None is the model's own."""
+    if name is not None and name not in SAMPLERS:
+        raise UserError(f"`scheduler` {printable(name)}: is none of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
 
 
 def name_of(schedule):

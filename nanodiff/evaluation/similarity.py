@@ -12,6 +12,8 @@ pixels are, not which is better: read a CLIP score or FID beside them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import scipy  # its parts are imported where they are first used
@@ -20,16 +22,8 @@ from PIL import Image, ImageFilter
 from nanodiff.config import UserError
 from nanodiff.output.images import as_uint8
 
-NAMES = ("ssim", "ms_ssim", "mse", "psnr", "lpips", "hist_correlation", "hist_bhattacharyya", "hist_similarity", "phash",
-         "median_hash", "sharpness_ratio", "color_similarity")  # fmt: skip
-HIGHER_IS_NEARER = {n: n not in ("mse", "lpips", "hist_bhattacharyya") for n in NAMES} | {"sharpness_ratio": None}
 K1, K2 = 0.01, 0.03
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-LEAST = {
-    "ssim": 7,
-    "ms_ssim": 161,
-    "lpips": 16,
-}  # the smallest side: of a window, of one in the fifth scale, of VGG16's four pools
 
 
 def grey(image):
@@ -155,6 +149,11 @@ def hist_bhattacharyya(h, g):
     return float(np.sqrt(max(0.0, 1 - np.sqrt(h * g).sum() / np.sqrt(h.sum() * g.sum()))))
 
 
+def hist_similarity(g, h):
+    """(correlation + 1 - Bhattacharyya distance) / 2."""
+    return (hist_correlation(g, h) + 1 - hist_bhattacharyya(g, h)) / 2
+
+
 def sharpness(image, edge="reflect"):
     """Variance of the Laplacian of the grey picture. edge "reflect" repeats the border as scikit-image does, "mirror" does not, as
     OpenCV."""
@@ -230,34 +229,40 @@ class Facts:
     moments = functools.cached_property(lambda self: moments(self.image))
 
 
+class Metric(NamedTuple):
+    """A number of two pictures as a row: everything that is to be said of it in one place."""
+
+    of: Callable | None  # (Facts, Facts) -> number; None: a network's, which image_pairs.py has
+    higher_is_nearer: bool | None = True  # None: neither
+    least: int = 1  # the smallest side of a picture that it is defined for
+
+
+METRICS = {
+    "ssim": Metric(lambda a, b: ssim(a.grey, b.grey), least=7),  # of a window
+    "ms_ssim": Metric(lambda a, b: ms_ssim(a.image, b.image), least=161),  # of a window in the fifth scale
+    "mse": Metric(lambda a, b: mse(a.image, b.image), higher_is_nearer=False),
+    "psnr": Metric(lambda a, b: psnr(mse(a.image, b.image))),
+    "lpips": Metric(None, higher_is_nearer=False, least=16),  # of VGG16's four pools
+    "hist_correlation": Metric(lambda a, b: hist_correlation(a.histogram, b.histogram)),
+    "hist_bhattacharyya": Metric(lambda a, b: hist_bhattacharyya(a.histogram, b.histogram), higher_is_nearer=False),
+    "hist_similarity": Metric(lambda a, b: hist_similarity(a.histogram, b.histogram)),
+    "phash": Metric(lambda a, b: hash_similarity(a.phash, b.phash)),
+    "median_hash": Metric(lambda a, b: hash_similarity(a.median_hash, b.median_hash)),
+    "sharpness_ratio": Metric(lambda a, b: ratio(b.sharpness, a.sharpness), higher_is_nearer=None),
+    "color_similarity": Metric(lambda a, b: color_similarity(a.moments, b.moments)),
+}
+NAMES = tuple(METRICS)
+HIGHER_IS_NEARER = {name: row.higher_is_nearer for name, row in METRICS.items()}
+LEAST = {name: row.least for name, row in METRICS.items() if row.least > 1}
+
+
 def compare(a, b, names=NAMES):
     """{name: number, or None where the pictures are too small} of two Facts. lpips is left to the network that gives it.
 
-    sharpness_ratio is the second's over the first's; phash, median_hash and the rest are 1 for equal pictures; hist_similarity is
-    (correlation + 1 - Bhattacharyya) / 2."""
+    sharpness_ratio is the second's over the first's; phash, median_hash and the rest are 1 for equal pictures."""
     if a.image.shape != b.image.shape:
         raise UserError(
             f"pictures of {a.image.shape[1]}x{a.image.shape[0]} and {b.image.shape[1]}x{b.image.shape[0]} pixels"
         )
-    found = {}
-    if "ssim" in names:
-        found["ssim"] = ssim(a.grey, b.grey) if min(a.image.shape[:2]) >= LEAST["ssim"] else None
-    if "ms_ssim" in names:
-        found["ms_ssim"] = ms_ssim(a.image, b.image)
-    if "mse" in names or "psnr" in names:
-        error = mse(a.image, b.image)
-        found |= {"mse": error, "psnr": psnr(error)}
-    if any(n.startswith("hist") for n in names):
-        correlation = hist_correlation(a.histogram, b.histogram)
-        distance = hist_bhattacharyya(a.histogram, b.histogram)
-        found |= {"hist_correlation": correlation, "hist_bhattacharyya": distance}
-        found["hist_similarity"] = (correlation + 1 - distance) / 2
-    if "phash" in names:
-        found["phash"] = hash_similarity(a.phash, b.phash)
-    if "median_hash" in names:
-        found["median_hash"] = hash_similarity(a.median_hash, b.median_hash)
-    if "sharpness_ratio" in names:
-        found["sharpness_ratio"] = ratio(b.sharpness, a.sharpness)
-    if "color_similarity" in names:
-        found["color_similarity"] = color_similarity(a.moments, b.moments)
-    return {n: found[n] for n in names if n in found}
+    rows = {name: METRICS[name] for name in names if METRICS[name].of}
+    return {name: row.of(a, b) if min(a.image.shape[:2]) >= row.least else None for name, row in rows.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.device import onednn
+from nanodiff.device import derived, onednn
 
 # ---------------------------------------------------------------------------------------------------------
 # Using
@@ -71,20 +71,16 @@ class Fused:
             delta = d.matrix(weight.shape).to(weight.device)
             # never in place: it may be a mapped file
             weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
-        self._weights_changed()
+        for model in models.values():
+            derived.weights_changed(model)
 
     def remove(self):
         for model in self.models.values():
             onednn.undo(model)
         for weight, data in reversed(self.before):
             weight.data = data
-        self._weights_changed()
-
-    def _weights_changed(self):
-        """Let what was derived from the weights (layers.Upsample) be derived again."""
-        for m in (m for model in self.models.values() for m in model.modules()):
-            if getattr(m, "phases", None):
-                m.phases = ()
+        for model in self.models.values():
+            derived.weights_changed(model)
 
 
 def fuse(models, lora, scale=1.0, keep=True):

@@ -6,7 +6,7 @@ Which module a key stands for is known from the model: the one that is named, or
 import torch
 
 from nanodiff import pipeline, weights
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, flagged, printable
 from nanodiff.lora import format, reading, running
 from nanodiff.lora.writing import NETWORKS, family_of, write
 from nanodiff.pipeline import families, sources
@@ -61,7 +61,7 @@ def inspect(path, model=None):
     except UserError as e:
         if model:
             raise
-        return print(f"{len(groups)} layers; {e}")
+        return print(f"{len(groups)} layers; {flagged(e)}")
     ranks = sorted({d.down.shape[0] for d in found.deltas})
     strengths = sorted({round(d.scale, 9) for d in found.deltas})
     shown = lambda values: ", ".join(f"{v:g}" for v in values[:6]) + (" …" if len(values) > 6 else "")  # noqa: E731

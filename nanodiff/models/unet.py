@@ -23,7 +23,6 @@ from nanodiff.models.layers import (
     ResnetBlock,
     Stage,
     TimeEmbedding,
-    Upsample,
     add_product,
     attend,
     bias_before,
@@ -33,6 +32,7 @@ from nanodiff.models.layers import (
     timestep_embedding,
     timesteps,
 )
+from nanodiff.models.upsample import Upsample
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

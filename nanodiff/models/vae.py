@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
-from nanodiff.models.layers import Downsample, GroupNorm, ResnetBlock, Stage, Upsample, attend
+from nanodiff.models.layers import Downsample, GroupNorm, ResnetBlock, Stage, attend
+from nanodiff.models.upsample import Upsample
 
 FIXED = {
     "act_fn": ["silu"],

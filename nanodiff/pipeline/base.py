@@ -13,6 +13,7 @@ A model without a VAE works in pixels: its "latents" are the picture.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 
@@ -20,7 +21,7 @@ from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import samplers
 from nanodiff.output import images
-from nanodiff.pipeline import saving
+from nanodiff.pipeline import families, saving
 from nanodiff.pipeline.conditions import Conditions
 from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
@@ -69,19 +70,23 @@ class Noise:
         return drawn.to(self.device, self.dtype)
 
 
+class _Of:
+    """A fact of a pipeline's family, of the class and of its instances alike."""
+
+    def __init__(self, get):
+        self.get = get
+
+    def __get__(self, sd, cls):
+        return self.get(cls.family)
+
+
 class Pipeline(Conditions, Guidance, LatentSpace):
     """Stable Diffusion 1.x, 2.x and turbo; our own small models, in latents or in pixels."""
 
-    class_name = "StableDiffusionPipeline"
-    denoiser_name = "unet"
-    encoder_names = ("text_encoder",)
-    tokenizer_names = ("tokenizer",)
-    steps, guidance = 50, 7.5  # when nothing is said, neither here nor in the model's folder
-    turbo_steps = 1
-    half = torch.float16  # the half precision it was made for
-    keeps_size = True  # image-to-image takes the size of its picture, as in diffusers
-    takes_sizes = False  # SDXL's size condition
-    skips_layers = False  # SD 3's skip-layer guidance
+    family = families.SD
+    class_name = _Of(lambda family: family.kinds[0])
+    denoiser_name, encoder_names, tokenizer_names = (_Of(attrgetter(n)) for n in ("denoiser", "encoders", "tokenizers"))
+    half, keeps_size = _Of(attrgetter("half")), _Of(attrgetter("keeps_size"))
 
     def __init__(self, denoiser, vae, encoders, tokenizers, schedule, name=""):
         self.net, self.vae = denoiser, vae
@@ -123,11 +128,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
     def settings(self, steps: int | None = None, guidance_scale: float | None = None) -> tuple[int, float]:
         """(steps, guidance scale) of a picture: what is given; else what the model's folder says; else what its family was made
         for, a turbo or a model without words without guidance."""
+        makers = self.family.settings(self.net.cfg)
         if steps is None:
-            steps = self.sampling("steps") or (self.turbo_steps if self.turbo else self.steps)
+            steps = self.sampling("steps") or (self.family.turbo_steps if self.turbo else makers[0])
         if guidance_scale is None:
             own = self.sampling("guidance_scale")
-            guidance_scale = 0.0 if self.turbo or self.unconditional else self.guidance
+            guidance_scale = 0.0 if self.turbo or self.unconditional else makers[1]
             guidance_scale = guidance_scale if own is None or self.unconditional else own
         return steps, guidance_scale
 
@@ -258,10 +264,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 raise UserError(f"`{name}`: this model has no text encoder {needs}")
         if words.max_sequence_length is not None and not 1 <= words.max_sequence_length <= 512:
             raise UserError(f"`max_sequence_length` {words.max_sequence_length} must be between 1 and 512")
-        if drawing.sizes and not self.takes_sizes:
+        if drawing.sizes and not self.family.takes_sizes:
             name = next(iter(drawing.sizes))
             raise UserError(f"`{name}`: only SDXL takes sizes as a condition")
-        if drawing.skip_layers and not self.skips_layers:
+        if drawing.skip_layers and not self.family.skips_layers:
             raise UserError("`skip_layers`: only SD 3 models take it")
         if drawing.skip_layers and not set(drawing.skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
             raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")

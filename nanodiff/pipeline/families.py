@@ -1,6 +1,10 @@
 """What is particular to a family of models, as data: classes, parts, configurations and schedulers of the released ones."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.flatvae import FlatVAE
@@ -119,7 +123,7 @@ BUILDERS = {
     "text_encoder_3": T5EncoderModel,
 }
 OWN = {"FlatVAE": FlatVAE, "LabelEncoder": LabelEncoder}  # classes of ours that no Hub model has
-RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
+RELEASED = {  # Hub ids whose configurations are built in (KNOWN)
     "CompVis/stable-diffusion-v1-4": "SD 1",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1",
     "stabilityai/stable-diffusion-2-1": "SD 2",
@@ -127,30 +131,71 @@ RELEASED = {  # Hub ids whose configurations are built in (singlefile.KNOWN)
     "stabilityai/sd-turbo": "SD 2 turbo",
     "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
     "stabilityai/sdxl-turbo": "SDXL turbo",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "SD 3 medium",
     "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
     "stabilityai/stable-diffusion-3.5-large": "SD 3.5 large",
     "stabilityai/stable-diffusion-3.5-large-turbo": "SD 3.5 large",
 }
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "scheduler", "requires_safety_checker"}
-FAMILIES = {  # what model_index.json calls a pipeline -> the family whose class in pipeline.py runs it
-    "StableDiffusionPipeline": "SD",
-    "StableDiffusionImg2ImgPipeline": "SD",
-    "StableDiffusionInpaintPipeline": "SD",
-    "LatentConsistencyModelPipeline": "SD",
-    "StableDiffusionXLPipeline": "SDXL",
-    "StableDiffusionXLImg2ImgPipeline": "SDXL",
-    "StableDiffusionXLInpaintPipeline": "SDXL",
-    "StableDiffusion3Pipeline": "SD3",
-    "StableDiffusion3Img2ImgPipeline": "SD3",
-    "StableDiffusion3InpaintPipeline": "SD3",
-    "NanodiffMMDiTPipeline": "MMDiT",
-}
-REQUIRED = {  # components without which a family cannot run
-    "SD": ("unet", "text_encoder", "tokenizer"),
-    "SDXL": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    "SD3": ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    "MMDiT": ("transformer", "text_encoder", "tokenizer"),
-}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to a family of models, apart from how a prompt becomes its condition (a class beside base.py's)."""
+
+    name: str
+    kinds: tuple  # what model_index.json may call a pipeline of it; the first is what we write
+    denoiser: str  # the part's name
+    encoders: tuple = ("text_encoder",)
+    tokenizers: tuple = ("tokenizer",)
+    optional: tuple = ("vae",)  # parts that it can do without
+    text_length: int = 77  # tokens of text that its denoiser attends to
+    settings: Callable = lambda cfg: (50, 7.5)  # its denoiser's configuration -> (steps, guidance scale), its makers'
+    turbo_steps: int = 1
+    half: torch.dtype = torch.float16  # the half precision it was made for
+    keeps_size: bool = True  # image-to-image takes the size of its picture, as in diffusers
+    takes_sizes: bool = False  # SDXL's size condition
+    skips_layers: bool = False  # SD 3's skip-layer guidance
+
+    @property
+    def required(self):
+        return tuple(n for n in (self.denoiser, "vae", *self.encoders, *self.tokenizers) if n not in self.optional)
+
+
+def _sd3_settings(cfg):
+    """SD 3.0 medium has no q/k norm, 3.5 medium a second attention in its first blocks, 3.5 large neither."""
+    return (40, 4.5) if cfg.dual_attention_layers else (28, 3.5) if cfg.qk_norm else (28, 7.0)
+
+
+SD = Family("SD", ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+                   "LatentConsistencyModelPipeline"), "unet")  # fmt: skip
+SDXL = Family(
+    "SDXL",
+    ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "unet",
+    ("text_encoder", "text_encoder_2"),
+    ("tokenizer", "tokenizer_2"),
+    optional=(),
+    takes_sizes=True,
+)
+SD3 = Family(
+    "SD3",
+    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "transformer",
+    ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    ("tokenizer", "tokenizer_2", "tokenizer_3"),
+    optional=("text_encoder_3", "tokenizer_3"),
+    text_length=77 + 256,
+    settings=_sd3_settings,
+    turbo_steps=4,
+    half=torch.bfloat16,
+    keeps_size=False,
+    skips_layers=True,
+)
+MMDIT = Family("MMDiT", ("NanodiffMMDiTPipeline",), "transformer", half=torch.bfloat16, keeps_size=False)
+FAMILIES = {
+    kind: family for family in (SD, SDXL, SD3, MMDIT) for kind in family.kinds
+}  # what model_index.json calls a pipeline
 SAMPLING = (
     "_sampling"  # in model_index.json: the steps and guidance that a model of ours was trained to be sampled with
 )

@@ -13,7 +13,7 @@ from nanodiff.pipeline.families import BUILDERS, SAMPLING
 from nanodiff.pipeline.sd3 import SD3, Joint
 from nanodiff.pipeline.sdxl import SDXL
 from nanodiff.pipeline.single import Single
-from nanodiff.pipeline.sources import Folder, source
+from nanodiff.pipeline.sources import EMBEDDED, Folder, source
 from nanodiff.pipeline.space import say
 from nanodiff.weights import original_names
 
@@ -22,27 +22,28 @@ from nanodiff.weights import original_names
 
 
 def load(
-    model,
-    dtype=torch.float32,
-    device="cpu",
-    variant=None,
-    revision=None,
-    token=None,
-    scheduler=None,
-    offload="none",
-    quantized=None,
-    no_t5=False,
+    model=None,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    scheduler: str | None = None,
+    offload: str = "none",
+    quantized: str | None = None,
+    no_t5: bool = False,
     components=None,
-    prediction_type=None,
-    allow_pickle=False,
+    prediction_type: str | None = None,
+    allow_pickle: bool = False,
     name=None,
-):
-    """A Pipeline from a folder, single file or Hub id (see hub.resolve), or from what source() returned.
+) -> Pipeline:
+    """A Pipeline from a folder, single file or Hub id (see hub.resolve), from what source() returned, or the embedded model.
 
     dtype: type in which everything computes. scheduler: name of another sampler than the model's own
     (samplers.SAMPLERS). offload: see memory.Resident. quantized: "int8" or "nf4" for the denoiser and T5. no_t5: leave
     SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
     """
+    model = EMBEDDED if model is None else model
     ready = isinstance(model, Folder | Single)
     src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle, no_t5)
     family = FAMILIES[src.kind]
@@ -89,7 +90,5 @@ def convert(model, target, allow_pickle=False, components=None, prediction_type=
     print(f"{target}: {', '.join(sd.models())}")
 
 
-FAMILIES = {
-    kind: {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3, "MMDiT": Joint}[family]
-    for kind, family in families.FAMILIES.items()
-}
+CLASSES = {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3, "MMDiT": Joint}  # of the families
+FAMILIES = {kind: CLASSES[family.name] for kind, family in families.FAMILIES.items()}

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from nanodiff.config import UserError
 from nanodiff.device import memory
+from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
 from nanodiff.pipeline.conditions import Text, _penultimate, _same_length
 from nanodiff.text import prompt
@@ -14,9 +15,7 @@ class Joint(Pipeline):
     """An MMDiT of ours with one text encoder, as train.py makes it: the parts are those of SD 3, the text is one CLIP's
     (or a label), its last layer normed, with its pooled projection."""
 
-    class_name = "NanodiffMMDiTPipeline"
-    denoiser_name = "transformer"
-    half, keeps_size = torch.bfloat16, False
+    family = families.MMDIT
     multiple = property(lambda self: self.downscale * self.net.cfg.patch_size)
 
     def check_fit(self):
@@ -42,15 +41,7 @@ class SD3(Pipeline):
     """Stable Diffusion 3 and 3.5: flow matching by an MMDiT; two CLIPs and T5, which may be missing (its part of the
     text is then zeros; Esser et al. 2024, arXiv 2403.03206 §4, §5.3)."""
 
-    class_name = "StableDiffusion3Pipeline"
-    denoiser_name = "transformer"
-    encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    turbo_steps, half, keeps_size, skips_layers = 4, torch.bfloat16, False, True
-
-    # Its makers' settings; medium is the one with dual attention.
-    steps = property(lambda self: 40 if self.net.cfg.dual_attention_layers else 28)
-    guidance = property(lambda self: 4.5 if self.net.cfg.dual_attention_layers else 3.5)
+    family = families.SD3
 
     def check_fit(self):
         self.check_latents()

@@ -4,6 +4,7 @@ import torch
 
 from nanodiff.config import UserError
 from nanodiff.device import memory
+from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
 from nanodiff.pipeline.conditions import Text, _penultimate, _same_length
 
@@ -12,10 +13,7 @@ class SDXL(Pipeline):
     """Stable Diffusion XL and its turbo: two text encoders, a pooled text and six sizes (Podell et al. 2023, arXiv
     2307.01952 §2.2)."""
 
-    class_name = "StableDiffusionXLPipeline"
-    encoder_names = ("text_encoder", "text_encoder_2")
-    tokenizer_names = ("tokenizer", "tokenizer_2")
-    takes_sizes = True
+    family = families.SDXL
 
     def check_fit(self):
         self.check_latents()

@@ -15,7 +15,7 @@ from nanodiff.files import ASSETS
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.llm import CausalLM
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, RELEASED, REQUIRED
+from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, RELEASED
 from nanodiff.pipeline.single import Known, Single
 from nanodiff.text.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer, TextTokenizer
 from nanodiff.weights import hub
@@ -40,7 +40,7 @@ def check_index(index, folder):
         if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
             raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
         present.add(name)
-    for name in REQUIRED[FAMILIES[kind]]:
+    for name in FAMILIES[kind].required:
         if name not in present:
             raise UserError(f"{folder}/model_index.json: has no {name}")
     return kind, present

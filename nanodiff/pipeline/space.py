@@ -4,12 +4,12 @@ import sys
 
 import torch
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, flagged
 from nanodiff.device import memory
 
 
 def say(message):
-    print(message, file=sys.stderr)
+    print(flagged(message), file=sys.stderr)
 
 
 class LatentSpace:

@@ -266,6 +266,7 @@ def main(cfg):
     if cfg.from_image:
         recall(cfg)
     cfg.check()
+    samplers.check_name(cfg.scheduler)
     rebase(cfg)
 
     device = choice.pick_device(cfg.device)

@@ -50,7 +50,7 @@ def plan_diffusion(cfg):
         family = pipeline.FAMILIES[src.kind]
         meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in pipeline.BUILDERS if n in src.parts}
         net = meta.pop(family.denoiser_name)
-        frozen, length = meta, 333 if family is pipeline.SD3 else 77
+        frozen, length = meta, family.family.text_length
         scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     else:
         text = build.text_config(cfg)

@@ -11,6 +11,7 @@ from nanodiff import data, pipeline
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
+from nanodiff.diffusion import objective
 from nanodiff.evaluation import image_sets, pages
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import images, report
@@ -126,6 +127,7 @@ def recursive(cfg):
     """The stage `recursive`: see the module docstring."""
 
     cfg.check()
+    objective.check_loss(cfg.loss)
     scales = cfg.cfg_scales or [cfg.cfg_scale]
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)

@@ -17,6 +17,7 @@ import typing
 from pathlib import Path
 
 from nanodiff.config import UserError, from_mapping, nearest, printable, spreadsheet
+from nanodiff.diffusion import samplers
 from nanodiff.files import write_bytes, write_json
 from nanodiff.output import images
 
@@ -74,6 +75,8 @@ def _value(cls, name, hint, text):
             value = kind(text)
     except (ValueError, KeyError):
         raise UserError(f"--study: {name}: {printable(text)!r} is not of type {kind.__name__}") from None
+    if name == "scheduler":
+        samplers.check_name(value)
     return from_mapping(cls, {name: value}, "--study")[name]
 
 

@@ -173,6 +173,7 @@ def outline(net, rows, side, length):
 def losses(cfg, sd, calls, device):
     """f(batch, x0_of, text_of, seed) -> (weighted, unweighted) loss of a micro-batch, by options.Noise; everything random is drawn by
     (seed, global sample index). calls: {component: what to call in its place}; x0_of, text_of: latents.Latents and Texts."""
+    objective.check_loss(cfg.loss)
     gamma = cfg.min_snr
     if gamma is None and cfg.snr_weighting and sd.schedule.prediction == "sample":
         gamma = cfg.snr_clip or float("inf")
@@ -188,7 +189,7 @@ def losses(cfg, sd, calls, device):
         states, pooled = text_of(batch)
         net = calls.get(sd.denoiser_name, sd.net)  # it may rest, and the text encoder learn
         denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
-        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma)
+        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma, cfg.loss)
 
     return of
 

@@ -121,6 +121,7 @@ class Training:
 class Noise:
     """What the loss of a denoiser draws and how it weighs."""
 
+    loss: str = arg("mse", "of prediction and target: mse, l1, huber")
     min_snr: float | None = arg(
         None, "gamma of the min-SNR weighting; none = unweighted", "snr-gamma", low=1e-06, high=1000000000000.0
     )

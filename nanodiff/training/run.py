@@ -218,7 +218,7 @@ class Run:
         }
         if math.isfinite(norm) and math.isfinite(numbers["loss"]):
             self.scaler.step(self.opt)
-            # the fused AdamW does not tell that it changed them, and layers.Upsample keeps what it made of its weights
+            # the fused AdamW does not tell that it changed them, and upsample.Upsample keeps what it made of its weights
             if cfg.parallel != "fsdp":
                 torch.autograd.graph.increment_version(list(recipe.trainable(self.net).values()))
             self.bad_in_row = 0

@@ -283,7 +283,7 @@ def estimate(cfg, model, settings, side, dtype):
             for n, mine in adapters_of({family.denoiser_name: net} | texts, settings, model).items():
                 lora.adapt(meta[n], component=n, **mine)
                 trained[n] = meta[n]
-    length = 333 if family is pipeline.SD3 else 77
+    length = family.family.text_length
     x, t, given = build.outline(net, cfg.batch_size, side // scale if side else own, length)
     ids = torch.zeros(cfg.batch_size, length, dtype=torch.long, device="meta")
 

@@ -26,6 +26,7 @@ ALIASES = {  # the names of the source study, with or without their owner
     )
 } | {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
+    "stable-diffusion-3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sdxl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }

@@ -118,7 +118,7 @@ def test_the_latest_recordings_are_kept(graphs, monkeypatch):
 
 
 def test_what_a_graph_reads_outlives_its_model(graphs):
-    """Weights derived from weights (layers.Upsample.phases) are held by the recording."""
+    """Weights derived from weights (upsample.Upsample.phases) are held by the recording."""
 
     class Net(torch.nn.Module):
         def __init__(self):

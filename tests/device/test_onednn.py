@@ -7,7 +7,7 @@ from util import TINY, max_error, rms_ratio
 
 from nanodiff import lora, pipeline
 from nanodiff.device import onednn
-from nanodiff.models.layers import Upsample
+from nanodiff.models.upsample import Upsample
 
 pytestmark = pytest.mark.skipif(bool(onednn.unusable(torch.float32)), reason=str(onednn.unusable(torch.float32)))
 

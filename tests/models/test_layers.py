@@ -8,7 +8,8 @@ from util import TINY, rms_ratio
 
 from nanodiff import pipeline
 from nanodiff.models import layers
-from nanodiff.models.layers import Downsample, GroupNorm, Upsample, attend, timestep_embedding
+from nanodiff.models.layers import Downsample, GroupNorm, attend, timestep_embedding
+from nanodiff.models.upsample import Upsample
 
 
 def test_timestep_embedding_is_cos_then_sin():

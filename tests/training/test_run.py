@@ -14,7 +14,7 @@ from util import rms_ratio
 from nanodiff.config import UserError
 from nanodiff.device import choice
 from nanodiff.files import out_dir
-from nanodiff.models import layers
+from nanodiff.models.upsample import Upsample
 from nanodiff.output.record import Record
 from nanodiff.training import checkpoint
 from nanodiff.training.run import Run
@@ -166,7 +166,7 @@ def test_another_mixture_cannot_go_on(tmp_path):
 @pytest.mark.parametrize("ema", (True, False))
 def test_what_is_derived_from_weights_follows_an_update(tmp_path, ema):
     """A sheet, a critic, a consistency target: calls without gradients between updates see the weights as they are."""
-    run, net = start(tmp_path / "run", net=layers.Upsample(4), ema=ema)
+    run, net = start(tmp_path / "run", net=Upsample(4), ema=ema)
     x = torch.randn(2, 4, 3, 3)
     enlarged = lambda: net.conv(torch.nn.functional.interpolate(x, scale_factor=2.0))  # noqa: E731
     for step in run.steps():
