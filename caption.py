@@ -150,10 +150,14 @@ class Split:
 
 @dataclass
 class Files:
-    train_csv_path: str = arg("data/train.csv", "Image_Name and Title of the training pictures")
-    val_csv_path: str = arg("data/val.csv", "of the validation pictures")
+    train_csv_path: str = arg(
+        "data/train.csv", "Image_Name and Title of the training pictures", group="data", often=True
+    )
+    val_csv_path: str = arg("data/val.csv", "of the validation pictures", often=True)
     test_csv_path: str = arg("data/test.csv", "of the test pictures; train only sees that none of them is learned")
-    image_path: list[str] = arg([], "folder of the pictures, {Image_Name}.jpg or .png; may be repeated [data/images]")
+    image_path: list[str] = arg(
+        [], "folder of the pictures, {Image_Name}.jpg or .png; may be repeated [data/images]", often=True
+    )
     skip_bad: bool = arg(False, "leave out, counted and said, rows without a caption or a picture")
 
     def folders(self):
@@ -166,11 +170,13 @@ class Train(Training, Files):
         "meta-llama/Llama-3.2-1B",
         "the language model: folder or Hub id of a LLaMA 3.2 (1B, 3B) or Gemma 3",
         "language-model",
+        group="the models",
+        often=True,
     )
-    vision_model: str = arg("google/vit-base-patch16-224", "the ViT: folder or Hub id")
-    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA that begin anew, wholly trained", choices=("pretrained", "tiny", "nano"))  # fmt: skip
-    lora: bool = arg(True, "train adapters beside resting models; --no-lora: all of both")
-    lora_r: int = arg(8, "rank of the language model's adapters", "lora-rank", low=1)
+    vision_model: str = arg("google/vit-base-patch16-224", "the ViT: folder or Hub id", often=True)
+    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA that begin anew, wholly trained", choices=("pretrained", "tiny", "nano"), often=True)  # fmt: skip
+    lora: bool = arg(True, "train adapters beside resting models; --no-lora: all of both", group="adapters", often=True)
+    lora_r: int = arg(8, "rank of the language model's adapters", "lora-rank", low=1, often=True)
     lora_alpha: float = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.5, "of the adapters' inputs, while training", low=0, high=0.99)
     lora_targets: str = arg("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers of the language model")
@@ -180,7 +186,9 @@ class Train(Training, Files):
     projector_hidden: int = arg(0, "width between picture and language; 0: the language model's", low=0)
     projector_dropout: float = arg(0.1, "in the projector, while training")
     vocab_size: int = arg(800, "words of a model that begins anew", low=514, high=1 << 20)
-    max_length: int = arg(120, "tokens of a caption; what is longer is cut, and said", low=3, high=4096)
+    max_length: int = arg(
+        120, "tokens of a caption; what is longer is cut, and said", low=3, high=4096, group="captions"
+    )
     max_new_tokens: int = arg(120, "of the sample captions", low=1)
     samples: int = arg(5, "sample captions printed after each epoch", low=0)
     save_epochs: int = arg(5, "epochs between checkpoints/epoch_N; 0: none", low=0)
@@ -196,7 +204,7 @@ class Train(Training, Files):
     ema: bool = arg(False, "average the weights", "use-ema")
     checkpointing_steps: int = arg(0, "updates between states to resume from; 0: an epoch's")
     checkpoints_total_limit: int | None = arg(1, "such states to keep")
-    random_flip: bool = arg(False, "mirror half of the pictures")
+    random_flip: bool = arg(False, "mirror half of the pictures", group="pictures")
     random_jitter: float = arg(
         0.0, "brightness, contrast and saturation times 1 ± this", "color-jitter", low=0, high=0.9
     )

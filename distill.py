@@ -30,31 +30,35 @@ LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a
 
 @dataclass
 class Recursive(Training, Noise):
-    model: str = arg("CompVis/stable-diffusion-v1-4", "model to begin with: folder or Hub id")
-    captions: str = arg("data/coco/annotations/captions_train2014.json", "COCO annotations (first caption of each picture), or any data set with captions")  # fmt: skip
+    model: str = arg(
+        "CompVis/stable-diffusion-v1-4", "model to begin with: folder or Hub id", group="generations", often=True
+    )
+    captions: str = arg("data/coco/annotations/captions_train2014.json", "COCO annotations (first caption of each picture), or any data set with captions", often=True)  # fmt: skip
     data_root: str = arg("data/coco", "the generations' pictures go here")
     models_root: str = arg("models", "the generations' models go here")
     output_dir: str = arg("out/recursive", "numbers, figures and the report")
-    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", "guidance-scale")
+    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", "guidance-scale", often=True)
     cfg_scales: list[float] = arg([], "several of them, one study each")
-    target_gen: int = arg(3, "last generation", low=0)
-    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1)
-    num_images: int = arg(100, "pictures of each generation after the first", low=1)
-    gen0_images: int = arg(100, "pictures of generation 0", low=1)
+    target_gen: int = arg(3, "last generation", low=0, often=True)
+    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1, often=True)
+    num_images: int = arg(100, "pictures of each generation after the first", low=1, often=True)
+    gen0_images: int = arg(100, "pictures of generation 0", low=1, often=True)
     draw_batch_size: int = arg(4, "pictures drawn at a time", low=1)
     resolution: int | None = arg(None, "pixels along one side; default: the model's", low=1, high=8192)
     scheduler: str | None = arg(None, "sampler; default: the model's own")
     baseline: bool = arg(False, "train on generation 0 always")
     finetune: bool = arg(False, "train on --real always")
-    real: str | None = arg(None, "real pictures (with captions for --finetune and --real-fraction): FID is taken against them; default: generation 0")  # fmt: skip
+    real: str | None = arg(None, "real pictures (with captions for --finetune and --real-fraction): FID is taken against them; default: generation 0", often=True)  # fmt: skip
     real_fraction: float = arg(0.0, "share of real pictures in the training set")
     accumulate: bool = arg(False, "train on all generations so far")
-    evaluate: bool = arg(True, "measure every generation")
+    evaluate: bool = arg(True, "measure every generation", group="measuring")
     weights_dir: str | None = arg(None, "Inception's and CLIP's weights (see eval.py images)")
     features: str = arg("inception,pixels", "spaces of FID and the like, comma-separated: inception, clip, pixels")
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
     nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage")
-    epochs: int = arg(5, "passes over the pictures, per generation", "num-epochs", "num-train-epochs", low=1)
+    epochs: int = arg(
+        5, "passes over the pictures, per generation", "num-epochs", "num-train-epochs", low=1, group="the run"
+    )
     batch_size: int = arg(1, "samples of a process in a micro-batch", "train-batch-size")
     lr: float = arg(1e-5, "peak learning rate", "learning-rate")
     lr_warmup_steps: float = arg(0.1, "updates of linear warm-up; below 1: a share of the run")
@@ -102,18 +106,23 @@ class Grid(Recursive):
 @dataclass
 class Transfer(Training, Noise, Adapters):
     model: str = arg(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "the student: folder or Hub id", "base-model-id", "student"
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "the student: folder or Hub id",
+        "base-model-id",
+        "student",
+        group="teacher and student",
+        often=True,
     )
-    teacher: str = arg("stabilityai/stable-diffusion-xl-base-1.0", "the teacher", "teacher-model-id")
-    prompt_source: str = arg("assets/prompts/dogs.json", "words and templates (JSON, to be edited), .csv, .txt, or pictures with captions", "prompts")  # fmt: skip
+    teacher: str = arg("stabilityai/stable-diffusion-xl-base-1.0", "the teacher", "teacher-model-id", often=True)
+    prompt_source: str = arg("assets/prompts/dogs.json", "words and templates (JSON, to be edited), .csv, .txt, or pictures with captions", "prompts", often=True)  # fmt: skip
     prompt_column: str | None = arg(None, "column of the prompts in a table")
-    num_images: int = arg(1000, "the teacher's pictures to learn from", "num-images-to-generate", low=1)
+    num_images: int = arg(1000, "the teacher's pictures to learn from", "num-images-to-generate", low=1, often=True)
     sdxl_image_dir: str | None = arg(None, "where they are; default OUTPUT_DIR/sdxl_images", "teacher-image-dir")
     output_dir: str = arg("output", "everything goes here (visualize with --metrics-dir: the figures)")
-    method: str = arg("data", "learn from the teacher's pictures, from its denoiser's output on them, or both, one after the other, compared", choices=("data", "online", "both"))  # fmt: skip
+    method: str = arg("data", "learn from the teacher's pictures, from its denoiser's output on them, or both, one after the other, compared", choices=("data", "online", "both"), often=True)  # fmt: skip
     feature_weight: float = arg(0.0, "online: weight of the difference between both UNets' attention maps", low=0)
-    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1)
-    guidance_scale: float = arg(7.5, "guidance")
+    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1, often=True)
+    guidance_scale: float = arg(7.5, "guidance", often=True)
     teacher_steps: int | None = arg(None, "the teacher's; default --steps")
     teacher_guidance_scale: float | None = arg(None, "the teacher's; default --guidance-scale")
     teacher_resolution: int | None = arg(None, "pixels along one side of the teacher's pictures; default: its own")
@@ -122,7 +131,9 @@ class Transfer(Training, Noise, Adapters):
     )
     eval_batch_size: int = arg(1, "pictures drawn at a time", "draw-batch-size", low=1, high=4096)
     evaluation_prompts: str | None = arg(
-        None, "as --prompt-source, with a column `category`; default: other prompts of --prompt-source"
+        None,
+        "as --prompt-source, with a column `category`; default: other prompts of --prompt-source",
+        group="the comparison",
     )
     num_evaluation_prompts: int = arg(100, "pictures that are compared", low=2)
     checkpoint: str | None = arg(
@@ -132,7 +143,7 @@ class Transfer(Training, Noise, Adapters):
     panels: int = arg(12, "pictures of which panels and difference maps are drawn", low=0)
     weights_dir: str | None = arg(None, "Inception's and CLIP's weights, for FID and CLIP score (see eval.py)")
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
-    lora: bool = arg(True, "train adapters; --no-lora: the whole denoiser", "use-lora")
+    lora: bool = arg(True, "train adapters; --no-lora: the whole denoiser", "use-lora", group="LoRA", often=True)
     lora_rank: int = arg(16, "rank of the adapters", "lora-r", "rank")
     lora_alpha: float | None = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.1, "of the adapters' inputs, while training")
@@ -150,7 +161,7 @@ class Transfer(Training, Noise, Adapters):
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
     sample_every: int = arg(0, "updates between sheets of pictures; 0 = none", low=0, high=1 << 40)
     save_dtype: str = arg("fp32", "type of the written weights", choices=("fp32", "fp16", "bf16"))
-    dry_run: bool = arg(False, "print the memory of every stage, and make nothing (needs no weights)")
+    dry_run: bool = arg(False, "print the memory of every stage, and make nothing (needs no weights)", often=True)
 
     def check(self):
         self.check_ranges()
@@ -186,15 +197,21 @@ class Transfer(Training, Noise, Adapters):
 
 @dataclass
 class FewStep(Training, Adapters):
-    model: str = arg("stable-diffusion-v1-5/stable-diffusion-v1-5", "the teacher: folder or Hub id", "teacher")
-    student: str | None = arg(None, "what the student begins as; default: the teacher")
-    data: str = arg("", "pictures with captions, as train.py takes them")
-    method: str = arg(
-        "consistency", "how the student learns", choices=("progressive", "consistency", "dmd", "guidance")
+    model: str = arg(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "the teacher: folder or Hub id",
+        "teacher",
+        group="teacher and student",
+        often=True,
     )
-    student_steps: int = arg(4, "steps that the student is to need (guidance keeps the teacher's)", low=1)
+    student: str | None = arg(None, "what the student begins as; default: the teacher", often=True)
+    data: str = arg("", "pictures with captions, as train.py takes them", often=True)
+    method: str = arg(
+        "consistency", "how the student learns", choices=("progressive", "consistency", "dmd", "guidance"), often=True
+    )
+    student_steps: int = arg(4, "steps that the student is to need (guidance keeps the teacher's)", low=1, often=True)
     guidance_scale: float | None = arg(
-        None, "the teacher's guidance, which the student then has by itself; default: the model's"
+        None, "the teacher's guidance, which the student then has by itself; default: the model's", often=True
     )
     teacher_steps: int | None = arg(None, "the teacher's steps, in the comparison; default: the model's")
     first_steps: int | None = arg(
@@ -203,9 +220,11 @@ class FewStep(Training, Adapters):
     substeps: int = arg(2, "the teacher's steps in one of the student's, in every round of progressive", low=2)
     known_steps: int = arg(50, "times that a latent consistency student knows", "original-inference-steps", low=2)
     critic_steps: int = arg(5, "updates of dmd's critic for one of the student", low=1)
-    lora: bool = arg(False, "train adapters in place of the whole denoiser (LCM-LoRA; consistency and guidance)")
+    lora: bool = arg(
+        False, "train adapters in place of the whole denoiser (LCM-LoRA; consistency and guidance)", often=True
+    )
     resolution: int | None = arg(None, "pixels along one side; default: the model's", low=1, high=8192)
-    evaluate: bool = arg(True, "draw with teacher and student at --check-steps, and measure")
+    evaluate: bool = arg(True, "draw with teacher and student at --check-steps, and measure", group="the comparison")
     check_steps: list[int] = arg([1, 2, 4, 8], "steps at which both draw, beside the teacher's own")
     num_images: int = arg(64, "pictures of each such comparison", low=2)
     draw_batch_size: int = arg(16, "pictures drawn at a time", low=1)

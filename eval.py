@@ -24,30 +24,41 @@ EMBEDDED = Path(__file__).parent / "assets" / "nano"
 
 @dataclass
 class Common:
-    output_dir: str = arg("out/eval", "folder of metrics.json, metrics.csv, report.md, report.html and figures")
+    output_dir: str = arg(
+        "out/eval", "folder of metrics.json, metrics.csv, report.md, report.html and figures", often=True
+    )
     dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost")
 
 
 @dataclass
 class Weights(Common):
-    seed: int = arg(2020, "of subsets, splits and resamples", low=0, high=(1 << 32) - 1)
+    seed: int = arg(
+        2020, "of subsets, splits and resamples", low=0, high=(1 << 32) - 1, group="where and how it computes"
+    )
     batch_size: int = arg(16, "pictures at a time through a network", low=1)
     num_workers: int = arg(2, "threads that decode pictures", low=0)
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     kernels: str = arg("auto", "our Triton kernels on a GPU, for CLIP and for drawing; Inception and VGG are PyTorch's", choices=("auto", "triton", "torch"))  # fmt: skip
     weights_dir: str | None = arg(
-        None, "folder with pt_inception-2015-12-05-6726825d, vgg16-397923af, clip-vit-base-patch32/ …"
+        None, "folder with pt_inception-2015-12-05-6726825d, vgg16-397923af, clip-vit-base-patch32/ …", often=True
     )
     allow_pickle: bool = arg(False, "read .pth files, with weights_only")
 
 
 @dataclass
 class Images(Weights):
-    generated: list[str] = arg([], "folder or tar shards of generated pictures; repeatable: one set a generation")
-    real: str | None = arg(None, "folder or tar shards of real pictures (memorisation: the training pictures)")
-    prompts: str | None = arg(None, "the pictures' prompts: a line each, or captions by name (.json, .csv); default: what lies beside or inside the pictures", "prompts-file")  # fmt: skip
+    generated: list[str] = arg(
+        [], "folder or tar shards of generated pictures; repeatable: one set a generation", group="pictures", often=True
+    )
+    real: str | None = arg(
+        None, "folder or tar shards of real pictures (memorisation: the training pictures)", often=True
+    )
+    prompts: str | None = arg(None, "the pictures' prompts: a line each, or captions by name (.json, .csv); default: what lies beside or inside the pictures", "prompts-file", often=True)  # fmt: skip
     model: str | None = arg(
-        None, "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model"
+        None,
+        "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model",
+        group="drawing them first",
+        often=True,
     )
     num_images: int | None = arg(None, "pictures per prompt to draw; default 1", low=1)
     steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps", low=1)
@@ -58,8 +69,8 @@ class Images(Weights):
     across: str | None = arg(
         None, "numbers of the pictures in the sheet across several sets, comma-separated; default: 8 of them"
     )
-    metrics: str | None = arg(None, "comma-separated: fid, kid, is, prdc, memorisation, diversity, clip_score, clip_fid, modality_gap, colours; default: all that can be had")  # fmt: skip
-    features: str = arg("inception", "spaces of fid, kid, prdc, memorisation and diversity, comma-separated: inception, clip, pixels (16x16 colours, no weights)")  # fmt: skip
+    metrics: str | None = arg(None, "comma-separated: fid, kid, is, prdc, memorisation, diversity, clip_score, clip_fid, modality_gap, colours; default: all that can be had", group="what is measured", often=True)  # fmt: skip
+    features: str = arg("inception", "spaces of fid, kid, prdc, memorisation and diversity, comma-separated: inception, clip, pixels (16x16 colours, no weights)", often=True)  # fmt: skip
     fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
     fid_dims: int = arg(2048, "Inception features: 64, 192, 768 or 2048")
     is_network: str = arg(
@@ -70,7 +81,12 @@ class Images(Weights):
     kid_subsets: int = arg(100, "subsets of KID", low=1)
     kid_subset_size: int = arg(1000, "pictures in each of them", low=2)
     is_splits: int = arg(10, "parts of the Inception Score", low=1)
-    bootstrap: int | None = arg(None, "resamples of FID's interval; default 20 below 2048 pictures, else none", low=0)
+    bootstrap: int | None = arg(
+        None,
+        "resamples of FID's interval; default 20 below 2048 pictures, else none",
+        low=0,
+        group="intervals and caches",
+    )
     cache: bool = arg(True, "keep features in OUTPUT_DIR/cache")
     cache_dir: str | None = arg(None, "keep them here instead, to share them between runs")
 

@@ -31,6 +31,8 @@ class Config:
         "folder, single-file checkpoint or Hub id org/name[@revision]; default: the embedded model",
         "model-id",
         "diffusion-checkpoint",
+        group="model",
+        often=True,
     )
     vae_checkpoint: str | None = arg(None, "folder or file of another VAE")
     components: str | None = arg(None, "folder or Hub id for what a single file or a single component lacks")
@@ -42,11 +44,11 @@ class Config:
     variant: str | None = arg(None, "file variant, such as fp16")
     revision: str | None = arg(None, "branch, tag or commit of a Hub id")
     token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
-    prompt: list[str] = arg([], "what to draw; repeatable")
+    prompt: list[str] = arg([], "what to draw; repeatable", group="words", often=True)
     prompts_file: str | None = arg(None, "text file with one prompt a line")
     prompt_2: str | None = arg(None, "for the second text encoder (SDXL, SD 3); default: --prompt")
     prompt_3: str | None = arg(None, "for the third text encoder (SD 3); default: --prompt")
-    negative_prompt: str | None = arg(None, "what to keep away from")
+    negative_prompt: str | None = arg(None, "what to keep away from", often=True)
     negative_prompt_2: str | None = arg(None, "for the second text encoder; default: --negative-prompt")
     negative_prompt_3: str | None = arg(None, "for the third text encoder; default: --negative-prompt")
     max_sequence_length: int | None = arg(None, "T5's tokens (SD 3), up to 512; default 256")
@@ -55,50 +57,61 @@ class Config:
         False, "(word:1.2), ((word)) and [word] weigh words; BREAK begins a chunk of --long-prompts"
     )
     embedding: list[str] = arg([], "file of a learned word (textual inversion), used by its name; repeatable")
-    lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable")
+    lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable", group="LoRA", often=True)
     lora_scale: float = arg(1.0, "multiplies the scale of every --lora")
     lora_fuse: bool = arg(False, "add LoRAs into the weights: no cost per step, but not for --quantize")
     allow_partial: bool = arg(False, "use a LoRA although layers of it are not in this model")
     steps: int | None = arg(
         None,
-        "sampling steps; default 50 (turbo 1 or 4, embedded 25, SD 3.5 40 or 28)",
+        "sampling steps; default: what the model was made for",
         "num-inference-steps",
         "number-inference-steps",
+        group="how it is drawn",
+        often=True,
     )
     ddim_steps: int | None = arg(None, "short for --scheduler ddim --steps N")
     guidance_scale: float | None = arg(
         None,
-        "classifier-free guidance; 1 or less = off; default 7.5 (turbo 0, embedded 3, SD 3.5 4.5 or 3.5)",
+        "classifier-free guidance; 1 or less = off; default: what the model was made for",
         "cfg-scale",
+        often=True,
     )
     guidance_rescale: float = arg(0.0, "std correction of the guidance, 0 to 1")
     skip_layers: str | None = arg(None, "skip-layer guidance of SD 3.5 medium: blocks, such as 7,8,9")
     skip_layer_scale: float = arg(2.8, "strength of --skip-layers")
     skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins")
     skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends")
-    original_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own")
+    original_size: str | None = arg(
+        None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own", group="SDXL's sizes"
+    )
     target_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to be for; default: its own")
     crop: str | None = arg(None, "SDXL: LEFTxTOP corner it is said to be cropped at; default 0x0")
     negative_original_size: str | None = arg(None, "SDXL: the same for the negative prompt")
     negative_target_size: str | None = arg(None, "SDXL: the same for the negative prompt")
     negative_crop: str | None = arg(None, "SDXL: the same for the negative prompt")
-    denoising_end: float | None = arg(None, "stop when this part of the noise is gone, between 0 and 1")
+    denoising_end: float | None = arg(
+        None, "stop when this part of the noise is gone, between 0 and 1", group="noise and size"
+    )
     scheduler: str | None = arg(
-        None, "sampler, such as ddim, euler or dpmpp_2m_karras (an unknown name lists all); default: the model's own"
+        None,
+        "sampler, such as ddim, euler or dpmpp_2m_karras (an unknown name lists all); default: the model's own",
+        often=True,
     )
     eta: float = arg(0.0, "DDIM noise, 0 to 1")
-    height: int | None = arg(None, "pixels; default: the model's own")
-    width: int | None = arg(None, "pixels; default: the model's own")
-    num_images: int = arg(1, "pictures per prompt")
+    height: int | None = arg(None, "pixels; default: the model's own", often=True)
+    width: int | None = arg(None, "pixels; default: the model's own", often=True)
+    num_images: int = arg(1, "pictures per prompt", often=True)
     batch_size: int = arg(4, "pictures at a time")
-    seed: int | None = arg(None, "picture i uses seed + i; default: random, printed")
+    seed: int | None = arg(None, "picture i uses seed + i; default: random, printed", often=True)
     clip_skip: int = arg(0, "leave out the last N layers of the text encoder")
-    init_image: str | None = arg(None, "start from this picture (image-to-image)")
+    init_image: str | None = arg(None, "start from this picture (image-to-image)", group="from a picture", often=True)
     strength: float | None = arg(None, "how much of --init-image is repainted, above 0 to 1; default 0.8")
     mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
-    output_dir: str = arg("out", "folder of the pictures 00000.png, 00001.png, … and run.json")
+    output_dir: str = arg(
+        "out", "folder of the pictures 00000.png, 00001.png, … and run.json", group="what is written", often=True
+    )
     output: str | None = arg(
-        None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)"
+        None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)", often=True
     )
     base_dir: str = arg(".", "folder that relative --output, --output-dir and model paths start from")
     nrow: int | None = arg(None, "pictures in a row of the sheet")
@@ -110,18 +123,23 @@ class Config:
     metadata: bool = arg(True, "write the settings into each PNG")
     from_image: str | None = arg(None, "repeat a picture from the settings inside it")
     study: str | None = arg(
-        None, 'every combination of settings as a labelled sheet and study.csv: "steps=5,25,50;scheduler=ddpm,ddim"'
+        None,
+        'every combination of settings as a labelled sheet and study.csv: "steps=5,25,50;scheduler=ddpm,ddim"',
+        often=True,
     )
     offload: str = arg(
         "none",
         "models on the device: all (none), one at a time, block by block",
         choices=("none", "model", "sequential"),
+        group="memory and speed",
     )
     quantize: str | None = arg(None, "weights of denoiser and T5 in 8 or 4 bits", choices=("int8", "nf4"))
     vae_tiling: bool = arg(False, "decode in tiles: less memory for large pictures, the same picture")
     fast_vae: str | None = arg(None, "decode drafts with this TAESD decoder (file or folder)")
     preview: str | None = arg(None, "write preview.png after every step with this TAESD decoder (file or folder)")
-    dry_run: bool = arg(False, "print parameters, bytes and peak memory, and make nothing (needs no weights)")
+    dry_run: bool = arg(
+        False, "print parameters, bytes and peak memory, and make nothing (needs no weights)", often=True
+    )
     compile: bool = arg(False, "torch.compile the denoiser: slow first step, faster many steps")
     cuda_graph: str = arg(
         "auto",
@@ -129,7 +147,9 @@ class Config:
         choices=("auto", "on", "off"),
         const="on",
     )
-    diffusers_quirks: bool = arg(False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)')
+    diffusers_quirks: bool = arg(
+        False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)', group="where it computes"
+    )
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = arg(
         "auto",

@@ -28,14 +28,14 @@ LESS_MEMORY = (
 @dataclass
 class Common(Training):
     data: str = arg("", "folder, .tar shards, .csv, COCO .json or .parquet of pictures (and captions)",
-                    "train-data-dir", "data-dir", "image-dir", "dataset-name")  # fmt: skip
+                    "train-data-dir", "data-dir", "image-dir", "dataset-name", group="data", often=True)  # fmt: skip
     dataset_config_name: str | None = arg(None, "folder inside --data to use")
     image_column: str | None = arg(None, "column of the file names or pictures in a listing or table")
     caption_column: str | None = arg(None, "column of the captions")
     max_samples: int | None = arg(None, "use only the first N pictures", "max-train-samples", low=1, high=1 << 40)
     base_dir: str = arg(".", "folder that relative paths start from")
     cache_dir: str | None = arg(None, "where encoded pictures and captions are kept; default OUTPUT_DIR/cache")
-    resolution: int = arg(64, "pixels along one side", "image-size", low=1, high=8192)
+    resolution: int = arg(64, "pixels along one side", "image-size", low=1, high=8192, often=True)
     interpolation: str = arg("lanczos", "how pictures are resized", choices=("lanczos", "bilinear"))
     center_crop: bool = arg(True, "crop the middle; --no-center-crop: anywhere")
     random_flip: bool = arg(False, "mirror half of the pictures")
@@ -43,7 +43,9 @@ class Common(Training):
         0.0, "brightness, contrast and saturation times 1 ± this", "color-jitter", low=0, high=0.9
     )
     random_rotate: float = arg(0.0, "turn by up to so many degrees", low=0, high=180)
-    num_workers: int = arg(0, "processes that decode pictures", "dataloader-num-workers", low=0, high=256)
+    num_workers: int = arg(
+        0, "processes that decode pictures", "dataloader-num-workers", low=0, high=256, group="loading"
+    )
     on_bad_image: str = arg("stop", "what a picture that cannot be read does: stop the run, or be replaced and counted",
                             choices=("stop", "skip"))  # fmt: skip
     bad_image_limit: float = arg(0.01, "share of such pictures beyond which the run stops anyway", low=0, high=1)
@@ -54,18 +56,25 @@ class Common(Training):
         False, "memory-efficient attention: what --kernels auto has anyway"
     )
     save_model_epochs: int = arg(
-        0, "epochs between model folders model-epoch-N; 0 = only the final one", low=0, high=1 << 30
+        0,
+        "epochs between model folders model-epoch-N; 0 = only the final one",
+        low=0,
+        high=1 << 30,
+        group="what is written",
     )
     keep_best: bool = arg(False, "write best_model after every epoch whose loss is the best so far")
     save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
-    sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40)
+    sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40, often=True)
     save_images_epochs: int = arg(0, "epochs between sample sheets; 0 = none", "sample-epochs", low=0, high=1 << 30)
-    push_to_hub: bool = arg(False, "upload the final model")
+    push_to_hub: bool = arg(False, "upload the final model", group="the Hub")
     hub_model_id: str | None = arg(None, "its name, org/name; default: the output folder's")
     hub_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
     hub_private_repo: bool = arg(False, "upload it privately")
     dry_run: bool = arg(
-        False, "print parameters, memory, FLOPs and time, and train nothing (needs no data and no weights)"
+        False,
+        "print parameters, memory, FLOPs and time, and train nothing (needs no data and no weights)",
+        group="planning",
+        often=True,
     )
     world_size: int = arg(1, "processes that --dry-run plans for", low=1, high=1 << 24)
     gpu: str = arg("h100", "GPU that --dry-run plans for", choices=(
@@ -100,10 +109,17 @@ class Common(Training):
 
 @dataclass
 class VAEConfig(Common):
-    model_config: str | None = arg(None, "config.json of an AutoencoderKL or FlatVAE; default: a small f4 one")
-    latent_dim: int | None = arg(None, "a VAE whose latent is one vector of this size", low=16, high=65536)
+    model_config: str | None = arg(
+        None, "config.json of an AutoencoderKL or FlatVAE; default: a small f4 one", group="the VAE"
+    )
+    latent_dim: int | None = arg(None, "a VAE whose latent is one vector of this size", low=16, high=65536, often=True)
     kl_weight: float = arg(
-        2e-3, "final weight of the KL divergence; 1 is the evidence lower bound per pixel value", low=0, high=1000000.0
+        2e-3,
+        "final weight of the KL divergence; 1 is the evidence lower bound per pixel value",
+        low=0,
+        high=1000000.0,
+        group="its loss",
+        often=True,
     )
     kl_warmup: int = arg(0, "epochs over which the weight grows from 0", low=0, high=1 << 30)
     kl_target: float | None = arg(
@@ -112,7 +128,9 @@ class VAEConfig(Common):
     free_bits: float = arg(0.0, "nats of each latent channel that cost nothing", low=0, high=1000000.0)
     l1: bool = arg(True, "mean absolute error; --no-l1 for squared")
     perceptual: bool = arg(True, "add the perceptual loss, if its weight is not 0")
-    perceptual_weight: float = arg(0.0, "weight of the perceptual loss on VGG16's features", low=0, high=1000000.0)
+    perceptual_weight: float = arg(
+        0.0, "weight of the perceptual loss on VGG16's features", low=0, high=1000000.0, often=True
+    )
     vgg_weights: str | None = arg(None, "VGG16's weights (torchvision's names, safetensors) for the perceptual loss")
     lpips_weights: str | None = arg(None, "LPIPS's linear layers; without: mean squared difference of features[:16]")
     discriminator_weight: float = arg(0.0, "weight of a patch discriminator's opinion; 0 = none", low=0, high=1000000.0)
@@ -124,36 +142,45 @@ class VAEConfig(Common):
 @dataclass
 class DiffusionConfig(Common, Adapters, Noise):
     vae: str | None = arg(
-        None, "folder of a trained VAE: diffusion in its latents; without: in pixels", "vae-checkpoint"
+        None,
+        "folder of a trained VAE: diffusion in its latents; without: in pixels",
+        "vae-checkpoint",
+        group="the model",
+        often=True,
     )
     model: str | None = arg(
-        None, "pipeline to go on from (folder or Hub id), in place of a new one", "pretrained-model-name-or-path"
+        None,
+        "pipeline to go on from (folder or Hub id), in place of a new one",
+        "pretrained-model-name-or-path",
+        often=True,
     )
-    lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is")
+    lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is", often=True)
     model_config: str | None = arg(
         None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
     )
     model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
-                                                             "sdxl", "sd35-medium"))  # fmt: skip
+                                                             "sdxl", "sd35-medium"), often=True)  # fmt: skip
     condition: str = arg("text", "what it is told: captions, class labels (folders or .cls), or nothing",
-                         choices=("text", "labels", "none"))  # fmt: skip
+                         choices=("text", "labels", "none"), group="what it is told")  # fmt: skip
     text_encoder: str | None = arg(
-        None, "a frozen CLIP text encoder, folder or Hub id; default: a small one that learns along"
+        None, "a frozen CLIP text encoder, folder or Hub id; default: a small one that learns along", often=True
     )
     text_config: str | None = arg(None, "config.json of the CLIP text encoder that is trained along")
     train_text_encoder: bool = arg(False, "with --model: train its text encoder, too")
     vocab_size: int = arg(1500, "size of the byte-pair vocabulary learned from the captions", low=514, high=1 << 20)
     max_length: int = arg(24, "text tokens", low=3, high=4096)
     prediction_type: str | None = arg(None, "what the network predicts; default: v_prediction, or what --model does",
-                                      choices=("epsilon", "sample", "v_prediction", "flow"))  # fmt: skip
+                                      choices=("epsilon", "sample", "v_prediction", "flow"), group="noise schedule", often=True)  # fmt: skip
     beta_schedule: str = arg("scaled_linear", "noise schedule", "ddpm-beta-schedule", "schedule",
                              choices=("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"))  # fmt: skip
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule", low=1, high=100000)
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
-    cache: bool = arg(True, "encode pictures and captions once, where nothing about them is random")
+    cache: bool = arg(
+        True, "encode pictures and captions once, where nothing about them is random", group="caching and sheets"
+    )
     aspect_buckets: bool = arg(False, "sizes of about resolution² pixels in place of one square crop")
     sample_prompts: list[str] = arg(
-        [], "prompts of the sample sheets, or a text file of them; default: captions of the data"
+        [], "prompts of the sample sheets, or a text file of them; default: captions of the data", often=True
     )
     eval_batch_size: int = arg(16, "pictures on a sample sheet", low=1, high=4096)
     sample_steps: int = arg(25, "steps of the sample sheets", "ddpm-num-inference-steps", low=1, high=1000)
@@ -317,7 +344,13 @@ def train_vae(cfg):
         psnr = dist.on_main(vae.measure_psnr, net, dataset, cfg, run.device)
     run.record.result("psnr_db", psnr)
     vae.advice_vae(run, cfg)
-    finish(run, cfg, ("loss", "reconstruction", "kl", "perceptual"), "training_losses.png")
+    finish(
+        run,
+        cfg,
+        ("loss", "reconstruction", "kl", "perceptual"),
+        "training_losses.png",
+        f"python train.py diffusion --data {cfg.data} --vae {run.out / 'model'} --output-dir OUT",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -389,7 +422,10 @@ def train_diffusion(cfg):
     if cfg.sample_every or cfg.save_images_epochs:
         diffusion.sheet(run, sd, cfg, dataset, run.out / "samples" / "denoising.png", strip=True)
     advice_loss(run)
-    finish(run, cfg, ("loss", "unweighted_loss"), "loss.png")
+    drawn_by = f"--model {cfg.model} --lora {run.out / 'model'}" if cfg.lora else f"--model {run.out / 'model'}"
+    finish(
+        run, cfg, ("loss", "unweighted_loss"), "loss.png", f'python sample.py {drawn_by} --prompt "…" --output-dir OUT'
+    )
 
 
 STAGES = {"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)}

@@ -191,11 +191,23 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each option by its own name: `--lr X`, `--[no-]ema`; other programs' names for it are accepted, and left to --help-all."""
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.option_strings[0].removeprefix('--')}"
+        value = self._format_args(action, action.metavar) if action.nargs != 0 and action.metavar else ""
+        return (
+            f"{action.option_strings[0]} {value}".strip() if action.dest != "help" else ", ".join(action.option_strings)
+        )
+
+
 def parse(cls, argv, doc="", presets=None, prog=None):
     """An instance of the dataclass `cls` from a command line (see the module docstring for the order)."""
     argv = [_dashed(a) for a in argv]
     presets = presets or {}
-    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = _Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=_Help, add_help=False)
     fields, whole, group = dataclasses.fields(cls), "--help-all" in argv, parser
     whole = whole or len(fields) <= SHORT or not any(_inherited(cls, f.name, "often") for f in fields)
     parser.add_argument("-h", "--help", action="help", help="this")
@@ -205,7 +217,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS if len(fields) <= SHORT else "every option")
     parser.add_argument("--config", metavar="FILE", help="JSON or TOML file with any of the options below")
     if presets:
-        parser.add_argument("--preset", choices=sorted(presets), help="a named set of defaults")
+        parser.add_argument(
+            "--preset", choices=sorted(presets), metavar="NAME", help=f"a set of defaults: {', '.join(sorted(presets))}"
+        )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     hints = typing.get_type_hints(cls)
     for field in fields:
@@ -213,7 +227,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
             group = next((g for g in parser._action_groups if g.title == heading), None) or parser.add_argument_group(
                 heading
             )
-        _add(group, field, hints[field.name], whole or _inherited(cls, field.name, "often"))
+        _add(group, field, hints[field.name], whole or _inherited(cls, field.name, "often"), "--help-all" in argv)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]
@@ -243,14 +257,15 @@ def _dashed(token):
     return flag.replace("_", "-") + eq + value
 
 
-def _add(parser, field, hint, shown_in_help=True):
+def _add(parser, field, hint, shown_in_help=True, whole=True):
     m = field.metadata
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
     names = ["--" + n.replace("_", "-") for n in (field.name, *m["aliases"])]
     shown = "" if default in (None, [], "") else f" [{default}]"
-    text = (m["help"] + shown).replace("%", "%%") if shown_in_help else argparse.SUPPRESS
+    also = f"; also --{', --'.join(m['aliases'])}" if m["aliases"] and whole else ""
+    text = (m["help"] + shown + also).replace("%", "%%") if shown_in_help else argparse.SUPPRESS
     kwargs = {"dest": field.name, "help": text, "default": None}
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **kwargs)

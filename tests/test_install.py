@@ -14,12 +14,33 @@ from util import ROOT
 def site(tmp_path_factory):
     """A folder with the installed wheel. The tree is copied: building leaves things in it."""
     base = tmp_path_factory.mktemp("install")
-    names = ("nanodiff", "kernels", "assets", "pyproject.toml", "README.md", "LICENSE", *(p.name for p in ROOT.glob("*.py")))
+    names = (
+        "nanodiff",
+        "kernels",
+        "assets",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        *(p.name for p in ROOT.glob("*.py")),
+    )
     for name in names:
         source = ROOT / name
         skip = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, base / "tree" / name, ignore=skip) if source.is_dir() else shutil.copy(source, base / "tree" / name)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", base / "site"]
+        shutil.copytree(source, base / "tree" / name, ignore=skip) if source.is_dir() else shutil.copy(
+            source, base / "tree" / name
+        )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        base / "site",
+    ]
     subprocess.run([*pip, base / "tree"], check=True, capture_output=True, text=True, timeout=300)
     return base / "site"
 
@@ -30,7 +51,21 @@ def python(site, folder, *argv):
 
 
 def test_it_draws_from_any_folder(site, tmp_path):
-    done = python(site, tmp_path, "-m", "nanodiff", "sample", "--prompt", "fire", "--steps", "2", "--seed", "1", "--output-dir", "out")
+    done = python(
+        site,
+        tmp_path,
+        "-m",
+        "nanodiff",
+        "sample",
+        "--prompt",
+        "fire",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--output-dir",
+        "out",
+    )
     assert done.returncode == 0 and (tmp_path / "out" / "00000.png").exists(), done.stderr
     code = (
         "import nanodiff, sys; from pathlib import Path\n"
@@ -47,7 +82,9 @@ def test_it_draws_from_any_folder(site, tmp_path):
 
 
 def test_no_other_top_level_names(site):
-    assert {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")} - {"bin", "__pycache__"} == {"nanodiff"}
+    assert {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")} - {"bin", "__pycache__"} == {
+        "nanodiff"
+    }
     assert (site / "bin" / "nanodiff").exists()
 
 

@@ -118,6 +118,9 @@ def train(cfg):
     if dist.on_main(lambda: log.exists() and bool(charts.losses(log, run.out / "loss.png", ("loss", "val_loss")))):
         run.record.file(run.out / "loss.png")
     run.close()
+    if dist.is_main():
+        best = run.out / "checkpoints" / ("best_model" if run.best is not None else "last_checkpoint")
+        print(f"the captioner: {best}\nnext: python caption.py infer --model-file {best} --infer-image-path PICTURE")
 
 
 def held_out(cfg, rows):

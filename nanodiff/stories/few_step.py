@@ -93,7 +93,9 @@ def few_step(cfg):
             few_quality(cfg, record, dataset, device)
     record.write()
     if dist.is_main():
-        print(f"student: {target}")
+        print(
+            f'student: {target}\nnext: python sample.py --model {cfg.model + " --lora " if cfg.lora else ""}{target} --prompt "…" --output-dir OUT'
+        )
     dist.finish()
 
 

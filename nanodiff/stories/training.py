@@ -86,8 +86,9 @@ def say_size(net, what):
     )
 
 
-def finish(run, cfg, panels, name):
-    """What people look at after a run: the loss figure, and the sample sheets as one moving picture."""
+def finish(run, cfg, panels, name, then):
+    """What people look at after a run: the loss figure, the sample sheets as one moving picture, and a line that says what came of it.
+    then: the next command to type."""
 
     def figures():
         if (run.out / "metrics.jsonl").exists() and charts.losses(run.out / "metrics.jsonl", run.out / name, panels,
@@ -100,6 +101,9 @@ def finish(run, cfg, panels, name):
 
     dist.on_main(figures)
     run.close()
+    if dist.is_main():
+        loss = f"last loss {run.numbers['loss']:.4g}; " if run.numbers else ""
+        print(f"{loss}the model: {run.out / 'model'}\nnext: {then}")
     if cfg.push_to_hub and dist.is_main():
         print(
             hub.push(run.out / "model", cfg.hub_model_id or run.out.resolve().name, cfg.hub_token, cfg.hub_private_repo)

@@ -32,15 +32,25 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 
 @dataclass
 class Training:
-    output_dir: str = arg("", "where everything of this run goes")
+    output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(False, "delete the checkpoints of an earlier run in --output-dir")
-    batch_size: int = arg(16, "samples of a process in a micro-batch", "train-batch-size", low=1, high=1 << 20)
-    grad_accum: int = arg(1, "micro-batches per update", "gradient-accumulation-steps", low=1, high=1 << 20)
-    max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps", low=0, high=1 << 40)
-    epochs: int = arg(
-        1, "passes over the data, when --max-steps is 0", "num-epochs", "num-train-epochs", low=1, high=1 << 30
+    batch_size: int = arg(
+        16, "samples of a process in a micro-batch", "train-batch-size", low=1, high=1 << 20, often=True
     )
-    lr: float = arg(1e-3, "peak learning rate", "learning-rate", low=1e-12, high=1000.0)
+    grad_accum: int = arg(1, "micro-batches per update", "gradient-accumulation-steps", low=1, high=1 << 20)
+    max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps", low=0, high=1 << 40, often=True)
+    epochs: int = arg(
+        1,
+        "passes over the data, when --max-steps is 0",
+        "num-epochs",
+        "num-train-epochs",
+        low=1,
+        high=1 << 30,
+        often=True,
+    )
+    lr: float = arg(
+        1e-3, "peak learning rate", "learning-rate", low=1e-12, high=1000.0, group="optimisation", often=True
+    )
     lr_scheduler: str = arg("cosine", "learning rate over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run", low=0, high=1 << 40)
     lr_min: float = arg(0.0, "smallest learning rate after the warm-up", low=0, high=1000.0)
@@ -62,20 +72,25 @@ class Training:
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon", low=1e-30, high=1)
     max_grad_norm: float = arg(1.0, "gradient clipping", low=1e-12, high=1000000000000.0)
     mixed_precision: str = arg("auto", "type of the forward pass; auto: bf16 where the device computes in it",
-                               choices=("auto", "no", "fp16", "bf16"))  # fmt: skip
+                               choices=("auto", "no", "fp16", "bf16"), often=True)  # fmt: skip
     gradient_checkpointing: bool = arg(False, "keep less for the backward pass, compute it again")
-    ema: bool = arg(True, "average the weights; samples and the final model use the average", "use-ema")
+    ema: bool = arg(
+        True, "average the weights; samples and the final model use the average", "use-ema", group="averaged weights"
+    )
     ema_decay: float = arg(0.999, "largest decay of the average", "ema-max-decay", low=0, high=1)
     ema_inv_gamma: float = arg(
         1.0, "the average's warm-up: 1 - (1 + step / this)^-power", low=1e-06, high=1000000000000.0
     )
     ema_power: float = arg(0.75, "see --ema-inv-gamma", low=0, high=10)
     parallel: str = arg(
-        "ddp", "under torchrun: a copy of everything on every process, or shards", choices=("ddp", "fsdp")
+        "ddp",
+        "under torchrun: a copy of everything on every process, or shards",
+        choices=("ddp", "fsdp"),
+        group="several processes",
     )
     dist_timeout: int = arg(600, "seconds after which a process that does not answer is lost", low=1, high=1 << 20)
     early_stopping_patience: int = arg(
-        0, "stop after so many epochs without a better loss; 0 = never", low=0, high=1 << 30
+        0, "stop after so many epochs without a better loss; 0 = never", low=0, high=1 << 30, group="stopping early"
     )
     early_stopping_delta: float = arg(0.0, "how much better counts as better", low=0, high=1000000000.0)
     oscillation_window: int = arg(
@@ -84,7 +99,9 @@ class Training:
     oscillation_threshold: float = arg(
         0.0005, "standard deviation below which it no longer moves", low=0, high=1000000000.0
     )
-    seed: int = arg(0, "every random draw is a function of it", low=0, high=(1 << 63) - 1)
+    seed: int = arg(
+        0, "every random draw is a function of it", low=0, high=(1 << 63) - 1, group="where it computes", often=True
+    )
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     kernels: str = arg(
         "auto",
@@ -92,7 +109,7 @@ class Training:
         choices=("auto", "triton", "torch"),
     )
     resume: str | None = arg(None, "continue from the newest checkpoint (auto, latest), or from this folder",
-                             "resume-from-checkpoint", const="auto")  # fmt: skip
+                             "resume-from-checkpoint", const="auto", group="checkpoints and log", often=True)  # fmt: skip
     checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end", low=0, high=1 << 40)
     checkpoint_epochs: int = arg(
         0, "epochs between checkpoints; 0 = none", "save-checkpoint-epochs", low=0, high=1 << 30
@@ -121,7 +138,7 @@ class Training:
 class Noise:
     """What the loss of a denoiser draws and how it weighs."""
 
-    loss: str = arg("mse", "of prediction and target: mse, l1, huber")
+    loss: str = arg("mse", "of prediction and target: mse, l1, huber", group="the loss")
     min_snr: float | None = arg(
         None, "gamma of the min-SNR weighting; none = unweighted", "snr-gamma", low=1e-06, high=1000000000000.0
     )
@@ -148,7 +165,7 @@ class Noise:
 class Adapters:
     """Low-rank adapters."""
 
-    lora_rank: int = arg(4, "rank of the adapters", "rank", low=1, high=16384)
+    lora_rank: int = arg(4, "rank of the adapters", "rank", low=1, high=16384, group="LoRA", often=True)
     lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
     lora_targets: str = arg(
         "", "layers to adapt: ends of names, or patterns with *, comma-separated; default: all attention projections"

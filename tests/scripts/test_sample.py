@@ -242,7 +242,7 @@ BAD = {
     "no prompt": ([], "--prompt is required"),
     "empty prompt": (["--prompt", ""], "--prompt is empty"),
     "blank prompt": (["--prompt", "  "], "--prompt is empty"),
-    "unknown scheduler": (["--prompt", "a", "--scheduler", "eular"], "invalid choice"),
+    "unknown scheduler": (["--prompt", "a", "--scheduler", "eular"], "is none of ddpm"),
     "unknown flag": (["--prompt", "a", "--guidence-scale", "3"], "did you mean --guidance-scale"),
     "steps 0": (["--prompt", "a", "--steps", "0"], "--steps 0"),
     "steps -1": (["--prompt", "a", "--steps", "-1"], "--steps -1"),
