@@ -428,6 +428,26 @@ def heun(model, x, schedule, n, noise, start=0):
         yield Step(x, x0, t)
 
 
+def midpoint(model, x, schedule, n, noise, start=0):
+    """The midpoint method (Karras et al. 2022, arXiv 2206.00364 Alg. 3 with α = ½): an Euler step to the middle, whose slope serves for the whole.
+
+    With σm = (σ + σ')/2, r = σ'/σ, and xm the estimate of x0 at the middle:  X' = r X + (1 - r) (σ/σm) (xm - (1 - σm/σ) x0).
+    Two network calls a step, one in the last (σ' = 0), whose middle would be below every σ that the network knows.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
+        x0, middle, r = _ask(model, x, schedule, t, sigma), (sigma + after) / 2, after / sigma
+        if after > 0:
+            halfway = x0 + middle / sigma * (x - x0)
+            there = _ask(model, halfway, schedule, float(sigma_to_t(middle, log_sigmas)), middle)
+            x = r * x + (1 - r) * sigma / middle * (there - (1 - middle / sigma) * x0)
+        else:
+            x = x0
+        yield Step(x, x0, t)
+
+
 def flow_euler(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
     """Euler's method on the flow's ODE: x' = x + (σ' - σ) v (Esser et al. 2024, arXiv 2403.03206 eq. 1).
 
@@ -463,6 +483,9 @@ def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
 # Names
 
 
+OWN = "_sampler"  # the field in which a sampler that is no class of the Hub says its name: Sampler(…, fields={OWN: "name"})
+
+
 class Sampler(NamedTuple):
     """A sampler as a row: everything that is to be said of it in one place."""
 
@@ -482,6 +505,7 @@ SAMPLERS = {  # by the name on the command line
     "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", times=sigma_times),
     "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, sigma_times),
     "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False),
+    "midpoint": Sampler(midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False),
     "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
     "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
     "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times),
@@ -502,9 +526,6 @@ def rescheduled(schedule, name, **more):
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
     raw = {k: v for k, v in schedule.raw.items() if k != OWN}
     return type(schedule).from_config(raw, kind, **fields | more)
-
-
-OWN = "_sampler"  # the field in which a sampler that is no class of the Hub says its name: Sampler(…, fields={OWN: "name"})
 
 
 def check_name(name):

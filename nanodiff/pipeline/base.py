@@ -189,6 +189,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         schedule's own sampler, called as samplers.py says. on_step(i, n, Step) is called after each step. decode(latents):
         in place of the VAE's. output_type: of Result.images, "pil" or "np". Raises UserError for settings that make no sense.
         """
+        if output_type not in ("pil", "np"):
+            raise UserError(f"`output_type` {output_type}: is none of pil, np")
         prompts, generators = _counted(prompts, seeds, generators)
         drawing, start, words = told(settings, drawing or Drawing(), start or Start(), words or Words())
         steps, scale = self.settings(drawing.steps, drawing.guidance_scale)

@@ -160,3 +160,29 @@ def test_offset_noise_is_one_number_a_channel():
 def test_zero_snr_epsilon_is_refused():
     with pytest.raises(UserError, match="ε"):
         schedule("epsilon", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("name", objective.LOSSES)
+def test_losses(name):
+    """Zero for no error, the same for errors of either sign, growing, with the gradient of finite differences."""
+    loss = objective.LOSSES[name]
+    e = torch.linspace(-3, 3, 61, dtype=torch.float64) + 0.01  # not at the corner of |e|
+    e.requires_grad_()
+    value = loss(e)
+    assert loss(torch.zeros(3, dtype=torch.float64)).abs().max() < 1e-12 and torch.allclose(loss(-e), value)
+    assert (loss(e.detach().abs().sort().values).diff() >= 0).all()
+    (slope,) = torch.autograd.grad(value.sum(), e)
+    h = 1e-6
+    assert torch.allclose(slope, (loss(e.detach() + h) - loss(e.detach() - h)) / (2 * h), atol=1e-7)
+
+
+def test_pseudo_huber_is_between():
+    """e² near 0 and 2c|e| far out."""
+    e = torch.tensor([1e-4, 1e4], dtype=torch.float64)
+    near, far = objective.pseudo_huber(e)
+    assert near == pytest.approx(1e-8, rel=1e-3) and far == pytest.approx(0.2 * 1e4, rel=1e-3)
+
+
+def test_an_unknown_loss_is_named():
+    with pytest.raises(UserError, match="`loss` mze: is none of mse, l1, huber; did you mean mse"):
+        objective.check_loss("mze")

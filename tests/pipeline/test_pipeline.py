@@ -493,3 +493,63 @@ def test_shifts_of_a_run(name, scheduler, monkeypatch):
     monkeypatch.setattr(pipeline.Pipeline, "shifts", shifts)
     got = sd.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64).latents
     assert len(used) >= 4 and rms_ratio(got, want) < 1e-4
+
+
+# The library as a library ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "says"),
+    [
+        (["a", "b"], {"seeds": [0]}, "2 prompts and 1 seeds"),
+        ("a", {"seeds": [0, 1]}, "1 prompts and 2 seeds"),
+        (["a", "b"], {"negative_prompt": ["x", "y", "z"], "guidance_scale": 3.0}, "3 texts for 2 pictures"),
+        (["a", "b"], {"generators": [torch.Generator()]}, "2 prompts and 1 seeds"),
+    ],
+)
+def test_unequal_numbers_are_refused(models, prompts, more, says):
+    """They gave blends that are nobody's picture."""
+    with pytest.raises(UserError, match=says):
+        models["sd15"].generate(prompts, steps=1, **more)
+
+
+def test_a_text_is_a_batch_of_one_and_settings_come_either_way(models):
+    sd = models["sd15"]
+    want = sd.generate(["a cat"], steps=2, seeds=[0], guidance_scale=3.0).latents
+    given = pipeline.Drawing(steps=2, guidance_scale=3.0)
+    for made in (sd.generate("a cat", None, given), sd.generate("a cat", num_inference_steps=2, cfg_scale=3.0)):
+        assert torch.equal(made.latents, want)
+    assert "unet" in repr(sd) and "1 pictures of 128x128" in repr(made)
+
+
+def test_forms_of_a_result(models):
+    made = models["sd15"].generate(["a", "b"], steps=1, output_type="np")
+    assert made.images.shape == (2, 128, 128, 3) and 0 <= made.images.min() <= made.images.max() <= 1
+    assert [p.size for p in made.to_pil()] == [(128, 128)] * 2
+    with pytest.raises(UserError, match="`output_type` jpeg"):
+        models["sd15"].generate("a", steps=1, output_type="jpeg")
+
+
+def test_a_sampler_of_ones_own(models):
+    """A function in place of the schedule's sampler: here its own, counted."""
+    sd, asked = models["sd15"].with_scheduler("ddim"), []
+
+    def mine(model, x, schedule, n, noise, start=0):
+        for step in samplers.ddim(model, x, schedule, n, noise, start):
+            asked.append(step.t)
+            yield step
+
+    made = sd.generate("a cat", steps=3, sampler=mine)
+    assert len(asked) == 3 and torch.equal(made.latents, sd.generate("a cat", steps=3).latents)
+
+
+def test_steps_and_guidance_have_one_answer(models):
+    """What is given, else what the folder says, else what the family was made for; a turbo without guidance."""
+    embedded = pipeline.load()
+    assert (
+        embedded.settings() == (25, 3.0)
+        and embedded.settings(7, 1.5) == (7, 1.5)
+        and embedded.settings(None, 0.0) == (25, 0.0)
+    )
+    assert models["sd15"].settings() == (50, 7.5) and models["sd-turbo"].settings() == (1, 0.0)
+    assert models["sd35-medium"].settings() == (40, 4.5) and models["sdxl-turbo"].settings() == (1, 0.0)
