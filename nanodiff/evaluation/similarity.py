@@ -264,5 +264,5 @@ def compare(a, b, names=NAMES):
         raise UserError(
             f"pictures of {a.image.shape[1]}x{a.image.shape[0]} and {b.image.shape[1]}x{b.image.shape[0]} pixels"
         )
-    rows = {name: METRICS[name] for name in names if METRICS[name].of}
+    rows = {name: METRICS[name] for name in names if name in METRICS and METRICS[name].of}
     return {name: row.of(a, b) if min(a.image.shape[:2]) >= row.least else None for name, row in rows.items()}
