@@ -174,18 +174,18 @@ class Train(Training, Files):
         often=True,
     )
     vision_model: str = arg("google/vit-base-patch16-224", "the ViT: folder or Hub id", often=True)
-    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA that begin anew, wholly trained", choices=("pretrained", "tiny", "nano"), often=True)  # fmt: skip
-    lora: bool = arg(True, "train adapters beside resting models; --no-lora: all of both", group="adapters", often=True)
+    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA from scratch, wholly trained", choices=("pretrained", "tiny", "nano"), often=True)  # fmt: skip
+    lora: bool = arg(True, "train adapters beside frozen models; --no-lora: all of both", group="adapters", often=True)
     lora_r: int = arg(8, "rank of the language model's adapters", "lora-rank", low=1, often=True)
     lora_alpha: float = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.5, "of the adapters' inputs, while training", low=0, high=0.99)
     lora_targets: str = arg("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers of the language model")
-    vit_lora_r: int = arg(16, "rank of the ViT's adapters; 0: it rests", low=0)
+    vit_lora_r: int = arg(16, "rank of the ViT's adapters; 0: it is frozen", low=0)
     vit_lora_alpha: float = arg(32.0, "their strength is alpha / rank")
     vit_lora_dropout: float = arg(0.1, "of the adapters' inputs, while training")
     projector_hidden: int = arg(0, "width between picture and language; 0: the language model's", low=0)
     projector_dropout: float = arg(0.1, "in the projector, while training")
-    vocab_size: int = arg(800, "words of a model that begins anew", low=514, high=1 << 20)
+    vocab_size: int = arg(800, "words of a model trained from scratch", low=514, high=1 << 20)
     max_length: int = arg(
         120, "tokens of a caption; what is longer is cut, and said", low=3, high=4096, group="captions"
     )
@@ -231,11 +231,11 @@ class Train(Training, Files):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What it tells
+# Inference
 
 
 @dataclass
-class Telling(Common):
+class Inference(Common):
     model_file: str = arg("", "a captioner: OUTPUT_DIR/checkpoints/best_model (.pt), last_checkpoint, epoch_N")
     model_name: str | None = arg(None, "the language model, where it lies elsewhere than in training", "language-model")
     vision_model: str | None = arg(None, "the ViT, where it lies elsewhere than in training")
@@ -245,7 +245,7 @@ class Telling(Common):
 
 
 @dataclass
-class Infer(Telling):
+class Infer(Inference):
     infer_image_path: str = arg("", "a picture, a folder of pictures, or a CSV with Image_Name", "image")
     image_path: list[str] = arg([], "folder of a CSV's pictures; may be repeated [images/ beside the CSV]")
     skip_bad: bool = arg(False, "leave out, counted and said, pictures that cannot be read")
@@ -253,7 +253,7 @@ class Infer(Telling):
 
 
 @dataclass
-class Eval(Telling, Files):
+class Eval(Inference, Files):
     eval_set: str = arg("test", "which of the three CSVs", choices=("train", "val", "test"))
     metrics: str = arg("", "some of bleu1, bleu2, bleu3, bleu4, rouge_l, rouge_l_f1, meteor, cider, perplexity, clip_score; default: all that can be had")  # fmt: skip
     tokenize: str = arg("ptb", "how captions become words: COCO's way, or at spaces", choices=("ptb", "none"))

@@ -160,8 +160,8 @@ class DiffusionConfig(Common, Adapters, Noise):
     )
     model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
                                                              "sdxl", "sd35-medium"), often=True)  # fmt: skip
-    condition: str = arg("text", "what it is told: captions, class labels (folders or .cls), or nothing",
-                         choices=("text", "labels", "none"), group="what it is told")  # fmt: skip
+    condition: str = arg("text", "the condition: captions, class labels (folders or .cls), or nothing",
+                         choices=("text", "labels", "none"), group="condition")  # fmt: skip
     text_encoder: str | None = arg(
         None, "a frozen CLIP text encoder, folder or Hub id; default: a small one that learns along", often=True
     )

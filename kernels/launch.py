@@ -16,7 +16,7 @@ _kept = {}
 
 
 def forget():
-    """Decide everything anew, because what decisions rest on has changed."""
+    """Decide everything again, because what decisions rest on has changed."""
     _kept.clear()
 
 

@@ -18,8 +18,8 @@ def main():
         prog="python -m nanodiff.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, told in (("check", "report on a data set"), ("pack", "write a data set as one webdataset shard")):
-        command = commands.add_parser(name, help=told)
+    for name, text in (("check", "report on a data set"), ("pack", "write a data set as one webdataset shard")):
+        command = commands.add_parser(name, help=text)
         command.add_argument("path")
         if name == "pack":
             command.add_argument("target")

@@ -143,9 +143,9 @@ def together(act, *args, **kwargs):
         result, fault = act(*args, **kwargs), None
     except UserError as e:
         result, fault = None, str(e)
-    for told in gathered(fault):
-        if told is not None:
-            raise UserError(told)
+    for message in gathered(fault):
+        if message is not None:
+            raise UserError(message)
     return result
 
 

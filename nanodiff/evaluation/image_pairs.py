@@ -147,10 +147,10 @@ def of_sets(folders, pairings, settings, prompts=None):
             metrics_of |= {("" if len(pairings) == 1 else f"{a}_vs_{b}.") + k: v for k, v in found.metrics.items()}
             skipped |= found.skipped
     if "clip_score" in settings.groups:
-        told = [dist.on_main(prompts_for, d, prompts) for d in sets.values()]
-        texts = next((t for t, _ in told if t), None)
+        candidates = [dist.on_main(prompts_for, d, prompts) for d in sets.values()]
+        texts = next((t for t, _ in candidates if t), None)
         for label, pictures in sets.items():
-            found = images(pictures, replace(settings, groups=("clip_score",)), None, texts, label, told[0][1])
+            found = images(pictures, replace(settings, groups=("clip_score",)), None, texts, label, candidates[0][1])
             metrics_of |= {f"{label}.{k}": v for k, v in found.metrics.items()}
             skipped |= found.skipped
     return metrics_of, skipped

@@ -1,7 +1,7 @@
 """The figures and the pages of an evaluation: what stands in its report, beside the numbers of evaluate.py.
 
 document = report.Report("…")
-files = pages.sets(out, document, found, sets, real, told)            # sets of pictures, each against real ones
+files = pages.sets(out, document, found, sets, real, prompts_of)            # sets of pictures, each against real ones
 files = pages.comparison(out, document, found, folders, pairings, …)  # pairs: before, after, teacher
 """
 
@@ -43,11 +43,11 @@ def distinct(names):
     return found
 
 
-def sets(out, document, found, of, real, told, across=()):
-    """The pages of sets of pictures. found: {name: evaluate.Found}; of: {name: Dataset}; real: Dataset or None; told: {name: prompts or
+def sets(out, document, found, of, real, prompts_of, across=()):
+    """The pages of sets of pictures. found: {name: evaluate.Found}; of: {name: Dataset}; real: Dataset or None; prompts_of: {name: prompts or
     None}; across: numbers of pictures for the sheet across sets. Returns the files."""
     files, names, parts = [], list(found), distinct(found)
-    for name, prompts in told.items():
+    for name, prompts in prompts_of.items():
         if prompts:
             files.append(out / f"prompts_{parts[name]}.json")
             write_json(files[-1], dict(zip(of[name].keys, prompts, strict=True)))
@@ -65,7 +65,7 @@ def sets(out, document, found, of, real, told, across=()):
             [[m, *(found[n].metrics[m]["value"] for n in names)] for m in common],
         )
         files += [p for p in (path, out / "generations.json", out / "generations.csv") if p]
-        files.append(_across(out / "across.png", across, of, told))
+        files.append(_across(out / "across.png", across, of, prompts_of))
         document.picture(
             files[-1], "The same pictures in each set, by name where the sets have the same names, else by place"
         )
@@ -93,7 +93,7 @@ def sets(out, document, found, of, real, told, across=()):
     return files
 
 
-def _across(path, chosen, sets, told):
+def _across(path, chosen, sets, prompts_of):
     """A sheet: one row a picture, one column a set."""
     names, first = list(sets), next(iter(sets.values()))
     if all(set(d.keys) == set(first.keys) for d in sets.values()):
@@ -106,7 +106,7 @@ def _across(path, chosen, sets, told):
     if max(chosen) >= least:
         raise UserError(f"`across` {max(chosen)}: the smallest set has {least} pictures, counted from 0")
     cells = [small(sets[n].image(find(n, i)), 128) for i in chosen for n in names]
-    labels = [n if n != names[0] or not told[n] else f"{n}: {told[n][i]}" for i in chosen for n in names]
+    labels = [n if n != names[0] or not prompts_of[n] else f"{n}: {prompts_of[n][i]}" for i in chosen for n in names]
     images.save_png(images.grid(cells, len(names), labels, size=14), path)
     return path
 

@@ -120,9 +120,9 @@ def _settings(file, metadata):
 def _scale(name, target, parts, settings):
     """alpha / rank of a layer (rank-stabilised: alpha / √rank). name: of file and layer, for errors."""
     rank = parts[DOWN].shape[0] if parts[DOWN].dim() else 0
-    told = settings.get(target[0], settings.get("", {}))
-    alpha = told.get("lora_alpha", rank)
-    patterns = told.get("alpha_pattern") or {}
+    adapter = settings.get(target[0], settings.get("", {}))
+    alpha = adapter.get("lora_alpha", rank)
+    patterns = adapter.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{name}: alpha_pattern is no JSON object")
     for pattern, value in patterns.items():
@@ -132,7 +132,7 @@ def _scale(name, target, parts, settings):
             raise UserError(
                 f"{name}: alpha_pattern {printable(pattern)!r} is a regular expression; only names are supported"
             )
-    stabilised = told.get("use_rslora") and "alpha" not in parts
+    stabilised = adapter.get("use_rslora") and "alpha" not in parts
     alpha = parts["alpha"].float() if "alpha" in parts else alpha
     if isinstance(alpha, torch.Tensor):
         alpha = alpha.item() if alpha.numel() == 1 else None

@@ -25,7 +25,7 @@ from nanodiff.pipeline import families, saving
 from nanodiff.pipeline.conditions import Conditions
 from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
-from nanodiff.pipeline.settings import Drawing, Start, Words, told
+from nanodiff.pipeline.settings import Drawing, Start, Words, grouped
 from nanodiff.pipeline.space import LatentSpace
 from nanodiff.pipeline.start import begin
 
@@ -192,7 +192,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         if output_type not in ("pil", "np"):
             raise UserError(f"`output_type` {output_type}: is none of pil, np")
         prompts, generators = _counted(prompts, seeds, generators)
-        drawing, start, words = told(settings, drawing or Drawing(), start or Start(), words or Words())
+        drawing, start, words = grouped(settings, drawing or Drawing(), start or Start(), words or Words())
         steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
         height, width = (
             own if given is None else given

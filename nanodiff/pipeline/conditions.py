@@ -1,4 +1,4 @@
-"""What the denoiser is told: prompts as the text encoders' hidden states, padded, cached, joined into batches."""
+"""What the denoiser is conditioned on: prompts as the text encoders' hidden states, padded, cached, joined into batches."""
 
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class Conditions:
 
     @property
     def unconditional(self):
-        """Does it draw without being told what?"""
+        """Does it draw without a condition?"""
         encoder = self.encoders[0]
         return isinstance(encoder, LabelEncoder) and not encoder.cfg.labels
 

@@ -65,7 +65,7 @@ class Start:
 ALIASES = {"num_inference_steps": "steps", "cfg_scale": "guidance_scale"}  # other programs' names
 
 
-def told(settings: dict, *groups) -> list:
+def grouped(settings: dict, *groups) -> list:
     """The groups (instances of the classes above) with the settings that are theirs. Raises TypeError for one that is nobody's."""
     settings = {ALIASES.get(name, name): value for name, value in settings.items()}
     owner = {f.name: i for i, group in enumerate(groups) for f in dataclasses.fields(group)}

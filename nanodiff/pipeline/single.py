@@ -121,12 +121,12 @@ class Single:
             return self.rest.scheduler()[0].get("prediction_type", "epsilon")
         if key not in self.shapes:
             raise UserError(
-                f"{self.path}: ε or v? Nothing in this file tells; say `prediction_type` epsilon or v_prediction"
+                f"{self.path}: ε or v? Nothing in this file says; give `prediction_type` epsilon or v_prediction"
             )
         return "v_prediction" if self._tensor(key).float().std(correction=0) > V_STD else "epsilon"
 
     def scheduler(self):
-        """(scheduler_config.json as a dict, where it is from): of `rest`, or the family's own; told predictions win."""
+        """(scheduler_config.json as a dict, where it is from): of `rest`, or the family's own; given predictions win."""
         base = self.rest.scheduler()[0] if self.rest is not None else self.defaults
         if self.rest is None and self.turbo:  # as sd-turbo and sdxl-turbo ship it
             base = base | {"_class_name": TURBO_SCHEDULERS[self.family], "timestep_spacing": "trailing"}

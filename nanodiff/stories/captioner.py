@@ -1,4 +1,4 @@
-"""caption.py's stories of a captioner: training it, telling pictures by it, judging what it tells."""
+"""caption.py's stories of a captioner: training, inference, evaluation."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def train(cfg):
     run = Run(cfg)
     rows = {n: dist.on_main(part, cfg, n) for n in ("train", "val")}
     dist.on_main(held_out, cfg, rows)
-    torch.manual_seed(cfg.seed)  # what begins anew
+    torch.manual_seed(cfg.seed)  # what is trained from scratch
     net = dist.together(make, cfg, rows["train"], run)
     if cfg.lora:
         captioner_model.adapt(net, captioner_model.Adapters(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, listed(cfg.lora_targets)),
@@ -89,7 +89,7 @@ def train(cfg):
             with run.averaged():
                 found = validate(run, net, checks, lambda b: rows_of("val", b))
                 run.log(val_loss=found)
-                told = show(run, net, sets["val"], rows["val"], cfg, epoch)
+                captioned = show(run, net, sets["val"], rows["val"], cfg, epoch)
                 best = run.judge(found)
                 facts = {
                     "epoch": epoch,
@@ -106,7 +106,7 @@ def train(cfg):
                 f"epoch {epoch}: validation loss {found:.4f}"
                 + (" (the best so far)" if best else f" (best: {run.best:.4f})" if run.best is not None else "")
             )
-            for line in told:
+            for line in captioned:
                 dist.say(line)
     run.save()
     if run.best is not None:
@@ -215,7 +215,7 @@ def validate(run, net, feed, ids_of):
 
 
 def show(run, net, dataset, rows, cfg, epoch):
-    """Lines with what is told of the first validation pictures now, also in samples.jsonl, and as a sheet."""
+    """Lines with the captions of the first validation pictures as they are now, also in samples.jsonl, and as a sheet."""
 
     def tell():
         if not cfg.samples:
@@ -239,7 +239,7 @@ def show(run, net, dataset, rows, cfg, epoch):
 
 
 def sheet_of(pictures, references, predictions, side=160):
-    """One PIL sheet: each picture below its reference (in brackets, if there is one) and what was told."""
+    """One PIL sheet: each picture below its reference (in brackets, if there is one) and what was captioned."""
 
     labels = [
         f"{p or '(nothing)'} [{r}]" if r else p or "(nothing)" for p, r in zip(predictions, references, strict=True)
@@ -253,8 +253,8 @@ def write(run, net, name, facts, whole):
     dist.on_main(captioner_model.save, net, run.out / "checkpoints" / name, net.state_dict(), whole, facts)
 
 
-def teller(cfg, device):
-    """The Captioner of --model-file, for telling."""
+def trained_captioner(cfg, device):
+    """The Captioner of --model-file, for inference."""
 
     if not cfg.model_file:
         raise UserError("--model-file is required, such as results/vit_llama3_2_1B/checkpoints/best_model.pt")
@@ -267,7 +267,7 @@ def teller(cfg, device):
     return net
 
 
-def tell(cfg, net, pictures, record):
+def infer_all(cfg, net, pictures, record):
     """Captions of PIL pictures; says the speed."""
 
     groups = [pictures[i : i + cfg.batch_size] for i in range(0, len(pictures), cfg.batch_size)]
@@ -297,11 +297,11 @@ def infer(cfg):
     rows = to_tell(cfg)
     device, record = begin(cfg)
     with record.timed("load"):
-        net = teller(cfg, device)
+        net = trained_captioner(cfg, device)
     rows, shown = readable(rows, cfg.skip_bad)
-    texts = tell(cfg, net, shown, record)
-    told = [row._replace(captions=(t,)) for row, t in zip(rows, texts, strict=True)]
-    captionset.write(record.out / "captions.csv", told)
+    texts = infer_all(cfg, net, shown, record)
+    captioned = [row._replace(captions=(t,)) for row, t in zip(rows, texts, strict=True)]
+    captionset.write(record.out / "captions.csv", captioned)
     sheet = sheet_of(
         [open_picture() for open_picture in shown[:48]],
         [row.captions[0] if row.captions else "" for row in rows[:48]],
@@ -310,10 +310,10 @@ def infer(cfg):
     images.save_png(sheet, record.out / "sheet.png")
     for path in (record.out / "captions.csv", record.out / "sheet.png"):
         record.file(path)
-    record.data["results"]["captions"] = {row.name: row.captions[0] for row in told}
+    record.data["results"]["captions"] = {row.name: row.captions[0] for row in captioned}
     record.write()
-    alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(told) == 1
-    for row in told:
+    alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(captioned) == 1
+    for row in captioned:
         text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
         print(text if alone else f"{printable(row.name)}\t{text}")
 
@@ -380,8 +380,8 @@ def evaluate(cfg):
         except features.Absent as e:
             raise UserError(f"--metrics clip_score: {e}") from None
     with record.timed("load"):
-        net = teller(cfg, device)
-    texts = tell(cfg, net, shown, record)
+        net = trained_captioner(cfg, device)
+    texts = infer_all(cfg, net, shown, record)
     found, scores, skipped = judged(cfg, net, rows, shown, texts, asked_for, clip)
     for reason in skipped:
         dist.say(f"note: not computed: {printable(reason)}")
@@ -410,7 +410,7 @@ def evaluate(cfg):
     if some:
         sheet = sheet_of([shown[i]() for i in some], [rows[i].captions[0] for i in some], [texts[i] for i in some])
         images.save_png(sheet, record.out / "sheet.png")
-        document.picture(record.out / "sheet.png", "From the best told to the worst; in brackets the reference")
+        document.picture(record.out / "sheet.png", "From the best caption to the worst; in brackets the reference")
         record.file(record.out / "sheet.png")
     for path in (record.out / "captions.csv", *([chart] if chart else []), *document.write(record.out)):
         record.file(path)

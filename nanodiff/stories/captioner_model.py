@@ -6,7 +6,7 @@
     net.describe([images.open_image("dish.jpg")])             # ["a bowl of …"]
 
 Between them are three linear layers (ClipCap, Mokady et al. 2021, arXiv 2111.09734, has a deeper map; LLaVA, Liu et al. 2023, arXiv
-2304.08485, one layer). The language model learns by low-rank adapters, its base and the ViT rest, in half precision where that computes; or
+2304.08485, one layer). The language model learns by low-rank adapters, its base and the ViT are frozen, in half precision where that computes; or
 everything learns (small models from a random start). The loss is that of the caption's tokens and the end token alone.
 
 A captioner on disk is a folder: `captioner.json` (the settings), `projector.safetensors`, and beside the bases' names `llm_adapter/` and
@@ -43,7 +43,7 @@ VIT_TARGETS = ("dense",)
 NO_LABEL = -100
 RECORD = "captioner.json"
 RESAMPLING = {2: "bilinear", 1: "lanczos"}  # PIL's numbers, as preprocessor_config.json has them
-SIZES = {  # of models that begin anew: (ViT, LLaMA)
+SIZES = {  # of models trained from scratch: (ViT, LLaMA)
     "tiny": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
              {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "nano": ({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16},
@@ -159,10 +159,10 @@ class Pictures:
         if not path.is_file():
             return cls(size)
         raw = read_json(path)
-        told = raw.get("size", size)
-        sides = set(told.values()) if isinstance(told, dict) else {told}
+        stated = raw.get("size", size)
+        sides = set(stated.values()) if isinstance(stated, dict) else {stated}
         if sides != {size}:
-            raise UserError(f"{path}: size {told!r} is not the model's {size}x{size}")
+            raise UserError(f"{path}: size {stated!r} is not the model's {size}x{size}")
         kind = raw.get("resample", 2)
         if kind not in RESAMPLING:
             raise UserError(f"{path}: resample = {kind!r} is not supported (only 1, lanczos, and 2, bilinear)")
@@ -196,11 +196,11 @@ class Pictures:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# From models, or anew
+# From pretrained models, or from scratch
 
 
 def base(settings, dtype, device, token=None, folder=None):
-    """A Captioner of the settings' models, with a projector that begins anew; "" in their place: the folder's own."""
+    """A Captioner of the settings' models, with a projector from scratch; "" in their place: the folder's own."""
     found = []
     for name, own in ((settings.vision_model, "vit"), (settings.language_model, "llm")):
         found.append(dist.on_main(hub.resolve, name, None, token) if name else folder / own)
@@ -214,7 +214,7 @@ def base(settings, dtype, device, token=None, folder=None):
 
 
 def fresh(size, captions, settings, vocab_size, context=256):
-    """A Captioner that begins anew, in fp32, with a vocabulary learned from `captions`; weights are drawn from torch's generator."""
+    """A Captioner from scratch, in fp32, with a vocabulary learned from `captions`; weights are drawn from torch's generator."""
     vision, language = SIZES[size]
     texts = [*captions, settings.before, settings.between, settings.after]
     tokenizer, end = TextTokenizer.learned(texts, vocab_size)
@@ -237,7 +237,7 @@ def fresh(size, captions, settings, vocab_size, context=256):
 
 @dataclass
 class Adapters:
-    """Of one of the two models; rank 0: it rests."""
+    """Of one of the two models; rank 0: it is frozen."""
 
     rank: int
     alpha: float

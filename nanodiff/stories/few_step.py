@@ -124,10 +124,10 @@ def few_writer(cfg, sd, folder, facts):
 
     def write(run, states):
         loss = run.more.get("epoch_loss") or (run.numbers or {}).get("loss")
-        told = facts | {"loss": loss, "updates": run.step}
+        record = facts | {"loss": loss, "updates": run.step}
         states.pop("critic", None)
         if not cfg.lora:
-            return teach.save_model(sd, folder, cfg.save_dtype, states, **told)
+            return teach.save_model(sd, folder, cfg.save_dtype, states, **record)
         form = lora.form_for(cfg.lora_format, sd.models())
         folder.mkdir(exist_ok=True)
         path = folder / ("lora_weights" if form == "peft" else "pytorch_lora_weights.safetensors")
@@ -140,7 +140,7 @@ def few_writer(cfg, sd, folder, facts):
             title=f"{cfg.method}-{cfg.student_steps}",
             base_model=cfg.model,
         )
-        return write_json(folder / "training.json", told)
+        return write_json(folder / "training.json", record)
 
     return write
 

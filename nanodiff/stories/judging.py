@@ -93,13 +93,13 @@ def images_of(cfg):
             folder, settings.about = draw(cfg, record, device)
             cfg.generated, given = [str(folder)], None
     names = _names(cfg.generated, "generated")
-    found, sets, told = {}, {}, {}
+    found, sets, prompts_of = {}, {}, {}
     reads = given or not wanted or set(wanted) & set(image_sets.NEEDS_PROMPTS)
     for path, name in zip(cfg.generated, names, strict=True):
         sets[name] = dataset(path, "generated", cfg)
-        told[name], why = dist.on_main(image_sets.prompts_for, sets[name], given) if reads else (None, "")
+        prompts_of[name], why = dist.on_main(image_sets.prompts_for, sets[name], given) if reads else (None, "")
         with record.timed("features and metrics"):
-            found[name] = image_sets.images(sets[name], settings, real, told[name], name, why)
+            found[name] = image_sets.images(sets[name], settings, real, prompts_of[name], name, why)
         for reason in dict.fromkeys(found[name].skipped.values()):
             dist.say(f"note: not computed: {reason}")
     numbers = found[names[0]].metrics
@@ -110,7 +110,9 @@ def images_of(cfg):
         document = report.Report("Pictures: " + ", ".join(names))
         rows = [["generated", path, len(sets[name])] for path, name in zip(cfg.generated, names, strict=True)]
         document.table(("set", "from", "pictures"), rows + ([["real", cfg.real, len(real)]] if real else []))
-        return document, pages.sets(out, document, found, sets, real, told, [int(part) for part in listed(cfg.across)])
+        return document, pages.sets(
+            out, document, found, sets, real, prompts_of, [int(part) for part in listed(cfg.across)]
+        )
 
     finish(record, numbers, make)
 

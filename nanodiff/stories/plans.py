@@ -71,11 +71,11 @@ def plan_diffusion(cfg):
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
 
     def loss():
-        told = given
+        condition = given
         if encoder := along.get("text_encoder"):
             states, pooled = encoder(ids)
-            told = (encoder.final_norm(states[-1]), pooled)[: len(given)]
-        return net(x, t, *told).float().pow(2).mean()
+            condition = (encoder.final_norm(states[-1]), pooled)[: len(given)]
+        return net(x, t, *condition).float().pow(2).mean()
 
     estimate = plan.estimate({"denoiser": net, **along}, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
                              cfg.gradient_checkpointing)  # fmt: skip

@@ -215,7 +215,7 @@ class TextTokenizer:
 
     @classmethod
     def learned(cls, texts, vocab_size):
-        """One whose byte-pair vocabulary is learned from `texts` (see train_bpe), for a model that begins anew: (tokenizer, end token)."""
+        """One whose byte-pair vocabulary is learned from `texts` (see train_bpe), for a model trained from scratch: (tokenizer, end token)."""
         made = train_bpe(texts, vocab_size, length=1 << 20)
         made.backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
         made.backend.post_processor = None

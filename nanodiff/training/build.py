@@ -187,7 +187,7 @@ def losses(cfg, sd, calls, device):
         t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
                                 shift).to(device)  # fmt: skip
         states, pooled = text_of(batch)
-        net = calls.get(sd.denoiser_name, sd.net)  # it may rest, and the text encoder learn
+        net = calls.get(sd.denoiser_name, sd.net)  # it may be frozen, and the text encoder trained
         denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
         return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma, cfg.loss)
 
@@ -258,7 +258,7 @@ def text_config(cfg, tokenizer=None):
 
 
 def conditions(cfg, dataset):
-    """The texts that each picture may be told by: its captions, its label, or nothing."""
+    """The texts that may be a picture's condition: its captions, its label, or nothing."""
     if cfg.condition == "text":
         return dataset.texts
     if cfg.condition == "none":

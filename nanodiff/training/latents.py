@@ -107,8 +107,8 @@ class Latents:
 
 def vocabularies(sd):
     """A hash of how a pipeline turns texts into numbers."""
-    told = [t.backend.to_str() if hasattr(t, "backend") else t.labels for t in sd.tokenizers]
-    return content(*told, *(getattr(t, "length", "") for t in sd.tokenizers))
+    vocabularies_of = [t.backend.to_str() if hasattr(t, "backend") else t.labels for t in sd.tokenizers]
+    return content(*vocabularies_of, *(getattr(t, "length", "") for t in sd.tokenizers))
 
 
 class Texts:

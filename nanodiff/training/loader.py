@@ -204,7 +204,7 @@ class Feed:
         self.plan = Plan(len(dataset), seed, batch_size * accum * self.world, buckets)
         self.per_epoch = self.plan.per_epoch
         self.decoder = Decoder(dataset, transform, seed, policy, buckets, pictures, max(workers, 1))
-        self.limit, self.bad, self.told = limit, {}, 0
+        self.limit, self.bad, self.reported = limit, {}, 0
         self.interrupted = lambda: False  # asked while a worker is waited for: must the run end?
         self.stream, self.at = None, None
 
@@ -283,14 +283,14 @@ class Feed:
     def report_bad(self, out):
         """Write the replaced pictures of all ranks to bad_images.jsonl and say how many. Every rank must call it."""
         self.bad = {k: v for part in dist.gathered(self.bad) for k, v in part.items()}
-        if len(self.bad) == self.told:
+        if len(self.bad) == self.reported:
             return
-        self.told = len(self.bad)
+        self.reported = len(self.bad)
         if dist.is_main():
             lines = [json.dumps({"file": key, "reason": reason}) for _, (key, reason) in sorted(self.bad.items())]
             Path(out, "bad_images.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        dist.say(f"warning: {self.told} pictures cannot be read and were replaced; see bad_images.jsonl")
-        if self.told > self.limit * len(self.dataset):
+        dist.say(f"warning: {self.reported} pictures cannot be read and were replaced; see bad_images.jsonl")
+        if self.reported > self.limit * len(self.dataset):
             raise self._too_many()
 
 

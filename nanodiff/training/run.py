@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -32,10 +31,11 @@ import torch
 from nanodiff.config import Stopped, UserError, as_dict, printable
 from nanodiff.device import choice, dist
 from nanodiff.device.memory import keep_freed_memory
-from nanodiff.files import out_dir, write_bytes
+from nanodiff.files import out_dir
 from nanodiff.models import layers
 from nanodiff.output.record import Record
-from nanodiff.training import checkpoint, recipe
+from nanodiff.training import recipe
+from nanodiff.training.state import State
 from nanodiff.training.watch import Watch
 
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
@@ -54,7 +54,7 @@ def report(device, precision):
     return f"device: {where}; torch {torch.__version__}; computing in {kind}{processes}"
 
 
-class Run:
+class Run(State):
     """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps lr_min
     max_grad_norm resume max_steps epochs checkpointing_steps checkpoint_epochs checkpoints_total_limit kernels ema
     ema_decay ema_inv_gamma ema_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
@@ -161,7 +161,7 @@ class Run:
             if must:
                 raise UserError(
                     f"{self.out}: the {name} is not what it was when this run began, so it cannot go on; take another output folder, "
-                    "or begin anew (`overwrite_output_dir`)"
+                    "or start from scratch (`overwrite_output_dir`)"
                 )
             dist.say(f"note: the {name} is not what it was when this run began")
             self.more[name] = value
@@ -208,13 +208,13 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(list(recipe.trainable(self.net).values()), cfg.max_grad_norm)
         norm = dist.whole(norm).item()
         names = list(self.sums)
-        told = [float(self.sums[n]) for n in names] + [
+        summed = [float(self.sums[n]) for n in names] + [
             s in self.received for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         ]
-        told = dist.total([*told, self.samples], self.device)
-        numbers = dict(zip(names, told, strict=False))
+        summed = dist.total([*summed, self.samples], self.device)
+        numbers = dict(zip(names, summed, strict=False))
         self.signals |= {
-            s for s, n in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), told[len(names) :], strict=False) if n
+            s for s, n in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), summed[len(names) :], strict=False) if n
         }
         if math.isfinite(norm) and math.isfinite(numbers["loss"]):
             self.scaler.step(self.opt)
@@ -230,7 +230,7 @@ class Run:
             self._skip(norm, numbers["loss"])
         self.scaler.update()
         self.opt.zero_grad(set_to_none=True)
-        numbers |= {"lr": lr, "grad_norm": norm, "samples": int(told[-1])}
+        numbers |= {"lr": lr, "grad_norm": norm, "samples": int(summed[-1])}
         if self.average:
             numbers["ema_decay"] = self.average.at(taken)
         if self.scaler.is_enabled():
@@ -307,171 +307,6 @@ class Run:
         better = self.best is None or loss < self.best
         self.best = loss if better else self.best
         return better
-
-    # -- state -------------------------------------------------------------------------------------------------
-
-    def _tensors(self):
-        names = list(recipe.trainable(self.net))
-        tensors = {f"net/{k}": v.detach() for k, v in recipe.trainable(self.net).items()}
-        for name, p in zip(names, self.opt.param_groups[0]["params"], strict=True):
-            tensors |= {f"opt/{name}/{k}": v for k, v in self.opt.state[p].items()}
-        if self.average:
-            tensors |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
-        return tensors
-
-    def save(self):
-        if self.saved_step == self.step:
-            return
-        facts = {
-            "step": self.step, "skipped": self.skipped, "bad_in_row": self.bad_in_row, "epoch": self.epoch, "best": self.best,
-            "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
-            "scaler": self.scaler.state_dict(), "world": self.world, "config": as_dict(self.cfg),
-            "versions": self.record.data["versions"], "git_commit": self.record.data["git_commit"],
-        }  # fmt: skip
-        sharded = self.cfg.parallel == "fsdp"
-        self.last_saved = checkpoint.save(
-            self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit, sharded
-        )
-        self.saved_step = self.step
-
-    def resume(self):
-        """Continue from cfg.resume ("auto", "latest", a folder, or None); a changed option is named."""
-        self.sizes = {}
-        if not self.cfg.resume:
-            dist.on_main(self._fresh)
-            return
-        state = checkpoint.load(self.out, self.cfg.resume)
-        if state is None:
-            dist.say(f"{self.out}: no checkpoint yet, starting from the beginning")
-            dist.on_main(self._cut_log)
-            return
-        folder, facts = state
-        moving = {
-            "resume",
-            "output_dir",
-            "max_steps",
-            "epochs",
-            "device",
-            "checkpointing_steps",
-            "local_rank",
-            "dry_run",
-        }
-        for key, old in facts["config"].items():
-            new = getattr(self.cfg, key, None)
-            if key not in moving and new != old:
-                dist.say(f"note: {key} was {old!r} in the checkpoint and is {new!r} now")
-        if (old := facts["config"].get("optimizer", "adamw")) != self.cfg.optimizer:
-            raise UserError(f"{folder}: was trained with `optimizer` {old} `lr_scheduler` {facts['config'].get('lr_scheduler')}; give these "
-                            f"to go on, {self.cfg.optimizer} cannot")  # fmt: skip
-        if old == "schedule_free" and facts["config"]["adam_beta1"] != self.cfg.adam_beta1:
-            raise UserError(f"{folder}: its weights are mixed with their mean by `adam_beta1` {facts['config']['adam_beta1']:g}; give that "
-                            "to go on")  # fmt: skip
-        self._take(folder, checkpoint.read(folder, self._like()))
-        self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] and self.scaler.is_enabled() else None
-        self.step, self.skipped, self.bad_in_row = facts["step"], facts["skipped"], facts["bad_in_row"]
-        self.epoch, self.best, self.reason, self.more = facts["epoch"], facts["best"], facts["reason"], facts["more"]
-        self.plateau.state, self.stopper.state = facts["plateau"], facts["stopper"]
-        limits = ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold")
-        if any(facts["config"].get(name) != getattr(self.cfg, name) for name in limits):
-            self.reason = None  # it may be worth going on under other limits
-        if facts["world"] != self.world:
-            dist.say(
-                f"note: the checkpoint is of {facts['world']} processes, this run has {self.world}: mind the global batch"
-            )
-        self.last_saved = folder
-        dist.on_main(self._leave_younger)
-        dist.on_main(self._cut_log)
-        dist.say(f"resumed at step {self.step}")
-
-    def _leave_younger(self):
-        """Checkpoints beyond the one that is continued are another branch now: out of the way of --resume auto."""
-        for step, folder in checkpoint.found(self.out):
-            if step > self.step:
-                aside = folder.with_name(f"{folder.name}.abandoned")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                dist.say(f"note: {folder.name} is younger than what is continued; it is {aside.name} now")
-
-    def _fresh(self):
-        """A new run: refuse a folder with an older run's checkpoints, unless it may be overwritten."""
-        for _, older in checkpoint.found(self.out):
-            if not self.cfg.overwrite_output_dir:
-                raise UserError(
-                    f"{older} is of an earlier run: add `resume` to continue it, or take another `output_dir`"
-                    " (or `overwrite_output_dir`)"
-                )
-            shutil.rmtree(older)
-        if self.cfg.overwrite_output_dir:
-            for folder in (
-                "model",
-                "best_model",
-                "samples",
-                "reconstructions",
-                *(p.name for p in self.out.glob("model-epoch-*")),
-            ):
-                shutil.rmtree(self.out / folder, ignore_errors=True)
-        (self.out / "metrics.jsonl").unlink(missing_ok=True)
-
-    def _like(self):
-        """{name: tensor} of everything a checkpoint of this run holds, before the first update has made it."""
-        like = {f"net/{k}": p.detach() for k, p in recipe.trainable(self.net).items()}
-        for k, p in recipe.trainable(self.net).items():
-            tensors, numbers = recipe.KEPT[self.cfg.optimizer]
-            like |= {f"opt/{k}/{field}": p.detach() for field in tensors}
-            like |= {f"opt/{k}/{field}": torch.zeros((), dtype=kind) for field, kind in numbers.items()}
-        if self.average:
-            like |= {f"ema/{k}": v for k, v in self.average.shadow.items()}
-        return like
-
-    @torch.no_grad()
-    def _take(self, folder, tensors):
-        """Put a checkpoint's tensors where they belong. Raises UserError when they are another model's."""
-        like = self._like()
-        for name, tensor in tensors.items():
-            if name not in like and not name.startswith("ema/"):
-                raise UserError(f"{folder}: is of another model: it has {name.partition('/')[2]}, this one has not")
-            if name in like and tuple(like[name].shape) != tuple(tensor.shape):
-                raise UserError(
-                    f"{folder}: is of another model: {name} is {list(tensor.shape)}, here {list(like[name].shape)}"
-                )
-        if absent := [n for n in like if n.startswith("net/") and n not in tensors]:
-            raise UserError(f"{folder}: is of another model: it lacks {absent[0].partition('/')[2]}")
-        if absent := [
-            n for n in like if n not in tensors and any(k.startswith(n.partition("/")[0] + "/") for k in tensors)
-        ]:
-            raise UserError(f"{folder}: lacks {absent[0]}")
-        for name, p in recipe.trainable(self.net).items():
-            self._put(p, tensors[f"net/{name}"])
-            if f"opt/{name}/step" in tensors:
-                fields, numbers = recipe.KEPT[self.cfg.optimizer]
-                state = {k: torch.empty_like(p) for k in fields}
-                for field, value in state.items():
-                    self._put(value, tensors[f"opt/{name}/{field}"])
-                fused = isinstance(self.opt, torch.optim.AdamW) and self.cfg.parallel != "fsdp"
-                whole = {k: dist.whole(tensors[f"opt/{name}/{k}"]).to(p.device if fused else "cpu") for k in numbers}
-                self.opt.state[p] = whole | state
-        if self.average and not any(k.startswith("ema/") for k in tensors):
-            dist.say("note: the checkpoint has no averaged weights; the average starts from its weights")
-            self.average.shadow = {k: p.detach().clone().float() for k, p in recipe.trainable(self.net).items()}
-        elif self.average:
-            for name, value in self.average.shadow.items():
-                self._put(value, tensors[f"ema/{name}"])
-
-    def _put(self, target, value):
-        """Copy a tensor of a checkpoint into one of this run's, whole or sharded alike."""
-        if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(self.device), target.device_mesh, target.placements)
-        target.copy_(value)
-
-    def _cut_log(self):
-        """Drop lines of metrics.jsonl that are younger than the checkpoint: those steps are taken again."""
-        log = self.out / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        if kept != lines:
-            write_bytes(log, "".join(line + "\n" for line in kept).encode())
 
     # -- loop --------------------------------------------------------------------------------------------------
 

@@ -35,15 +35,15 @@ class Lesson(NamedTuple):
     text_of: latents.Texts
     seed: int
 
-    def denoise(self, told, call=None, sd=None):
-        """f(x, t) -> the student's prediction, told (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
+    def denoise(self, condition, call=None, sd=None):
+        """f(x, t) -> the student's prediction, condition (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
         call, sd = call or self.calls.get(self.sd.denoiser_name, self.sd.net), sd or self.sd
-        return lambda x, t: sd.denoise(call, x, t, *told)
+        return lambda x, t: sd.denoise(call, x, t, *condition)
 
-    def nothing(self, told, batch):
+    def nothing(self, condition, batch):
         """(states, pooled) against which the model's guidance works: of the empty text, or what its family has in its place."""
         if type(self.sd).nothing is not pipeline.Pipeline.nothing:
-            text = self.sd.nothing(pipeline.Text(*told), {"clip_skip": 0})
+            text = self.sd.nothing(pipeline.Text(*condition), {"clip_skip": 0})
             return text.states, text.pooled
         return self.text_of(batch, [""] * len(batch.indices))
 
@@ -82,18 +82,18 @@ def few_step(cfg, n, scale, teacher):
             def normal(part):
                 return draw("noise", part, lambda g: torch.randn(x0.shape[1:], generator=g))
 
-            told = lesson.text_of(batch)
-            empty = lesson.nothing(told, batch)
-            student, now = lesson.denoise(told), lesson.denoise(told, own)
+            condition = lesson.text_of(batch)
+            empty = lesson.nothing(condition, batch)
+            student, now = lesson.denoise(condition), lesson.denoise(condition, own)
             net = own if teacher is None else teacher
-            predict = fewstep.guided(lesson.denoise(told, net), lesson.denoise(empty, net), scale)
+            predict = fewstep.guided(lesson.denoise(condition, net), lesson.denoise(empty, net), scale)
 
             def guide(x, t):
                 with torch.no_grad(), lora.without(own) if teacher is None else contextlib.nullcontext():
                     return predict(x, t)
 
             if cfg.method == "dmd":
-                return matching(batch, draw, normal, told, student, now, guide)
+                return matching(batch, draw, normal, condition, student, now, guide)
             if cfg.method == "guidance":
                 shift = schedule.cfg["shift"] if schedule.flow else 1.0
                 t = objective.timesteps(schedule, lesson.seed, rows, shift=shift).to(x0.device)
@@ -104,17 +104,19 @@ def few_step(cfg, n, scale, teacher):
                 return fewstep.progressive(student, guide, schedule, x0, normal(0), i, n, cfg.substeps), {}
             return fewstep.consistency(student, now, guide, schedule, x0, normal(0), i, cfg.known_steps), {}
 
-        def matching(batch, draw, normal, told, student, now, guide):
+        def matching(batch, draw, normal, condition, student, now, guide):
             taught = run.step % cfg.critic_steps == 0
             k = torch.randint(n, (), generator=objective.generator(lesson.seed, "timestep", f"step {run.step}")).item()
-            critic = lesson.denoise(told, run.net["critic"])
+            critic = lesson.denoise(condition, run.net["critic"])
             with torch.set_grad_enabled(taught):
                 x0 = fewstep.drawn(now, schedule, [normal(j) for j in range(k + 1)], n, k, student)
             t, u = (
                 fewstep.matched_times(schedule, draw("timestep", i, lambda g: torch.rand((), generator=g)))
                 for i in (1, 2)
             )
-            value = fewstep.denoising(lesson.denoise(told, lesson.calls["critic"]), schedule, x0, normal("critic"), t)
+            value = fewstep.denoising(
+                lesson.denoise(condition, lesson.calls["critic"]), schedule, x0, normal("critic"), t
+            )
             parts = {"critic": value}
             if taught:
                 parts["student"] = fewstep.distribution(x0, guide, critic, schedule, normal("match"), u)
@@ -186,7 +188,7 @@ def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(N
     feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout)
     calls = run.trainable(nets)
     if cfg.gradient_checkpointing and sd.denoiser_name not in nets:
-        dist.recompute(sd.net)  # it rests, but gradients pass through it to the text encoder
+        dist.recompute(sd.net)  # it is frozen, but gradients pass through it to the text encoder
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
@@ -288,11 +290,11 @@ def estimate(cfg, model, settings, side, dtype):
     ids = torch.zeros(cfg.batch_size, length, dtype=torch.long, device="meta")
 
     def loss():
-        told = given
+        condition = given
         for n in trained:
             if n != family.denoiser_name:
-                told = (trained[n](ids)[0][-1], *given[1:])
-        return net(x, t, *told).float().pow(2).mean()
+                condition = (trained[n](ids)[0][-1], *given[1:])
+        return net(x, t, *condition).float().pow(2).mean()
 
     frozen = {n: m for n, m in meta.items() if n not in trained}
     return plan.estimate(trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing)
