@@ -204,7 +204,7 @@ class Config:
             raise UserError(f"--seed {self.seed} must be between 0 and 2^63 - 1")
 
 
-STAGES = {"": (Config, "nanodiff.stories.drawing:main")}
+STAGES = {"": (Config, "nanodiff.stories.sampling:main")}
 
 if __name__ == "__main__":
     sys.exit(script(STAGES, __doc__, less_memory=LESS_MEMORY))

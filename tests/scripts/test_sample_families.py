@@ -12,7 +12,7 @@ import sample
 from nanodiff import config, weights
 from nanodiff.config import UserError
 from nanodiff.models import taesd
-from nanodiff.stories import drawing
+from nanodiff.stories import sampling
 
 SD15, XL, MEDIUM, TURBO = (TINY / n for n in ("sd15", "sdxl", "sd35-medium", "sd35-large-turbo"))
 LORA = GOLDEN / "lora"
@@ -20,7 +20,7 @@ LORA = GOLDEN / "lora"
 
 def make(out, model, *argv, prompt="a cat"):
     argv = ["--model", model, "--prompt", prompt, "--seed", 1, "--output-dir", out, *argv]
-    drawing.main(config.parse(sample.Config, [str(a) for a in argv]))
+    sampling.main(config.parse(sample.Config, [str(a) for a in argv]))
     return Image.open(out / "00000.png")
 
 
@@ -133,7 +133,7 @@ def test_loras_beside_and_fused(tmp_path, capsys):
     for other in (fused, away):
         assert max(abs(a - b) for a, b in zip(beside, other, strict=True)) <= 1
     again = tmp_path / "again"
-    drawing.main(
+    sampling.main(
         config.parse(sample.Config, ["--from-image", str(tmp_path / "a" / "00000.png"), "--output-dir", str(again)])
     )
     assert Image.open(again / "00000.png").tobytes() == beside

@@ -12,7 +12,7 @@ from nanodiff.diffusion import samplers
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.files import write_json
 from nanodiff.output.images import to_pixels
-from nanodiff.stories import drawing
+from nanodiff.stories import sampling
 
 CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.pipe.*.json"))
 SIZES = {"original_size": "--original-size", "target_size": "--target-size", "crops_coords_top_left": "--crop"}
@@ -95,7 +95,7 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert case in UNREACHABLE, case
         return
     assert case not in UNREACHABLE
-    drawing.main(config.parse(sample.Config, argv))
+    sampling.main(config.parse(sample.Config, argv))
     want, _ = golden(case)
     got = weights.load_tensors(tmp_path / "latents.safetensors")["latents"]
     assert max_error(got, want["final_latents"]) < 1e-4
@@ -105,6 +105,6 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
     if "--init-image" not in argv:  # what stands in the picture makes it again
         picture, again = tmp_path / "00000.png", tmp_path / "again"
-        drawing.main(config.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
+        sampling.main(config.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
         first, second = (to_pixels(Image.open(p)) * 127.5 for p in (picture, again / "00000.png"))
         assert (first - second).abs().max() <= 1.01

@@ -1,0 +1,250 @@
+"""sample.py's story: pictures and their sheet, a study of settings, a dry run."""
+
+import dataclasses
+import gc
+import json
+import secrets
+import time
+from pathlib import Path
+
+import torch
+
+from nanodiff import pipeline, weights
+from nanodiff.config import UserError, as_dict, printable
+from nanodiff.device import choice, memory
+from nanodiff.diffusion import samplers
+from nanodiff.files import out_dir
+from nanodiff.output import images
+from nanodiff.output.record import Record
+from nanodiff.pipeline import sources
+from nanodiff.pipeline.sources import EMBEDDED
+from nanodiff.stories import study as grid
+from nanodiff.stories.drawing import (
+    LOADING,
+    PATHS,
+    Progress,
+    defaults,
+    file_name,
+    inputs,
+    load,
+    options,
+    pick_dtype,
+    prompts_of,
+    rebase,
+    recall,
+    remembered,
+    strip,
+    under,
+    words,
+)
+from nanodiff.training.options import parse_size
+
+INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
+
+
+def main(cfg):
+    if cfg.from_image:
+        recall(cfg)
+    cfg.check()
+    samplers.check_name(cfg.scheduler)
+    rebase(cfg)
+
+    device = choice.pick_device(cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg, device)
+    if cfg.study:
+        return study(cfg, device)
+    prompts, resize = prompts_of(cfg, optional=True), parse_size(cfg.resize) if cfg.resize else None
+    more = options(cfg)
+
+    record = Record(cfg, device)
+    out = record.out
+    if cfg.output and (Path(cfg.output).is_dir() or not Path(cfg.output).absolute().parent.is_dir()):
+        raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
+    if cfg.seed is None:
+        cfg.seed = secrets.randbelow(1 << 32)
+        print(f"seed: {cfg.seed}")
+    sd = under(cfg, load(cfg, record, device))
+    if not prompts and not sd.unconditional:
+        raise UserError('--prompt is required, such as --prompt "red apple"')
+    prompts = prompts or [""]
+    steps, scale, negative = defaults(cfg, sd)
+    samplers.check_steps(sd.schedule, steps)
+    settings = described(sd, steps, scale, negative)
+
+    size, start = inputs(cfg, sd)
+    record.data["config"] = as_dict(cfg) | settings | size  # resolved
+    jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
+    if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
+        with record.timed("encode"):
+            sd.prepare(prompts, negative, words(cfg), guided=scale > 1)
+    sheet, latents, made = [], [], 0
+    try:
+        batches = batches_of(jobs, cfg, sd)
+        with Progress(len(batches), sd.preview and (sd.preview, out / "preview.png")) as progress:
+            for first, batch in batches:
+                seeds = [cfg.seed + first + k for k in range(len(batch))]
+                with record.timed("sample"):
+                    result = sd.generate(
+                        [prompt for prompt, _ in batch], negative, steps=steps, guidance_scale=scale, seeds=seeds, **size, **start, **more,
+                        keep_steps=cfg.progress_strip, on_step=progress.step, decode=sd.decoder,
+                    )  # fmt: skip
+                if cfg.save_latents:
+                    latents.append(result.latents.cpu().float())
+                for k, picture in enumerate(images.to_pil(result.pixels)):
+                    picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
+                    facts = settings | size | {"prompt": batch[k][0], "seed": seeds[k]}
+                    path = out / (file_name(cfg, facts, sd) if cfg.named else f"{first + k:05d}.png")
+                    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
+                    record.file(path, seed=seeds[k], prompt=batch[k][0])
+                    made += 1
+                    if cfg.output:
+                        sheet.append((picture, batch[k][0]))
+                    if cfg.progress_strip:
+                        strip(cfg, sd, result.history, k, path.with_name(path.stem + "_steps.png"))
+                        record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k][0])
+    finally:  # what was finished is kept and listed, also after Ctrl-C
+        if sheet and cfg.output:
+            pictures, labels = zip(*sheet, strict=True)
+            images.save_png(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
+            record.file(cfg.output)
+            if len(pictures) <= INDIVIDUAL:
+                folder = out_dir(Path(cfg.output).with_suffix("").as_posix() + "_individual")
+                for i, picture in enumerate(pictures):
+                    images.save_png(picture, folder / f"image_{i:03d}.png")
+                    record.file(folder / f"image_{i:03d}.png")
+        if latents and cfg.save_latents:
+            weights.save_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
+            record.file(out / "latents.safetensors")
+        record.data["results"]["images"] = made
+        for replayed in sd.recorded.values():
+            graphs = {"recorded": len(replayed.recordings), "megabytes": replayed.memory() >> 20}
+            record.data["results"]["cuda_graph"] = graphs
+        record.write()
+    print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
+
+
+def batches_of(jobs, cfg, sd):
+    """[(index of the first, jobs)] of up to --batch-size neighbours whose prompts have one length in chunks: a longer
+    neighbour (--long-prompts) would change what a picture attends to."""
+    batches = []
+    for i, job in enumerate(jobs):
+        words = (job[0], cfg.prompt_2, cfg.prompt_3)[: len(sd.encoder_names)]
+        length = sd.chunks(words, cfg.long_prompts, cfg.prompt_weights)
+        if not batches or len(batches[-1][1]) == cfg.batch_size or length != batches[-1][2]:
+            batches.append((i, [], length))
+        batches[-1][1].append(job)
+    return [(first, batch) for first, batch, _ in batches]
+
+
+def described(sd, steps, scale, negative):
+    """Print what the model is and how it will be sampled; returns the latter."""
+
+    for part, millions in sd.parameters().items():
+        print(f"{part}: {millions} M parameters")
+    name = samplers.name_of(sd.schedule)
+    settings = {"scheduler": name, "steps": steps, "guidance_scale": scale, "negative_prompt": negative}
+    print("settings: " + ", ".join(f"{k}={printable(v)}" for k, v in settings.items()))
+    return settings
+
+
+def study(cfg, device):
+    """Every combination of --study's settings on the same prompts and noise. See nanodiff/study.py."""
+
+    for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
+        if getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
+    axes = grid.parse(cfg.study, type(cfg))
+    cells = grid.cells(axes)
+    variants = [dataclasses.replace(cfg, **cell) for cell in cells]
+    for cell, variant in zip(cells, variants, strict=True):
+        rebase(variant, [name for name in PATHS if name in cell])
+    for variant in variants:  # all of them, before any work
+        variant.check()
+        prompts_of(variant)
+        options(variant)
+    record = Record(cfg, device)
+    finished = grid.Finished(record.out, cfg.seed)
+    if finished.seed is None:
+        finished.seed = secrets.randbelow(1 << 32)
+    print(f"seed: {finished.seed}")
+    cfg.seed = finished.seed
+    rows, base, sd, loaded, skipped = {}, None, None, None, 0  # rows: {(cell, picture): row of study.csv}
+    total = sum(len(prompts_of(variant)) * cfg.num_images for variant in variants)
+    try:
+        with Progress(total) as progress:
+            for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
+                jobs = [(prompt, i) for prompt in prompts_of(variant) for i in range(cfg.num_images)]
+                for j, (prompt, _) in enumerate(jobs):
+                    seed = (cfg.seed if variant.seed is None else variant.seed) + j
+                    facts = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME} | {
+                        "prompt": prompt,
+                        "seed": seed,
+                    }
+                    key = json.dumps(facts, sort_keys=True)
+                    if row := finished.get(key):
+                        rows[c, j] = row | cell
+                        skipped += 1
+                        progress.skip()
+                        continue
+                    wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
+                    if loaded != wanted:
+                        base = sd = None  # the old one leaves before the new one comes
+                        gc.collect()
+                        if device.type == "cuda":
+                            torch.cuda.empty_cache()
+                        base, loaded = load(variant, record, device), wanted
+                    path, began = record.out / finished.name(key), time.perf_counter()
+                    sd = under(variant, base)
+                    with record.timed("sample"):
+                        one_picture(variant, sd, prompt, seed, path, progress)
+                    seconds = round(time.perf_counter() - began, 3)
+                    rows[c, j] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
+                    finished.add(key, rows[c, j])
+    finally:  # what was finished is kept, listed and shown, also after Ctrl-C
+        if rows:
+            finished.write_csv(rows.values(), dict(axes))
+            images.save_png(grid.sheet(rows, axes, record.out, cfg.nrow), record.out / "study.png")
+        for row in rows.values():
+            record.file(record.out / row["file"], seed=row["seed"], prompt=row["prompt"])
+        record.data["results"] |= {"images": len(rows), "cells": len(cells), "taken_over": skipped}
+        record.write()
+    again = f" ({skipped} of them finished before)" if skipped else ""
+    print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")
+
+
+def one_picture(cfg, sd, prompt, seed, path, progress):
+    """Make and write one picture of a study."""
+
+    steps, scale, negative = defaults(cfg, sd)
+    size, start = inputs(cfg, sd)
+    result = sd.generate(
+        [prompt], negative, steps=steps, guidance_scale=scale, seeds=[seed], **size, **start, **options(cfg), on_step=progress.step,
+        decode=sd.decoder,
+    )  # fmt: skip
+    (picture,) = images.to_pil(result.pixels)
+    if cfg.resize:
+        picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
+    facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
+    facts |= {"negative_prompt": negative, "prompt": prompt, "seed": seed}
+    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
+
+
+def dry_run(cfg, device):
+    """Print what a run would take, from configurations alone."""
+
+    src = sources.configs(
+        cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
+        cfg.allow_pickle, not cfg.t5,
+    )  # fmt: skip
+    dtype = pick_dtype(cfg, device, src)
+    turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
+    guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
+    prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
+    plan = pipeline.plan(
+        src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * prompts), guided,
+        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling,
+    )  # fmt: skip
+    for line in memory.table(plan, cfg.offload):
+        print(line)
+    print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")
