@@ -10,7 +10,7 @@ from util import TINY, error_line, run
 import sample
 from nanodiff import config
 from nanodiff.config import UserError
-from nanodiff.stories import study
+from nanodiff.stories import sampling, study
 
 MODEL = ("--model", str(TINY / "sd15"), "--prompt", "a cat", "--seed", "3")
 
