@@ -175,7 +175,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
 
     def forward(self, ids):
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # [B, S] -> [B, S, D]
 
 
 class Encoder(nn.Module):
@@ -221,11 +221,11 @@ class CLIPTextModel(nn.Module):
             raise ValueError(
                 f"{ids.shape[1]} tokens, but the text encoder has {self.cfg.max_position_embeddings} positions"
             )
-        states = [self.text_model.embeddings(ids)]
+        states = [self.text_model.embeddings(ids)]  # [B, S, D]
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1]))
         position = end_position(ids, self.cfg.eos_token_id)
-        pooled = self.final_norm(states[-1])[torch.arange(len(ids), device=ids.device), position]
+        pooled = self.final_norm(states[-1])[torch.arange(len(ids), device=ids.device), position]  # [B, D]
         return states, self.text_projection(pooled) if self.cfg.with_projection else pooled
 
 
@@ -239,7 +239,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels):
         patches = self.patch_embedding(pixels).flatten(2).mT  # B D H W -> B S D
         first = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([first, patches], 1) + self.position_embedding.weight
+        return torch.cat([first, patches], 1) + self.position_embedding.weight  # [B, 1 + h·w, D]
 
 
 class VisionTransformer(nn.Module):
@@ -253,10 +253,10 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
 
     def forward(self, pixels):
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = self.pre_layrnorm(self.embeddings(pixels))  # [B, 1 + h·w, D]
         for layer in self.encoder.layers:
             x = layer(x)
-        return x, self.post_layernorm(x[:, 0])
+        return x, self.post_layernorm(x[:, 0])  # [B, 1 + h·w, D], [B, D]
 
 
 class CLIPModel(nn.Module):

@@ -229,14 +229,14 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, temb=None, shift=None):
         """x [B, C, H, W], temb [B, D] -> [B, C', H, W]. shift [B, C']: what shift() made of temb, if that is known."""
-        h, bias = without_bias(self.conv1, self.norm1(x))
+        h, bias = without_bias(self.conv1, self.norm1(x))  # [B, C', H, W]
         if shift is not None:  # it has the bias
             shift = shift if bias is not None else shift - self.conv1.bias
         elif temb is not None:
             shift = self.time_emb_proj(temb) if bias is None else self.shift(temb)
         elif bias is not None:
             shift = bias.expand(len(x), -1)
-        h, bias = without_bias(self.conv2, self.norm2(h, shift))
+        h, bias = without_bias(self.conv2, self.norm2(h, shift))  # [B, C', H, W]
         x = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
         return x + h if bias is None else kernels.add_bias(h, bias, x)
 
@@ -249,7 +249,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # [B, C, H, W] -> [B, C, H/2, W/2]
 
 
 class Stage(nn.Module):

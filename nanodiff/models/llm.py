@@ -236,7 +236,7 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, mask, kept):
         """x [B, L, D]; angles: (cos, sin) [1 or B, L, K/2]; mask: bool [B, S] of tokens that are no padding, or None; kept: KeyValues or None."""
-        B, L, _ = x.shape
+        B, L, _ = x.shape  # x [B, L, D]
         q, k, v = (
             p(x).view(B, L, n, self.size)
             for p, n in ((self.q_proj, self.heads), (self.k_proj, self.groups), (self.v_proj, self.groups))
@@ -245,7 +245,7 @@ class Attention(nn.Module):
         q, k = (qk_norm_rope(t, None, *angles) for t in (q, k))
         if kept is not None:
             k, v = kept.add(k, v)
-        S = k.shape[1]
+        S = k.shape[1]  # k v [B, S, groups, K], S with what the cache holds
         bias = hidden(L, S, self.window, mask[:, -S:], x.dtype) if mask is not None and L > 1 else None
         seen = mask[:, -S:] if mask is not None and bias is None else None
         out = attention(
@@ -258,7 +258,7 @@ class Attention(nn.Module):
             key_mask=seen,
             window=self.window if bias is None else 0,
         )
-        return self.o_proj(out.reshape(B, L, -1))
+        return self.o_proj(out.reshape(B, L, -1))  # [B, L, N·K] -> [B, L, D]
 
 
 def hidden(L, S, window, mask, dtype):
@@ -280,7 +280,7 @@ class MLP(nn.Module):
         self.activation = "gelu_tanh" if cfg.gemma else "silu"
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.activation))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.activation))  # [B, L, D_ff] -> [B, L, D]
 
 
 class Layer(nn.Module):
@@ -338,7 +338,7 @@ class CausalLM(nn.Module):
         Raises UserError for a text longer than the model's positions.
         """
         cfg = self.cfg
-        x = self.embed(ids) if embeds is None else embeds
+        x = self.embed(ids) if embeds is None else embeds  # [B, L, D]
         B, L, _ = x.shape
         book = cache or Cache(cfg, L)
         mask, positions = book.read(B, L, mask, x.device)

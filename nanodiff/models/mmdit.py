@@ -115,15 +115,15 @@ class Attention(nn.Module):
     def forward(self, x, text=None):
         """x [B, L, D], text [B, S, D] -> (image [B, L, D], text [B, S, D] or None)."""
         of_image, *of_text = self.projections()
-        q, k, v = project(of_image, x)
+        q, k, v = project(of_image, x)  # [B, L, D] each
         q, k = self._normed("norm_q", q), self._normed("norm_k", k)
         if text is None:
             return self.to_out[0](attend(q, k, v, self.heads)), None
-        text_q, text_k, text_v = project(*of_text, text)
+        text_q, text_k, text_v = project(*of_text, text)  # [B, S, D] each
         q = torch.cat([q, self._normed("norm_added_q", text_q)], dim=1)
         k = torch.cat([k, self._normed("norm_added_k", text_k)], dim=1)
-        v = torch.cat([v, text_v], dim=1)
-        image, text = attend(q, k, v, self.heads).split([x.shape[1], text.shape[1]], dim=1)
+        v = torch.cat([v, text_v], dim=1)  # [B, L + S, D], as q and k
+        image, text = attend(q, k, v, self.heads).split([x.shape[1], text.shape[1]], dim=1)  # [B, L, D], [B, S, D]
         return self.to_out[0](image), self.to_add_out(text) if hasattr(self, "to_add_out") else None
 
 
@@ -161,13 +161,13 @@ class JointBlock(nn.Module):
             self.ff_context = FeedForward(D)
 
     def forward(self, x, text, emb):
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)  # [B, D] each
         if hasattr(self, "ff_context"):
             t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.norm1_context(emb)
         else:
             t_scale, t_shift = self.norm1_context(emb)  # the last one is stored scale first
 
-        image, words = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale))
+        image, words = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale))  # [B, L, D], [B, S, D]
         image2 = gate2 = None
         if second:  # it sees x as it was before this block
             shift2, scale2, gate2 = second
@@ -203,13 +203,13 @@ class PatchEmbed(nn.Module):
             self.pos_embed.copy_(positions(cfg.width, self.side, cfg.sample_size // p))
 
     def forward(self, x):
-        x = self.proj(x)
+        x = self.proj(x)  # [B, D, h, w], a patch a place
         h, w = x.shape[-2:]
         if h > self.side or w > self.side:
             raise ValueError(f"{h}x{w} patches, but the position table has {self.side}x{self.side}")
         top, left = (self.side - h) // 2, (self.side - w) // 2
         table = self.pos_embed.view(self.side, self.side, -1).narrow(0, top, h).narrow(1, left, w).flatten(0, 1)
-        return x.flatten(2).transpose(1, 2) + table.to(x.dtype)
+        return x.flatten(2).transpose(1, 2) + table.to(x.dtype)  # [B, L, D], L = h·w
 
 
 class TimeTextEmbed(nn.Module):
@@ -249,13 +249,13 @@ class SD3Transformer2DModel(nn.Module):
         H, W = x.shape[-2:]
         p = self.cfg.patch_size
         t = timesteps(t, x)
-        emb = self.time_text_embed(t, pooled)
-        text = self.context_embedder(text)
-        x = self.pos_embed(x)
+        emb = self.time_text_embed(t, pooled)  # [B, D]
+        text = self.context_embedder(text)  # [B, S, D]
+        x = self.pos_embed(x)  # [B, L, D], L = H/p · W/p
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip_layers:
                 x, text = block(x, text, emb)
         scale, shift = self.norm_out(emb)  # scale first, unlike in the blocks
-        x = self.proj_out(modulate(x, shift, scale))
+        x = self.proj_out(modulate(x, shift, scale))  # [B, L, p·p·C]
         x = x.view(len(x), H // p, W // p, p, p, -1)  # [B, h, w, p, q, C]
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, H, W)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, H, W)  # [B, C, H, W]

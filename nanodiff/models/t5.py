@@ -105,7 +105,7 @@ class DenseReluDense(nn.Module):
         self.wo = WideLinear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x):
-        h = swiglu(self.wi_0(x), self.wi_1(x), "gelu_tanh")
+        h = swiglu(self.wi_0(x), self.wi_1(x), "gelu_tanh")  # [B, S, D_ff]
         return self.wo(h.float() if h.dtype == torch.float16 else h)
 
 
@@ -164,7 +164,7 @@ class T5EncoderModel(nn.Module):
         where = buckets(
             ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance, ids.device
         )
-        x, bias = self.shared(ids).float(), None
+        x, bias = self.shared(ids).float(), None  # [B, S, D]
         for block in self.encoder.block:
             x, bias = block(x, where, bias)
         norm = self.encoder.final_layer_norm

@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
     def forward(self, x, kv=None):
         q, k, v = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
-        return self.to_out[0](attend(q, k, v, self.heads))
+        return self.to_out[0](attend(q, k, v, self.heads))  # [B, L, D], over L or S keys
 
 
 class GEGLU(nn.Module):
@@ -181,9 +181,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context):
         """context: the text [B, S, D], or its keys and values from text_kv()."""
         kv = self.attn2.kv(context) if isinstance(context, torch.Tensor) else context
-        x, h = self.norm2.after(x, self.attn1(self.norm1(x)))
+        x, h = self.norm2.after(x, self.attn1(self.norm1(x)))  # [B, L, D] each
         bias = bias_before(self.ff.net[2], x)
-        x, h = self.norm3.after(x, self.attn2(h, kv), more=bias)
+        x, h = self.norm3.after(x, self.attn2(h, kv), more=bias)  # [B, L, D] each
         return add_product(x, self.ff.net[2], self.ff.net[0](h), bias is not None)
 
 
@@ -207,12 +207,12 @@ class Transformer2D(nn.Module):
         B, C, H, W = x.shape
         h = self.norm(x)
         h = h if self.linear else pointwise(self.proj_in, h)
-        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        h = self.proj_in(h) if self.linear else h
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # [B, L, C], L = H·W
+        h = self.proj_in(h) if self.linear else h  # [B, L, D]
         for block in self.transformer_blocks:
             h = block(h, next(kvs))
         h = self.proj_out(h) if self.linear else h
-        h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)  # [B, C, H, W]
         h = h if self.linear else pointwise(self.proj_out, h)
         return x + h
 
@@ -328,25 +328,25 @@ class UNet2DConditionModel(nn.Module):
             temb, shifts = self.embed(timesteps(t, x), added), itertools.repeat(None)
         kvs = itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)
 
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # [B, C₁, H, W]
         skips = [x]
         for stage in self.down_blocks:
             for resnet, attention in stage.layers():
-                x = resnet(x, temb, next(shifts))
+                x = resnet(x, temb, next(shifts))  # [B, Cᵢ, h, w]
                 x = attention(x, kvs) if attention is not None else x
                 skips.append(x)
             if (down := stage.resample(x)) is not None:
-                x = down
+                x = down  # [B, Cᵢ, h/2, w/2]
                 skips.append(x)
 
-        x = self.mid_block(x, temb, shifts, kvs)
+        x = self.mid_block(x, temb, shifts, kvs)  # [B, Cₙ, h, w], the smallest
 
         for stage in self.up_blocks:
             for resnet, attention in stage.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), temb, next(shifts))
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb, next(shifts))  # [B, Cᵢ, h, w]
                 x = attention(x, kvs) if attention is not None else x
             # An odd size was rounded up on the way down: come back to the size of the waiting skip.
             size = skips[-1].shape[-2:] if skips else None
             if (up := stage.resample(x, size)) is not None:
-                x = up
-        return self.conv_out(self.conv_norm_out(x))
+                x = up  # [B, Cᵢ, 2h, 2w]
+        return self.conv_out(self.conv_norm_out(x))  # [B, C, H, W]

@@ -32,7 +32,7 @@ class Upsample(nn.Module):
         usable = self.phases is not None and not self.conv._forward_hooks and self.conv.weight.numel()
         doubled = size is None or tuple(size) == (2 * H, 2 * W)
         if usable and doubled and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._by_phases(x)
+            return self._by_phases(x)  # [B, C, H, W] -> [B, C, 2H, 2W]
         x = F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
         return self.conv(x)
 

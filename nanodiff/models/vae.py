@@ -72,7 +72,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, H·W, C]
         h = self.to_out[0](attend(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
-        return x + h.transpose(1, 2).reshape(B, C, H, W)
+        return x + h.transpose(1, 2).reshape(B, C, H, W)  # [B, C, H, W]
 
 
 class MidBlock(nn.Module):
@@ -100,10 +100,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # [B, C₁, H, W]
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))  # [B, 2C, h, w], mean and logvar
 
 
 class Decoder(nn.Module):
@@ -121,10 +121,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(self.conv_in(z))  # [B, Cₙ, h, w]
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.conv_out(self.conv_norm_out(x))  # [B, 3, H, W]
 
 
 class AutoencoderKL(nn.Module):
@@ -143,10 +143,10 @@ class AutoencoderKL(nn.Module):
 
     def encode_moments(self, pixels):
         """pixels in [-1, 1] -> (mean, logvar) of q(z|x), each [B, C, h, w]; logvar clamped to [-30, 20]."""
-        moments = self.encoder(pixels)
+        moments = self.encoder(pixels)  # [B, 2C, h, w]
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = moments.chunk(2, dim=1)  # [B, C, h, w] each
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode_raw(self, z):

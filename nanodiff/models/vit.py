@@ -85,7 +85,7 @@ class Embeddings(nn.Module):
         self.patch_embeddings = PatchEmbeddings(cfg)
 
     def forward(self, pixels):
-        x = self.patch_embeddings(pixels)
+        x = self.patch_embeddings(pixels)  # [B, h·w, D]
         return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1) + self.position_embeddings.to(
             x.dtype
         )
@@ -159,7 +159,7 @@ class ViT(nn.Module):
             raise ValueError(
                 f"pixels {list(pixels.shape)}, but the ViT sees {self.cfg.image_size}x{self.cfg.image_size}"
             )
-        x = self.embeddings(pixels.to(self.embeddings.patch_embeddings.projection.weight.dtype))
+        x = self.embeddings(pixels.to(self.embeddings.patch_embeddings.projection.weight.dtype))  # [B, 1 + h·w, D]
         for layer in self.encoder.layer:
             if keep is not None:
                 keep.append(x)
