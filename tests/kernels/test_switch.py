@@ -275,7 +275,9 @@ def test_parallel_wrappers(kind, tmp_path):
 
 
 @interpreter
-@pytest.mark.parametrize("name", ["sd-turbo", "sd35-medium", pytest.param("sd15", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sd35-medium", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd-turbo", "sd15"))]
+)
 def test_whole_denoisers(name):
     """A UNet and an MMDiT, forward and backward, with kernels and without."""
     from util import TINY

@@ -1,5 +1,6 @@
 """distill.py on two processes (gloo, CPU): the same pictures and the same students as on one."""
 
+import pytest
 import json
 import tarfile
 
@@ -49,6 +50,7 @@ def test_transfer_on_two_processes(tmp_path):
     assert abs(one - two) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_critic_on_two_processes(tmp_path):
     """dmd: two networks of which one rests at most updates."""
     with tarfile.open(ROOT / "assets" / "emoji" / "emoji.tar") as tar:

@@ -265,6 +265,7 @@ def test_prompts_by_name(sets, tmp_path):
     assert image_sets.prompts_for(half)[0] is None and "1 of 20 have none" in image_sets.prompts_for(half)[1]
 
 
+@pytest.mark.slow
 def test_compare_triples(sets, weights, tmp_path):
     out = tmp_path / "o"
     found, *_ = evaluate("compare", out, "--original", sets / "original", "--finetuned", sets / "finetuned", "--teacher",

@@ -367,6 +367,7 @@ def test_class_labels(tmp_path):
     assert "--prompt is required" in error_line(run(*argv))
 
 
+@pytest.mark.slow
 def test_the_corel_workflow(tmp_path):
     """S2-28, S2-29: the document's four steps with its file names, relative paths from --base-dir; absolute ones as they are."""
     base = tmp_path / "elsewhere"
@@ -561,6 +562,7 @@ def test_killed_again_and_again(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_killed_at_three_moments(tmp_path, capsys):
     assert chaos.main(["--kills", "3", "--updates", "40", "--output-dir", str(tmp_path / "o")], run) == 0
     assert "3 kills" in (out := capsys.readouterr().out) and "the same bytes" in out

@@ -66,6 +66,7 @@ def test_two_processes_train_what_one_does(pictures, alone, tmp_path):
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_schedule_free_over_shards(pictures, tmp_path):
     """What is written is the mean of all weights so far, the same from one process and from two that share the weights and resume."""
     more = ["--optimizer", "schedule_free", "--no-ema", "--lr-scheduler", "constant_with_warmup", "--max-steps"]
@@ -92,6 +93,7 @@ def test_a_rank_without_a_share_joins_in(pictures, tmp_path):
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_train_the_same_and_move_between_process_counts(pictures, alone, tmp_path):
     """FSDP2: the same curve; its checkpoint goes on in one process, and one process's in FSDP."""
     out = tmp_path / "o"
