@@ -1,10 +1,10 @@
 """distill.py on two processes (gloo, CPU): the same pictures and the same students as on one."""
 
-import pytest
 import json
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from util import ROOT, launch, rms_ratio
