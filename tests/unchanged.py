@@ -88,7 +88,7 @@ def commands():
             target,
             "--to",
             form,
-            "--base",
+            "--model",
             TINY / "sd15",
         ]
     made["merge lora"] = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nanodiff.config import UserError, read_json
+from nanodiff.config import UserError, flagged, read_json
 from nanodiff.evaluation import image_pairs, similarity
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import charts, images, report
@@ -74,7 +74,7 @@ def sets(out, document, found, of, real, prompts_of, across=()):
         report.metrics_table(document, found[name].metrics)
         if found[name].skipped:
             document.heading("Not computed")
-            document.table(("metric", "why"), found[name].skipped.items())
+            not_computed(document, found[name].skipped)
         shown = [of[name].image(i) for i in spread(len(of[name]), 24)]
         path = out / f"sheet_{parts[name]}.png"
         images.save_png(images.grid([small(p) for p in shown], 8), path)
@@ -91,6 +91,11 @@ def sets(out, document, found, of, real, prompts_of, across=()):
                                    "the number is the distance over the real picture's own distance to its nearest neighbour")  # fmt: skip
             files.append(path)
     return files
+
+
+def not_computed(document, skipped):
+    """A table of why metrics are missing; what is to be given is named by its flag, since people who read reports type commands."""
+    document.table(("metric", "why"), [(name, flagged(why)) for name, why in skipped.items()])
 
 
 def _across(path, chosen, sets, prompts_of):
@@ -151,7 +156,7 @@ def comparison(out, document, found, folders, pairings, metrics, skipped=None, s
     report.metrics_table(document, metrics)
     if skipped:
         document.heading("Not computed")
-        document.table(("metric", "why"), skipped.items())
+        not_computed(document, skipped)
     return files
 
 

@@ -321,7 +321,7 @@ def _visualize(cfg):
     report.metrics_table(document, metrics)
     if facts["skipped"]:
         document.heading("Not computed")
-        document.table(("metric", "why"), facts["skipped"].items())
+        pages.not_computed(document, facts["skipped"])
     for name in ("ssim", "mse"):
         if name in tests:
             p = tests[name].p_t
