@@ -12,7 +12,7 @@ pictures, --real-fraction mixes some in, --accumulate keeps all generations: wha
 transfer: a teacher draws, a smaller student learns from it by adapters, and both are compared, before and after: generate, train, evaluate,
 visualize, or all of them.
 
-few-step: a student that needs 1 to 8 steps where its teacher needs 50 (nanodiff/fewstep.py has the equations).
+few-step: a student that needs 1 to 8 steps where its teacher needs 50 (nanodiff/diffusion/fewstep.py has the equations).
 
 Everything may be killed at any moment: the same command goes on with what is missing. Under torchrun the same pictures come out.
 """

@@ -12,7 +12,7 @@ A tar member or a listed file name is only ever a key: nothing outside the data 
 
     python -m nanodiff.data check PATH                counts, sizes, missing captions, duplicates, unreadable files
     python -m nanodiff.data pack PATH OUT.tar         any layout as one webdataset shard
-    python -m nanodiff.data prepare-corel …           the Corel layout (nanodiff/corel.py)
+    python -m nanodiff.data prepare-corel …           the Corel layout (corel.py)
 """
 
 import csv

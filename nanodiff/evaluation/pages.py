@@ -1,4 +1,4 @@
-"""The figures and the pages of an evaluation: what stands in its report, beside the numbers of evaluate.py.
+"""The figures and the pages of an evaluation: what stands in its report, beside the numbers of image_sets.py.
 
 document = report.Report("…")
 files = pages.sets(out, document, found, sets, real, prompts_of)            # sets of pictures, each against real ones
@@ -44,7 +44,7 @@ def distinct(names):
 
 
 def sets(out, document, found, of, real, prompts_of, across=()):
-    """The pages of sets of pictures. found: {name: evaluate.Found}; of: {name: Dataset}; real: Dataset or None; prompts_of: {name: prompts or
+    """The pages of sets of pictures. found: {name: image_sets.Found}; of: {name: Dataset}; real: Dataset or None; prompts_of: {name: prompts or
     None}; across: numbers of pictures for the sheet across sets. Returns the files."""
     files, names, parts = [], list(found), distinct(found)
     for name, prompts in prompts_of.items():

@@ -120,7 +120,7 @@ def source(
     no_t5=False,
     without=(),
 ):
-    """The Folder, Component or singlefile.Single that `model` names. components: what a single file or a component
+    """The Folder, Component or single.Single that `model` names. components: what a single file or a component
     lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
     skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
     path = hub.resolve(model, revision, token, variant, skip)

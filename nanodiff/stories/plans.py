@@ -10,7 +10,7 @@ from nanodiff.training import build, plan
 
 
 def say_plan(cfg, estimate, n):
-    """Print a dry run's lines and write them into run.json, if there is an --output-dir."""
+    """Print a dry run's lines."""
 
     samples = cfg.batch_size * cfg.grad_accum * cfg.world_size
     updates = cfg.max_steps or cfg.epochs * max(1, -(-n // samples))

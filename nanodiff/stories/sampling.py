@@ -149,7 +149,7 @@ def described(sd, steps, scale, negative):
 
 
 def study(cfg, device):
-    """Every combination of --study's settings on the same prompts and noise. See nanodiff/study.py."""
+    """Every combination of --study's settings on the same prompts and noise. See study.py."""
 
     for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
         if getattr(cfg, name):

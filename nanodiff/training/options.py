@@ -1,4 +1,4 @@
-"""Options that every training run has, of whichever script: what engine.Run reads; and how the scripts read lists, sizes and bounds."""
+"""Options that every training run has, of whichever script: what training.run.Run reads; and how the scripts read lists, sizes and bounds."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 The training loop stays visible in the script. `Run` never calls back:
 
-    run = engine.Run(cfg)
+    run = Run(cfg)
     nets = run.trainable({"net": net})         # DDP, FSDP and recomputation here, and nowhere else
     run.schedule(updates_per_epoch)
     run.resume()                               # weights, EMA, optimizer, scaler, step
