@@ -1,5 +1,6 @@
 """Captions of named pictures from the files that hold them: JSON {id: captions}, COCO annotations and results, CSV."""
 
+import ast
 import csv
 import io
 import json
@@ -78,8 +79,6 @@ def _from_csv(path, text):
 
 def titles(text, where):
     """A list of strings as CSVs hold it, ["…"] (JSON) or ['…'] (Python). Raises UserError for a broken one."""
-    import ast
-
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -8,6 +8,7 @@
 classes.txt has a line a class: `0001 african people`, or just the names, in the order of their numbers.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -139,8 +140,6 @@ def _scene(kind, size, rng):
 
 
 def main():
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m nanodiff.corel", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("stand-in", help="draw a small data set in the Corel layout").add_argument("folder")

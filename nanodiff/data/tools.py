@@ -7,6 +7,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nanodiff.config import UserError, printable
 from nanodiff.data.sources import load
 
@@ -16,8 +18,6 @@ from nanodiff.data.sources import load
 
 def check(path, image_column=None, caption_column=None):
     """The report of `python -m nanodiff.data check`, as (lines, number of faults)."""
-    from tqdm import tqdm
-
     data = load(path, captions=False, image_column=image_column, caption_column=caption_column)
     sizes, faults, hashes = {}, [], {}
     for i, key in enumerate(tqdm(data.keys, desc="pictures", disable=not sys.stderr.isatty())):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as td
 from torch import nn
+from tqdm import tqdm
 
 from nanodiff import config
 from nanodiff.config import UserError
@@ -52,8 +53,6 @@ def say(message):
 
 def progress(items, total, what):
     """The items, under a progress bar on rank 0: a bar in a terminal, else a line every half minute."""
-    from tqdm import tqdm
-
     terminal, said = sys.stderr.isatty(), time.monotonic()
     for i, item in enumerate(tqdm(items, total=total, desc=what, disable=not (is_main() and terminal))):
         yield item

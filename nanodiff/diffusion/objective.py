@@ -57,7 +57,10 @@ def offset(noise, strength, seed, indices):
 
 
 def weight(schedule, t, min_snr=None):
-    """w(t) [B]; 1 without min_snr, else min-SNR-γ with γ = min_snr for the schedule's prediction type."""
+    """w(t) [B]; 1 without min_snr, else min-SNR-γ with γ = min_snr for the schedule's prediction type.
+
+    Steps with little noise have a large SNR and pull hardest at x0, though there is nothing left to learn there: γ caps their weight.
+    """
     if min_snr is None:
         return torch.ones(len(t), device=t.device)
     snr = schedule.snr(t)

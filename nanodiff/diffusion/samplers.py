@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.diffusion.schedule import DEFAULTS, SPACES, leading, split
+from nanodiff.diffusion.schedule import leading, split
+from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES
 
 
 class Step(NamedTuple):
@@ -51,12 +52,14 @@ def predict(schedule, out, x, abar):
 
 
 def sigma_to_t(sigma, log_sigmas):
-    """The (fractional) timestep whose σ this is, by linear interpolation in ln σ."""
+    """The (fractional) timestep whose σ this is, by linear interpolation in ln σ: networks are asked by timestep, σ-space grids lie between."""
     return np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas)))
 
 
 def sigma_grid(schedule, n):
     """(timesteps [n], σ [n+1]) of the σ-space samplers, as Python floats, noisy first.
+
+    σ_i is the training's σ at the config's timesteps; log_linear, exponential: even in ln σ, each step takes away the same share of the noise.
 
     Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5).
     """
@@ -143,7 +146,10 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
 
 
 def flow_mu(schedule, patches):
-    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture."""
+    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture.
+
+    A large picture has more pixels that say the same, so more noise is needed to hide it (Esser et al. 2024 §5.3.2).
+    """
     cfg = schedule.cfg
     slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
     return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
@@ -270,7 +276,7 @@ def _transfer(schedule, x, out, t, prev):
 
 
 def lcm_times(schedule, n, mu=None):
-    """n of the timesteps that a latent consistency model was distilled on, noisy first."""
+    """n of the timesteps that a latent consistency model was distilled on, noisy first: it has only learned to jump from these."""
     known = schedule.cfg["original_inference_steps"]
     if n > known:
         raise UserError(f"LCM was distilled on {known} timesteps and cannot take {n} steps")
@@ -464,7 +470,11 @@ def flow_euler(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
 
 
 def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
-    """Heun's second-order method on the flow's ODE (Karras et al. 2022 Alg. 1 with the velocity as slope)."""
+    """Heun's second-order method on the flow's ODE (Karras et al. 2022 Alg. 1 with the velocity as slope):
+
+    y = x + (σ' - σ) v(x, σ),   x' = x + (σ' - σ) (v(x, σ) + v(y, σ'))/2.
+    A flow's path is nearly straight, so the correction is small; it pays where steps are few. Two network calls a step, one in the last.
+    """
     if schedule.cfg["stochastic_sampling"]:
         raise UserError("`scheduler` flow_heun: the model is to be sampled with fresh noise, which flow_euler does")
     sigmas = flow_sigmas(schedule, n, mu, sigmas)
@@ -567,7 +577,11 @@ def calls(schedule, n):
 
 
 def begin(schedule, n, noise, image=None, start=0, mu=None):
-    """The first x of a run: pure noise at the sampler's scale, or `image` noised to the level of step `start`."""
+    """The first x of a run: pure noise at the sampler's scale, or `image` noised to the level of step `start`.
+
+    Pure noise is N(0, 1) at the variance-preserving scale; in σ-space N(0, σ_max²), or with leading spacing N(0, σ_max² + 1), the variance of
+    data and noise together.
+    """
     if schedule.space == "flow":
         if image is None:
             return noise

@@ -19,135 +19,18 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest
+from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, SPACES
 
 MAX_TRAIN_STEPS = 100_000
 
-# Defaults that a class uses when its config does not say (they differ between classes).
-_DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-}
-_CLIPPING = {
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-    "rescale_betas_zero_snr": False,
-}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-DEFAULTS = {
-    "DDPMScheduler": _DIFFUSION | _CLIPPING | {"variance_type": "fixed_small"},
-    "DDIMScheduler": _DIFFUSION | _CLIPPING | {"set_alpha_to_one": True},
-    "PNDMScheduler": _DIFFUSION | {"set_alpha_to_one": False, "skip_prk_steps": False},
-    "EulerDiscreteScheduler": _DIFFUSION
-    | _SIGMAS
-    | {
-        "timestep_spacing": "linspace",
-        "interpolation_type": "linear",
-        "sigma_min": None,
-        "sigma_max": None,
-        "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
-        "rescale_betas_zero_snr": False,
-    },
-    "EulerAncestralDiscreteScheduler": _DIFFUSION | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
-    "HeunDiscreteScheduler": _DIFFUSION
-    | _SD_BETAS
-    | _SIGMAS
-    | {"timestep_spacing": "linspace", "clip_sample": False, "clip_sample_range": 1.0},
-    "DPMSolverMultistepScheduler": _DIFFUSION
-    | _SIGMAS
-    | {
-        "timestep_spacing": "linspace",
-        "solver_order": 2,
-        "thresholding": False,
-        "dynamic_thresholding_ratio": 0.995,
-        "sample_max_value": 1.0,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "flow_shift": 1.0,
-        "final_sigmas_type": "zero",
-        "lambda_min_clipped": -math.inf,
-        "variance_type": None,
-        "rescale_betas_zero_snr": False,
-        "use_dynamic_shifting": False,
-        "time_shift_type": "exponential",
-    },
-    "LCMScheduler": _DIFFUSION
-    | _SD_BETAS
-    | _CLIPPING
-    | {
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "original_inference_steps": 50,
-        "timestep_scaling": 10.0,
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "invert_sigmas": False,
-        "shift_terminal": None,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "time_shift_type": "exponential",
-        "stochastic_sampling": False,
-    },
-}
-DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
-SPACES = {  # what each class counts its steps in: timesteps of the training, noise levels σ = s/α of its ODE, or the σ of a flow
-    "DDPMScheduler": "timestep",
-    "DDIMScheduler": "timestep",
-    "PNDMScheduler": "timestep",
-    "LCMScheduler": "timestep",
-    "EulerDiscreteScheduler": "sigma",
-    "EulerAncestralDiscreteScheduler": "sigma",
-    "HeunDiscreteScheduler": "sigma",
-    "DPMSolverMultistepScheduler": "sigma",
-    "FlowMatchEulerDiscreteScheduler": "flow",
-    "FlowMatchHeunDiscreteScheduler": "flow",
-}
-# Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
-CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-    "prediction_type": ("epsilon", "sample", "v_prediction", "flow"),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
-    "interpolation_type": ("linear", "log_linear"),
-    "timestep_type": ("discrete",),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"),
-    "solver_type": ("midpoint", "heun"),
-    "solver_order": (1, 2, 3),
-    "time_shift_type": ("exponential", "linear"),
-    "lambda_min_clipped": (-math.inf, "-inf"),
-    "use_beta_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "use_flow_sigmas": (False,),
-    "invert_sigmas": (False,),
-}
-
 
 def betas_of(cfg):
-    """β_1..β_T in fp32, from a config dict. The computation follows the files' authors, in fp32."""
+    """β_1..β_T in fp32, from a config dict. The computation follows the files' authors, in fp32.
+
+    linear          β even from start to end (Ho et al. 2020 §4)
+    scaled_linear   √β even: less noise at first, so that latents keep their structure longer (Rombach et al. 2022, their code)
+    squaredcos      ᾱ(u) = cos²(π/2 (u + 0.008)/1.008), β = 1 - ᾱ(u')/ᾱ(u): ᾱ falls evenly in the middle (Nichol & Dhariwal 2021 eq. 17)
+    """
     n, start, end, kind = cfg["num_train_timesteps"], cfg["beta_start"], cfg["beta_end"], cfg["beta_schedule"]
     if cfg["trained_betas"] is not None:
         return torch.tensor(cfg["trained_betas"], dtype=torch.float32)
@@ -167,7 +50,11 @@ def betas_of(cfg):
 
 
 def zero_terminal_snr(betas):
-    """β such that ᾱ_T = 0, with ᾱ_1 kept: √ᾱ shifted and stretched (Lin et al. 2024, arXiv 2305.08891 Alg. 1)."""
+    """β such that ᾱ_T = 0, with ᾱ_1 kept: √ᾱ shifted and stretched (Lin et al. 2024, arXiv 2305.08891 Alg. 1).
+
+    √ᾱ'_t = (√ᾱ_t - √ᾱ_T) √ᾱ_1 / (√ᾱ_1 - √ᾱ_T).  Stable Diffusion's own ᾱ_T is 0.0047: the last step of training still shows the picture's mean
+    brightness, sampling begins from none, and so its pictures are all of medium brightness.
+    """
     root = (1.0 - betas).cumprod(0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
@@ -233,7 +120,12 @@ class Schedule:
     # -- time ----------------------------------------------------------------------------------------------
 
     def spaced(self, n, dtype=np.int64):
-        """n timesteps from noisy to clean, by the config's spacing (Lin et al. 2024, table 2)."""
+        """n timesteps from noisy to clean, by the config's spacing (Lin et al. 2024, table 2).
+
+        linspace    round(i (T-1)/(n-1)): both ends, 0 and T - 1
+        leading     i ⌊T/n⌋ + steps_offset: the clean end, but never T - 1, the noisiest
+        trailing    T - i T/n - 1: the noisy end, which zero terminal SNR and turbo models need
+        """
         spacing, T = self.cfg["timestep_spacing"], self.T
         if spacing == "linspace":
             t = np.linspace(0, T - 1, n, dtype=np.float32 if dtype != np.int64 else np.float64)[::-1]
@@ -260,7 +152,10 @@ class Schedule:
     # -- the forward process (training, image-to-image) ------------------------------------------------------
 
     def coefficients(self, t, like):
-        """(signal, noise) coefficients for timesteps t [B], shaped to multiply `like`; flow: t in [0, T] is 1000·σ."""
+        """(signal, noise) coefficients for timesteps t [B], shaped to multiply `like`; flow: t in [0, T] is 1000·σ.
+
+        Diffusion: (√ᾱ_t, √(1-ᾱ_t)), whose squares add up to 1, so that x_t has the variance of the data; flow: (1-σ, σ), a straight line.
+        """
         shape = (-1,) + (1,) * (like.dim() - 1)
         if self.flow:
             sigma = (t.to(like.device).float() / self.T).view(shape)
@@ -269,12 +164,15 @@ class Schedule:
         return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
     def add_noise(self, x0, noise, t):
-        """A sample of q(x_t | x0), for timesteps t [B]."""
+        """A sample of q(x_t | x0) = N(√ᾱ_t x0, 1-ᾱ_t), for timesteps t [B]: all steps of the forward process at once (Ho et al. 2020 eq. 4)."""
         a, s = self.coefficients(t, x0)
         return a * x0 + s * noise
 
     def target(self, x0, noise, t):
-        """What the network should predict at x_t."""
+        """What the network should predict at x_t; see split() for how each stands for (x0, ε).
+
+        ε is hard where there is little noise to see, x0 where there is little picture; v is ε at one end and -x0 at the other.
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -290,7 +188,7 @@ class Schedule:
         return split(self.prediction, prediction, x, a, s)
 
     def snr(self, t):
-        """Signal-to-noise ratio ᾱ / (1-ᾱ) of timesteps t [B]."""
+        """Signal-to-noise ratio ᾱ / (1-ᾱ) of timesteps t [B]; of a flow ((1-σ)/σ)²."""
         if self.flow:
             sigma = t.float() / self.T
             return ((1 - sigma) / sigma) ** 2
@@ -304,7 +202,14 @@ def leading(t, offset, T):
 
 
 def split(kind, prediction, x, a, s):
-    """(x0, ε) from a network's prediction at x = a·x0 + s·ε. The one place where prediction types differ."""
+    """(x0, ε) from a network's prediction at x = a·x0 + s·ε. The one place where prediction types differ.
+
+    Each is one more linear equation for the two unknowns, solved with the first:
+    epsilon        p = ε                  x0 = (x - s p)/a
+    sample         p = x0                 ε = (x - a p)/s
+    v_prediction   p = a ε - s x0         x0 = a x - s p,   ε = a p + s x         (as a² + s² = 1)
+    flow           p = ε - x0             x0 = x - s p,     ε = x + (1-s) p       (as a = 1 - s)
+    """
     if kind == "epsilon":
         return (x - s * prediction) / a, prediction
     if kind == "sample":

@@ -4,6 +4,7 @@ Which module a key stands for is known from the model: the one that is named, or
 """
 
 import torch
+from tqdm import tqdm
 
 from nanodiff import pipeline, weights
 from nanodiff.config import UserError, flagged, printable
@@ -101,8 +102,6 @@ def merge(model, loras, target):
 
 def extract(model, tuned, rank, target, form="kohya"):
     """The LoRA that comes nearest to tuned - model: the largest singular values of each layer's difference (Eckart and Young 1936)."""
-    from tqdm import tqdm
-
     if rank < 1:
         raise UserError(f"`rank` {rank} must be at least 1")
     a, b = pipeline.source(model), pipeline.source(tuned)

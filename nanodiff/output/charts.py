@@ -5,6 +5,7 @@ python -m nanodiff.charts loss out/model/metrics.jsonl loss.png
 
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -174,8 +175,6 @@ def radar(path, axes, series, title=""):
     plt = _plt()
     if plt is None:
         return None
-    import math
-
     figure, axis = plt.subplots(figsize=(7.5, 6), subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
     for k, (label, values) in enumerate(series.items()):

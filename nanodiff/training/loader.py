@@ -8,10 +8,12 @@ last update is smaller when the numbers do not divide, and weighs its samples ri
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
+from tqdm import tqdm
 
 from nanodiff.config import Stopped, UserError, printable
 from nanodiff.device import dist
@@ -94,8 +97,6 @@ def aspect_buckets(dataset, resolution, multiple):
 
 def _size(dataset, i):
     """(width, height) from a picture's header, as it is shown (EXIF orientation)."""
-    import io
-
     try:
         with Image.open(io.BytesIO(dataset.data(i)), formats=images.FORMATS) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
@@ -397,8 +398,6 @@ class Cache:
         missing = [name for name in wanted if name in lacking]  # the same on all ranks, whatever each one's disk holds
         if not missing:
             return
-        from tqdm import tqdm
-
         fresh, world = {}, dist.world()
         bar = tqdm(total=len(missing), desc=what, disable=not dist.is_main() or not _terminal())
         began = said = time.monotonic()
@@ -444,8 +443,6 @@ class Cache:
 
 
 def _terminal():
-    import sys
-
     return sys.stderr.isatty()
 
 

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nanodiff.config import Stopped, UserError, as_dict, printable
 from nanodiff.device import choice, dist
@@ -316,7 +317,6 @@ class Run(State):
         SIGINT and SIGTERM, to any process, end it after a whole update with a checkpoint (twice: at once); SIGUSR1 saves
         and goes on.
         """
-        from tqdm import tqdm
 
         def request(signum, frame):
             if signum in self.received and signum != signal.SIGUSR1:

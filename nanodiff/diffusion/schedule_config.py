@@ -1,0 +1,130 @@
+"""What a Hub's scheduler_config.json may say: the fields of each class with its defaults, the values that are implemented.
+
+A class's defaults matter, because files leave out what equals them, and they differ: `steps_offset` is 0 where Stable Diffusion wants 1,
+`timestep_spacing` is "leading" for DDIM and "linspace" for Euler (Lin et al. 2024, arXiv 2305.08891 table 2, compares them).
+"""
+
+import math
+
+# Defaults that a class uses when its config does not say (they differ between classes).
+_DIFFUSION = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+}
+_CLIPPING = {
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "rescale_betas_zero_snr": False,
+}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+DEFAULTS = {
+    "DDPMScheduler": _DIFFUSION | _CLIPPING | {"variance_type": "fixed_small"},
+    "DDIMScheduler": _DIFFUSION | _CLIPPING | {"set_alpha_to_one": True},
+    "PNDMScheduler": _DIFFUSION | {"set_alpha_to_one": False, "skip_prk_steps": False},
+    "EulerDiscreteScheduler": _DIFFUSION
+    | _SIGMAS
+    | {
+        "timestep_spacing": "linspace",
+        "interpolation_type": "linear",
+        "sigma_min": None,
+        "sigma_max": None,
+        "timestep_type": "discrete",
+        "final_sigmas_type": "zero",
+        "rescale_betas_zero_snr": False,
+    },
+    "EulerAncestralDiscreteScheduler": _DIFFUSION | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
+    "HeunDiscreteScheduler": _DIFFUSION
+    | _SD_BETAS
+    | _SIGMAS
+    | {"timestep_spacing": "linspace", "clip_sample": False, "clip_sample_range": 1.0},
+    "DPMSolverMultistepScheduler": _DIFFUSION
+    | _SIGMAS
+    | {
+        "timestep_spacing": "linspace",
+        "solver_order": 2,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "final_sigmas_type": "zero",
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+        "rescale_betas_zero_snr": False,
+        "use_dynamic_shifting": False,
+        "time_shift_type": "exponential",
+    },
+    "LCMScheduler": _DIFFUSION
+    | _SD_BETAS
+    | _CLIPPING
+    | {
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "original_inference_steps": 50,
+        "timestep_scaling": 10.0,
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "time_shift_type": "exponential",
+        "stochastic_sampling": False,
+    },
+}
+DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
+SPACES = {  # what each class counts its steps in: timesteps of the training, noise levels σ = s/α of its ODE, or the σ of a flow
+    "DDPMScheduler": "timestep",
+    "DDIMScheduler": "timestep",
+    "PNDMScheduler": "timestep",
+    "LCMScheduler": "timestep",
+    "EulerDiscreteScheduler": "sigma",
+    "EulerAncestralDiscreteScheduler": "sigma",
+    "HeunDiscreteScheduler": "sigma",
+    "DPMSolverMultistepScheduler": "sigma",
+    "FlowMatchEulerDiscreteScheduler": "flow",
+    "FlowMatchHeunDiscreteScheduler": "flow",
+}
+# Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
+CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    "prediction_type": ("epsilon", "sample", "v_prediction", "flow"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"),
+    "solver_type": ("midpoint", "heun"),
+    "solver_order": (1, 2, 3),
+    "time_shift_type": ("exponential", "linear"),
+    "lambda_min_clipped": (-math.inf, "-inf"),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "invert_sigmas": (False,),
+}
