@@ -323,7 +323,12 @@ def from_mapping(cls, mapping, where):
 def tool(run):
     """The exit code of a `python -m nanodiff.…` tool: what run() returns (None = 0), or 2 with one line for a mistake."""
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `… inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as e:
         print(f"error: {printable(flagged(e))}", file=sys.stderr)
         return 2

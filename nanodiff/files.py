@@ -11,9 +11,6 @@ from nanodiff.config import UserError
 ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
 ASSETS = ASSETS if ASSETS.is_dir() else Path(__file__).parents[1] / "assets"
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing
-
 
 def write_bytes(path, data):
     """Write a file of these bytes. See write_file()."""

@@ -1,10 +1,13 @@
 """Flags, presets, files; strength and errors."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
-from util import ROOT, error_line, run
+from util import ROOT, TINY, error_line, run
 
 from nanodiff.config import UserError, arg, parse, printable, read_json
 
@@ -122,3 +125,13 @@ def test_debug_shows_the_traceback():
 def test_scripts_are_importable_without_side_effects():
     done = run("-c", "import sample, train", cwd=ROOT)
     assert done.returncode == 0 and not done.stdout
+
+
+def test_a_tool_whose_reader_is_gone_ends_quietly():
+    """`python -m nanodiff.weights inspect FILE | head`"""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        argv = [sys.executable, "-m", "nanodiff.weights", "inspect", TINY / "sd15" / "unet"]
+        done = subprocess.run(argv, cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr, done.stderr

@@ -78,7 +78,8 @@ def test_it_draws_from_any_folder(site, tmp_path):
     assert done.returncode == 0 and "unet" in done.stdout, done.stderr
     assert (tmp_path / "again.png").exists()
     assert "prompt" in python(site, tmp_path, "-m", "nanodiff", "sample", "--help").stdout
-    assert python(site, tmp_path, "-m", "nanodiff", "paint").returncode == 2
+    wrong = python(site, tmp_path, "-m", "nanodiff", "samle")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "did you mean sample" in wrong.stderr
 
 
 def test_no_other_top_level_names(site):

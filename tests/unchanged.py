@@ -11,15 +11,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TINY = Path("tests/golden/tiny")
-LORA = Path("tests/golden/lora")
-EMOJI = "assets/emoji/emoji.tar"
 FAMILIES = ("sd15", "sd21-v", "sd-turbo", "sdxl", "sdxl-turbo", "sd35-medium", "sd35-large-turbo")
 SCHEDULERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "heun", "lcm")
 VOLATILE = re.compile(
@@ -27,278 +25,144 @@ VOLATILE = re.compile(
 )
 
 
-def sample(model, *more):
-    return ["sample.py", "--model", TINY / model, "--prompt", "a red cat", "--seed", 3, "--steps", 3, *more]
-
-
 def commands():
-    """{name: words}: `OUT` is the command's own folder, `ALL/name` that of an earlier one."""
-    made = {f"draw {m}": sample(m) for m in FAMILIES}
-    made |= {
-        f"own settings {m}": ["sample.py", "--model", TINY / m, "--prompt", "a cat", "--seed", 1] for m in FAMILIES
-    }
-    made["own settings embedded"] = [
-        "sample.py",
-        "--prompt",
-        "red apple",
-        "--prompt",
-        "fire",
-        "--seed",
-        7,
-        "--output",
-        "OUT/sheet.png",
-        "--labels",
-    ]
-    made |= {f"scheduler {s}": sample("sd15", "--scheduler", s) for s in SCHEDULERS}
-    made["scheduler flow_heun"] = sample("sd35-medium", "--scheduler", "flow_heun")
-    made["guidance"] = sample("sd15", "--guidance-scale", 5, "--guidance-rescale", 0.7, "--negative-prompt", "grey", "--num-images", 3,
-                              "--batch-size", 2, "--save-latents", "--progress-strip")  # fmt: skip
-    made["words"] = sample("sdxl", "--long-prompts", "--prompt-weights", "--prompt-2", "(blue:1.3) [cat] " + "and more " * 40,
-                           "--negative-prompt", "b", "--clip-skip", 1)  # fmt: skip
-    made["sizes"] = sample(
-        "sdxl", "--original-size", "64x32", "--crop", "4x8", "--height", 32, "--width", 48, "--denoising-end", 0.7
+    """{name: words}: `OUT` is the command's own folder, `ALL/name` that of an earlier one; names with spaces stand in quotes."""
+    tiny, lora = "tests/golden/tiny", "tests/golden/lora"
+    made = {}
+    draw = f"sample.py --model {tiny}/{{}} --prompt 'a red cat' --seed 3 --steps 3 {{}}".format
+    made |= {f"draw {m}": draw(m, "") for m in FAMILIES}
+    made |= {f"own settings {m}": f"sample.py --model {tiny}/{m} --prompt 'a cat' --seed 1" for m in FAMILIES}
+    made["own settings embedded"] = (
+        "sample.py --prompt 'red apple' --prompt fire --seed 7 --output OUT/sheet.png --labels"
     )
-    made["skip layers"] = sample(
-        "sd35-medium", "--skip-layers", "1", "--skip-layer-stop", 0.9, "--max-sequence-length", 16, "--no-t5"
+    made |= {f"scheduler {s}": draw("sd15", f"--scheduler {s}") for s in SCHEDULERS}
+    made["scheduler flow_heun"] = draw("sd35-medium", "--scheduler flow_heun")
+    made["guidance"] = draw(
+        "sd15",
+        "--guidance-scale 5 --guidance-rescale 0.7 --negative-prompt grey --num-images 3 --batch-size 2 --save-latents --progress-strip",
     )
-    made["image to image"] = sample(
-        "sd15", "--init-image", "assets/demo.png", "--strength", 0.7, "--height", 64, "--width", 64
+    made["words"] = draw(
+        "sdxl",
+        f"--long-prompts --prompt-weights --prompt-2 '(blue:1.3) [cat] {'and more ' * 40}' --negative-prompt b --clip-skip 1",
     )
-    made["inpainting"] = sample(
-        "sd35-medium", "--init-image", "assets/loss.png", "--mask", "assets/loss.png", "--strength", 0.9
+    made["sizes"] = draw("sdxl", "--original-size 64x32 --crop 4x8 --height 32 --width 48 --denoising-end 0.7")
+    made["skip layers"] = draw("sd35-medium", "--skip-layers 1 --skip-layer-stop 0.9 --max-sequence-length 16 --no-t5")
+    made["image to image"] = draw("sd15", "--init-image assets/demo.png --strength 0.7 --height 64 --width 64")
+    made["inpainting"] = draw(
+        "sd35-medium", "--init-image assets/nano/loss.png --mask assets/nano/loss.png --strength 0.9"
     )
-    made["inpainting"] = [str(w).replace("assets/loss", "assets/nano/loss") for w in made["inpainting"]]
-    made["named"] = sample("sd15", "--named", "--resize", "40x30", "--scheduler", "ddim", "--eta", 0.5)
-    made["study"] = sample("sd15", "--study", "scheduler=ddpm,ddim;guidance_scale=1,3")
-    made["dry run"] = ["sample.py", "--model", "stable-diffusion-v1-5", "--dry-run"]
-    made["quantize"] = sample("sd35-medium", "--quantize", "int8")
-    made["tiled"] = sample("sd15", "--vae-tiling", "--height", 96, "--width", 96)
-    for name in ("kohya", "peft", "peft_metadata"):
-        made[f"lora sd15 {name}"] = sample("sd15", "--lora", f"{LORA}/sd15.{name}.safetensors:0.8")
-    made["lora fused"] = sample("sdxl", "--lora", LORA / "sdxl.kohya.safetensors", "--lora-fuse")
-    made["learned word"] = sample("sd15", "--embedding", LORA / "sd15.embedding.safetensors")
-    for form in ("kohya", "diffusers", "peft"):
-        source = LORA / ("sd15.peft.safetensors" if form == "kohya" else "sd15.kohya.safetensors")
-        target = "OUT/made" + (".safetensors" if form != "peft" else "")
-        made[f"convert lora {form}"] = [
-            "-m",
-            "nanodiff.lora",
-            "convert",
-            source,
-            target,
-            "--to",
-            form,
-            "--model",
-            TINY / "sd15",
-        ]
-    made["merge lora"] = [
-        "-m",
-        "nanodiff.lora",
-        "merge",
-        "--model",
-        TINY / "sd15",
-        "--lora",
-        LORA / "sd15.kohya.safetensors",
-        "OUT/made",
-    ]
-    made["inspect lora"] = ["-m", "nanodiff.lora", "inspect", LORA / "sdxl.kohya.safetensors"]
-    for m in ("sd15", "sdxl", "sd35-medium"):
-        made[f"single file {m}"] = ["-m", "nanodiff.weights", "convert", TINY / m, f"OUT/{m}.safetensors"]
-        made[f"folder again {m}"] = [
-            "-m",
-            "nanodiff.weights",
-            "convert",
-            f"ALL/single file {m}/{m}.safetensors",
-            f"OUT/{m}",
-            "--components",
-            TINY / m,
-        ]
-        made[f"draw file {m}"] = ["sample.py", "--model", f"ALL/single file {m}/{m}.safetensors", "--components", TINY / m, "--prompt", "a",
-                                  "--seed", 2, "--steps", 2]  # fmt: skip
-    made["inspect weights"] = ["-m", "nanodiff.weights", "inspect", TINY / "sd15" / "unet"]
-    made["check data"] = ["-m", "nanodiff.data", "check", EMOJI]
-    made["stand-in"] = ["-m", "nanodiff.corel", "stand-in", "OUT/corel"]
-    made["prepare corel"] = [
-        "-m",
-        "nanodiff.data",
-        "prepare-corel",
-        "--data-dir",
-        "ALL/stand-in/corel",
-        "--output-dir",
-        "OUT/data",
-        "--figs-dir",
-        "OUT/figs",
-    ]
-    short = ["--max-steps", 3, "--seed", 4, "--mixed-precision", "no"]
-    made["train vae"] = ["train.py", "vae", "--data", EMOJI, "--preset", "tiny", *short]
-    made["train flat vae"] = ["train.py", "vae", "--data", EMOJI, "--preset", "tiny", "--latent-dim", 16, *short]
-    made["train pixels"] = [
-        "train.py",
-        "diffusion",
-        "--data",
-        EMOJI,
-        "--preset",
-        "tiny",
-        "--sample-every",
-        2,
-        "--sample-steps",
-        2,
-        *short,
-    ]
-    made["train latents"] = [
-        "train.py",
-        "diffusion",
-        "--data",
-        EMOJI,
-        "--preset",
-        "tiny",
-        "--vae",
-        "ALL/train vae/model",
-        "--resolution",
-        32,
-        *short,
-    ]
-    made["train flow"] = [
-        "train.py",
-        "diffusion",
-        "--data",
-        EMOJI,
-        "--preset",
-        "tiny",
-        "--model-size",
-        "mmdit-tiny",
-        "--prediction-type",
-        "flow",
-        *short,
-    ]
-    made["train lora"] = [
-        "train.py",
-        "diffusion",
-        "--data",
-        EMOJI,
-        "--model",
-        "assets/nano",
-        "--lora",
-        "--batch-size",
-        2,
-        *short,
-    ]
-    made["train on"] = [
-        "train.py",
-        "diffusion",
-        "--data",
-        EMOJI,
-        "--model",
-        "assets/nano",
-        "--batch-size",
-        2,
-        "--min-snr",
-        5,
-        *short,
-    ]
-    made["plan"] = ["train.py", "diffusion", "--preset", "sd15", "--dry-run"]
-    made["draw trained"] = ["sample.py", "--model", "ALL/train pixels/model", "--prompt", "fire", "--seed", 1]
-    made["recursive"] = ["distill.py", "recursive", "--model", "assets/nano", "--captions", EMOJI, "--data-root", "OUT/data", "--models-root",
-                         "OUT/models", "--target-gen", 1, "--steps", 2, "--num-images", 3, "--gen0-images", 3, "--epochs", 1, "--features",
-                         "pixels", "--mixed-precision", "no", "--cfg-scale", 3]  # fmt: skip
-    made["transfer"] = ["distill.py", "transfer", "all", "--model", "assets/nano", "--teacher", "assets/nano", "--prompt-source",
-                        "assets/demo_prompts.txt", "--num-images", 3, "--steps", 2, "--guidance-scale", 3, "--epochs", 1, "--lr", 1e-3,
-                        "--lora-rank", 2, "--mixed-precision", "no", "--num-evaluation-prompts", 3, "--panels", 1, "--method", "both"]  # fmt: skip
-    for method in ("consistency", "progressive", "dmd", "guidance"):
-        made[f"few steps {method}"] = ["distill.py", "few-step", "--model", "assets/nano", "--data", EMOJI, "--method", method, "--max-steps", 2,
-                                       "--batch-size", 2, "--student-steps", 2, "--num-images", 2, "--check-steps", 2, "--teacher-steps", 3,
-                                       "--guidance-scale", 3, "--seed", 3, "--mixed-precision", "no"]  # fmt: skip
-    made["measure"] = [
-        "eval.py",
-        "images",
-        "--generated",
-        "ALL/own settings embedded",
-        "--real",
-        EMOJI,
-        "--features",
-        "pixels",
-    ]
-    made["draw and measure"] = [
-        "eval.py",
-        "images",
-        "--prompts",
-        "assets/demo_prompts.txt",
-        "--features",
-        "pixels",
-        "--steps",
-        2,
-    ]
-    made["compare"] = [
-        "eval.py",
-        "compare",
-        "--a",
-        "ALL/few steps dmd/check/student-2",
-        "--b",
-        "ALL/few steps dmd/check/teacher-2",
-    ]
-    made["report"] = ["eval.py", "report", "--inputs", "ALL/measure", "--inputs", "ALL/compare"]
-    made["export captions"] = ["-m", "nanodiff.captionset", "export", EMOJI, "OUT/emoji"]
-    made["split"] = ["caption.py", "split", "--original-csv", "ALL/export captions/emoji/titles.csv"]
-    captioner = [
-        "--train-csv-path",
-        "ALL/split/train.csv",
-        "--val-csv-path",
-        "ALL/split/val.csv",
-        "--image-path",
-        "ALL/export captions/emoji/images",
-    ]
-    made["train captioner"] = [
-        "caption.py",
-        "train",
-        "--model-size",
-        "tiny",
-        "--max-steps",
-        3,
-        "--max-new-tokens",
-        6,
-        "--mixed-precision",
-        "no",
-        *captioner,
-    ]
-    best = ["--model-file", "ALL/train captioner/checkpoints/best_model", "--max-new-tokens", 6]
-    made["judge captions"] = [
-        "caption.py",
-        "eval",
-        *best,
-        "--eval-set",
-        "val",
-        "--max-samples",
-        6,
-        "--bootstrap",
-        20,
-        *captioner,
-    ]
-    made["tell"] = ["caption.py", "infer", *best, "--infer-image-path", "ALL/own settings embedded/00000.png"]
-    made["complete"] = [
-        "caption.py",
-        "complete",
-        "--model",
-        TINY / "llama",
-        "--prompt",
-        "once",
-        "--max-new-tokens",
-        8,
-        "--temperature",
-        0,
-    ]
-    made["augment"] = ["caption.py", "augment", "--data-csv", "ALL/split/val.csv", "--model", TINY / "llama", "--max-samples", 4, "--attempts", 2,
-                       "--max-new-tokens", 12]  # fmt: skip
-    made["synthesize"] = [
-        "caption.py",
-        "synthesize",
-        "--data-csv",
-        "ALL/split/test.csv",
-        "--model",
-        TINY / "sd15",
-        "--steps",
-        2,
-    ]
-    return made
+    made["named"] = draw("sd15", "--named --resize 40x30 --scheduler ddim --eta 0.5")
+    made["study"] = draw("sd15", "--study 'scheduler=ddpm,ddim;guidance_scale=1,3'")
+    made["dry run"] = "sample.py --model stable-diffusion-v1-5 --dry-run"
+    made["quantize"] = draw("sd35-medium", "--quantize int8")
+    made["tiled"] = draw("sd15", "--vae-tiling --height 96 --width 96")
+    made["lora sd15 kohya"] = draw("sd15", f"--lora {lora}/sd15.kohya.safetensors:0.8")
+    made["lora sd15 peft"] = draw("sd15", f"--lora {lora}/sd15.peft.safetensors:0.8")
+    made["lora sd15 peft_metadata"] = draw("sd15", f"--lora {lora}/sd15.peft_metadata.safetensors:0.8")
+    made["lora fused"] = draw("sdxl", f"--lora {lora}/sdxl.kohya.safetensors --lora-fuse")
+    made["learned word"] = draw("sd15", f"--embedding {lora}/sd15.embedding.safetensors")
+    made["convert lora kohya"] = (
+        f"-m nanodiff.lora convert {lora}/sd15.peft.safetensors OUT/made.safetensors --to kohya --model {tiny}/sd15"
+    )
+    made["convert lora diffusers"] = (
+        f"-m nanodiff.lora convert {lora}/sd15.kohya.safetensors OUT/made.safetensors --to diffusers --model {tiny}/sd15"
+    )
+    made["convert lora peft"] = (
+        f"-m nanodiff.lora convert {lora}/sd15.kohya.safetensors OUT/made --to peft --model {tiny}/sd15"
+    )
+    made["merge lora"] = f"-m nanodiff.lora merge --model {tiny}/sd15 --lora {lora}/sd15.kohya.safetensors OUT/made"
+    made["inspect lora"] = f"-m nanodiff.lora inspect {lora}/sdxl.kohya.safetensors"
+    made["single file sd15"] = f"-m nanodiff.weights convert {tiny}/sd15 OUT/sd15.safetensors"
+    made["folder again sd15"] = (
+        f"-m nanodiff.weights convert 'ALL/single file sd15/sd15.safetensors' OUT/sd15 --components {tiny}/sd15"
+    )
+    made["draw file sd15"] = (
+        f"sample.py --model 'ALL/single file sd15/sd15.safetensors' --components {tiny}/sd15 --prompt a --seed 2 --steps 2"
+    )
+    made["single file sdxl"] = f"-m nanodiff.weights convert {tiny}/sdxl OUT/sdxl.safetensors"
+    made["folder again sdxl"] = (
+        f"-m nanodiff.weights convert 'ALL/single file sdxl/sdxl.safetensors' OUT/sdxl --components {tiny}/sdxl"
+    )
+    made["draw file sdxl"] = (
+        f"sample.py --model 'ALL/single file sdxl/sdxl.safetensors' --components {tiny}/sdxl --prompt a --seed 2 --steps 2"
+    )
+    made["single file sd35-medium"] = f"-m nanodiff.weights convert {tiny}/sd35-medium OUT/sd35-medium.safetensors"
+    made["folder again sd35-medium"] = (
+        f"-m nanodiff.weights convert 'ALL/single file sd35-medium/sd35-medium.safetensors' OUT/sd35-medium --components {tiny}/sd35-medium"
+    )
+    made["draw file sd35-medium"] = (
+        f"sample.py --model 'ALL/single file sd35-medium/sd35-medium.safetensors' --components {tiny}/sd35-medium --prompt a --seed 2 --steps 2"
+    )
+    made["inspect weights"] = f"-m nanodiff.weights inspect {tiny}/sd15/unet"
+    made["check data"] = "-m nanodiff.data check assets/emoji/emoji.tar"
+    made["stand-in"] = "-m nanodiff.corel stand-in OUT/corel"
+    made["prepare corel"] = (
+        "-m nanodiff.data prepare-corel --data-dir ALL/stand-in/corel --output-dir OUT/data --figs-dir OUT/figs"
+    )
+    made["train vae"] = (
+        "train.py vae --data assets/emoji/emoji.tar --preset tiny --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train flat vae"] = (
+        "train.py vae --data assets/emoji/emoji.tar --preset tiny --latent-dim 16 --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train pixels"] = (
+        "train.py diffusion --data assets/emoji/emoji.tar --preset tiny --sample-every 2 --sample-steps 2 --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train latents"] = (
+        "train.py diffusion --data assets/emoji/emoji.tar --preset tiny --vae 'ALL/train vae/model' --resolution 32 --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train flow"] = (
+        "train.py diffusion --data assets/emoji/emoji.tar --preset tiny --model-size mmdit-tiny --prediction-type flow --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train lora"] = (
+        "train.py diffusion --data assets/emoji/emoji.tar --model assets/nano --lora --batch-size 2 --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["train on"] = (
+        "train.py diffusion --data assets/emoji/emoji.tar --model assets/nano --batch-size 2 --min-snr 5 --max-steps 3 --seed 4 --mixed-precision no"
+    )
+    made["plan"] = "train.py diffusion --preset sd15 --dry-run"
+    made["draw trained"] = "sample.py --model 'ALL/train pixels/model' --prompt fire --seed 1"
+    made["recursive"] = (
+        "distill.py recursive --model assets/nano --captions assets/emoji/emoji.tar --data-root OUT/data --models-root OUT/models --target-gen 1 --steps 2 --num-images 3 --gen0-images 3 --epochs 1 --features pixels --mixed-precision no --cfg-scale 3"
+    )
+    made["transfer"] = (
+        "distill.py transfer all --model assets/nano --teacher assets/nano --prompt-source assets/demo_prompts.txt --num-images 3 --steps 2 --guidance-scale 3 --epochs 1 --lr 0.001 --lora-rank 2 --mixed-precision no --num-evaluation-prompts 3 --panels 1 --method both"
+    )
+    made["few steps consistency"] = (
+        "distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method consistency --max-steps 2 --batch-size 2 --student-steps 2 --num-images 2 --check-steps 2 --teacher-steps 3 --guidance-scale 3 --seed 3 --mixed-precision no"
+    )
+    made["few steps progressive"] = (
+        "distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method progressive --max-steps 2 --batch-size 2 --student-steps 2 --num-images 2 --check-steps 2 --teacher-steps 3 --guidance-scale 3 --seed 3 --mixed-precision no"
+    )
+    made["few steps dmd"] = (
+        "distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method dmd --max-steps 2 --batch-size 2 --student-steps 2 --num-images 2 --check-steps 2 --teacher-steps 3 --guidance-scale 3 --seed 3 --mixed-precision no"
+    )
+    made["few steps guidance"] = (
+        "distill.py few-step --model assets/nano --data assets/emoji/emoji.tar --method guidance --max-steps 2 --batch-size 2 --student-steps 2 --num-images 2 --check-steps 2 --teacher-steps 3 --guidance-scale 3 --seed 3 --mixed-precision no"
+    )
+    made["measure"] = (
+        "eval.py images --generated 'ALL/own settings embedded' --real assets/emoji/emoji.tar --features pixels"
+    )
+    made["draw and measure"] = "eval.py images --prompts assets/demo_prompts.txt --features pixels --steps 2"
+    made["compare"] = "eval.py compare --a 'ALL/few steps dmd/check/student-2' --b 'ALL/few steps dmd/check/teacher-2'"
+    made["report"] = "eval.py report --inputs ALL/measure --inputs ALL/compare"
+    made["export captions"] = "-m nanodiff.captionset export assets/emoji/emoji.tar OUT/emoji"
+    made["split"] = "caption.py split --original-csv 'ALL/export captions/emoji/titles.csv'"
+    made["train captioner"] = (
+        "caption.py train --model-size tiny --max-steps 3 --max-new-tokens 6 --mixed-precision no --train-csv-path ALL/split/train.csv --val-csv-path ALL/split/val.csv --image-path 'ALL/export captions/emoji/images'"
+    )
+    made["judge captions"] = (
+        "caption.py eval --model-file 'ALL/train captioner/checkpoints/best_model' --max-new-tokens 6 --eval-set val --max-samples 6 --bootstrap 20 --train-csv-path ALL/split/train.csv --val-csv-path ALL/split/val.csv --image-path 'ALL/export captions/emoji/images'"
+    )
+    made["tell"] = (
+        "caption.py infer --model-file 'ALL/train captioner/checkpoints/best_model' --max-new-tokens 6 --infer-image-path 'ALL/own settings embedded/00000.png'"
+    )
+    made["complete"] = f"caption.py complete --model {tiny}/llama --prompt once --max-new-tokens 8 --temperature 0"
+    made["augment"] = (
+        f"caption.py augment --data-csv ALL/split/val.csv --model {tiny}/llama --max-samples 4 --attempts 2 --max-new-tokens 12"
+    )
+    made["synthesize"] = f"caption.py synthesize --data-csv ALL/split/test.csv --model {tiny}/sd15 --steps 2"
+    return {name: shlex.split(words) for name, words in made.items()}
 
 
 def digests(folder, root):
@@ -332,7 +196,7 @@ def made(root):
     for name, words in commands().items():
         folder = root / name
         folder.mkdir(parents=True)
-        argv = [str(w).replace("OUT", str(folder)).replace("ALL", str(root)) for w in words]
+        argv = [w.replace("OUT", str(folder)).replace("ALL", str(root)) for w in words]
         argv += [] if argv[0] == "-m" else ["--output-dir", str(folder)]
         done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env=env)
         if done.returncode:

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from nanodiff.config import JSON_SIZE_LIMIT, UserError, printable
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-
 
 def read(path, by_file=False):
     """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations) or a CSV (Image_Name, Title).

@@ -12,9 +12,6 @@ from tqdm import tqdm
 from nanodiff.config import UserError, printable
 from nanodiff.data.sources import load
 
-# ---------------------------------------------------------------------------------------------------------
-# Tools
-
 
 def check(path, image_column=None, caption_column=None):
     """The report of `python -m nanodiff.data check`, as (lines, number of faults)."""

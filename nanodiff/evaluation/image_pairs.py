@@ -17,9 +17,6 @@ from nanodiff.evaluation.image_sets import _stem, images, prompts_for
 from nanodiff.output import report
 from nanodiff.output.images import Image, to_pixels
 
-# ---------------------------------------------------------------------------------------------------------
-# Pairs of pictures
-
 
 class Pair(NamedTuple):
     """One picture in all folders: its name, its category, and {pairing: {metric: number}}."""

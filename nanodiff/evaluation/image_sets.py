@@ -79,10 +79,6 @@ def wanted(names):
     return tuple(dict.fromkeys(found))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sets of pictures
-
-
 def network(settings, name):
     """The Network of a name of SPACES, or "is"; loaded once. Raises features.Absent without its weights."""
     if name not in settings.networks:

@@ -180,7 +180,6 @@ def nearer(folder, document, found, seed=0, before="original", after="finetuned"
 
 def research(settings, folder, tests, metrics, drawn):
     """research_summary.md: settings, findings in sentences, numbers, and the key figures copied beside it. Returns the files."""
-
     document, files = report.Report("Summary of the comparison"), [out_dir(folder) / "research_summary.md"]
     document.heading("Settings")
     document.table(("setting", "value"), [[k, str(v)] for k, v in settings.items() if v is not None])
@@ -210,7 +209,6 @@ def research(settings, folder, tests, metrics, drawn):
 
 def write_pairs(folder, found):
     """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files."""
-
     out_dir(folder)
     files, counts, parts = [], {}, distinct(p.category for p in found)
     columns = [n for n in TITLES if n in next(iter(found[0].numbers.values()))]
@@ -249,7 +247,6 @@ def read_pairs(folder):
 
 
 def _finite(numbers):
-
     return {
         k: {n: v if v is None or math.isfinite(v) else str(v) for n, v in row.items()} for k, row in numbers.items()
     }

@@ -14,10 +14,6 @@ from torch import nn
 from nanodiff.config import UserError, printable
 from nanodiff.lora.format import Delta, Lora
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-
-
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj",
              "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # fmt: skip
 

@@ -72,10 +72,6 @@ class Lora:
     skipped: list
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Names
-
-
 def names_of(models):
     """{every name that a dialect may use: [(component, module path)]}; a fused q-k-v stands for three modules."""
     found = {}

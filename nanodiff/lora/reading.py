@@ -17,9 +17,6 @@ from nanodiff.device import onednn
 from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Delta, Lora, names_of
 from nanodiff.weights import original_names
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading
-
 
 def read(path, models, allow_partial=False):
     """A Lora for `models` ({component: module}). Raises UserError for keys that none of them knows (unless

@@ -12,9 +12,6 @@ from torch import nn
 from nanodiff.config import UserError
 from nanodiff.device import derived, onednn
 
-# ---------------------------------------------------------------------------------------------------------
-# Using
-
 
 class Attached:
     """A LoRA that runs beside the weights. `scale` may be changed between runs; remove() takes it away."""

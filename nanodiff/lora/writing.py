@@ -48,10 +48,6 @@ def family_of(models):
     return "SD 2" if wide == 1024 else "SD 1"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write(path, found, models, form="kohya", facts=None):
     """Write a Lora. models: {component: module} of its whole pipeline, for the names. facts: {name: text} for kohya's header, such as
     title, steps, epoch, seed, learning_rate, resolution. peft: a folder, with one inside it for each component when there are several.

@@ -207,6 +207,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
+        sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
 
         text, negative = self.conditions(prompts, negative_prompt, words, guided=scale > 1)
         x, first, known = begin(self, start, steps, noise, shift)
@@ -215,7 +216,6 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         self.ready(self.net, self.packs and total >= onednn.FEWEST_STEPS)
         step, history = None, []
         with memory.at_work(self.net):
-            sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
             model = self.denoiser(text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times)
             for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
                 if known:  # inpainting, in place: the sampler continues from what is written here

@@ -165,7 +165,7 @@ class Conditions:
         return self.encode([""] * len(text.states), **how)
 
     def joined(self, texts, clip_skip=0):
-        """Several Texts as one batch. Shorter ones (--long-prompts) are filled with chunks of the empty prompt, or of
+        """Several Texts as one batch. Shorter ones (long_prompts) are filled with chunks of the empty prompt, or of
         zeros where they are zeros; in SD 3 the order of the text's tokens means nothing, so they may come last."""
         longest = max(t.states.shape[1] for t in texts)
         pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])

@@ -193,12 +193,10 @@ SD3 = Family(
     skips_layers=True,
 )
 MMDIT = Family("MMDiT", ("NanodiffMMDiTPipeline",), "transformer", half=torch.bfloat16, keeps_size=False)
-FAMILIES = {
-    kind: family for family in (SD, SDXL, SD3, MMDIT) for kind in family.kinds
-}  # what model_index.json calls a pipeline
-SAMPLING = (
-    "_sampling"  # in model_index.json: the steps and guidance that a model of ours was trained to be sampled with
-)
+# by what model_index.json calls a pipeline
+FAMILIES = {kind: family for family in (SD, SDXL, SD3, MMDIT) for kind in family.kinds}
+# the field of model_index.json with the steps and guidance that a model of ours was trained to be sampled with
+SAMPLING = "_sampling"
 
 
 def is_turbo(raw, name):

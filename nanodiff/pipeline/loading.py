@@ -17,9 +17,6 @@ from nanodiff.pipeline.sources import EMBEDDED, Folder, source
 from nanodiff.pipeline.space import say
 from nanodiff.weights import original_names
 
-# ---------------------------------------------------------------------------------------------------------
-# Loading
-
 
 def load(
     model=None,

@@ -1,4 +1,4 @@
-"""What may be said about a picture, in four groups: its words, how it is drawn, what it starts from, how it is given back."""
+"""What may be said about a picture, in three groups: its words, how it is drawn, what it starts from."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -27,7 +27,6 @@ from nanodiff.training.run import Run
 
 def train(cfg):
     """The stage `train`: validated after every epoch; checkpoints/best_model has the lowest validation loss of all epochs."""
-
     cfg.check()
     run = Run(cfg)
     rows = {n: dist.on_main(part, cfg, n) for n in ("train", "val")}
@@ -126,7 +125,6 @@ def train(cfg):
 def held_out(cfg, rows):
     """Raise UserError when a picture of --test-csv-path would be learned from or chosen by; the default one counts where it is of the same
     split, beside the training CSV."""
-
     typed = "test_csv_path" in getattr(cfg, "given", ())
     if not Path(cfg.test_csv_path).is_file():
         if typed:
@@ -143,7 +141,6 @@ def held_out(cfg, rows):
 
 def tidy(run, cfg):
     """A new run does not mix its captioners with an older one's; a resumed one takes its last epoch's samples again."""
-
     if not run.step and not cfg.resume and (run.out / "checkpoints").exists():
         if not cfg.overwrite_output_dir:
             raise UserError(
@@ -162,7 +159,6 @@ def tidy(run, cfg):
 
 def part(cfg, name):
     """The located rows of a part: "train", "val", "test"."""
-
     path = getattr(cfg, f"{name}_csv_path")
     if not Path(path).is_file():
         raise UserError(f"--{name}-csv-path {path}: no such file (caption.py split writes it)")
@@ -171,7 +167,6 @@ def part(cfg, name):
 
 def make(cfg, rows, run):
     """A Captioner to train, on the run's device."""
-
     settings = captioner_model.Settings(
         cfg.vision_model, cfg.model_name, hidden=cfg.projector_hidden, dropout=cfg.projector_dropout
     )
@@ -185,7 +180,6 @@ def make(cfg, rows, run):
 
 def captions_of(net, rows, cfg, name):
     """[[ids with the end token] of each caption] of each row; says how many were cut."""
-
     out, cut = [], 0
     for row in rows:
         out.append([net.caption_ids(t, cfg.max_length) for t in row.captions])
@@ -201,7 +195,6 @@ def captions_of(net, rows, cfg, name):
 
 def validate(run, net, feed, ids_of):
     """Mean cross-entropy per caption token of the validation pictures, in nats."""
-
     total = [0.0, 0.0]
     for step in range(feed.per_epoch):
         for batch in feed.update(step):
@@ -240,7 +233,6 @@ def show(run, net, dataset, rows, cfg, epoch):
 
 def sheet_of(pictures, references, predictions, side=160):
     """One PIL sheet: each picture below its reference (in brackets, if there is one) and what was captioned."""
-
     labels = [
         f"{p or '(nothing)'} [{r}]" if r else p or "(nothing)" for p, r in zip(predictions, references, strict=True)
     ]
@@ -249,13 +241,11 @@ def sheet_of(pictures, references, predictions, side=160):
 
 
 def write(run, net, name, facts, whole):
-
     dist.on_main(captioner_model.save, net, run.out / "checkpoints" / name, net.state_dict(), whole, facts)
 
 
 def trained_captioner(cfg, device):
     """The Captioner of --model-file, for inference."""
-
     if not cfg.model_file:
         raise UserError("--model-file is required, such as results/vit_llama3_2_1B/checkpoints/best_model.pt")
     net = captioner_model.load(
@@ -269,7 +259,6 @@ def trained_captioner(cfg, device):
 
 def infer_all(cfg, net, pictures, record):
     """Captions of PIL pictures; says the speed."""
-
     groups = [pictures[i : i + cfg.batch_size] for i in range(0, len(pictures), cfg.batch_size)]
     out, steps = [], []
     with record.timed("tell"):
@@ -291,7 +280,6 @@ def infer_all(cfg, net, pictures, record):
 
 def infer(cfg):
     """The stage `infer`: one picture's caption is printed alone; of several, a line each with the picture's name."""
-
     if not cfg.infer_image_path:
         raise UserError("--infer-image-path is required: a picture, a folder, or a CSV")
     rows = to_tell(cfg)
@@ -320,7 +308,6 @@ def infer(cfg):
 
 def to_tell(cfg):
     """[Row] of --infer-image-path. Raises UserError."""
-
     path = Path(cfg.infer_image_path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES)
@@ -340,7 +327,6 @@ def to_tell(cfg):
 
 def readable(rows, skip):
     """(rows, [f() -> PIL picture]) of those that can be read; the others raise UserError, or are said with --skip-bad."""
-
     kept, bad = [], []
     for row in rows:
         try:
@@ -359,7 +345,6 @@ def readable(rows, skip):
 
 def evaluate(cfg):
     """The stage `eval`: the pictures of a part against all their captions."""
-
     asked_for = listed(cfg.metrics)
     textmetrics.check_names([n for n in asked_for if n not in OWN])
     rows, shown = readable(part(cfg, cfg.eval_set)[: cfg.max_samples], cfg.skip_bad)
@@ -425,7 +410,6 @@ OWN = ("perplexity", "clip_score")  # metrics that are not of the words alone
 
 def judged(cfg, net, rows, shown, texts, names, clip):
     """({metric: entry}, {metric: textmetrics.Score}, [why something is missing])."""
-
     skipped = []
     wanted = tuple(n for n in names if n not in OWN) if names else textmetrics.NAMES
     if len(rows) == 1 and "cider" in wanted and not names:
@@ -451,7 +435,6 @@ def judged(cfg, net, rows, shown, texts, names, clip):
 
 def surprise(net, rows, shown, batch_size, device):
     """(summed cross-entropy, tokens) of all references."""
-
     pairs = [(i, net.caption_ids(t)) for i, row in enumerate(rows) for t in row.captions]
     nats = 0.0
     for k in range(0, len(pairs), batch_size):

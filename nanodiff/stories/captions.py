@@ -23,7 +23,6 @@ from nanodiff.weights import hub
 
 def begin(cfg):
     """(device, Record) of a stage, joined with the other processes if there are any."""
-
     device = choice.pick_device(cfg.device)
     if hasattr(cfg, "dist_timeout"):
         dist.start(device, cfg.dist_timeout)
@@ -33,14 +32,12 @@ def begin(cfg):
 
 
 def end(record):
-
     record.write()
     dist.finish()
 
 
 def language_dtype(cfg, device):
     """torch dtype of a language model: bf16 on a GPU by itself."""
-
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return choice.pick_dtype(cfg.dtype, device)
@@ -48,14 +45,12 @@ def language_dtype(cfg, device):
 
 def language(cfg, device):
     """(CausalLM, TextTokenizer) of --model."""
-
     folder = dist.on_main(hub.resolve, cfg.model, None, cfg.hf_token)
     return dist.together(sources.load_language, folder, language_dtype(cfg, device), device)
 
 
 def complete(cfg):
     """The stage `complete`: see the module docstring."""
-
     for name in ("model", "prompt"):
         if not getattr(cfg, name):
             raise UserError(f"--{name} is required")
@@ -88,7 +83,6 @@ JOURNAL = "augmented"
 
 def augment(cfg):
     """The stage `augment`: new captions for each of a CSV's, by a language model; the same for any number of processes."""
-
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
     chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
@@ -172,7 +166,6 @@ def augment(cfg):
 
 def template_of(cfg):
     """The request's text, or None. Raises UserError for one that does not name the caption."""
-
     if cfg.template is None:
         return None
     path = Path(cfg.template)
@@ -203,7 +196,6 @@ def asked(cfg, template, row, n):
 
 def synthesize(cfg):
     """The stage `synthesize`: a picture for each caption; the same for any number of processes."""
-
     if "{caption}" not in cfg.template:
         raise UserError("--template does not name {caption}, so all pictures would be of the same words")
     size = parse_size(cfg.resize, otherwise=", or none") if cfg.resize != "none" else None
@@ -253,7 +245,6 @@ def synthesize(cfg):
 
 def split(cfg):
     """The stage `split`: see captionset.split()."""
-
     for name in ("val_share", "test_share"):
         if not 0 < getattr(cfg, name) < 0.5:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name):g} must be above 0 and below 0.5")

@@ -11,7 +11,6 @@ from nanodiff.training.options import under
 
 def sheet(run, sd, cfg, dataset, path, strip=False):
     """Sample pictures with the averaged weights and fixed noise. strip: x_t at some of the steps instead, a row a prompt."""
-
     prompts = prompts_of(cfg, sd, dataset)[: 4 if strip else cfg.eval_batch_size]
     guidance = 1.0 if sd.unconditional else cfg.sample_guidance
     teach.sheet(
@@ -29,7 +28,6 @@ def sheet(run, sd, cfg, dataset, path, strip=False):
 
 def prompts_of(cfg, sd, dataset):
     """What the sample sheets show: the prompts given, or texts spread over the data."""
-
     if sd.unconditional:
         return [""] * cfg.eval_batch_size
     given = []
@@ -50,7 +48,6 @@ def prompts_of(cfg, sd, dataset):
 
 def write_model(run, sd, cfg, name):
     """The averaged model as a Hub folder; of adapters, their file alone."""
-
     with run.averaged():
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = choice.DTYPES[cfg.save_dtype]

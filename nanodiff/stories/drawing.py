@@ -75,7 +75,6 @@ def defaults(cfg, sd):
 
 def rebase(cfg, names=PATHS):
     """Put --base-dir before relative paths; a model that is no folder there is a Hub id and stays."""
-
     base = Path(cfg.base_dir)
     names = (*names, "output", "output_dir") if names is PATHS else names
     for name in names:
@@ -99,7 +98,6 @@ def sizes(cfg):
 
 def skip_layers(cfg):
     """--skip-layers as generate() takes it, or None."""
-
     if not cfg.skip_layers:
         return None
     try:
@@ -112,7 +110,6 @@ def skip_layers(cfg):
 def inputs(cfg, sd):
     """({height, width}, {image, strength, mask} for generate()), resized as diffusers does: an --init-image alone sets
     the size (down to a multiple of the VAE's), a mask or SD 3 brings the model's own size; --height and --width win."""
-
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
     if picture and not cfg.mask and sd.keeps_size:
         height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (picture.height, picture.width))
@@ -141,7 +138,6 @@ def inputs(cfg, sd):
 
 def load(cfg, record, device, src=None):
     """The pipeline that cfg asks for, LoRAs and learned words included."""
-
     layers.use_kernels(cfg.kernels)
     if cfg.cuda_graph == "on" and device.type != "cuda":
         raise UserError("--cuda-graph needs a CUDA device")
@@ -195,7 +191,6 @@ def load(cfg, record, device, src=None):
 
 def pick_dtype(cfg, device, src):
     """The torch dtype of --dtype for a source of a model."""
-
     family = pipeline.FAMILIES[src.kind]
     if cfg.dtype == "auto" and device.type == "cuda":
         return family.half
@@ -210,7 +205,6 @@ def pick_dtype(cfg, device, src):
 
 def tiny_decoder(path, sd, device):
     """f(latents) -> pixels of a TAESD decoder for this model's latents."""
-
     path = Path(path)
     file = weights.find_files(path)[0] if path.is_dir() else path
     model = taesd.from_state(weights.load_tensors(file), "decoder", file)
@@ -234,7 +228,6 @@ def under(cfg, base):
 
 def words(cfg):
     """pipeline.Words as it stands on the command line."""
-
     names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "long_prompts", "max_sequence_length")
     return Words(**{name: getattr(cfg, name) for name in (*names, "clip_skip")}, weighted=cfg.prompt_weights)
 
@@ -264,7 +257,6 @@ class Progress:
         self.started = self.said = time.monotonic()
 
     def __enter__(self):
-
         self.bar = tqdm(desc="sampling", unit="it", disable=not sys.stderr.isatty(), file=sys.stderr)
         return self
 
@@ -290,7 +282,6 @@ class Progress:
 
 def strip(cfg, sd, history, k, path, shown=8):
     """The estimates of the finished picture at up to `shown` evenly chosen steps, left to right."""
-
     picked = sorted({round(i * (len(history) - 1) / max(shown - 1, 1)) for i in range(shown)})
 
     with torch.no_grad():
@@ -302,7 +293,6 @@ def strip(cfg, sd, history, k, path, shown=8):
 def file_name(cfg, facts, sd):
     """{prompt}_{model}_{scheduler}_cfg7_5_steps50_{seed}.png, of letters, digits and _ only; flows have one scheduler,
     which is not named (requirement S3-13)."""
-
     model = slug(Path(str(cfg.model or "nano")).name)
     scale = f"{facts['guidance_scale']:g}".replace(".", "_")
     scheduler = "" if sd.schedule.flow else f"_{facts['scheduler']}"
@@ -318,7 +308,6 @@ def remembered(cfg, facts, sd):
 
 def recall(cfg):
     """Fill cfg from the settings inside a picture; flags given on the command line win."""
-
     record = read_record(cfg.from_image)
     if record.get("init_image"):
         raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")

@@ -35,7 +35,6 @@ def few_schedule(cfg, sd):
 
 def few_step(cfg):
     """The stage `few-step`: see the module docstring."""
-
     cfg.check()
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
@@ -101,7 +100,6 @@ def few_step(cfg):
 
 def few_tidy(folder, work):
     """Of a student that is there, keep of its training what people look at; the rest is for going on."""
-
     for name in ("metrics.jsonl", "loss.png", "samples"):
         if (work / name).exists():
             shutil.rmtree(folder / name) if (folder / name).is_dir() else None
@@ -147,7 +145,6 @@ def few_writer(cfg, sd, folder, facts):
 
 def few_quality(cfg, record, dataset, device):
     """Draw with teacher and student at several steps, measure, and show quality against steps."""
-
     out, found, sets = record.out, {}, {}
     chosen = pages.spread(len(dataset), min(cfg.num_images, len(dataset)))
     jobs = [gallery.Job(f"{i:05d}.png", dataset.captions[p], i) for i, p in enumerate(chosen)]

@@ -22,7 +22,6 @@ OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
 
 def begin(cfg):
     """(record, device), after joining the other processes of torchrun."""
-
     if getattr(cfg, "bootstrap", None) == 1:
         raise UserError("--bootstrap 1 has no spread; give 0, or 2 or more")
     device = choice.pick_device(getattr(cfg, "device", "cpu"))
@@ -34,7 +33,6 @@ def begin(cfg):
 
 def dataset(path, flag, cfg):
     """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
-
     if Path(path).is_dir() and Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
         raise UserError(
             f"--output-dir {cfg.output_dir} lies in --{flag} {path}, so the next run would count its figures as pictures"
@@ -62,7 +60,6 @@ def finish(record, metrics, make):
 
 
 def images_of(cfg):
-
     wanted = image_sets.wanted(listed(cfg.metrics))
     spaces = listed(cfg.features) or ("inception",)
     for space in spaces:
@@ -131,7 +128,6 @@ def _names(paths, flag):
 
 def draw(cfg, record, device):
     """Draw the prompts' pictures into OUTPUT_DIR/generated. Returns the folder, and the facts of how they were drawn."""
-
     lines = dist.on_main(image_sets.prompts_in, cfg.prompts)
     dtype = choice.pick_dtype(cfg.dtype or "auto", device)
     sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device).with_scheduler(cfg.scheduler)
@@ -144,7 +140,6 @@ def draw(cfg, record, device):
 
 
 def compare(cfg):
-
     paths = {n: getattr(cfg, n) for n in ("a", "b", "original", "finetuned", "teacher") if getattr(cfg, n)}
     if set(paths) == {"a", "b"}:
         pairings = [("a", "b")]
@@ -197,7 +192,6 @@ def compare(cfg):
 
 
 def captions(cfg):
-
     for flag in ("candidates", "references"):
         if getattr(cfg, flag) is None:
             raise UserError(f"--{flag} FILE is required")
@@ -238,7 +232,6 @@ def captions(cfg):
 
 
 def summary(cfg):
-
     if not cfg.inputs:
         raise UserError("--inputs FOLDER is required")
     record, _ = begin(cfg)

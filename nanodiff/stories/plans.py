@@ -11,7 +11,6 @@ from nanodiff.training import build, plan
 
 def say_plan(cfg, estimate, n):
     """Print a dry run's lines."""
-
     samples = cfg.batch_size * cfg.grad_accum * cfg.world_size
     updates = cfg.max_steps or cfg.epochs * max(1, -(-n // samples))
     lines = plan.table(estimate, world=cfg.world_size, parallel=cfg.parallel, samples=samples, updates=updates,
@@ -20,12 +19,10 @@ def say_plan(cfg, estimate, n):
 
 
 def planned_dtype(cfg):
-
     return {"bf16": torch.bfloat16, "auto": torch.bfloat16, "fp16": torch.float16}.get(cfg.mixed_precision)
 
 
 def plan_vae(cfg, net):
-
     pixels = torch.empty(cfg.batch_size, 3, cfg.resolution, cfg.resolution, device="meta")
     noise = torch.empty(cfg.batch_size, *latent_shape(cfg, net), device="meta")
     loss = lambda: net(pixels, noise)[0].float().pow(2).mean()  # noqa: E731
@@ -35,13 +32,11 @@ def plan_vae(cfg, net):
 
 def counted(cfg):
     """Pictures in --data, when it is given; else what makes an epoch one update."""
-
     return len(data.load(cfg.data, captions=False)) if cfg.data else 1
 
 
 def plan_diffusion(cfg):
     """Everything on the meta device: no weights are read, none are made."""
-
     rows, dtype = cfg.batch_size, planned_dtype(cfg)
     name = cfg.model or build.KNOWN.get(cfg.model_size)
     frozen, along, length = {}, {}, cfg.max_length

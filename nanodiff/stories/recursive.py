@@ -23,7 +23,6 @@ from nanodiff.training.options import listed
 
 def read_captions(path, n):
     """[(id, caption)] of the first n pictures by ascending id: of COCO annotations, or of a data set with captions."""
-
     path = Path(path)
     if path.suffix == ".json":
         found = {k: v[0] for k, v in caption_files.read(path).items()}
@@ -38,7 +37,6 @@ def read_captions(path, n):
 
 def jobs_of(captions):
     """A gallery.Job for each: named as COCO names its pictures, or by number; the seed is the id's last four digits."""
-
     out = []
     for i, (key, caption) in enumerate(captions):
         number = int(key) if key.isdecimal() else i
@@ -66,7 +64,6 @@ class Study:
 
     def dataset(self, k):
         """What generation k is trained on."""
-
         cfg = self.cfg
         if cfg.finetune:
             return data.load(cfg.real)
@@ -88,7 +85,6 @@ class Study:
 
 def draw(study, k, captions, device):
     """The pictures of generation k, and a listing of them, by which they are a data set."""
-
     cfg, folder, jobs = study.cfg, study.pictures(k), jobs_of(captions)
     sd = dist.together(pipeline.load, study.model(k), choice.pick_dtype("auto", device), device).with_scheduler(
         cfg.scheduler
@@ -108,7 +104,6 @@ def draw(study, k, captions, device):
 def learn(cfg, model, dataset, folder):
     """Train a model's denoiser on a data set, and write the whole model into `folder`; one that is there is left as it is. Checkpoints
     lie in folder.training until then."""
-
     work = folder.with_name(f"{folder.name}.training")
     if dist.on_main((folder / "model_index.json").is_file):
         dist.on_main(shutil.rmtree, work, ignore_errors=True)  # of a run that was killed after its last word
@@ -125,7 +120,6 @@ def learn(cfg, model, dataset, folder):
 
 def recursive(cfg):
     """The stage `recursive`: see the module docstring."""
-
     cfg.check()
     objective.check_loss(cfg.loss)
     scales = cfg.cfg_scales or [cfg.cfg_scale]
@@ -155,7 +149,6 @@ def recursive(cfg):
 
 def summary(study, record, device):
     """Measure the generations; the table, figures and report. Returns {gen_k.metric: value}."""
-
     cfg, generations = study.cfg, range(study.cfg.target_gen + 1)
     out = record.out / f"cfg_{study.scale:g}{study.suffix}"
     sets = {f"gen_{k}": dist.on_main(data.load, study.pictures(k)) for k in generations}
@@ -176,7 +169,6 @@ def summary(study, record, device):
     ]
 
     def write():
-
         out_dir(out)
         report.write_csv(out / "table.csv", header, rows)
         write_json(out / "table.json", [dict(zip(header, row, strict=True)) for row in rows])
@@ -214,7 +206,6 @@ def summary(study, record, device):
 
 def grid(cfg):
     """One sheet: a row a picture (or the caption), a column a generation."""
-
     cfg.check()
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)

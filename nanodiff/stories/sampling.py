@@ -139,7 +139,6 @@ def batches_of(jobs, cfg, sd):
 
 def described(sd, steps, scale, negative):
     """Print what the model is and how it will be sampled; returns the latter."""
-
     for part, millions in sd.parameters().items():
         print(f"{part}: {millions} M parameters")
     name = samplers.name_of(sd.schedule)
@@ -150,7 +149,6 @@ def described(sd, steps, scale, negative):
 
 def study(cfg, device):
     """Every combination of --study's settings on the same prompts and noise. See study.py."""
-
     for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
         if getattr(cfg, name):
             raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
@@ -215,7 +213,6 @@ def study(cfg, device):
 
 def one_picture(cfg, sd, prompt, seed, path, progress):
     """Make and write one picture of a study."""
-
     steps, scale, negative = defaults(cfg, sd)
     size, start = inputs(cfg, sd)
     result = sd.generate(
@@ -232,7 +229,6 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
 
 def dry_run(cfg, device):
     """Print what a run would take, from configurations alone."""
-
     src = sources.configs(
         cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
         cfg.allow_pickle, not cfg.t5,

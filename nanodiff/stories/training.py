@@ -17,7 +17,6 @@ def spread(dataset, n):
 
 
 def advice_loss(run):
-
     if run.first_loss and run.numbers and run.numbers["loss"] > 0.98 * run.first_loss and run.step >= 100:
         dist.say(
             f"note: the loss is not decreasing ({run.first_loss:.4g} at first, {run.numbers['loss']:.4g} now): try twice or half the "
@@ -27,7 +26,6 @@ def advice_loss(run):
 
 def load_data(cfg, captions):
     """(training set, held-out set or None), listed by rank 0 for all."""
-
     dataset = dist.on_main(
         data.load, cfg.data, captions, cfg.image_column, cfg.caption_column, cfg.on_bad_image == "skip"
     )
@@ -45,7 +43,6 @@ def load_data(cfg, captions):
 
 def make_feed(cfg, dataset, training=True, multiple=1):
     """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order."""
-
     change = training and not getattr(cfg, "dry_run", False)
     transform = loader.Transform(
         cfg.resolution, cfg.center_crop or not change, cfg.random_flip and change, cfg.random_jitter * change,
@@ -67,7 +64,6 @@ def make_feed(cfg, dataset, training=True, multiple=1):
 
 def validate(run, feed, loss_of):
     """Mean loss over the held-out pictures with the averaged weights; the same draws every time."""
-
     total = 0.0
     with run.averaged():
         for step in range(feed.per_epoch):
@@ -78,7 +74,6 @@ def validate(run, feed, loss_of):
 
 
 def say_size(net, what):
-
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.parameters()) - trained
     dist.say(

@@ -28,7 +28,6 @@ def transfer(*stages):
     """The main of `transfer` and some of its parts, one after the other."""
 
     def main(cfg):
-
         cfg.check()
         if cfg.dry_run:
             return transfer_plan(cfg)
@@ -77,13 +76,11 @@ def preflight(cfg, stages):
 
 def learning_prompts(cfg):
     """[(category, prompt)] of the teacher's pictures."""
-
     return promptset.read(cfg.prompt_source, cfg.prompt_column).draw(cfg.num_images, cfg.seed)
 
 
 def evaluation_prompts(cfg, say=False):
     """[(category, prompt)] of the comparison: none that is learned from, where there are others. say: what weakens it."""
-
     learned = [p for _, p in learning_prompts(cfg)]
     source = promptset.read(cfg.evaluation_prompts or cfg.prompt_source, cfg.prompt_column)
     categories = list(source.templates) if isinstance(source, promptset.Words) else None
@@ -100,7 +97,6 @@ def evaluation_prompts(cfg, say=False):
 
 def painter(model, device, adapters=None):
     """A pipeline that draws; adapters: a LoRA's file or folder, which is merged into its weights."""
-
     sd = dist.together(pipeline.load, model, choice.pick_dtype("auto", device), device)
     if adapters:
         dist.together(lambda: lora.fuse(sd.models(), lora.read(adapters, sd.models()), keep=False))
@@ -109,7 +105,6 @@ def painter(model, device, adapters=None):
 
 def transfer_generate(cfg, record, device):
     """The teacher's pictures, each with its prompt beside it."""
-
     prompts = dist.on_main(learning_prompts, cfg)
     jobs = [gallery.Job(f"{i:05d}.png", prompt, cfg.seed + i) for i, (_, prompt) in enumerate(prompts)]
     sd = painter(cfg.teacher, device)
@@ -122,7 +117,6 @@ def transfer_generate(cfg, record, device):
 
 def teacher_settings(cfg, sd):
     """gallery.settings of the teacher's pictures."""
-
     scale = cfg.guidance_scale if cfg.teacher_guidance_scale is None else cfg.teacher_guidance_scale
     return gallery.settings(
         sd,
@@ -136,7 +130,6 @@ def teacher_settings(cfg, sd):
 
 def teacher_data(cfg):
     """The pictures to learn from. Raises UserError for a folder that is not complete."""
-
     folder = cfg.teacher_images
     if not folder.is_dir():
         raise UserError(f"{folder}: is not there; `transfer generate` makes it")
@@ -154,7 +147,6 @@ def teacher_data(cfg):
 
 def transfer_train(cfg, record, device):
     """The student, once for every method."""
-
     dataset = dist.on_main(teacher_data, cfg)
     for method in cfg.methods:
         torch.manual_seed(cfg.seed)  # the adapters' beginnings
@@ -190,7 +182,6 @@ def transfer_train(cfg, record, device):
 
 def transfer_evaluate(cfg, record, device):
     """Before, after and teacher: the same prompts, and the same initial latents for the student's two."""
-
     prompts, counts, jobs = dist.on_main(evaluation_prompts, cfg, True), {}, []
     for i, (category, prompt) in enumerate(prompts):
         k = counts[category] = counts.get(category, -1) + 1
@@ -243,7 +234,6 @@ def transfer_evaluate(cfg, record, device):
         dist.say(f"note: not computed: {printable(reason)}")
 
     def write():
-
         folder, side, maps = (out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons"))
         # this one is written last: without it nothing was evaluated to the end
         (folder / "evaluation.json").unlink(missing_ok=True)
@@ -281,13 +271,11 @@ def taught(cfg, method):
 
 def transfer_visualize(cfg, record, device):
     """Figures, tests and the report, from the numbers of evaluate alone."""
-
     for path in dist.on_main(_visualize, cfg):
         record.file(path)
 
 
 def _visualize(cfg):
-
     numbers = Path(cfg.metrics_dir) if cfg.metrics_dir else cfg.root / "metrics"
     if not (numbers / "evaluation.json").is_file():
         raise UserError(f"{numbers}: is not there, or not complete; `transfer evaluate` makes it")
@@ -333,7 +321,6 @@ def _visualize(cfg):
 
 def transfer_plan(cfg):
     """Memory of each stage on a GPU, from configurations alone."""
-
     low = {"fp16": torch.float16, "no": None}.get(cfg.mixed_precision, torch.bfloat16)
     peaks, teacher = {}, 0
     for name, model, side in (

@@ -21,7 +21,6 @@ def latent_shape(cfg, net):
 
 def make_perceptual(cfg, device):
     """f(a, b) -> [B], or None. Raises UserError when the weights are not there."""
-
     if not (cfg.perceptual and cfg.perceptual_weight):
         return None
     if not cfg.vgg_weights:
@@ -36,7 +35,6 @@ def make_perceptual(cfg, device):
 
 def pictures_of(dataset, cfg):
     """f(positions) -> pixels [B, 3, R, R] as they are, unreadable ones replaced where --on-bad-image says so."""
-
     transform = loader.Transform(cfg.resolution, interpolation=cfg.interpolation)
     decoder = loader.Decoder(dataset, transform, cfg.seed, cfg.on_bad_image)
 
@@ -49,7 +47,6 @@ def pictures_of(dataset, cfg):
 
 def vae_sheets(run, net, dataset, cfg, step):
     """Pictures above their reconstructions, and pictures decoded from pure noise."""
-
     shown = pictures_of(dataset, cfg)(spread(dataset, 16)).to(run.device)
     noise = torch.randn((16, *latent_shape(cfg, net)), generator=torch.Generator().manual_seed(0)).to(run.device)
     pair = torch.cat([shown, net.decode_raw(net.encode_moments(shown)[0])])
@@ -61,7 +58,6 @@ def vae_sheets(run, net, dataset, cfg, step):
 
 def write_vae(run, net, dataset, cfg, name):
     """The averaged VAE as a Hub component folder, with the latents' scale measured on the data."""
-
     with run.averaged():
 
         def write():
@@ -74,7 +70,6 @@ def write_vae(run, net, dataset, cfg, name):
 
 def latent_scale(net, dataset, cfg, device):
     """1 / standard deviation of the posterior mean over up to 1,024 pictures (Rombach et al. 2022, appendix G)."""
-
     pictures, some = pictures_of(dataset, cfg), spread(dataset, 1024)
     parts = [some[i : i + cfg.batch_size] for i in range(0, len(some), cfg.batch_size)]
     means = [net.encode_moments(pictures(part).to(device))[0] for part in parts]
@@ -83,7 +78,6 @@ def latent_scale(net, dataset, cfg, device):
 
 def measure_psnr(net, dataset, cfg, device):
     """Mean squared error of up to 64 reconstructions in decibels, values of a picture spanning 2."""
-
     pictures, some, total = pictures_of(dataset, cfg), spread(dataset, 64), 0.0
     for i in range(0, len(some), cfg.batch_size):
         shown = pictures(some[i : i + cfg.batch_size]).to(device)
@@ -94,7 +88,6 @@ def measure_psnr(net, dataset, cfg, device):
 
 def advice_vae(run, cfg):
     """What the numbers say about the settings (S2's table of troubles)."""
-
     last = run.numbers or {}
     if cfg.kl_target and last and not 0.5 < last["kl"] / cfg.kl_target < 2:
         low = last["kl"] < cfg.kl_target

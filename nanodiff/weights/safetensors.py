@@ -32,10 +32,6 @@ STORED = {  # names of the safetensors format
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def check_file(path):
     """Raise UserError when `path` is plainly not a safetensors file, saying what it is instead."""
     try:
