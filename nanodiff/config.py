@@ -99,6 +99,12 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def short(value, length=80):
+    """A value as people are shown it: on one line, and not the whole of 80 kB."""
+    text = printable(repr(value))
+    return text if len(text) <= length else f"{text[: length - 20]}… ({len(text)} characters)"
+
+
 @functools.cache
 def commit():
     """The git commit of this program, or None."""
@@ -140,7 +146,16 @@ def read_json(path):
 # Model configurations: config.json of a Hub folder
 
 
-BOOKKEEPING = {"architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"}
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", dict: "an object", list: "a list",
+         type(None): "null"}  # fmt: skip
+BOOKKEEPING = {  # fields of any config.json that change nothing, and what kind of value they have
+    "architectures": list | None,
+    **dict.fromkeys(("torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"), str | None),
+    # what diffusers' EMAModel.save_pretrained leaves in the model's config
+    **dict.fromkeys(("decay", "min_decay", "inv_gamma", "power"), float),
+    **dict.fromkeys(("optimization_step", "update_after_step"), int),
+    "use_ema_warmup": bool,
+}
 
 
 def from_json(cls, raw, fixed, where="config.json"):
@@ -153,33 +168,46 @@ def from_json(cls, raw, fixed, where="config.json"):
     values = {}
     for key, value in raw.items():
         if key in hints:
-            values[key] = _checked(value, hints[key], f"{where}: {key}")
+            values[key] = typed(value, hints[key], f"{where}: {key}")
         elif key in fixed:
             if value not in fixed[key]:
                 allowed = " or ".join(map(repr, fixed[key]))
-                raise UserError(f"{where}: {key} = {value!r} is not supported (only {allowed})")
-        elif not key.startswith("_") and key not in BOOKKEEPING:
-            raise UserError(f"{where}: unknown field {key!r} (value {value!r}){nearest(key, [*hints, *fixed])}")
+                raise UserError(f"{where}: {key} = {short(value)} is not supported (only {allowed})")
+        elif key in BOOKKEEPING:
+            typed(value, BOOKKEEPING[key], f"{where}: {key}")
+        elif not key.startswith("_"):
+            raise UserError(f"{where}: unknown field {key!r} (value {short(value)}){nearest(key, [*hints, *fixed])}")
     return cls(**values)
 
 
-def _checked(value, hint, where):
-    """`value` as the annotated type; lists become tuples, whole floats become ints where ints are meant."""
+def typed(value, hint, where):
+    """`value`, of a JSON file, as the annotated type; lists become tuples where tuples are meant, whole numbers floats.
+
+    The one check of such values: UserError says where, what stands there and what is expected, for another kind of value, for an
+    integer outside 0..2²⁴ and for a number that is none (NaN, infinity)."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
     for option in options:
+        if value is None and option is type(None):
+            return None
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(_checked(v, typing.get_args(option)[0], where) for v in value)
-        if (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
+            return tuple(typed(v, typing.get_args(option)[0], where) for v in value)
+        if option in (bool, str, dict, list) and isinstance(value, option):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value < 1 << 24:
-                raise UserError(f"{where} = {value} is out of range")
+                raise UserError(f"{where} = {short(value)} is out of range")
             return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) <= sys.float_info.max:
+                raise UserError(f"{where} = {short(value)} is out of range")
             return float(value)
-    raise UserError(f"{where} = {value!r} has the wrong type (expected {hint})")
+    expected = " or ".join(KINDS.get(option, "a list") for option in options)
+    raise UserError(f"{where} = {short(value)} has the wrong type (expected {expected})")
+
+
+def read_fields(path, hints):
+    """{field: value} of those fields of a JSON file that `hints` {field: type} names, checked by typed(); others are left alone."""
+    return {k: typed(v, hints[k], f"{path}: {k}") for k, v in read_json(path).items() if k in hints}
 
 
 # ---------------------------------------------------------------------------------------------------------

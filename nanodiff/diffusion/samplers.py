@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.diffusion.schedule import leading, split
+from nanodiff.diffusion.schedule import Schedule, leading, split
 from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES
 
 
@@ -536,6 +536,19 @@ def rescheduled(schedule, name, **more):
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
     raw = {k: v for k, v in schedule.raw.items() if k != OWN}
     return type(schedule).from_config(raw, kind, **fields | more)
+
+
+def schedule_of(raw, where, name=None):
+    """The Schedule of a scheduler_config.json's dict, under the sampler `name` (None: its own). A class that we do not have is no
+    hindrance when another is asked for: the betas and the prediction type are the model's, not the class's."""
+    check_name(name)
+    kind = raw.get("_class_name")
+    if name is None or kind in DEFAULTS or not isinstance(kind, str):
+        return rescheduled(Schedule.from_config(raw, where=where), name)
+    row = SAMPLERS[name]
+    if kind.startswith("FlowMatch") != (SPACES[row.kind] == "flow"):
+        raise UserError(f"`scheduler` {name}: {where} has {printable(kind)}, which is of another space")
+    return Schedule.from_config(raw, row.kind, where, **row.fields)
 
 
 def check_name(name):

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanodiff.config import UserError, nearest
-from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, SPACES
-
-MAX_TRAIN_STEPS = 100_000
+from nanodiff.config import UserError, nearest, short, typed
+from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, FOREIGN, FORMER, NUMBERS, SAME, SPACES
 
 
 def betas_of(cfg):
@@ -75,19 +73,18 @@ class Schedule:
         """raw: the JSON dict. kind: another class for the same model. overrides: fields that win over the file."""
         raw = {k: v for k, v in raw.items() if v is not None or k == "trained_betas"} | overrides
         kind = kind or raw.get("_class_name")
-        if kind not in DEFAULTS:
-            raise UserError(f"{where}: scheduler {kind!r} is not supported{nearest(kind, DEFAULTS)}")
+        if not isinstance(kind, str) or kind not in DEFAULTS:
+            raise UserError(f"{where}: scheduler {short(kind)} is not supported{nearest(kind, DEFAULTS)} (`scheduler` names another)")
         known = {field for fields in DEFAULTS.values() for field in fields}
-        for key in raw:
-            if not key.startswith("_") and key not in known:
-                raise UserError(f"{where}: unknown field {key!r} (value {raw[key]!r}){nearest(key, known)}")
+        for key, value in raw.items():
+            if key in FORMER and value not in FORMER[key]:
+                raise UserError(f"{where}: {key} = {short(value)} is not supported (only {FORMER[key][0]!r})")
+            if not key.startswith("_") and key not in known | FOREIGN | set(FORMER):
+                raise UserError(f"{where}: unknown field {key!r} (value {short(value)}){nearest(key, known)}")
         cfg = DEFAULTS[kind] | {k: v for k, v in raw.items() if k in DEFAULTS[kind]}
-        for key, allowed in CHOICES.items():
-            if key in cfg and cfg[key] not in allowed:
-                names = ", ".join(str(a) for a in allowed)
-                raise UserError(f"{where}: {key} = {cfg[key]!r} is not supported for {kind} (only {names})")
-        if not isinstance(cfg["num_train_timesteps"], int) or not 1 <= cfg["num_train_timesteps"] <= MAX_TRAIN_STEPS:
-            raise UserError(f"{where}: num_train_timesteps = {cfg['num_train_timesteps']!r} is out of range")
+        for key, values in SAME.get(kind, {}).items():
+            cfg[key] = values.get(cfg[key], cfg[key]) if isinstance(cfg[key], str) else cfg[key]
+        _check_values(cfg, kind, where)
         if sum(bool(cfg.get(f"use_{k}_sigmas")) for k in ("karras", "exponential", "beta")) > 1:
             raise UserError(f"{where}: only one of use_karras_sigmas and use_exponential_sigmas can be set")
         self = cls(kind, cfg, raw)
@@ -194,6 +191,30 @@ class Schedule:
             return ((1 - sigma) / sigma) ** 2
         abar = self.alphas_cumprod.to(t.device)[t.long()]
         return abar / (1 - abar)
+
+
+def _check_values(cfg, kind, where):
+    """Every value of a class's fields against its kind and range, in place; UserError says which is wrong."""
+    for key, value in cfg.items():
+        if key in CHOICES:
+            if value not in CHOICES[key]:
+                names = ", ".join(str(a) for a in CHOICES[key])
+                raise UserError(f"{where}: {key} = {short(value)} is not supported for {kind} (only {names})")
+        elif key == "trained_betas":
+            betas = typed(value, tuple[float, ...] | None, f"{where}: {key}")
+            if betas is not None and (len(betas) != cfg["num_train_timesteps"] or not all(0 < b < 1 for b in betas)):
+                n = cfg["num_train_timesteps"]
+                raise UserError(f"{where}: trained_betas are {len(betas)} numbers; expected {n} between 0 and 1")
+            cfg[key] = betas and list(betas)
+        elif key in NUMBERS:
+            hint, low, high = NUMBERS[key]
+            cfg[key] = typed(value, hint, f"{where}: {key}")
+            if cfg[key] is not None and not low <= cfg[key] <= high:
+                raise UserError(f"{where}: {key} = {short(value)} is out of range ({low:g} to {high:g})")
+        else:
+            cfg[key] = typed(value, bool, f"{where}: {key}")
+    if cfg.get("beta_start", 0) > cfg.get("beta_end", 0):
+        raise UserError(f"{where}: beta_start = {cfg['beta_start']:g} is larger than beta_end = {cfg['beta_end']:g}")
 
 
 def leading(t, offset, T):

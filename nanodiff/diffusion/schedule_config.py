@@ -109,6 +109,39 @@ SPACES = {  # what each class counts its steps in: timesteps of the training, no
     "FlowMatchEulerDiscreteScheduler": "flow",
     "FlowMatchHeunDiscreteScheduler": "flow",
 }
+# Kind and bounds of the values that are numbers; those that DEFAULTS has as true or false are bool.
+NUMBERS = {
+    "num_train_timesteps": (int, 1, 100_000),
+    "beta_start": (float, 1e-12, 0.9999),
+    "beta_end": (float, 1e-12, 0.9999),
+    "steps_offset": (int, 0, 100_000),
+    "clip_sample_range": (float, 1e-6, 1e6),
+    "dynamic_thresholding_ratio": (float, 0, 1),
+    "sample_max_value": (float, 1e-6, 1e6),
+    "sigma_min": (float | None, 0, 1e6),
+    "sigma_max": (float | None, 1e-6, 1e6),
+    "timestep_scaling": (float, 1e-6, 1e6),
+    "original_inference_steps": (int, 1, 100_000),
+    "shift": (float, 1e-6, 1e6),
+    "flow_shift": (float, 1e-6, 1e6),
+    "base_shift": (float, -100, 100),
+    "max_shift": (float, -100, 100),
+    "base_image_seq_len": (int, 1, 1 << 24),
+    "max_image_seq_len": (int, 1, 1 << 24),
+    "shift_terminal": (float | None, 1e-6, 1),
+}
+# Fields of diffusers' other samplers, which come along when one class is exchanged for another, and say nothing of the model.
+FOREIGN = {
+    "predict_x0", "solver_p", "disable_corrector", "predictor_order", "corrector_order", "tau_func", "eta", "rho", "sigma_data",
+    "sigma_schedule", "s_noise", "s_churn", "s_min", "s_max", "clip_denoised", "noise_sampler_seed", "gamma",
+}  # fmt: skip
+FORMER = {"tensor_format": ("pt", "np"), "predict_epsilon": (True,)}  # fields of diffusers < 0.9, and the values that change nothing
+SAME = {  # what a class takes for another class's value, as diffusers does
+    "DPMSolverMultistepScheduler": {
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+        "algorithm_type": {"deis": "dpmsolver++"},
+    }
+}
 # Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),

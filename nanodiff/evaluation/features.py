@@ -194,7 +194,8 @@ def clip(path, device="cpu"):
     """A whole CLIP from a Hub folder or id: pictures and texts as unit vectors."""
     folder = _clip_folder(path)
     model = weights.load(CLIPModel, folder, torch.float32, device)
-    tokenizer, side = CLIPTokenizer.load(folder), model.cfg.vision.image_size
+    tokenizer = CLIPTokenizer.load(folder, model.cfg.text.max_position_embeddings)
+    side = model.cfg.vision.image_size
     mean, std = _preprocessing(folder / "preprocessor_config.json", side)
 
     def prepare(image):

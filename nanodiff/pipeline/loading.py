@@ -6,7 +6,7 @@ import torch
 
 from nanodiff.config import UserError
 from nanodiff.device import memory, quantize
-from nanodiff.diffusion.schedule import Schedule
+from nanodiff.diffusion import samplers
 from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
 from nanodiff.pipeline.families import BUILDERS, SAMPLING
@@ -67,9 +67,10 @@ def load(
     vae = modules.pop("vae", None)
     encoders = [modules.get(n) for n in family.encoder_names]
     raw, where = src.scheduler()
-    sd = family(denoiser, vae, encoders, tokenizers, Schedule.from_config(raw, where=where), name=str(name or model))
+    schedule = samplers.schedule_of(raw, where, scheduler)
+    sd = family(denoiser, vae, encoders, tokenizers, schedule, name=str(name or model))
     sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool) or k == SAMPLING}
-    return sd.with_scheduler(scheduler)
+    return sd
 
 
 def convert(model, target, allow_pickle=False, components=None, prediction_type=None):

@@ -9,7 +9,7 @@ What model_index.json names is data: only classes that we have are built, names 
 from pathlib import Path
 
 from nanodiff import weights
-from nanodiff.config import UserError, printable, read_json
+from nanodiff.config import UserError, printable, read_json, short
 from nanodiff.device import onednn
 from nanodiff.files import ASSETS
 from nanodiff.models.clip import CLIPTextModel
@@ -17,6 +17,7 @@ from nanodiff.models.llm import CausalLM
 from nanodiff.models.vae import AutoencoderKL
 from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, RELEASED
 from nanodiff.pipeline.single import Known, Single
+from nanodiff.pipeline.space import say
 from nanodiff.text.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer, TextTokenizer
 from nanodiff.weights import hub
 
@@ -27,8 +28,13 @@ def check_index(index, folder):
     """(pipeline class, component names) of a model_index.json, all of classes that we have. Names are data, never
     paths."""
     kind = index.get("_class_name")
-    if kind not in FAMILIES:
-        raise UserError(f"{folder}/model_index.json: pipeline {kind!r} is not supported (only {', '.join(FAMILIES)})")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{folder}/model_index.json: pipeline {short(kind)} is not supported (only {', '.join(FAMILIES)})")
+    scheduler = index.get("scheduler")
+    if scheduler is not None and not (
+        isinstance(scheduler, list) and len(scheduler) == 2 and all(isinstance(v, str | None) for v in scheduler)
+    ):
+        raise UserError(f"{folder}/model_index.json: scheduler: {short(scheduler)} is no library and class")
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
     present = set()
@@ -38,7 +44,7 @@ def check_index(index, folder):
         if entry == [None, None]:
             continue
         if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
-            raise UserError(f"{folder}/model_index.json: component {printable(name)}: {entry!r} is not supported")
+            raise UserError(f"{folder}/model_index.json: component {printable(name)}: {short(entry)} is not supported")
         present.add(name)
     for name in FAMILIES[kind].required:
         if name not in present:
@@ -79,11 +85,21 @@ class Folder:
         self.check_there(name)
         if self.index[name][1] == "LabelTokenizer":
             return LabelTokenizer.load(self.path / name)
-        return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).load(self.path / name)
+        if name == "tokenizer_3":
+            return T5Tokenizer.load(self.path / name)
+        encoder = self.config(name.replace("tokenizer", "text_encoder"))
+        return CLIPTokenizer.load(self.path / name, encoder.max_position_embeddings)
 
     def scheduler(self):
+        """(scheduler_config.json as a dict, where it is from). The class is the one that model_index.json names, as in diffusers."""
         path = self.path / "scheduler" / "scheduler_config.json"
-        return read_json(path), str(path)
+        raw, entry = read_json(path), self.index.get("scheduler")
+        kind, own = entry[1] if entry else None, raw.get("_class_name")
+        if kind is None or kind == own:
+            return raw, str(path)
+        if own is not None:
+            say(f"note: {self.path}: model_index.json names {printable(kind)}, which is taken; scheduler_config.json is of {short(own)}")
+        return raw | {"_class_name": kind}, str(path)
 
 
 class Component(Folder):
@@ -163,7 +179,7 @@ def load_text(path, dtype, device, projection=False):
     cfg = CLIPTextModel.Config.from_json(raw, where)
     if projection and not cfg.with_projection:
         raise UserError(f"{folder}: has no text_projection, which an MMDiT needs")
-    tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path)
+    tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path, cfg.max_position_embeddings)
     unwanted = () if cfg.with_projection else ("text_projection",)
     return weights.load(CLIPTextModel, folder, dtype, device, cfg=cfg, without=unwanted), tokenizer
 

@@ -12,19 +12,24 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_json
+from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_fields, read_json, typed
 from nanodiff.files import ASSETS, write_bytes, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = ASSETS / "clip" / "merges.txt"
+NO_LIMIT = 1 << 20  # tokens; a larger model_max_length (transformers writes 1e30) means that there is no limit
+PLAIN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}  # of a learned word
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class CLIPTokenizer:
-    """tok(["a cat"]) -> ids [[49406, 320, 2368, 49407, pad…]], each `length` long (77)."""
+    """tok(["a cat"]) -> ids [[49406, 320, 2368, 49407, pad…]], each `length` long (77).
+
+    words: {learned word: its token ids}, in the order of the first id; ids: {the backend's id of such a word: token ids}.
+    """
 
     def __init__(self, backend, pad, length=77):
-        self.backend, self.length, self.words = backend, length, {}
+        self.backend, self.length, self.words, self.ids = backend, length, {}, {}
         self.bos, self.eos, self.pad = (backend.token_to_id(t) for t in (START, END, pad))
         for token, i in ((START, self.bos), (END, self.eos), (pad, self.pad)):
             if i is None:
@@ -33,23 +38,41 @@ class CLIPTokenizer:
             backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, longest=77):
         """From a Hub `tokenizer/` folder. The pad token of special_tokens_map.json wins over tokenizer_config.json:
-        in SD 2.1 the two differ, and the model was trained with the former (`!`)."""
+        in SD 2.1 the two differ, and the model was trained with the former (`!`). longest: tokens that the text encoder takes,
+        which are the limit where the folder names none (model_max_length missing, null, or larger than any model, 1e30)."""
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-        special = folder / "special_tokens_map.json"
-        settings |= {k: v for k, v in (read_json(special) if special.exists() else {}).items() if k == "pad_token"}
-        pad = settings.get("pad_token", END)
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        length = min(int(settings.get("model_max_length", 77)), 1 << 16)
+        settings = {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                settings |= read_fields(folder / name, {"pad_token": str | dict | None, "model_max_length": float | None})
+        pad, length = settings.get("pad_token") or END, settings.get("model_max_length")
+        pad = typed(pad.get("content"), str, f"{folder}: pad_token: content") if isinstance(pad, dict) else pad
+        if length is not None and not length >= 3:
+            raise UserError(f"{folder}/tokenizer_config.json: model_max_length = {length:g} leaves no room for a word")
         if (folder / "vocab.json").exists():
             backend = _from_merges(folder)
         elif (folder / "tokenizer.json").exists():
             backend = _from_json(folder / "tokenizer.json")
         else:
             raise UserError(f"{folder}: no tokenizer (vocab.json and merges.txt, or tokenizer.json)")
-        return cls(backend, pad, length)
+        self = cls(backend, pad, longest if length is None or length > NO_LIMIT else int(length))
+        self._learn_listed(folder)
+        return self
+
+    def _learn_listed(self, folder):
+        """The learned words that a folder lists beside its vocabulary (see _listed_words): one token each. WORD with WORD_1, WORD_2, …
+        is one word of several vectors, as diffusers keeps it, and stands for all of them."""
+        listed, vocabulary = _listed_words(folder), self.backend.get_vocab(with_added_tokens=False)
+        names = {i: token for token, i in vocabulary.items()}
+        for word, i in listed.items():
+            if vocabulary.get(word, names.get(i) and -1) not in (i, None):
+                raise UserError(f"{folder}: the added token {printable(word)} has id {i}, which the vocabulary contradicts")
+        learned = {word: i for word, i in listed.items() if word not in vocabulary and word not in (START, END)}
+        for word, i in sorted(learned.items(), key=lambda pair: pair[1]):
+            more = itertools.takewhile(lambda w: w in learned, (f"{word}_{k}" for k in itertools.count(1)))
+            self._add(word, [i, *(learned[w] for w in more)])
 
     def save(self, folder):
         """Write vocab.json, merges.txt and the two settings files of a Hub `tokenizer/` folder."""
@@ -68,19 +91,35 @@ class CLIPTokenizer:
         }
         write_json(folder / "special_tokens_map.json", special)
         kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True}
+        if self.words:
+            write_json(folder / "added_tokens.json", {word: ids[0] for word, ids in self.words.items()})
+            kind["added_tokens_decoder"] = {str(ids[0]): {"content": word} | PLAIN for word, ids in self.words.items()}
         write_json(folder / "tokenizer_config.json", special | kind)
 
     def pieces(self, text):
         """Ids of a text without start, end, cut or padding; a learned word stands for all its ids."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [i for piece in ids for i in self.words.get(piece, (piece,))] if self.words else ids
+        return [i for piece in ids for i in self.ids.get(piece, (piece,))] if self.ids else ids
 
     def add_word(self, word, ids):
-        """Let `word` stand for the token ids of a learned word (textual inversion)."""
-        if self.backend.token_to_id(word) is not None:
-            raise UserError(f"learned word {printable(word)}: the tokenizer already has this word")
-        self.backend.add_tokens([AddedToken(word, normalized=False)])
-        self.words[self.backend.token_to_id(word)] = list(ids)
+        """Let `word` stand for the token ids of a learned word (textual inversion); those after the first are WORD_1, WORD_2, …
+        too, the names by which diffusers keeps them."""
+        ids, names = list(ids), [word, *(f"{word}_{k}" for k in range(1, len(ids)))]
+        if taken := [name for name in names if self.backend.token_to_id(name) is not None]:
+            raise UserError(f"learned word {printable(taken[0])}: the tokenizer already has this word")
+        for k, name in enumerate(names):
+            self._add(name, ids[k:] if k == 0 else ids[k : k + 1])
+
+    def _add(self, word, ids):
+        if self.backend.token_to_id(word) is None:
+            self.backend.add_tokens([AddedToken(word, **PLAIN)])
+        self.words[word] = self.ids[self.backend.token_to_id(word)] = ids
+
+    @property
+    def size(self):
+        """Token ids that the text encoder must have embeddings for."""
+        known = self.backend.get_vocab(with_added_tokens=False).values()
+        return 1 + max(*known, self.bos, self.eos, *(i for ids in self.words.values() for i in ids))
 
     def __call__(self, texts, length=None):
         """texts: list of str -> list of lists of `length` ids. What is cut off: see overflow()."""
@@ -93,7 +132,8 @@ class CLIPTokenizer:
         return self.decode(self.pieces(text)[(length or self.length) - 2 :])
 
     def decode(self, ids):
-        tokens = [self.backend.id_to_token(i) for i in ids if i not in (self.bos, self.eos)]
+        names = {ids[0]: word for word, ids in self.words.items()}
+        tokens = [names.get(i) or self.backend.id_to_token(i) for i in ids if i not in (self.bos, self.eos)]
         table = {c: b for b, c in _byte_characters().items()}
         text = "".join(t or "" for t in tokens).replace("</w>", " ").strip()
         return b"".join(b" " if c == " " else bytes([table[c]]) if c in table else c.encode() for c in text).decode(
@@ -241,6 +281,33 @@ def _from_json(path):
         return Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
         raise UserError(f"{path}: not a tokenizer file: {e}") from None
+
+
+def _listed_words(folder):
+    """{token: id} of a folder's tokens beside its vocabulary, from the three places where they are kept: added_tokens.json (old),
+    tokenizer_config.json's added_tokens_decoder, and tokenizer.json's added_tokens. Raises UserError where these disagree."""
+    listed = {}
+    old, config, whole = (folder / n for n in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"))
+    if old.exists():
+        listed[old] = list(read_json(old).items())
+    if config.exists():
+        decoder = read_fields(config, {"added_tokens_decoder": dict | None}).get("added_tokens_decoder") or {}
+        listed[config] = [(v.get("content") if isinstance(v, dict) else v, k) for k, v in decoder.items()]
+    if whole.exists():
+        added = read_fields(whole, {"added_tokens": list | None}).get("added_tokens") or []
+        listed[whole] = [(v.get("content"), v.get("id")) if isinstance(v, dict) else (None, None) for v in added]
+    words = {}
+    for path, pairs in listed.items():
+        for word, i in pairs:
+            i = int(i) if isinstance(i, str) and i.isascii() and i.isdigit() else i
+            if not isinstance(word, str) or not word or not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 24:
+                raise UserError(f"{path}: the added token {printable(repr(word)[:60])} has the id {printable(repr(i)[:60])}")
+            if words.setdefault(word, i) != i:
+                raise UserError(f"{path}: the added token {printable(word)} has id {i}, elsewhere in the folder {words[word]}")
+    ids = Counter(words.values())
+    if twice := [word for word, i in words.items() if ids[i] > 1]:
+        raise UserError(f"{folder}: the added tokens {', '.join(map(printable, twice[:3]))} have one id, {words[twice[0]]}")
+    return words
 
 
 def _read_merges(path):
