@@ -19,6 +19,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import types
@@ -122,10 +123,18 @@ def spreadsheet(value):
     return f"'{value}" if isinstance(value, str) and value[:1] and value[0] in "=+-@" else value
 
 
+def check_regular(path):
+    """Raise UserError for a file that is none, such as a named pipe, which would be waited for without end. A shell's <(…) is read."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(("/dev/fd/", "/proc/self/fd/"))):
+        raise UserError(f"{path}: is a pipe or a device, not a file")
+
+
 def read_json(path):
     """A JSON or TOML file as a dict. Raises UserError naming the file."""
     path = Path(path)
     try:
+        check_regular(path)
         if path.stat().st_size > JSON_SIZE_LIMIT:
             raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for a configuration file")
         if path.suffix == ".toml":

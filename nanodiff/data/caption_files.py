@@ -1,28 +1,20 @@
 """Captions of named pictures from the files that hold them: JSON {id: captions}, COCO annotations and results, CSV."""
 
-import ast
-import csv
-import io
-import json
 from pathlib import Path
 
-from nanodiff.config import JSON_SIZE_LIMIT, UserError, printable
+from nanodiff.config import UserError, printable
+from nanodiff.data import tables
 
 
 def read(path, by_file=False):
-    """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations) or a CSV (Image_Name, Title).
+    """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations) or a table (Image_Name, Title).
 
     by_file: the ids of COCO annotations are the pictures' file names, where the file has them. Raises UserError naming the file for anything else, and for an empty one."""
     path = Path(path)
-    try:
-        if path.stat().st_size > 16 * JSON_SIZE_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for captions")
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        found = _from_csv(path, text) if path.suffix == ".csv" else _from_json(path, json.loads(text), by_file)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError, csv.Error) as e:
-        raise UserError(f"{path}: not readable as {'CSV' if path.suffix == '.csv' else 'JSON'}: {e}") from None
+    if path.suffix.lower() in tables.SUFFIXES:
+        found = _from_table(path)
+    else:
+        found = _from_json(path, tables.parsed(tables.text_of(path), path), by_file)
     if not found:
         raise UserError(f"{path}: no captions in it")
     return found
@@ -55,35 +47,11 @@ def _from_json(path, value, by_file):
     return found
 
 
-def _from_csv(path, text):
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(text))
-    columns = list(reader.fieldnames or ())
-    key = next((c for c in ("Image_Name", "image_id", "image", "file_name", "id") if c in columns), None)
-    caption = next((c for c in ("Title", "caption", "text", "prediction") if c in columns), None)
-    if not key or not caption:
-        raise UserError(
-            f"{path}: no columns Image_Name and Title; it has {', '.join(map(printable, columns)) or 'none'}"
-        )
+def _from_table(path):
+    header, rows = tables.rows(path)
+    key = tables.column(None, tables.NAMES, header, path)
+    caption = tables.column(None, tables.CAPTIONS, header, path)
     found = {}
-    for row in reader:
-        title = row[caption] or ""
-        if title.lstrip().startswith("["):
-            title = titles(title, f"{path}:{reader.line_num}")
-        found.setdefault(str(row[key]), []).extend([title] if isinstance(title, str) else title)
+    for where, row in rows:
+        found.setdefault(row[key], []).extend(tables.captions_in(row[caption], where) or [""])
     return found
-
-
-def titles(text, where):
-    """A list of strings as CSVs hold it, ["…"] (JSON) or ['…'] (Python). Raises UserError for a broken one."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    try:
-        value = ast.literal_eval(text.strip()) if value is None else value
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise UserError(f"{where}: {printable(text[:60])!r} is no list of captions") from None
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise UserError(f"{where}: {printable(text[:60])!r} is no list of captions")
-    return value

@@ -26,21 +26,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanodiff.config import UserError, nearest, printable, spreadsheet, tool
-from nanodiff.data import caption_files, sources
+from nanodiff.config import UserError, printable, short, spreadsheet, tool
+from nanodiff.data import sources, tables
 from nanodiff.device import dist
 from nanodiff.files import write_bytes
 from nanodiff.output import images
 
 COLUMNS = ("Image_Name", "Title")
-NAMES = ("Image_Name", "image_name", "file_name", "image", "image_id", "id")
-CAPTIONS = ("Title", "title", "caption", "captions", "text")
+NAMES = ("Image_Name", *(n for n in tables.NAMES if n != "Image_Name"))
+CAPTIONS = ("Title", *(n for n in tables.CAPTIONS if n != "Title"))
 SOURCE = "Source_Name"
 UNKNOWN = "?"  # the source of a synthetic row that names none
-SUFFIXES = [x for s in (".jpg", ".png", ".jpeg", ".webp", ".bmp") for x in (s, s.upper())]
+SUFFIXES = [x for s in sources.SUFFIXES for x in (s, s.upper())]
 LOGGED = re.compile(
-    r"(?P<name>[^\s:,|/\\]+)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
+    r"(?P<name>[^,|/\\]+?)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
 )  # of a job's .out
+
+
+# what stands before a picture's name, which may have spaces: a time, a count, a word of the program that wrote the log
+PREFIX = re.compile(
+    r"^\s*(?:(?:\[[^\]]*\]|\(?\d+/\d+\)?|[\d:.,T-]{8,}|(?:saved?|saving|generated?|generating|wr(?:ote|iting)|written|done|info|images?|pictures?"
+    r"|files?|captions?|for|to|as|of|in|at|the)\b)[\s:=-]*)*", re.I
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -76,68 +83,37 @@ def read(path, clean=False, skip=False, captions=True):
 
 
 def _table(path, captions=True):
-    """(name, titles, source, where) of every row of a CSV."""
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(_text(path)))
-    there = [c for c in reader.fieldnames or () if c]
-    name, title = (next((c for c in some if c in there), None) for some in (NAMES, CAPTIONS))
-    for found, wanted in ((name, COLUMNS[0]), (title or not captions, COLUMNS[1])):
-        if not found:
-            raise UserError(
-                f"{path}: no column {wanted}; it has {', '.join(map(printable, there)) or 'none'}{nearest(wanted, there)}"
-            )
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if row.get(None):
-                raise UserError(
-                    f"{where}: has more columns than the first line; a text with commas needs double quotes around it"
-                )
-            if not (row[name] or "").strip():
-                raise UserError(f"{where}: no {name}")
-            text = ((row.get(title) if title else "") or "").strip()
-            listed = text[:1] == "[" and text[1:].lstrip()[:1] in ("'", '"', "]")
-            titles = [] if text == "[]" else caption_files.titles(text, where) if listed else [text]
-            yield _stem(row[name], where), titles, (row.get(SOURCE) or "").strip(), where
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: {e}") from None
+    """(name, titles, source, where) of every row of a table."""
+    header, rows = tables.rows(path)
+    name = tables.column(None, NAMES, header, path)
+    title = tables.column(None, CAPTIONS, header, path) if captions or set(CAPTIONS) & set(header) else None
+    for where, row in rows:
+        if not row[name].strip():
+            raise UserError(f"{where}: no {name}")
+        found = tables.captions_in(row[title], where) if title else ()
+        yield _stem(row[name], where), found, row.get(SOURCE, "").strip(), where
 
 
 def _logged(path):
     """(name, titles, source, where) of the lines of a job's log that name a picture and its caption; says how many others there are."""
     others = 0
-    for i, line in enumerate(_text(path, "replace").splitlines(), 1):
+    for i, line in enumerate(re.split(r"\r\n|\n|\r", tables.text_of(path)), 1):
         match = LOGGED.search(line)
         if match:
-            yield _stem(match["name"], path), [match["title"].strip().strip("'\"")], "", f"{path}:{i}"
+            yield _stem(PREFIX.sub("", match["name"]), path), [match["title"].strip().strip("'\"")], "", f"{path}:{i}"
         else:
             others += bool(line.strip())
     if others:
         dist.say(f"note: {path}: {others} lines name no picture with a caption and are not used")
 
 
-def _text(path, errors="strict"):
-    try:
-        return path.read_text(encoding="utf-8-sig", errors=errors)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 (byte {e.start}); save the file as UTF-8") from None
-
-
 def _stem(name, where):
     """A picture's name without its suffix, which stays inside its folder."""
-    name = name.strip()
+    name = tables.name_in(name.strip(), where)
     if Path(name).suffix.lower() in sources.SUFFIXES:
         name = name[: -len(Path(name).suffix)]
-    if (
-        not name
-        or Path(name).is_absolute()
-        or ".." in Path(name).parts
-        or any(len(p.encode()) > 200 for p in Path(name).parts)
-    ):
-        raise UserError(f"{where}: {printable(name[:80])!r} is no picture's name")
+    if not name or any(len(p.encode()) > 200 for p in Path(name).parts):
+        raise UserError(f"{where}: {short(name)} is no picture's name")
     return name
 
 

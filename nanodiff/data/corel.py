@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from nanodiff.config import UserError, printable, tool
+from nanodiff.data import tables
 from nanodiff.files import write_bytes
 from nanodiff.output import images
 
-NAME = re.compile(r"(\d+)_(\d+)\.(png|jpg|jpeg|bmp)", re.IGNORECASE)
+NAME = re.compile(r"(\d+)_(\d+)\.(png|jpe?g|bmp|gif|tiff?|webp|jfif)", re.IGNORECASE)
 SHOWN = 6  # pictures of a class in the overview
 
 
@@ -41,9 +42,19 @@ def prepare(data_dir, base_dir=".", output_dir="training_data/corel", figs_dir="
     source, target, figs = (Path(base_dir) / p for p in (data_dir, output_dir, figs_dir))
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
-    found = sorted((m[1], p) for p in source.rglob("*") if (m := NAME.fullmatch(p.name)))
+    made = [p.resolve() for p in (target, figs) if p.resolve() != source.resolve()]  # of an earlier run, when they lie in the source
+    here = [p for p in source.rglob("*") if tables.is_data(p.relative_to(source)) and p.is_file()]
+    here = [p for p in here if not set(made) & set(p.resolve().parents)]
+    found = sorted((m[1], p) for p in here if (m := NAME.fullmatch(p.name)))
     if not found:
         raise UserError(f"{source}: No images found (names must be CLASS_NUMBER.png, such as 0001_0042.png)")
+    others = [p for p in here if p.suffix.lower() in images.SUFFIXES and not NAME.fullmatch(p.name)]
+    if others:
+        print(f"note: {len(others)} pictures are not called CLASS_NUMBER, and left out, such as {printable(others[0])}", file=sys.stderr)
+    places = {}
+    for _, path in found:
+        if (other := places.setdefault(path.name, path)) != path:
+            raise UserError(f"{other} and {path} have one name, so one would be lost; rename one")
     names = _classes(source / "classes.txt", sorted({c for c, _ in found}))
     captions = {}
     for code, path in found:
@@ -73,13 +84,12 @@ def _classes(path, codes):
             file=sys.stderr,
         )
         return names
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: {e}") from None
+    lines = tables.lines(path)
     numbered = [re.fullmatch(r"(\d+)[\s:,;]+(.+)", line) for line in lines]
     if lines and all(numbered):
         names = {m[1].zfill(len(codes[0])): m[2] for m in numbered}
+        if len(names) < len(lines):
+            raise UserError(f"{path}: names a class twice")
     elif len(lines) == len(codes):
         names = dict(zip(codes, lines, strict=True))
     else:

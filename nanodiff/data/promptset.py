@@ -7,7 +7,6 @@ pictures to learn from are drawn of (default: the first). Lists are .txt (a prom
 `category`), or any set of pictures with captions.
 """
 
-import csv
 import itertools
 import math
 import re
@@ -16,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanodiff.config import UserError, nearest, printable, read_json
-from nanodiff.data import sources
+from nanodiff.config import UserError, nearest, printable, read_json, short
+from nanodiff.data import sources, tables
 
 COLUMNS = ("prompt", "prompts", "caption", "text", "Title")
 LISTED = "standard"  # the category of a list's prompts
@@ -86,13 +85,12 @@ def read(path, column=None):
         raise UserError(f"{path}: no such file or folder")
     if path.suffix == ".json" and isinstance(raw := read_json(path), dict) and "templates" in raw:
         return _words(raw, path)
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix.lower() in tables.SUFFIXES:
         return Lines(_table(path, column))
     if column:
         raise UserError(f"`prompt_column` is for tables, and {path} is none")
     if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        lines = [line for line in lines if line and not line.startswith("#")]
+        lines = [line for line in tables.lines(path) if not line.startswith("#")]
     else:
         lines = list(sources.load(path).captions)
     if not lines:
@@ -133,24 +131,16 @@ def _words(raw, path):
 
 
 def _table(path, column):
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: {e}") from None
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    there = [c for c in rows[0] if c]
-    name = column or next((c for c in COLUMNS if c in there), None)
-    if name not in there:
-        lacks = f"no column {printable(column)}" if column else f"none of the columns {', '.join(COLUMNS)}"
-        raise UserError(f"{path}: has {lacks}; it has {', '.join(map(printable, there))} (`prompt_column` names one)")
+    header, rows = tables.rows(path)
+    name = tables.column(column, COLUMNS, header, path, "prompt_column")
     pairs = []
-    for i, row in enumerate(rows, 2):
-        text, category = (row[name] or "").strip(), (row.get("category") or "").strip() or LISTED
+    for where, row in rows:
+        text, category = row[name].strip(), row.get("category", "").strip() or LISTED
         if not text:
-            raise UserError(f"{path}: line {i} has no {name}")
+            raise UserError(f"{where}: no {name}")
         if not FOLDER.fullmatch(category):
-            raise UserError(f"{path}: line {i}: category {printable(category)!r} cannot name a folder")
+            raise UserError(f"{where}: category {short(category)} cannot name a folder")
         pairs.append((category, text))
+    if not pairs:
+        raise UserError(f"{path}: has no rows")
     return pairs

@@ -15,33 +15,30 @@ A tar member or a listed file name is only ever a key: nothing outside the data 
     python -m nanodiff.data prepare-corel …           the Corel layout (corel.py)
 """
 
-import csv
 import functools
 import hashlib
 import io
 import json
 import os
 import re
-import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanodiff.config import UserError, nearest, printable
-from nanodiff.output.images import fit, open_image
+from nanodiff.config import UserError, printable
+from nanodiff.data import tables
+from nanodiff.device import dist
+from nanodiff.output.images import SUFFIXES, fit, open_image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TABLES = {".parquet", ".arrow"}
-JUNK = {".ds_store", "thumbs.db"}
-LISTINGS = ("metadata.jsonl", "metadata.csv", "captions.json")
-IMAGE_COLUMNS = ("file_name", "image", "Image_Name", "image_name", "file", "path")
-CAPTION_COLUMNS = ("text", "caption", "captions", "Title", "title", "prompt")
+LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "captions.json")
+BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv"}  # suffixes of what stands beside pictures and says something about them
+IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
-CAPTION_LIMIT = 16_384
-JSON_LIMIT = 1 << 30
 
 
 class Item(NamedTuple):
@@ -115,29 +112,30 @@ def load(path, captions=True, image_column=None, caption_column=None, skip=False
     raising UserError.
     """
     path, columns = str(path), (image_column, caption_column)
-    if path.endswith(".tar") or ".tar{" in path or re.search(r"\{\d+\.\.\d+\}", path):
+    suffix = Path(path).suffix.lower()
+    if suffix == ".tar" or ".tar{" in path or re.search(r"\{\d+\.\.\d+\}", path):
         items = [item for shard in _expand(path) for item in _tar_items(shard)]
     elif Path(path).is_dir():
         items = _folder_items(Path(path), columns, skip)
-    elif Path(path).suffix == ".csv" and Path(path).is_file():
+    elif suffix in tables.SUFFIXES and Path(path).is_file():
         items = _listed(Path(path), list(_csv_rows(Path(path), columns)), skip)
-    elif Path(path).suffix == ".json" and Path(path).is_file():
+    elif suffix == ".json" and Path(path).is_file():
         items = _listed(Path(path), _coco_rows(Path(path)), skip)
-    elif Path(path).suffix in TABLES and Path(path).is_file():
+    elif suffix in TABLES and Path(path).is_file():
         items = _table_items(Path(path), columns)
     else:
         raise UserError(
             f"{path}: no such folder, .tar, .csv, .json or .parquet file"
             + (" (a Hub data set must be here as files: an image folder, or its parquet files)" if "/" in path else "")
         )
-    if path.endswith((".tar", ".json")):
+    if suffix in (".tar", ".json"):
         _no_columns(path, columns)
     silent = [item.key for item in items if not item.captions]
     if captions and silent:
         listed = ", ".join(printable(k) for k in silent[:5])
         if not skip or len(silent) == len(items):
             raise UserError(f"{path}: {len(silent)} of {len(items)} pictures have no caption: {listed}")
-        print(f"warning: {path}: {len(silent)} pictures without a caption are left out: {listed}", file=sys.stderr)
+        dist.say(f"warning: {path}: {len(silent)} pictures without a caption are left out: {listed}")
         items = [item for item in items if item.captions]
     return Dataset(items, path, image_column)
 
@@ -149,71 +147,71 @@ def load(path, captions=True, image_column=None, caption_column=None, skip=False
 def _expand(pattern):
     """name-{000..009}.tar -> the ten names."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    names = [pattern]
-    if match:
-        first, last = match.groups()
-        names = [
-            pattern[: match.start()] + str(i).zfill(len(first)) + pattern[match.end() :]
-            for i in range(int(first), int(last) + 1)
-        ]
-    for name in names:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: no such file")
+    first, last = match.groups() if match else ("0", "0")
+    names = []
+    for i in range(int(first), int(last) + 1):
+        names.append(pattern[: match.start()] + str(i).zfill(len(first)) + pattern[match.end() :] if match else pattern)
+        if not Path(names[-1]).is_file():  # at once: a range may be of a hundred million
+            raise UserError(f"{printable(names[-1])}: no such file")
     return names
 
 
 def _tar_items(shard):
-    """Group the members of one shard by the name up to the first dot of its base name."""
-    found, skipped = {}, 0
+    """Group the members of one shard by the name up to the first dot of its base name. Raises UserError for two pictures, or two captions,
+    of one name: one of them would be lost, or get the other's."""
+    found, skipped = {}, Counter()
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isreg() or member.size > MEMBER_LIMIT:
-                    skipped += not member.isdir()
-                    continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 suffix = f".{suffix.lower()}"
-                skipped += suffix not in SUFFIXES | {".txt", ".json", ".cls"}
-                entry = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                if suffix in SUFFIXES:
-                    entry["image"] = (shard, member.offset_data, member.size)
-                elif suffix in (".txt", ".cls"):
-                    entry[suffix] = _clean(tar.extractfile(member).read(CAPTION_LIMIT))
-                elif suffix == ".json":
-                    entry[suffix] = _json_caption(tar.extractfile(member).read(MEMBER_LIMIT), f"{shard}: {member.name}")
-    except (tarfile.TarError, OSError, EOFError) as e:
+                if member.isdir() or not tables.is_data(member.name):
+                    continue
+                if not member.isreg() or member.issparse() or member.size > MEMBER_LIMIT:
+                    skipped["too large, or no plain file"] += 1
+                    continue
+                kind = "picture" if suffix in SUFFIXES else suffix if suffix in (".txt", ".json", ".cls") else None
+                if kind is None:
+                    skipped[suffix] += 1
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                entry, where = found.setdefault(key, {}), f"{shard}: {member.name}"
+                if kind in entry:
+                    what = "pictures" if kind == "picture" else f"{kind} members"
+                    raise UserError(f"{shard}: two {what} are called {printable(key)}: {printable(entry['names'][kind])} and {printable(member.name)}")
+                entry.setdefault("names", {})[kind] = member.name
+                if kind == "picture":
+                    entry[kind] = (shard, member.offset_data, member.size)
+                elif kind == ".json":
+                    entry[kind] = _json_caption(tar.extractfile(member).read(), where)
+                else:
+                    entry[kind] = tables.captions_in(tables.decoded(tar.extractfile(member).read(), where), where)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as e:
         raise UserError(f"{shard}: not a readable tar file: {e}") from None
-    if skipped:
-        print(f"note: {shard}: {skipped} members are no pictures or captions, or too large: not used", file=sys.stderr)
+    lost = [key for key, e in found.items() if "picture" not in e]
+    skipped |= {f"captions or labels without a picture ({printable(lost[0])})": len(lost)} if lost else {}
+    _say_left_out(shard, skipped)
     return [
-        Item(key, *e["image"], _texts(e.get(".txt") or e.get(".json")), e.get(".cls"))
+        Item(key, *e["picture"], e.get(".txt") or e.get(".json") or (), "".join(e.get(".cls", ())[:1]) or None)
         for key, e in found.items()
-        if "image" in e
+        if "picture" in e
     ]
 
 
+def _say_left_out(where, counts):
+    if counts:
+        listed = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+        dist.say(f"note: {where}: not read: {listed}")
+
+
 def _json_caption(data, where):
-    """The caption in a shard's .json member, if it has one under a usual name."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: {e}") from None
+    """The captions in a shard's .json member, if it has some under a usual name."""
+    value = tables.parsed(tables.decoded(data, where), where)
     if not isinstance(value, dict):
-        return None
-    return next((value[c] for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)), None)
-
-
-def _clean(data):
-    """Caption bytes -> text: UTF-8, byte-order mark stripped, bad bytes replaced; None when empty."""
-    text = data.decode("utf-8-sig", errors="replace").strip() if isinstance(data, bytes) else str(data).strip()
-    return text.replace("\0", "")[:CAPTION_LIMIT].encode("utf-8", errors="replace").decode() or None
-
-
-def _texts(value):
-    """A caption, a list of captions or None -> a tuple without empty ones."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(t for t in (_clean(v) for v in values if v is not None) if t)
+        return ()
+    name = next((c for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)), None)
+    return tables.captions_in(value.get(name), where)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,17 +219,35 @@ def _texts(value):
 
 
 def _pictures(root):
-    """Sorted picture files under a folder."""
-    files = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.name.lower() not in JUNK)
-    return sorted(p for p in files if not p.name.startswith("._") and p.is_file())
+    """(sorted pictures, sorted tables, listings) under a folder, and a line for what is left out."""
+    pictures, found, listings, rest = [], [], [], []
+    for folder, folders, files in os.walk(root, followlinks=False):
+        here = Path(folder)
+        folders[:] = [name for name in folders if tables.is_data(name)]
+        for name in files:
+            path = here / name
+            if not tables.is_data(name) or not path.is_file():
+                continue
+            suffix = path.suffix.lower()
+            kind = pictures if suffix in SUFFIXES else found if suffix in TABLES else listings if name in LISTINGS else rest
+            kind.append(path)
+    stems = {p.with_suffix("") for p in pictures}
+    left = Counter(
+        f"{p.suffix.lower() or p.name}{' of no picture' * (p.suffix.lower() == '.txt')}"
+        for p in rest
+        if p.suffix.lower() not in BESIDE or (p.suffix == ".txt" and p.with_suffix("") not in stems)
+    )
+    if pictures and found:
+        left["tables beside pictures"] += len(found)
+    _say_left_out(root, left if pictures else {})
+    return sorted(pictures), sorted(found), sorted(listings)
 
 
 def _folder_items(root, columns, skip):
-    files = _pictures(root)
-    tables = sorted(p for p in root.rglob("*") if p.suffix in TABLES)
-    if tables and not files:
-        return [item for table in tables for item in _table_items(table, columns)]
-    captions = _listed_captions(root, columns)
+    files, found, listings = _pictures(root)
+    if found and not files:
+        return [item for table in found for item in _table_items(table, columns)]
+    captions = _listed_captions(root, listings, columns)
     if not captions:
         _no_columns(root, columns)
     items = []
@@ -239,7 +255,7 @@ def _folder_items(root, columns, skip):
         key = path.relative_to(root).as_posix()
         texts = captions.pop(key, ())
         if not texts and (text := path.with_suffix(".txt")).is_file():
-            texts = _texts(text.read_bytes()[:CAPTION_LIMIT])
+            texts = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
         label = key.split("/")[0] if "/" in key else None
         items.append(Item(key, str(path), 0, path.stat().st_size, texts, label))
     if captions:
@@ -260,15 +276,15 @@ def _absent(where, names, skip):
     listed = ", ".join(printable(k) for k in names[:5])
     if not skip:
         raise UserError(f"{where}: {len(names)} captions name a picture that is not there: {listed}")
-    print(f"warning: {where}: {len(names)} captions without a picture are left out: {listed}", file=sys.stderr)
+    dist.say(f"warning: {where}: {len(names)} captions without a picture are left out: {listed}")
 
 
-def _listed_captions(root, columns):
-    """{relative file name: captions} from metadata.jsonl, metadata.csv or captions.json, anywhere under the root."""
+def _listed_captions(root, listings, columns):
+    """{relative file name: captions} from the listings (LISTINGS) of a folder and those below it."""
     found = {}
-    for listing in sorted(p for name in LISTINGS for p in root.rglob(name)):
+    for listing in listings:
         base = listing.parent.relative_to(root)
-        rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[listing.suffix]
+        rows = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[listing.suffix]
         for where, name, texts in rows(listing, columns):
             key = (base / name).as_posix()
             if key in found:
@@ -285,60 +301,21 @@ def _inside(root, path, where):
         raise UserError(f"{where}: {printable(path)} is outside the data folder")
 
 
-def _name(value, where):
-    """A listed file name, relative and without steps upwards."""
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: no file_name")
-    if Path(value).is_absolute() or ".." in Path(value).parts:
-        raise UserError(f"{where}: {printable(value)} is outside the data folder")
-    return value
-
-
-def _text_of(path):
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for a listing")
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-
-
-def _column(given, usual, there, where, what):
-    """The column to read. Raises UserError naming those that are there."""
-    found = [given] if given in there else [c for c in usual if c in there] if given in (None, *usual) else []
-    if not found:
-        wanted = printable(given) if given else " or ".join(usual)
-        flag = f"--{what}-column"
-        raise UserError(
-            f"{where}: no column {wanted}; it has {', '.join(map(printable, there))} ({flag}){nearest(wanted, there)}"
-        )
-    return found[0]
-
-
 def _csv_rows(path, columns):
     """(where, file name, captions) of every row."""
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(_text_of(path)))
-    there = [c for c in reader.fieldnames or () if c]
-    image = _column(columns[0], IMAGE_COLUMNS, there, path, "image")
-    caption = _column(columns[1], CAPTION_COLUMNS, there, path, "caption")
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            yield where, _name(row[image], where), _texts(row[caption])
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: {e}") from None
+    there, rows = tables.rows(path)
+    image = tables.column(columns[0], IMAGE_COLUMNS, there, path, "image_column")
+    caption = tables.column(columns[1], CAPTION_COLUMNS, there, path, "caption_column")
+    for where, row in rows:
+        yield where, tables.name_in(row[image], where), tables.captions_in(row[caption], where)
 
 
 def _jsonl_rows(path, columns):
-    for n, line in enumerate(_text_of(path).split("\n"), 1):
+    for n, line in enumerate(tables.text_of(path).split("\n"), 1):
         where = f"{path}:{n}"
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: {e}") from None
+        row = tables.parsed(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: no JSON object")
         if columns[0] and columns[0] not in (*row, *IMAGE_COLUMNS):
@@ -347,38 +324,40 @@ def _jsonl_rows(path, columns):
         caption = next((c for c in ((columns[1],) if columns[1] else CAPTION_COLUMNS) if c in row), None)
         if columns[1] and caption is None:
             raise UserError(f"{where}: no {columns[1]}; it has {', '.join(map(printable, row))} (`caption_column`)")
-        yield where, _name(row.get(image), where), _texts(row.get(caption) if caption else None)
+        yield where, tables.name_in(row.get(image), where), tables.captions_in(row.get(caption) if caption else None, where)
 
 
 def _json_rows(path, columns):
-    try:
-        pairs = json.loads(_text_of(path)).items()
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: {e}") from None
-    for name, value in pairs:
-        yield str(path), _name(name, path), _texts(value)
+    value = tables.parsed(tables.text_of(path), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object {{file: caption}}, found {type(value).__name__}")
+    for name, captions in value.items():
+        yield str(path), tables.name_in(name, path), tables.captions_in(captions, f"{path}: {printable(name)}")
 
 
 def _coco_rows(path):
     """Rows of a COCO annotation file, or of a captions.json that is given by itself."""
+    value = tables.parsed(tables.text_of(path), path)
+    if not isinstance(value, dict) or "annotations" not in value:
+        return list(_json_rows(path, None))
     try:
-        value = json.loads(_text_of(path))
-        if "annotations" not in value:
-            return list(_json_rows(path, None))
         names, texts = {i["id"]: i["file_name"] for i in value["images"]}, {}
         for note in value["annotations"]:
             texts.setdefault(note["image_id"], []).append(note["caption"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a COCO annotation file: {type(e).__name__} {e}") from None
+    if len(names) < len(value["images"]):
+        twice = next(i for i, n in Counter(i["id"] for i in value["images"]).items() if n > 1)
+        raise UserError(f"{path}: two images have the id {printable(twice)}")
     if strange := [i for i in texts if i not in names]:
         raise UserError(f"{path}: {len(strange)} annotations are of pictures that are not in it: {strange[:5]}")
-    return [(str(path), _name(name, path), _texts(texts.get(i))) for i, name in names.items()]
+    return [(str(path), tables.name_in(name, path), tables.captions_in(texts.get(i), f"{path}: {i}")) for i, name in names.items()]
 
 
 def _listed(listing, rows, skip):
     """Items of a listing whose pictures are searched beside it: by path, else by name or stem in any folder there."""
     root, by_name = listing.parent, {}
-    for path in _pictures(root):
+    for path in _pictures(root)[0]:
         for name in (path.relative_to(root).as_posix(), path.name, path.stem):
             by_name.setdefault(name, []).append(path)
     items, absent, seen = {}, [], {}
@@ -442,15 +421,15 @@ def _names(path):
 def _table_items(path, columns):
     """A row a picture; its bytes stay in the file until they are asked for."""
     there = _names(str(path))
-    _column(columns[0], IMAGE_COLUMNS, there, path, "image")
-    caption = next((c for c in ((columns[1],) if columns[1] else CAPTION_COLUMNS) if c in there), None)
-    if columns[1] and caption is None:
-        _column(columns[1], CAPTION_COLUMNS, there, path, "caption")
+    tables.column(columns[0], IMAGE_COLUMNS, there, path, "image_column")
+    caption = None
+    if columns[1] or set(CAPTION_COLUMNS) & set(there):
+        caption = tables.column(columns[1], CAPTION_COLUMNS, there, path, "caption_column")
     if caption is None:
         rows = _count(str(path))
         return [Item(f"{path.name}:{i}", str(path), i, -1) for i in range(rows)]
     texts = _table(str(path), [caption]).column(caption).to_pylist()
-    return [Item(f"{path.name}:{i}", str(path), i, -1, _texts(t)) for i, t in enumerate(texts)]
+    return [Item(f"{path.name}:{i}", str(path), i, -1, tables.captions_in(t, f"{path}: row {i}")) for i, t in enumerate(texts)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -479,7 +458,7 @@ def _starts(path):
 
 
 def _row_bytes(item, column):
-    column = _column(column, IMAGE_COLUMNS, _names(item.path), item.path, "image")
+    column = tables.column(column, IMAGE_COLUMNS, _names(item.path), item.path, "image_column")
     group = int(np.searchsorted(_starts(item.path), item.offset, side="right")) - 1
     first, values = _group(item.path, column, group)
     value = values[item.offset - first].as_py()

@@ -24,7 +24,7 @@ def check(path, image_column=None, caption_column=None):
             faults.append(f"unreadable: {e}")
             continue
         sizes[image.size] = sizes.get(image.size, 0) + 1
-        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         if digest in hashes:
             faults.append(f"duplicate: {key} has the pixels of {hashes[digest]}")
         hashes.setdefault(digest, key)

@@ -526,7 +526,7 @@ def rescheduled(schedule, name, **more):
     """The model's schedule under another sampler (None: its own) and with `more` fields changed: its betas and
     prediction type stay (see Schedule.from_config)."""
     if name is None:
-        return type(schedule).from_config(schedule.raw, schedule.kind, **more)
+        return Schedule.from_config(schedule.raw, schedule.kind, **of(schedule).fields | more)
     check_name(name)
     kind, fields = SAMPLERS[name].kind, SAMPLERS[name].fields
     if schedule.flow != (SPACES[kind] == "flow"):
@@ -535,7 +535,9 @@ def rescheduled(schedule, name, **more):
     if schedule.raw.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in DEFAULTS[kind]:
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
     raw = {k: v for k, v in schedule.raw.items() if k != OWN}
-    return type(schedule).from_config(raw, kind, **fields | more)
+    found = Schedule.from_config(raw, kind, **fields | more)
+    found.raw = raw | more | {k: v for k, v in fields.items() if k == OWN}  # what a sampler sets is its own: the next one has other fields
+    return found
 
 
 def schedule_of(raw, where, name=None):
@@ -545,10 +547,10 @@ def schedule_of(raw, where, name=None):
     kind = raw.get("_class_name")
     if name is None or kind in DEFAULTS or not isinstance(kind, str):
         return rescheduled(Schedule.from_config(raw, where=where), name)
-    row = SAMPLERS[name]
-    if kind.startswith("FlowMatch") != (SPACES[row.kind] == "flow"):
+    other = SAMPLERS[name].kind
+    if kind.startswith("FlowMatch") != (SPACES[other] == "flow"):
         raise UserError(f"`scheduler` {name}: {where} has {printable(kind)}, which is of another space")
-    return Schedule.from_config(raw, row.kind, where, **row.fields)
+    return rescheduled(Schedule.from_config(raw | {"_class_name": other}, where=where), name)
 
 
 def check_name(name):

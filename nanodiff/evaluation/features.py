@@ -115,7 +115,7 @@ def find(what, folder, allow_pickle=False):
         dist.say(
             f"warning: {path}: SHA-256 {digest[:8]}…, the published file's begins {begins}: other weights, other numbers"
         )
-    tensors = weights.load_pickle(path) if pickled else weights.load_tensors(path)
+    tensors = weights.as_weights(weights.load_pickle(path) if pickled else weights.load_tensors(path), path)
     return tensors, {"weights": path.name, "weights_sha256": digest, "published": known}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.data import caption_files
+from nanodiff.data import caption_files, tables
 from nanodiff.device import dist
 from nanodiff.evaluation import features, metrics
 from nanodiff.output import report
@@ -313,19 +313,16 @@ def prompts_for(dataset, path=None):
 def prompts_in(path):
     """The prompts of a file, in its order: lines of text, or the first captions of a .json or .csv. Raises UserError."""
     path = Path(path)
-    if path.suffix in (".json", ".csv"):
+    if path.suffix.lower() in (".json", *tables.SUFFIXES):
         return [texts[0] for texts in caption_files.read(path).values()]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"`prompts` {path}: {e}") from None
+    lines = tables.lines(path)
     if not lines:
         raise UserError(f"`prompts` {path}: no prompts in it")
     return lines
 
 
 def _prompts_from(dataset, path):
-    if path.suffix not in (".json", ".csv"):
+    if path.suffix.lower() not in (".json", *tables.SUFFIXES):
         lines = prompts_in(path)
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")

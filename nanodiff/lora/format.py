@@ -8,7 +8,7 @@ dialect could give to each of *our* modules is generated, and a file's keys are 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class Lora:
     name: str
     deltas: list
     skipped: list
+    words: dict = field(default_factory=dict)  # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
 
 
 def names_of(models):

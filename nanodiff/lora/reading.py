@@ -18,9 +18,10 @@ from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Del
 from nanodiff.weights import original_names
 
 
-def read(path, models, allow_partial=False):
-    """A Lora for `models` ({component: module}). Raises UserError for keys that none of them knows (unless
-    allow_partial, then each is said), for shapes that do not fit, for methods that are no LoRA."""
+def read(path, models, allow_partial=False, words=False):
+    """A Lora for `models` ({component: module}). words: the caller teaches the text encoders the learned words that come with it.
+    Raises UserError for keys that none of the models knows (unless allow_partial, then each is said), for shapes that do not fit,
+    for methods that are no LoRA, and for learned words that nobody would learn."""
     path = Path(path)
     if inside := [
         n for n in models if (path / n / "adapter_model.safetensors").exists()
@@ -32,9 +33,12 @@ def read(path, models, allow_partial=False):
         raise UserError(
             f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT `allow_pickle``"
         )
-    tensors, metadata = weights.load_tensors(file), weights.metadata(file)
+    tensors, metadata = weights.load_weights(file), weights.metadata(file)
     for model in models.values():  # their layers' shapes are asked for
         onednn.undo(model)
+    bundled = bundled_words(tensors, file)
+    if bundled and not words:
+        raise UserError(f"{file}: carries the learned words {', '.join(map(printable, bundled))}, which would be lost here")
     groups, strange = grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent = [], list(strange)
@@ -66,7 +70,21 @@ def read(path, models, allow_partial=False):
         print(
             f"warning: {file.name}: {len(absent)} layers left out: {', '.join(map(printable, absent))}", file=sys.stderr
         )
-    return Lora(file.name, deltas, absent)
+    return Lora(file.name, deltas, absent, bundled)
+
+
+def bundled_words(tensors, file):
+    """{word: {"clip_l", "clip_g" or "": vectors [n, D]}} of the learned words in a LoRA file, taken out of its tensors: keys
+    `bundle_emb.WORD.clip_l` (OneTrainer, kohya) and `bundle_emb.WORD.string_to_param.*` (A1111). Raises UserError."""
+    words = {}
+    for key in [k for k in tensors if k.startswith("bundle_emb.")]:
+        match = re.fullmatch(r"bundle_emb\.(.+)\.(clip_l|clip_g|string_to_param\.\*|emb_params)", key)
+        vectors = tensors.pop(key)
+        vectors = vectors[None] if vectors.dim() == 1 else vectors
+        if not match or vectors.dim() != 2 or not torch.isfinite(vectors).all():
+            raise UserError(f"{file}: {printable(key)} {list(vectors.shape)} is no learned word (finite vectors [n, width])")
+        words.setdefault(match[1], {})[match[2] if match[2].startswith("clip") else ""] = vectors
+    return words
 
 
 def file_of(path):

@@ -27,13 +27,13 @@ def models_for(path, model=None):
     """({component: module without weights}, Lora) of a file. Without a model, the released one whose layers all fit it."""
     if model:
         models = skeletons(model)
-        return models, reading.read(path, models)
+        return models, reading.read(path, models, words=True)
     reasons = {}
     for family in families.KNOWN:
         known = Known(family, pipeline.BUILDERS)
         models = {n: weights.skeleton(known.builder(n), known.config(n)) for n in NETWORKS if n in known.parts}
         try:
-            return models, reading.read(path, models)
+            return models, reading.read(path, models, words=True)
         except UserError as e:
             reasons[family] = str(e)
     if len(set(reasons.values())) == 1:  # the file itself is at fault
@@ -50,11 +50,15 @@ def models_for(path, model=None):
 def inspect(path, model=None):
     """Print every layer with its shapes, rank and alpha, and how strong other programs take the file to be."""
     file = reading.file_of(path)
-    groups, strange = reading.grouped(weights.load_tensors(file), file)
+    tensors = weights.load_weights(file)
+    words = reading.bundled_words(tensors, file)
+    groups, strange = reading.grouped(tensors, file)
     for name, parts in groups.items():
         facts = [f"{k} {list(parts[k].shape)}" for k in (format.DOWN, format.UP) if k in parts]
         facts += [f"alpha {float(parts['alpha']):g}"] if "alpha" in parts else []
         print(printable(name), ", ".join(facts))
+    for word, vectors in words.items():
+        print(f"learned word: {printable(word)}, " + ", ".join(f"{k} {list(v.shape)}".strip() for k, v in vectors.items()))
     for key in strange:
         print(f"unknown: {printable(key)}")
     try:
@@ -76,6 +80,8 @@ def inspect(path, model=None):
 def convert(source, target, form, model=None):
     """Translate a file. Names change, numbers do not."""
     models, found = models_for(source, model)
+    if found.words:
+        raise UserError(f"{source}: carries the learned words {', '.join(map(printable, found.words))}, which no other form has a place for")
     kept = weights.metadata(reading.file_of(source))
     facts = {
         k.removeprefix("ss_"): v
@@ -93,7 +99,9 @@ def merge(model, loras, target):
     sd = pipeline.load(model, None)
     for text in loras:
         path, scale = reading.parse(text)
-        found = reading.read(path, sd.models())
+        found = reading.read(path, sd.models(), words=True)
+        for word, vectors in found.words.items():
+            print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
         running.fuse(sd.models(), found, scale, keep=False)
         print(f"{found.name}: {len(found.deltas)} layers, scale {scale:g}")
     sd.save(target)
@@ -149,7 +157,7 @@ def _nearest(component, module, difference, rank):
 def verify(a, b, model=None, tolerance=1e-6):
     """Compare what two files add to each layer. Prints the largest relative difference; the exit code is 1 above the tolerance."""
     models, first = models_for(a, model)
-    changes = [_changes(found) for found in (first, reading.read(b, models))]
+    changes = [_changes(found) for found in (first, reading.read(b, models, words=True))]
     worst, where = 0.0, None
     for target in dict.fromkeys(k for c in changes for k in c):
         x, y = (c.get(target) for c in changes)
@@ -164,8 +172,8 @@ def verify(a, b, model=None, tolerance=1e-6):
 
 
 def _changes(found):
-    """{(component, module): what is added to the weight [out, …]} in fp64."""
-    out = {}
+    """{(component, module): what is added to the weight [out, …]} in fp64, and {("learned word", word, encoder): vectors}."""
+    out = {("learned word", w, k): v.double() for w, vectors in found.words.items() for k, v in vectors.items()}
     for d in found.deltas:
         change = (d.up.double().flatten(1) @ d.down.double().flatten(1)) * d.scale
         out[d[:2]] = out[d[:2]] + change if d[:2] in out else change

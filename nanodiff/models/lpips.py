@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.weights import PICKLES, load_pickle, load_tensors
+from nanodiff.weights import PICKLES, as_weights, load_pickle, load_weights
 
 WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 TAPS = (3, 8, 15, 22, 29)  # after these ReLUs
@@ -72,7 +72,8 @@ class LPIPS(nn.Module):
 
 def load_vgg(path, allow_pickle=False):
     """VGG16 from a file with torchvision's names, frozen. Raises UserError when it is another network's."""
-    tensors = load_pickle(path) if allow_pickle and str(path).endswith(tuple(PICKLES)) else load_tensors(path)
+    pickled = allow_pickle and str(path).endswith(tuple(PICKLES))
+    tensors = as_weights(load_pickle(path), path) if pickled else load_weights(path)
     return fill(VGG16(), {k: v for k, v in tensors.items() if k.startswith("features.")}, path)
 
 
@@ -80,7 +81,7 @@ def load_lpips(vgg, lins):
     """LPIPS from VGG16's file and that of the linear layers, frozen."""
     model = LPIPS()
     model.vgg = load_vgg(vgg)
-    tensors = load_tensors(lins)
+    tensors = load_weights(lins)
     fill(model.lins, {f"{i}.weight": tensors.get(f"lin{i}.model.1.weight") for i in range(5)}, lins)
     return model.eval().requires_grad_(False)
 

@@ -6,33 +6,57 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, check_regular, printable
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold; beyond it an image is a decompression bomb
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP"]
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
+# of picture files, those that FORMATS read, in the order in which they are looked for
+SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".ppm", ".pgm", ".pnm",
+            *([".avif"] if "AVIF" in FORMATS else []))  # fmt: skip
 CHUNK = "nanodiff"  # our PNG text chunk: the truth; "parameters" beside it is for display in other tools
 FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def open_image(source, name=None):
-    """A file (path or binary stream) as an RGB PIL image, EXIF orientation applied, transparency on white."""
+def open_image(source, name=None, background="white"):
+    """A file (path or binary stream) as an RGB PIL image: EXIF orientation applied, transparency on `background`, of an animation the
+    first frame. Raises UserError naming the file."""
     name = name or source
     try:
+        if isinstance(source, str | Path):
+            check_regular(source)
         image = Image.open(source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{name}: {image.width}x{image.height} pixels are too many")
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.info.get("transparency")
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = _of_16_bits(image, clear)
+        elif image.mode == "F":
+            raise UserError(f"{name}: has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
+        elif image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+            raise UserError(f"{name}: has 16 bits a colour and a transparent one, which is read as another; save it with 8 bits")
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not a readable image: of no known format ({', '.join(FORMATS)})") from None
     except FAULTS as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
         raise UserError(f"{name}: not a readable image: {reason}") from None
+
+
+def _of_16_bits(image, clear):
+    """A grey picture of 16 bits as one of 8, with alpha where a value is said to be transparent (a PNG's tRNS)."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"values from {values.min()} to {values.max()}, expected 0 to 65535")
+    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def fit(image, width, height):

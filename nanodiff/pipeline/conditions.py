@@ -209,7 +209,10 @@ class Conditions:
 
     def learn(self, path, allow_pickle=False):
         """Teach the text encoders the word of a textual-inversion file; returns the word. Raises UserError."""
-        name, vectors = prompt.load_embedding(path, allow_pickle)
+        return self.learn_word(*prompt.load_embedding(path, allow_pickle), path)
+
+    def learn_word(self, name, vectors, path):
+        """Teach the text encoders a word: {"clip_l", "clip_g" or "" (of the only one): vectors [n, D]}; path: where it is from, for errors."""
         clips = {"clip_l": 0, "clip_g": 1, "": 0}
         for key, value in vectors.items():
             i = clips[key]

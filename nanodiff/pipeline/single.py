@@ -179,7 +179,7 @@ class Single:
             where, form = self._where(key, name, cfg)
             if where not in self.shapes:
                 raise UserError(f"{self.path}: misses tensor {where}{nearest(where, self.shapes)}")
-            tensor = ours(self._tensor(where), form)
+            tensor = ours(weights.as_weight(self._tensor(where), where, self.path), form)
             if tensor.shape != want.shape:
                 raise UserError(
                     f"{self.path}: {where} has shape {list(self.shapes[where])}, a {self.family} model has another "
@@ -223,7 +223,7 @@ def load_vae(path, cfg, cls, dtype, device):
             raise UserError(
                 f"{path}: misses tensor {prefix}{theirs}; it is no VAE of this model{nearest(theirs, shapes)}"
             )
-        tensor = ours(file.get_tensor(where), form)
+        tensor = ours(weights.as_weight(file.get_tensor(where), where, path), form)
         if tensor.shape != want.shape:
             raise UserError(f"{path}: {where} has shape {list(shapes[where])}, this model's VAE has {list(want.shape)}")
         state[key] = placed(tensor, device, dtype)

@@ -12,7 +12,7 @@ import torch
 
 from nanodiff import data
 from nanodiff.config import UserError, printable
-from nanodiff.data import captionset
+from nanodiff.data import captionset, tables
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
 from nanodiff.evaluation import caption_scores, features, image_sets, textmetrics
@@ -310,7 +310,7 @@ def to_tell(cfg):
     """[Row] of --infer-image-path. Raises UserError."""
     path = Path(cfg.infer_image_path)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES and tables.is_data(p.name))
         if not files:
             raise UserError(
                 f"--infer-image-path {path}: no pictures in it (looked for {', '.join(sorted(data.SUFFIXES))})"
@@ -318,7 +318,7 @@ def to_tell(cfg):
         return [captionset.Row(p.name, (), str(p)) for p in files]
     if not path.is_file():
         raise UserError(f"--infer-image-path {path}: no such file or folder")
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in tables.SUFFIXES:
         return captionset.located(
             captionset.read(path, captions=False), cfg.image_path or [path.parent / "images"], cfg.skip_bad
         )

@@ -320,7 +320,7 @@ def load(path, dtype, device, language=None, vision=None, token=None):
     if settings.vision_model:
         settings.vision_model = vision or settings.vision_model
     net = base(settings, dtype, device, token, folder)
-    tensors = weights.load_tensors(folder / "projector.safetensors")
+    tensors = weights.load_weights(folder / "projector.safetensors")
     shapes = {k: tuple(v.shape) for k, v in net.projector.state_dict().items()}
     try:
         weights.check_names(shapes, {k: tuple(v.shape) for k, v in tensors.items()}, folder / "projector.safetensors")

@@ -8,7 +8,7 @@ import torch
 
 from nanodiff import pipeline
 from nanodiff.config import UserError, as_dict, printable
-from nanodiff.data import captionset
+from nanodiff.data import captionset, tables
 from nanodiff.data.promptset import names_in
 from nanodiff.device import choice, dist
 from nanodiff.files import out_dir
@@ -169,7 +169,7 @@ def template_of(cfg):
     if cfg.template is None:
         return None
     path = Path(cfg.template)
-    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".txt" and path.is_file() else cfg.template
+    text = tables.text_of(path) if path.suffix == ".txt" and path.is_file() else cfg.template
     names = names_in(text)
     if strange := [n for n in names if n not in ("caption", "n", "low", "high", "first")]:
         raise UserError(

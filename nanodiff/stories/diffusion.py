@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanodiff import lora
 from nanodiff.config import UserError
+from nanodiff.data import tables
 from nanodiff.device import choice, dist
 from nanodiff.training import build, teach
 from nanodiff.training.options import under
@@ -36,7 +37,7 @@ def prompts_of(cfg, sd, dataset):
             path = Path(under(cfg.base_dir, prompt))
             if not path.is_file():
                 raise UserError(f"--sample-prompts {prompt}: no such file")
-            given += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            given += tables.lines(path)
         else:
             given.append(prompt)
     if cfg.condition == "labels":

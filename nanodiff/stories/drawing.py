@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, as_dict, from_mapping, printable
+from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
 from nanodiff.output import images
@@ -39,18 +40,11 @@ def prompts_of(cfg, optional=False):
     """The prompts; [] where none is given and they are optional (some models draw without)."""
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
-        try:
-            text = Path(cfg.prompts_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--prompts-file {cfg.prompts_file}: {e}") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += tables.lines(cfg.prompts_file)
     if not prompts:
         if optional and cfg.model:
             return []
         raise UserError('--prompt is required, such as --prompt "red apple"')
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UserError("--prompt is empty")
     return [p.encode("utf-8", "replace").decode() for p in prompts]  # bytes of the command line that are no UTF-8
 
 
@@ -124,7 +118,7 @@ def inputs(cfg, sd):
             "strength": 0.8 if cfg.strength is None else cfg.strength,
         }
     if cfg.mask:
-        mask = images.open_image(cfg.mask).convert("L")
+        mask = images.open_image(cfg.mask, background="black").convert("L")  # what is transparent is not masked
         if mask.size != picture.size:
             raise UserError(
                 f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
@@ -154,6 +148,7 @@ def load(cfg, record, device, src=None):
             offload=cfg.offload,
             quantized=cfg.quantize,
             no_t5=not cfg.t5,
+            scheduler=cfg.scheduler,
             name=cfg.model or EMBEDDED,
         )
         if cfg.vae_checkpoint:
@@ -173,7 +168,9 @@ def load(cfg, record, device, src=None):
         sd.loras = []
         for text in cfg.lora:
             path, scale = lora.parse(text)
-            found = lora.read(path, sd.models(), cfg.allow_partial)
+            found = lora.read(path, sd.models(), cfg.allow_partial, words=True)
+            for word, vectors in found.words.items():
+                print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
             if cfg.lora_fuse:
                 lora.fuse(sd.models(), found, scale * cfg.lora_scale, keep=False)
             else:
@@ -207,7 +204,7 @@ def tiny_decoder(path, sd, device):
     """f(latents) -> pixels of a TAESD decoder for this model's latents."""
     path = Path(path)
     file = weights.find_files(path)[0] if path.is_dir() else path
-    model = taesd.from_state(weights.load_tensors(file), "decoder", file)
+    model = taesd.from_state(weights.load_weights(file), "decoder", file)
     channels, wanted = model[1].in_channels, sd.net.cfg.in_channels
     if channels != wanted:
         raise UserError(f"{file}: TAESD for latents of {channels} channels, this model's have {wanted}")

@@ -130,7 +130,7 @@ def draw(cfg, record, device):
     """Draw the prompts' pictures into OUTPUT_DIR/generated. Returns the folder, and the facts of how they were drawn."""
     lines = dist.on_main(image_sets.prompts_in, cfg.prompts)
     dtype = choice.pick_dtype(cfg.dtype or "auto", device)
-    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device).with_scheduler(cfg.scheduler)
+    sd = dist.together(pipeline.load, cfg.model or EMBEDDED, dtype, device, scheduler=cfg.scheduler)
     how = gallery.settings(sd, cfg.model or "embedded", cfg.steps, cfg.guidance_scale)
     every = [prompt for prompt in lines for _ in range(cfg.num_images or 1)]
     jobs = [gallery.Job(f"{i:05d}.png", prompt, (cfg.draw_seed or 0) + i) for i, prompt in enumerate(every)]

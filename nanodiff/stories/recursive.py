@@ -24,7 +24,7 @@ from nanodiff.training.options import listed
 def read_captions(path, n):
     """[(id, caption)] of the first n pictures by ascending id: of COCO annotations, or of a data set with captions."""
     path = Path(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         found = {k: v[0] for k, v in caption_files.read(path).items()}
         ids = sorted(found, key=lambda k: (not k.isdecimal(), int(k) if k.isdecimal() else 0, k))
     else:
@@ -86,9 +86,8 @@ class Study:
 def draw(study, k, captions, device):
     """The pictures of generation k, and a listing of them, by which they are a data set."""
     cfg, folder, jobs = study.cfg, study.pictures(k), jobs_of(captions)
-    sd = dist.together(pipeline.load, study.model(k), choice.pick_dtype("auto", device), device).with_scheduler(
-        cfg.scheduler
-    )
+    dtype = choice.pick_dtype("auto", device)
+    sd = dist.together(pipeline.load, study.model(k), dtype, device, scheduler=cfg.scheduler)
     how = gallery.settings(sd, Path(study.model(k)).name, cfg.steps, study.scale, cfg.resolution, cfg.resolution)
     failed = gallery.draw(sd, jobs, folder, how, cfg.draw_batch_size, what=f"generation {k}")
     lines = [
@@ -218,9 +217,8 @@ def grid(cfg):
             if k and not (study.model(k) / "model_index.json").is_file():
                 raise UserError(f"{study.model(k)}: is not there, so generation {k} cannot draw")
             # generation k's pictures are drawn by its model: of generation 0 the one that all begin with
-            sd = dist.together(pipeline.load, study.model(k), choice.pick_dtype("auto", device), device).with_scheduler(
-                cfg.scheduler
-            )
+            dtype = choice.pick_dtype("auto", device)
+            sd = dist.together(pipeline.load, study.model(k), dtype, device, scheduler=cfg.scheduler)
             made = sd.generate(
                 cfg.prompt,
                 seeds=[cfg.prompt_seed],

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nanodiff.config import UserError, printable
-from nanodiff.weights import load_pickle, load_tensors
+from nanodiff.weights import as_weights, load_pickle, load_weights
 
 BACKTRACK = 20  # a chunk ends at its last comma when that is at most so many tokens back
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -154,9 +154,9 @@ def load_embedding(path, allow_pickle=False):
     if path.suffix in (".pt", ".bin"):
         if not allow_pickle:
             raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
-        state = load_pickle(path, inside="string_to_param")
+        state = as_weights(load_pickle(path, inside="string_to_param"), path)
     else:
-        state = load_tensors(path)
+        state = load_weights(path)
     state = {k: v[None] if v.dim() == 1 else v for k, v in state.items()}
     if any(v.dim() != 2 or not v.is_floating_point() or not torch.isfinite(v).all() for v in state.values()):
         raise UserError(f"{path}: not a learned word (expected finite vectors [n, width])")

@@ -4,15 +4,18 @@ know other people's names."""
 from nanodiff.weights.loading import RENAMES, check_names, load, read_all, renamed, save, skeleton
 from nanodiff.weights.safetensors import (
     PICKLES,
+    as_weight,
+    as_weights,
     check_file,
     find_files,
     header,
     load_pickle,
     load_tensors,
+    load_weights,
     metadata,
     open_file,
     save_tensors,
 )
 
-__all__ = ["PICKLES", "RENAMES", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "metadata",
+__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata",
            "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton"]  # fmt: skip

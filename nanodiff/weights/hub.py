@@ -10,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from nanodiff.config import UserError, printable, read_json
+from nanodiff.config import UserError, printable, read_fields, read_json
+from nanodiff.weights.safetensors import variants
 
 ALIASES = {  # the names of the source study, with or without their owner
     name: f"stabilityai/{name}"
@@ -107,17 +108,20 @@ def download(name, revision=None, token=None, variant=None, skip=()):
         # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.
         index = ["model_index.json"]
         folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=index, local_files_only=True))
-        missing = incomplete(folder, skip)
+        missing = incomplete(folder, skip, variant)
         if not missing:
             return folder
+        usable = not incomplete(folder, skip)  # in another variant, which find_files() says
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
-        missing = "it is not in the cache"
+        missing, usable = "it is not in the cache", False
     except errors.HFValidationError as e:
         raise UserError(f"{printable(name)}: {e}") from None
+    if constants.HF_HUB_OFFLINE and usable:
+        return folder
     if constants.HF_HUB_OFFLINE:
         cache = constants.HF_HUB_CACHE
         raise UserError(f"{name}: offline, and {missing} ({cache}); run `hf download {name}` with a network{mirror}")
-    print(f"downloading {name}", file=sys.stderr)
+    print(f"downloading {name}" + (f" ({missing})" if usable else ""), file=sys.stderr)
     try:
         files = choose(hub.list_repo_files(name, revision=revision, token=token or None), variant, skip)
         folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=files, token=token or None))
@@ -132,6 +136,9 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
+        if usable:
+            print(f"note: {name}: {missing}, and the Hub is not reachable ({type(e).__name__})", file=sys.stderr)
+            return folder
         raise UserError(f"{name}: not in the cache and not reachable ({type(e).__name__}){mirror}") from None
     if missing := incomplete(folder, skip):
         raise UserError(f"{folder}: {missing}")
@@ -182,22 +189,14 @@ def choose(files, variant=None, skip=()):
         chosen += [f for f in mine if f == f"{component}/config.json"]
         if component in skip:
             continue
-        sets = {v: [f for f in mine if _is_weight(f.split("/")[1], v)] for v in {variant, None}}
+        sets = {v: [f for f in mine if variants([f.split("/")[1]]) == {v}] for v in {variant, None}}
         chosen += sets[variant] or sets[None]
     return chosen
 
 
-def _is_weight(name, variant):
-    """Is this file name one of the weights (or their index) of exactly this variant?"""
-    v = re.escape(f".{variant}") if variant else ""
-    shard = r"-\d{5}-of-\d{5}"
-    whole = rf"(diffusion_pytorch_model|model)({v}({shard})?|{shard}{v})\.safetensors"
-    index = rf"(diffusion_pytorch_model|model)\.safetensors(\.index{v}|{v}\.index)\.json"
-    return bool(re.fullmatch(f"{whole}|{index}", name))
-
-
-def incomplete(folder, skip=()):
-    """What a snapshot lacks (the cache serves a partial one as if it were whole), or ""."""
+def incomplete(folder, skip=(), variant="any"):
+    """What a snapshot lacks (the cache serves a partial one as if it were whole), or "". variant: the one that is wanted, for which the plain
+    weights do too (None: the plain ones alone); "any" that is there will do."""
     if not (folder / "model_index.json").is_file():
         return "model_index.json is missing"
     for name, entry in read_json(folder / "model_index.json").items():
@@ -210,10 +209,14 @@ def incomplete(folder, skip=()):
         if name in COMPONENTS:
             if not (sub / "config.json").is_file():
                 return f"{name} has no config.json"
-            if not any(sub.glob("*.safetensors")):
+            there = variants(p.name for p in sub.iterdir())
+            if not there:
                 return f"{name} has a config but no .safetensors"
+            if variant != "any" and not there & {variant, None}:
+                return f"{name} has its weights as {', '.join(sorted(there))} only"
             for index in sub.glob("*.index*.json"):
-                for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                    if not (sub / str(shard)).is_file():
+                shards = read_fields(index, {"weight_map": dict}).get("weight_map", {}).values()
+                for shard in sorted({s for s in shards if isinstance(s, str)}):
+                    if len(shard) > 255 or not (sub / shard).is_file():
                         return f"{name} lacks {printable(shard)}"
     return ""

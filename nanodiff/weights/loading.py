@@ -15,7 +15,17 @@ import torch
 from nanodiff.config import UserError, nearest, printable, read_json
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import write_json
-from nanodiff.weights.safetensors import STEMS, STORED, _table, find_files, header, open_file, save_tensors
+from nanodiff.weights.safetensors import (
+    FLOAT8,
+    STEMS,
+    STORED,
+    _table,
+    check_kind,
+    find_files,
+    header,
+    open_file,
+    save_tensors,
+)
 
 # (pattern, replacement or None to drop), by the class whose files need it.
 RENAMES = {
@@ -106,9 +116,14 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=
     shapes = header(paths)
     _check_depth(cfg, shapes, folder)
     model = skeleton(cls, cfg)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    empty = model.state_dict()
+    expected = {k: tuple(v.shape) for k, v in empty.items()}
     names = {k: None if k.split(".")[0] in without else renamed(k, model.class_name) for k in shapes}
     check_names(expected, {v: shapes[k] for k, v in names.items() if v}, folder)
+    for path in paths:
+        for key, entry in _table(path)[1].items():
+            if names[key]:
+                check_kind(empty[names[key]].dtype, STORED[entry["dtype"]], key, path)
     state = read_all(paths, names, expected, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -134,12 +149,14 @@ def read_all(paths, names, shapes, dtype, device):
                 continue
             # fp16 is only stored on a CPU, so it needs no layout to compute in
             as_stored = dtype is None or (dtype == stored[key] and (len(shapes[name]) != 4 or dtype == torch.float16))
+            as_stored = as_stored and stored[key] not in FLOAT8  # which only a cast makes usable
             if device.type == "cpu" and as_stored:
                 state[name] = mapped.get_tensor(key).reshape(shapes[name])
             else:
                 first, last = entry["data_offsets"]
                 jobs.append((path, start + first, last - first, stored[key], name))
-    place = _allocate([(name, shapes[name], dtype or kind) for _, _, _, kind, name in jobs], device)
+    types = {name: dtype or (torch.float32 if kind in FLOAT8 else kind) for _, _, _, kind, name in jobs}
+    place = _allocate([(name, shapes[name], types[name]) for *_, name in jobs], device)
     for path in paths:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as region:
             for _, offset, size, kind, name in (job for job in jobs if job[0] == path and job[2]):

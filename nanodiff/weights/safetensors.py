@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanodiff.config import UserError, printable, read_json
+from nanodiff.config import UserError, check_regular, printable, read_json, short
 from nanodiff.files import write_file
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-ORDER = ("BOOL", "U8", "F16", "BF16", "I32", "F32", "F64", "I64")  # of types in a file, last first
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F16", "BF16", "I32", "F32", "F64", "I64")  # of types in a file, last first
 STORED = {  # names of the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,6 +28,9 @@ STORED = {  # names of the safetensors format
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -35,6 +39,7 @@ STORED = {  # names of the safetensors format
 def check_file(path):
     """Raise UserError when `path` is plainly not a safetensors file, saying what it is instead."""
     try:
+        check_regular(path)
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             head = f.read(512)
@@ -93,12 +98,19 @@ def metadata(path):
 def find_files(folder, variant=None):
     """The weight files of a component folder, as a list of paths: one file, or the shards of an index.
 
-    variant: "fp16" prefers `….fp16.safetensors`; a component without it loads the plain file, with a line.
-    Raises UserError when there is none, naming a pickle if that is all there is.
+    variant: "fp16" prefers `….fp16.safetensors`; a component without it loads the plain file, with a line, and one that has
+    nothing but a variant loads that, with a line. Raises UserError when there is none, naming a pickle if that is all there is.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    there = variants(p.name for p in folder.iterdir())
+    if variant not in there and None not in there and there:
+        if len(there) > 1:
+            raise UserError(f"{folder}: only the variants {', '.join(sorted(there))}; choose one with `variant`")
+        (only,) = there
+        print(f"note: {folder}: only {only} files, taking these", file=sys.stderr)
+        variant = only
     for v in [variant, None] if variant else [None]:
         dot = f".{v}" if v else ""
         for stem in STEMS:
@@ -118,16 +130,28 @@ def find_files(folder, variant=None):
     raise UserError(f"{folder}: no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
 
 
+def variants(names):
+    """The variants of which a component's file names hold weights (or their index), None for the plain ones, as a set."""
+    patterns = (rf"({'|'.join(STEMS)})(?:\.(?P<v>\w+))?(-\d{{5}}-of-\d{{5}})?\.safetensors",
+                rf"({'|'.join(STEMS)})-\d{{5}}-of-\d{{5}}\.(?P<v>\w+)\.safetensors",
+                rf"({'|'.join(STEMS)})\.safetensors\.index(?:\.(?P<v>\w+))?\.json",
+                rf"({'|'.join(STEMS)})\.safetensors\.(?P<v>\w+)\.index\.json")  # fmt: skip
+    found = (re.fullmatch(pattern, name) for name in names for pattern in patterns)
+    return {match["v"] for match in found if match}
+
+
 def _shards(index):
     """Paths of a sharded checkpoint; every name is checked before anything is opened."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
-    for name in set(weight_map.values()):
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
-            raise UserError(f"{index}: {name!r} is not a plain file name")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) or name.startswith("."):
+            raise UserError(f"{index}: {short(name)} is not a plain file name")
+    for name in sorted(set(weight_map.values())):
         if not (index.parent / name).exists():
             raise UserError(f"{index}: names the shard {name}, which is missing; download it")
+        _check_inside(index, name)
     found = {}
     for name in sorted(set(weight_map.values())):
         for key in header([index.parent / name]):
@@ -140,6 +164,14 @@ def _shards(index):
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
+def _check_inside(index, name):
+    """Raise UserError for a shard that is a link out of the model's folder; the Hub's cache keeps its files in `blobs` beside `snapshots`."""
+    real, folder = (index.parent / name).resolve(), index.parent.absolute()
+    blobs = real.parent.name == "blobs" and real.parent.parent in [p.resolve() for p in folder.parents]
+    if not blobs and folder.parent.resolve() not in real.parents:
+        raise UserError(f"{index}: the shard {name} is a link out of the model's folder, to {printable(real)}")
+
+
 def _table(path):
     """(offset of the first tensor byte, {key: {dtype, shape, data_offsets}}) of a file that open_file() accepted."""
     with open(path, "rb") as f:
@@ -150,6 +182,28 @@ def _table(path):
         if entry["dtype"] not in STORED:
             raise UserError(f"{path}: {printable(key)} is stored as {entry['dtype']}, which is not supported")
     return 8 + length, table
+
+
+def check_kind(wanted, stored, key, path):
+    """Raise UserError where numbers of one kind (floating-point, or whole) stand for those of the other: a quantized file, or a header that
+    calls its data what they are not, would be taken for weights. wanted, stored: torch dtypes."""
+    if wanted.is_floating_point != stored.is_floating_point:
+        kind, what = str(stored).removeprefix("torch."), "weights" if wanted.is_floating_point else "whole numbers"
+        hint = " (a quantized file?)" if wanted.is_floating_point else ""
+        raise UserError(f"{path}: {printable(key)} is stored as {kind}, which cannot be {what}{hint}")
+
+
+def as_weight(tensor, key, path):
+    """A tensor of a file as a weight: 8-bit floating-point numbers as fp32, as nothing computes with them; whole numbers are refused, but for
+    a single one (a counter, an alpha). Raises UserError naming file, tensor and type."""
+    if tensor.numel() != 1:
+        check_kind(torch.float32, tensor.dtype, key, path)
+    return tensor.float() if tensor.dtype in FLOAT8 else tensor
+
+
+def as_weights(tensors, path):
+    """{name: tensor} of a file of weights, each by as_weight()."""
+    return {key: as_weight(tensor, key, path) for key, tensor in tensors.items()}
 
 
 def load_pickle(path, inside="state_dict"):
@@ -198,6 +252,11 @@ def save_tensors(path, tensors, metadata=None):
                 f.write(flat.view(torch.uint8).numpy().data)
 
     write_file(path, write)
+
+
+def load_weights(path):
+    """{name: tensor} of a safetensors file of weights, in memory. See as_weights()."""
+    return as_weights(load_tensors(path), path)
 
 
 def load_tensors(path):

@@ -77,10 +77,10 @@ def test_lists(tmp_path):
 
 
 BAD = {
-    "no column": ("p.csv", "id,what\n1,a\n", "none of the columns prompt, .*; it has id, what"),
+    "no column": ("p.csv", "id,what\n1,a\n", r"no column prompt \(nor .*; it has id, what"),
     "no rows": ("p.csv", "prompt\n", "has no rows"),
-    "an empty prompt": ("p.csv", "prompt\na\n \n", "line 3 has no prompt"),
-    "a folder": ("p.csv", "prompt,category\na,../x\n", "line 2: category '../x' cannot name a folder"),
+    "an empty prompt": ("p.csv", "prompt\na\n \n", "p.csv:3: no prompt"),
+    "a folder": ("p.csv", "prompt,category\na,../x\n", "p.csv:2: category '../x' cannot name a folder"),
     "a long folder": ("p.csv", f"prompt,category\na,{'x' * 99}\n", "cannot name a folder"),
     "no folder": (
         "w.json",
@@ -116,7 +116,7 @@ def test_mistakes_are_named(tmp_path, case):
 
 def test_columns_and_files_that_are_not_there(tmp_path):
     path = put(tmp_path, "p.csv", "id,what\n1,a\n")
-    with pytest.raises(UserError, match="has no column prompt; it has id, what"):
+    with pytest.raises(UserError, match="no column prompt; it has id, what"):
         promptset.read(path, "prompt")
     with pytest.raises(UserError, match="`prompt_column` is for tables"):
         promptset.read(put(tmp_path, "p.txt", "a\n"), "prompt")

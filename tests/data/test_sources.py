@@ -10,7 +10,7 @@ from util import ROOT, run
 
 from nanodiff import data
 from nanodiff.config import UserError
-from nanodiff.data import sources
+from nanodiff.data import captionset, sources, tables, tools
 
 
 def png(color="red", size=(6, 6)):
@@ -50,8 +50,12 @@ def test_metadata_jsonl(tmp_path):
 def test_captions_json_and_text_files(tmp_path):
     folder(tmp_path)
     (tmp_path / "captions.json").write_text(json.dumps({"a.png": "A", "c.JPG": "C"}))
-    (tmp_path / "sub" / "b.txt").write_bytes(b"\xff caption\r\n")
-    assert dict(zip((d := data.load(tmp_path)).keys, d.captions, strict=True))["sub/b.png"] == "\ufffd caption"
+    (tmp_path / "sub" / "b.txt").write_bytes("é caption\r\n".encode())
+    assert dict(zip((d := data.load(tmp_path)).keys, d.captions, strict=True))["sub/b.png"] == "é caption"
+    for other in ("latin-1", "utf-16"):  # a wrong letter would be learned as well as a right one
+        (tmp_path / "sub" / "b.txt").write_bytes("é caption\r\n".encode(other))
+        with pytest.raises(UserError, match=r"b\.txt.*UTF-8"):
+            data.load(tmp_path)
 
 
 def test_junk_is_ignored(tmp_path):
@@ -173,7 +177,7 @@ def test_csv_table_with_names_without_suffix(tmp_path):
         data.load(tmp_path / "food.csv")
     assert data.load(tmp_path / "food.csv", skip=True).captions == ["Apple pie"]
     (tmp_path / "food.csv").write_text("Name,Image\nX,pie\n")
-    with pytest.raises(UserError, match=r"food.csv: no column .*; it has Name, Image \(--image-column\)"):
+    with pytest.raises(UserError, match=r"food.csv: no column .*; it has Name, Image \(`image_column`\)"):
         data.load(tmp_path / "food.csv")
 
 
@@ -250,9 +254,12 @@ def test_pack_round_trip(tmp_path):
 def test_captions_of_strange_bytes(tmp_path):
     folder(tmp_path, ["a.png", "b.png"])
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfBOM\0 here\r\n")
-    (tmp_path / "b.txt").write_bytes(b"x" * (1 << 20))
+    (tmp_path / "b.txt").write_bytes(b"x" * tables.CAPTION_LIMIT)
     got = data.load(tmp_path)
-    assert got.captions[0] == "BOM here" and len(got.captions[1]) == sources.CAPTION_LIMIT
+    assert got.captions[0] == "BOM here" and len(got.captions[1]) == tables.CAPTION_LIMIT
+    (tmp_path / "b.txt").write_bytes(b"x" * (1 << 20))
+    with pytest.raises(UserError, match=r"b\.txt: a caption of 1048576 characters"):
+        data.load(tmp_path)
 
 
 def test_check_tool(tmp_path):
@@ -269,3 +276,80 @@ def test_the_embedded_data_set():
     got = data.load(ROOT / "assets" / "emoji" / "emoji.tar")
     assert len(got) == len(set(got.captions)) == 536
     assert got.captions[got.keys.index("1f34e")] == "red apple" and got.image(0).size == (64, 64)
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    folder(tmp_path, ["a.png"])
+    for suffix, kind in ((".gif", "GIF"), (".tif", "TIFF"), (".jfif", "JPEG"), (".ppm", "PPM")):
+        Image.new("RGB", (6, 6), "red").save(tmp_path / f"x{suffix}", kind)
+        (tmp_path / f"x{suffix}").rename(tmp_path / f"{kind}{suffix}")
+    (tmp_path / "b.HEIC").write_bytes(b"x")
+    (tmp_path / "b.txt").write_text("a caption")
+    for stray in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        (tmp_path / stray).mkdir()
+        (tmp_path / stray / "a-checkpoint.png").write_bytes(png())
+    dataset = data.load(tmp_path, captions=False)
+    assert sorted(dataset.keys) == ["GIF.gif", "JPEG.jfif", "PPM.ppm", "TIFF.tif", "a.png"] and not any(dataset.labels)
+    assert all(dataset.image(i).size == (6, 6) for i in range(5))
+    assert "not read: 1 .heic, 1 .txt of no picture" in capsys.readouterr().err
+
+
+def test_a_tar_loses_no_picture(tmp_path, capsys):
+    def shard(*members):
+        with tarfile.open(tmp_path / "s.tar", "w") as t:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                t.addfile(info, io.BytesIO(content))
+        return data.load(tmp_path / "s.tar", captions=False)
+
+    with pytest.raises(UserError, match=r"s\.tar: two pictures are called 000: 000\.png and 000\.jpg"):
+        shard(("000.png", png()), ("000.jpg", png()), ("000.txt", b"a cat"))
+    with pytest.raises(UserError, match=r"two \.txt members are called 000"):
+        shard(("000.png", png()), ("000.txt", b"a cat"), ("000.txt", b"a dog"))
+    with pytest.raises(UserError, match=r"s\.tar: 000\.txt:1: is not UTF-8"):
+        shard(("000.png", png()), ("000.txt", b"cr\xe8me"))
+    got = shard(("./000.png", png()), ("./._000.png", b"x"), ("__MACOSX/000.png", b"x"), ("001.txt", b"a dog"), ("x.heic", b""))
+    assert got.keys == ["./000"]
+    assert "not read: 1 .heic, 1 captions or labels without a picture (001)" in capsys.readouterr().err
+
+
+def test_a_range_of_shards_ends_at_the_first_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"s-00000000\.tar: no such file"):
+        data.load(f"{tmp_path}/s-{{00000000..99999999}}.tar")
+
+
+def test_pictures_of_other_shapes_are_no_copies(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(size=(4, 8)))
+    (tmp_path / "b.png").write_bytes(png(size=(8, 4)))
+    assert not [line for line in tools.check(tmp_path)[0] if "duplicate" in line]
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    folder(tmp_path, ["a.png"])
+    for listing, text in (
+        ("metadata.jsonl", json.dumps({"file_name": name, "text": "x"})),
+        ("captions.json", json.dumps({name: "x"})),
+    ):
+        (tmp_path / listing).write_text(text)
+        with pytest.raises(UserError, match="is no file's name"):
+            data.load(tmp_path)
+        (tmp_path / listing).unlink()
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}))
+    with pytest.raises(UserError, match="is no file's name"):
+        data.load(coco)
+
+
+def test_capital_suffixes(tmp_path):
+    folder(tmp_path, ["a.png"])
+    (tmp_path / "T.CSV").write_text("file_name,text\na.png,red\n")
+    assert data.load(tmp_path / "T.CSV").captions == ["red"]
+
+
+def test_an_export_is_trained_on_as_it_was(tmp_path):
+    folder(tmp_path / "in", ["a.png", "b.png"])
+    (tmp_path / "in" / "captions.json").write_text(json.dumps({"a.png": ["cyclone", "storm"], "b.png": "[close-up] x"}))
+    captionset.export(tmp_path / "in", tmp_path / "out")
+    assert data.load(tmp_path / "out" / "titles.csv").texts == [("cyclone", "storm"), ("[close-up] x",)]

@@ -125,7 +125,7 @@ def test_files(tmp_path):
     assert file("d.csv", "Image_Name,Title\np1,\"['a, b', 'c']\"\np2,plain\n") == {"p1": ["a, b", "c"], "p2": ["plain"]}
     for name, text, said in (
         ("e.json", "{", "not readable as JSON"), ("f.json", "{}", "no captions"), ("g.json", "[3]", "entry 0"),
-        ("h.json", '{"1": 4}', "1: expected a caption"), ("i.csv", "Name,Text\n", "no columns"),
+        ("h.json", '{"1": 4}', "1: expected a caption"), ("i.csv", "Name,Text\n", "no column"),
         ("j.csv", "Image_Name,Title\np,['a\n", "j.csv:2"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
