@@ -113,7 +113,7 @@ def generate(
             raise UserError("`beams` takes the likeliest texts; give `temperature` 0")
         given = [None] * len(prompts) if embeds is None else embeds[:, None]
         return [
-            beam(net, p, new_tokens, beams, tuple(eos), length_penalty, e) for p, e in zip(prompts, given, strict=True)
+            beam(net, p, new_tokens, beams, tuple(eos), length_penalty, e, chance) for p, e in zip(prompts, given, strict=True)
         ]
     device, eos = net.output.device, set(eos)
     generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else range(len(prompts)))]
@@ -167,20 +167,27 @@ def check(net, prompts, new_tokens):
 
 
 @torch.inference_mode()
-def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None):
+def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None, chance=GREEDY):
     """The likeliest text that a search over `beams` texts at a time finds: Written of the largest sum of log-probabilities divided by
-    (new tokens, the end included) ** length_penalty (Wu et al. 2016, arXiv 1609.08144 eq. 14, as the reference library has it)."""
+    (new tokens, the end included) ** length_penalty (Wu et al. 2016, arXiv 1609.08144 eq. 14, as the reference library has it). Of `chance`
+    the repetition penalty counts, on the log-probabilities. Each step looks at max(2, 1 + end tokens) · beams continuations, so that
+    `beams` of them go on whatever ends."""
     device = net.output.device
     cache = Cache(net.cfg, len(prompt) + new_tokens)
     start = torch.tensor([list(prompt)], device=device)
     states = (net(start, None, cache) if embeds is None else net(None, None, cache, embeds))[:, -1]
     cache.select([0] * beams)
-    shares = net.logits(states).float().cpu().log_softmax(-1)
     alive, ended = [([], 0.0)], []
+
+    def weighed(states):
+        shares = net.logits(states).float().cpu().log_softmax(-1)
+        return adjusted(shares[: len(alive)], chance, [[*prompt, *ids] for ids, _ in alive])
+
+    shares = weighed(states)
     worth = lambda score, n: score / n**length_penalty  # noqa: E731
     for i in range(new_tokens):
-        sums = torch.tensor([s for _, s in alive])[:, None] + shares[: len(alive)]
-        best = sums.flatten().topk(min(2 * beams, sums.numel()))
+        sums = torch.tensor([s for _, s in alive])[:, None] + shares
+        best = sums.flatten().topk(min(max(2, 1 + len(eos)) * beams, sums.numel()))
         nexts = []
         for rank, (value, at) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             row, token = divmod(at, sums.shape[1])
@@ -194,12 +201,12 @@ def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None
         rows = [row for row, _, _ in nexts]
         alive = [([*alive[row][0], token], value) for row, token, value in nexts]
         ended = sorted(ended, key=lambda w: -worth(w.score, len(w.ids) + 1))[:beams]
-        if len(ended) == beams and worth(ended[-1].score, len(ended[-1].ids) + 1) >= worth(alive[0][1], i + 1):
+        if not alive or len(ended) == beams and worth(ended[-1].score, len(ended[-1].ids) + 1) >= worth(alive[0][1], i + 1):
             break
         if i + 1 < new_tokens:
             cache.select([*rows, *[0] * (beams - len(rows))])
             x = torch.tensor([[ids[-1]] for ids, _ in alive] + [[0]] * (beams - len(alive)), device=device)
-            shares = net.logits(net(x, None, cache)[:, -1]).float().cpu().log_softmax(-1)
+            shares = weighed(net(x, None, cache)[:, -1])
     every = ended + [Written(ids, False, score) for ids, score in alive]
     return max(every, key=lambda w: worth(w.score, len(w.ids) + w.ended))
 
