@@ -16,13 +16,13 @@ All take `candidates`, a list of texts, and `references`, a list of lists of tex
 import functools
 import itertools
 import math
-import re
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from nanodiff.config import UserError, printable
+from nanodiff.evaluation.ptb import tokenize as tokenize  # as it was called here
 
 NAMES = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "rouge_l_f1", "meteor", "cider")
 TINY, SMALL = 1e-15, 1e-9  # the constants of the COCO program, which keep its quotients finite
@@ -38,51 +38,6 @@ class Score(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------
 # Words
-
-_ABBREVIATIONS = (
-    "mr|mrs|ms|dr|prof|st|jr|sr|gen|col|capt|lt|sgt|rev|hon|gov|sen|rep|mt|ft|ave|blvd|rd|etc|vs|inc|ltd|corp|dept|bros"
-)
-_DATES = (
-    "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun"  # when capital alone: "in the sun."
-)
-_CONTRACTED = r"(?:'(?:s|m|d|ll|re|ve)|n't)(?![\w])"
-_SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me", "lemme": "lem me",
-          "d'ye": "d' ye", "'tis": "'t is", "'twas": "'t was"}  # fmt: skip
-_TOKEN = re.compile(
-    rf"""
-    (?:https?|ftp)://[^\s<>"']+                                  # addresses
-  | www\.[^\s<>"']+
-  | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
-  | </?[a-z][^<>]*>                                              # marks such as <angles>
-  | [\#@]\w+                                                     # tags
-  | (?:[a-z]\.){{2,}}                                              # u.s., e.g., p.m.
-  | (?:{_ABBREVIATIONS}|(?-i:{_DATES}))\.(?=\s|$)                                    # abbreviations keep their point
-  | '(?:n|em|til|cause|tis|twas)'?(?!\w)                         # rock 'n' roll
-  | (?:{_CONTRACTED})                                                       # what follows the word it belongs to
-  | o'[a-z]+(?='|\b)(?<!')                                       # o'neil
-  | \d+(?:[.,:/]\d+)*(?:s\b|st\b|nd\b|rd\b|th\b)?(?:-[\w]+)*    # 4.50, 10,000, 3:30, 5th
-  | \w+?(?=n't(?!\w))                                            # is|n't
-  | \w+(?:[-/&.]\w+)*(?:-(?=\s))?                                # words, joined ones too
-  | \.{{2,}}
-  | -{{2,}}
-  | \S
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-_DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', "..", "....", "—", "–", "…"}
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "´": "'", "`": "'"})
-
-
-def tokenize(text):
-    """Lower-case words of the Penn Treebank's kind without punctuation, joined by single spaces, as the COCO caption program
-    (Stanford's PTBTokenizer, then a list of punctuation dropped) gives them: "A man's dog isn't here." -> "a man 's dog is n't here"."""
-    words = []
-    for token in map(str.lower, _TOKEN.findall(text.translate(_PLAIN))):
-        if token in _DROPPED or set(token) <= set("-.'\""):
-            continue
-        words += _SPLIT.get(token, _BRACKETS.get(token, token)).split()
-    return " ".join(words)
 
 
 def _vowels(word):

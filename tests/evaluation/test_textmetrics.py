@@ -57,19 +57,6 @@ def test_small_published(case):
         assert found[name].value == pytest.approx(case["exact"][key], rel=1e-8, abs=1e-15)
 
 
-@pytest.mark.parametrize("raw, want", read("ptb_pairs_tricky")["pairs"])
-def test_tokenizer(raw, want):
-    assert textmetrics.tokenize(raw) == want
-
-
-def test_tokenizer_on_the_recordings(recorded):
-    for pair in recorded[2]["ptb_tokenizer"]:
-        assert textmetrics.tokenize(pair["in"]) == pair["out"]
-    assert textmetrics.tokenize("Children sit in the sun.") == "children sit in the sun"  # not the day of the week
-    assert textmetrics.tokenize("On Sun. they rest.") == "on sun. they rest"
-    assert textmetrics.tokenize("") == textmetrics.tokenize("...!?") == ""
-
-
 def test_stems():
     stems = json.loads((GOLDEN / "goldens" / "metrics.more.json").read_text())["stems"]
     assert {w: textmetrics.stem(w) for w in stems} == stems
