@@ -1,4 +1,4 @@
-"""Scores of captions against references: BLEU, ROUGE-L, METEOR (exact + stem), CIDEr-D; the Penn Treebank tokenizer.
+"""Scores of captions against references: BLEU, ROUGE-L, METEOR (exact, stem, synonyms), CIDEr-D; the Penn Treebank tokenizer.
 
 All take `candidates`, a list of texts, and `references`, a list of lists of texts, already tokenised and joined by spaces
 (see `tokenize`). Each gives a `Score`: the value of the whole set, and that of every caption alone. The two are not the same thing: corpus BLEU pools its counts before it divides, the mean of single BLEUs does not.
@@ -7,8 +7,8 @@ All take `candidates`, a list of texts, and `references`, a list of lists of tex
   length, as the COCO caption server computes it, with its two tiny constants in place of a smoothing.
 - ROUGE-L (Lin 2004, ACL workshop, eq. 2-4): longest common subsequence; COCO's form has β = 1.2 and takes the best precision and
   the best recall of all references apart; `rouge_l_f1` has β = 1 and takes the best reference, as rouge-score does.
-- METEOR (Banerjee and Lavie 2005, ACL workshop) with α 0.9, β 3, γ 0.5, words matched exactly, then by Porter stem.
-  Synonyms (WordNet) and paraphrases are not matched, so it is not the number of the official Java program.
+- METEOR (Banerjee and Lavie 2005, ACL workshop) with α 0.9, β 3, γ 0.5, words matched exactly, then by Porter stem,
+  then, where a WordNet is given, by synonyms, as nltk does. Paraphrases are not matched, so it is not the number of the official Java program.
 - CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726 eq. 2-4): tf-idf of n-grams, clipped, with a penalty of the length; document
   frequencies from the references given, so a subset scores differently.
 """
@@ -219,20 +219,23 @@ def rouge_l(candidates, references, beta=1.2, apart=True):
     return Score(sum(each) / len(each), each)
 
 
-def _aligned(words, others):
-    """[(place in words, place in others)]: equal words first, then equal stems, both from the end, each place once."""
+def _aligned(words, others, synonyms=None):
+    """[(place in words, place in others)]: equal words first, then equal stems, then synonyms, each from the end, each place once.
+
+    Synonyms are asked of the stems, as nltk does, whose numbers people compare with: "big" does not match "large", whose stem is "larg"."""
     left, right, found = dict(enumerate(words)), dict(enumerate(others)), []
-    for form in (str, stem):
+    ways = [str.__eq__, lambda a, b: stem(a) == stem(b)] + ([lambda a, b: stem(b) in synonyms(stem(a))] if synonyms else [])
+    for same in ways:
         for i in sorted(left, reverse=True):
-            j = next((j for j in sorted(right, reverse=True) if form(right[j]) == form(left[i])), None)
+            j = next((j for j in sorted(right, reverse=True) if same(left[i], right[j])), None)
             if j is not None:
                 found.append((i, j))
                 del left[i], right[j]
     return sorted(found)
 
 
-def _meteor_of(words, others, alpha=0.9, beta=3.0, gamma=0.5):
-    matches = _aligned(words, others)
+def _meteor_of(words, others, synonyms=None, alpha=0.9, beta=3.0, gamma=0.5):
+    matches = _aligned(words, others, synonyms)
     if not matches:
         return 0.0
     precision, recall = len(matches) / len(words), len(matches) / len(others)
@@ -241,10 +244,12 @@ def _meteor_of(words, others, alpha=0.9, beta=3.0, gamma=0.5):
     return (1 - gamma * (chunks / len(matches)) ** beta) * mean
 
 
-def meteor(candidates, references):
-    """The best reference's METEOR of each caption, by equal words and stems (see above), and their mean."""
+def meteor(candidates, references, synonyms=None):
+    """The best reference's METEOR of each caption, by equal words and stems (see above), and their mean. synonyms(word): a set of words that
+    match it too (wordnet.WordNet's)."""
     each = [
-        max(_meteor_of(c.split(), r.split()) for r in others) for c, others in zip(candidates, references, strict=True)
+        max(_meteor_of(c.split(), r.split(), synonyms) for r in others)
+        for c, others in zip(candidates, references, strict=True)
     ]
     return Score(sum(each) / len(each), each)
 
@@ -293,8 +298,8 @@ def check_names(names):
             raise UserError(f"`metrics`: {printable(name)!r} is none of {', '.join(NAMES)}")
 
 
-def scores(candidates, references, names=NAMES):
-    """{name: Score} of the metrics asked for. Raises UserError for one that we do not have."""
+def scores(candidates, references, names=NAMES, synonyms=None):
+    """{name: Score} of the metrics asked for. synonyms: of meteor(). Raises UserError for one that we do not have."""
     check_names(names)
     found = {}
     if any(n.startswith("bleu") for n in names):
@@ -304,7 +309,7 @@ def scores(candidates, references, names=NAMES):
     if "rouge_l_f1" in names:
         found["rouge_l_f1"] = rouge_l(candidates, references, beta=1.0, apart=False)
     if "meteor" in names:
-        found["meteor"] = meteor(candidates, references)
+        found["meteor"] = meteor(candidates, references, synonyms)
     if "cider" in names:
         found["cider"] = cider(candidates, references)
     return {n: found[n] for n in names}

@@ -203,14 +203,14 @@ def captions(cfg):
         names = tuple(n for n in textmetrics.NAMES if n != "cider")
     with record.timed("scores"):
         found = dist.on_main(
-            caption_scores.captions, mine, theirs, cfg.tokenize, names or textmetrics.NAMES, cfg.bootstrap, cfg.seed
+            caption_scores.captions, mine, theirs, cfg.tokenize, names or textmetrics.NAMES, cfg.bootstrap, cfg.seed, cfg.wordnet
         )
     metrics, ids, scores = found
 
     def make():
         document = report.Report("Captions")
         document.text(f"{len(ids)} captions of {printable(cfg.candidates)} against {printable(cfg.references)}. Corpus BLEU and the mean of "
-                      "single captions' BLEU are different numbers; METEOR is without synonyms.")  # fmt: skip
+                      f"single captions' BLEU are different numbers; METEOR is with{'' if cfg.wordnet else 'out'} synonyms.")  # fmt: skip
         report.metrics_table(document, metrics)
         header = ("id", "candidate", *scores)
         lines = [[k, mine[k][0], *(s.each[i] for s in scores.values())] for i, k in enumerate(ids)]
