@@ -167,6 +167,11 @@ BOOKKEEPING = {  # fields of any config.json that change nothing, and what kind 
 }
 
 
+SIZES = re.compile(  # fields of a model's config that 0 makes no sense of
+    r"channels$|heads$|head_dim$|groups$|_size$|_dim$|num_(hidden_)?layers$|^layers_per_block$|max_position_embeddings$|^d_(model|ff|kv)$|^scaling_factor$"
+)
+
+
 def from_json(cls, raw, fixed, where="config.json"):
     """Build the config dataclass `cls` from a Hub config dict, refusing what we do not implement.
 
@@ -185,8 +190,15 @@ def from_json(cls, raw, fixed, where="config.json"):
         elif key in BOOKKEEPING:
             typed(value, BOOKKEEPING[key], f"{where}: {key}")
         elif not key.startswith("_"):
-            raise UserError(f"{where}: unknown field {key!r} (value {short(value)}){nearest(key, [*hints, *fixed])}")
+            raise UserError(f"{where}: unknown field {short(key)} (value {short(value)}){nearest(key[:80], [*hints, *fixed])}")
+        if SIZES.search(key) and key in hints and _has_none(values[key]):
+            raise UserError(f"{where}: {key} = {short(value)} is out of range")
     return cls(**values)
+
+
+def _has_none(size):
+    """Is a size 0, or a list of sizes empty or with a 0 in it?"""
+    return size == () or any(v == 0 for v in (size if isinstance(size, tuple) else (size,)))
 
 
 def typed(value, hint, where):

@@ -106,7 +106,7 @@ class Config:
     def from_json(cls, raw, where="unet/config.json"):
         raw = dict(raw)
         heads = [raw.pop(name, None) for name in HEADS]
-        cfg = from_json(cls, raw | {"num_heads": heads[1] or heads[0] or 8}, FIXED, where)
+        cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
         for name in ("down_block_types", "up_block_types", "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:

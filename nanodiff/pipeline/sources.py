@@ -9,7 +9,7 @@ What model_index.json names is data: only classes that we have are built, names 
 from pathlib import Path
 
 from nanodiff import weights
-from nanodiff.config import UserError, printable, read_json, short
+from nanodiff.config import UserError, printable, read_json, short, typed
 from nanodiff.device import onednn
 from nanodiff.files import ASSETS
 from nanodiff.models.clip import CLIPTextModel
@@ -94,7 +94,7 @@ class Folder:
         """(scheduler_config.json as a dict, where it is from). The class is the one that model_index.json names, as in diffusers."""
         path = self.path / "scheduler" / "scheduler_config.json"
         raw, entry = read_json(path), self.index.get("scheduler")
-        kind, own = entry[1] if entry else None, raw.get("_class_name")
+        kind, own = entry[1] if entry else None, typed(raw.get("_class_name"), str | None, f"{path}: _class_name")
         if kind is None or kind == own:
             return raw, str(path)
         if own is not None:

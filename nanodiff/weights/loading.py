@@ -97,9 +97,12 @@ class WithoutInit(torch.overrides.TorchFunctionMode):
 
 
 def skeleton(cls, cfg):
-    """The module without weights: on the meta device, built in no time."""
-    with torch.device("meta"), WithoutInit():
-        return cls(cfg)
+    """The module without weights: on the meta device, built in no time. Raises UserError for sizes that make no model."""
+    try:
+        with torch.device("meta"), WithoutInit():
+            return cls(cfg)
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as e:
+        raise UserError(f"config.json of a {cls.__name__}: its sizes make no model: {str(e).splitlines()[0]}") from e
 
 
 def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=()):
