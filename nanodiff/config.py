@@ -37,6 +37,7 @@ CONNECTION = re.compile(
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|Invalid buffer size")
 LESS_MEMORY = "try a smaller --batch-size or smaller pictures"
 
+endings = []  # what is to be done when a script ends, however it ends: f()
 speaks = None  # of several processes: f(error) -> may this one print its failure? (set by dist.start)
 
 
@@ -190,7 +191,9 @@ def from_json(cls, raw, fixed, where="config.json"):
         elif key in BOOKKEEPING:
             typed(value, BOOKKEEPING[key], f"{where}: {key}")
         elif not key.startswith("_"):
-            raise UserError(f"{where}: unknown field {short(key)} (value {short(value)}){nearest(key[:80], [*hints, *fixed])}")
+            raise UserError(
+                f"{where}: unknown field {short(key)} (value {short(value)}){nearest(key[:80], [*hints, *fixed])}"
+            )
         if SIZES.search(key) and key in hints and _has_none(values[key]):
             raise UserError(f"{where}: {key} = {short(value)} is out of range")
     return cls(**values)
@@ -439,6 +442,9 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         if line and first:
             print(line, file=sys.stderr)
         return code
+    finally:
+        for end in endings:
+            end()
 
 
 def _verdict(e, less_memory):

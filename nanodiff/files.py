@@ -1,26 +1,30 @@
 """Files that are there as a whole or not at all, and folders that can be written."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
 import stat
 from pathlib import Path
 
+from nanodiff import config
 from nanodiff.config import UserError
 
 ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
 ASSETS = ASSETS if ASSETS.is_dir() else Path(__file__).parents[1] / "assets"
 
 
-def write_bytes(path, data):
+def write_bytes(path, data, sync=True):
     """Write a file of these bytes. See write_file()."""
-    write_file(path, lambda f: f.write(data))
+    write_file(path, lambda f: f.write(data), sync)
 
 
-def write_file(path, write):
+def write_file(path, write, sync=True):
     """write(f) a file so that a reader sees the old one or the new one, never half of it; mode by umask.
 
-    Temporary file, fsync, rename. A destination that exists and is no regular file (a device, a folder) is refused.
+    Temporary file, fsync (unless not `sync`: then only a lost power supply can leave half of it), rename. A destination that exists and is no regular file (a device, a folder) is refused.
     """
     path = Path(path)
     if path.exists() and not stat.S_ISREG(path.resolve().stat().st_mode):
@@ -31,7 +35,8 @@ def write_file(path, write):
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
@@ -41,6 +46,17 @@ def write_file(path, write):
 
 def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace"))
+
+
+def append(path, data):
+    """Add whole lines to a file at once; several processes may. data: text or bytes. Raises UserError."""
+    try:
+        with open(path, "ab", buffering=0) as f:
+            data = data.encode("utf-8", "replace") if isinstance(data, str) else data
+            if f.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def out_dir(path):
@@ -56,3 +72,69 @@ def out_dir(path):
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
     return path
+
+
+held = {}  # {lock file: (the open file, the Claims on it)} of this process
+
+
+class Claim:
+    """A folder that is this process's own until close() or the end of the script: see claim()."""
+
+    def __init__(self, path, user):
+        self.path, self.user = path, user
+        held[path][1].append(self)
+
+    def close(self):
+        lock, claims = held.get(self.path, (None, []))
+        if self in claims:
+            claims.remove(self)
+        if lock and not claims:
+            del held[self.path]
+            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is written there is of no importance
+                lock.close()
+
+
+def claim(folder, user=None):
+    """Make an output folder this process's own: a second run in it would mix its files with the first one's. user: which part of the
+    process wants it; parts of several names, and None, share it. Raises UserError naming the process that has it."""
+    path = out_dir(folder).resolve() / ".lock"
+    if path not in held:
+        held[path] = (_locked(path, folder), [])
+        if _let_go not in config.endings:
+            config.endings.append(_let_go)
+    elif user and user in [other.user for other in held[path][1]]:
+        raise UserError(f"{folder}: another run is using this folder (process {os.getpid()})")
+    return Claim(path, user)
+
+
+def _locked(path, folder):
+    """The lock file of a folder, open and locked."""
+    while True:
+        try:
+            lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until close()
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            who = lock.read().strip()
+            lock.close()
+            raise UserError(f"{folder}: another run is using this folder (process {who})") from None
+        if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+            break
+        lock.close()  # its owner ended, and took the file away, between the two calls
+    os.register_at_fork(after_in_child=lock.close)  # workers must not keep the folder when this process dies
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {platform.node()}")
+        lock.flush()
+    return lock
+
+
+def _let_go():
+    """At the end of a script: everything that it claimed."""
+    for _, claims in list(held.values()):
+        for one in list(claims):
+            one.close()

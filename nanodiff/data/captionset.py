@@ -13,7 +13,6 @@ beginning is ignored.
 
 import argparse
 import csv
-import fcntl
 import filecmp
 import hashlib
 import io
@@ -29,7 +28,7 @@ import numpy as np
 from nanodiff.config import UserError, printable, short, spreadsheet, tool
 from nanodiff.data import sources, tables
 from nanodiff.device import dist
-from nanodiff.files import write_bytes
+from nanodiff.files import append, claim, write_bytes
 from nanodiff.output import images
 
 COLUMNS = ("Image_Name", "Title")
@@ -174,12 +173,6 @@ def write(path, rows, more=()):
     write_bytes(path, table(rows, more))
 
 
-def append(path, data):
-    """Add whole lines to a file at once; several processes may."""
-    with open(path, "ab", buffering=0) as f:
-        f.write(data)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Variations
 
@@ -235,16 +228,13 @@ class Journal:
         append(self.own, (json.dumps({"settings": self.settings}) + "\n").encode("utf-8", "replace"))
 
     def _claim(self):
-        self.lock = open(self.folder / f".{self.name}.lock", "w", encoding="utf-8")  # noqa: SIM115  held until finish()
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.folder}: another run is varying captions in this folder") from None
+        self.lock = claim(self.folder, "captions")
 
     def close(self):
         """Let go of the folder."""
         if self.lock:
             self.lock.close()
+            self.lock = None
 
     def _files(self):
         """The journal of all, and those of the processes."""

@@ -42,7 +42,9 @@ def prepare(data_dir, base_dir=".", output_dir="training_data/corel", figs_dir="
     source, target, figs = (Path(base_dir) / p for p in (data_dir, output_dir, figs_dir))
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
-    made = [p.resolve() for p in (target, figs) if p.resolve() != source.resolve()]  # of an earlier run, when they lie in the source
+    made = [
+        p.resolve() for p in (target, figs) if p.resolve() != source.resolve()
+    ]  # of an earlier run, when they lie in the source
     here = [p for p in source.rglob("*") if tables.is_data(p.relative_to(source)) and p.is_file()]
     here = [p for p in here if not set(made) & set(p.resolve().parents)]
     found = sorted((m[1], p) for p in here if (m := NAME.fullmatch(p.name)))
@@ -50,7 +52,10 @@ def prepare(data_dir, base_dir=".", output_dir="training_data/corel", figs_dir="
         raise UserError(f"{source}: No images found (names must be CLASS_NUMBER.png, such as 0001_0042.png)")
     others = [p for p in here if p.suffix.lower() in images.SUFFIXES and not NAME.fullmatch(p.name)]
     if others:
-        print(f"note: {len(others)} pictures are not called CLASS_NUMBER, and left out, such as {printable(others[0])}", file=sys.stderr)
+        print(
+            f"note: {len(others)} pictures are not called CLASS_NUMBER, and left out, such as {printable(others[0])}",
+            file=sys.stderr,
+        )
     places = {}
     for _, path in found:
         if (other := places.setdefault(path.name, path)) != path:

@@ -36,7 +36,13 @@ from nanodiff.output.images import SUFFIXES, fit, open_image
 
 TABLES = {".parquet", ".arrow"}
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "captions.json")
-BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv"}  # suffixes of what stands beside pictures and says something about them
+BESIDE = {
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+}  # suffixes of what stands beside pictures and says something about them
 IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
 
@@ -179,7 +185,9 @@ def _tar_items(shard):
                 entry, where = found.setdefault(key, {}), f"{shard}: {member.name}"
                 if kind in entry:
                     what = "pictures" if kind == "picture" else f"{kind} members"
-                    raise UserError(f"{shard}: two {what} are called {printable(key)}: {printable(entry['names'][kind])} and {printable(member.name)}")
+                    raise UserError(
+                        f"{shard}: two {what} are called {printable(key)}: {printable(entry['names'][kind])} and {printable(member.name)}"
+                    )
                 entry.setdefault("names", {})[kind] = member.name
                 if kind == "picture":
                     entry[kind] = (shard, member.offset_data, member.size)
@@ -229,7 +237,15 @@ def _pictures(root):
             if not tables.is_data(name) or not path.is_file():
                 continue
             suffix = path.suffix.lower()
-            kind = pictures if suffix in SUFFIXES else found if suffix in TABLES else listings if name in LISTINGS else rest
+            kind = (
+                pictures
+                if suffix in SUFFIXES
+                else found
+                if suffix in TABLES
+                else listings
+                if name in LISTINGS
+                else rest
+            )
             kind.append(path)
     stems = {p.with_suffix("") for p in pictures}
     left = Counter(
@@ -324,7 +340,11 @@ def _jsonl_rows(path, columns):
         caption = next((c for c in ((columns[1],) if columns[1] else CAPTION_COLUMNS) if c in row), None)
         if columns[1] and caption is None:
             raise UserError(f"{where}: no {columns[1]}; it has {', '.join(map(printable, row))} (`caption_column`)")
-        yield where, tables.name_in(row.get(image), where), tables.captions_in(row.get(caption) if caption else None, where)
+        yield (
+            where,
+            tables.name_in(row.get(image), where),
+            tables.captions_in(row.get(caption) if caption else None, where),
+        )
 
 
 def _json_rows(path, columns):
@@ -351,7 +371,10 @@ def _coco_rows(path):
         raise UserError(f"{path}: two images have the id {printable(twice)}")
     if strange := [i for i in texts if i not in names]:
         raise UserError(f"{path}: {len(strange)} annotations are of pictures that are not in it: {strange[:5]}")
-    return [(str(path), tables.name_in(name, path), tables.captions_in(texts.get(i), f"{path}: {i}")) for i, name in names.items()]
+    return [
+        (str(path), tables.name_in(name, path), tables.captions_in(texts.get(i), f"{path}: {i}"))
+        for i, name in names.items()
+    ]
 
 
 def _listed(listing, rows, skip):
@@ -429,7 +452,10 @@ def _table_items(path, columns):
         rows = _count(str(path))
         return [Item(f"{path.name}:{i}", str(path), i, -1) for i in range(rows)]
     texts = _table(str(path), [caption]).column(caption).to_pylist()
-    return [Item(f"{path.name}:{i}", str(path), i, -1, tables.captions_in(t, f"{path}: row {i}")) for i, t in enumerate(texts)]
+    return [
+        Item(f"{path.name}:{i}", str(path), i, -1, tables.captions_in(t, f"{path}: row {i}"))
+        for i, t in enumerate(texts)
+    ]
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,7 +25,9 @@ LIMIT = 1 << 30  # bytes of a listing
 FIELD_LIMIT = 1 << 24  # of a cell
 CAPTION_LIMIT = 16_384  # characters
 STRAY = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
-ROW = re.compile(r"[\w./-]*\d[\w./-]*|\S+\.(?:png|jpe?g|webp|bmp|gif|tiff?)", re.I)  # what begins a row: a picture's name
+ROW = re.compile(
+    r"[\w./-]*\d[\w./-]*|\S+\.(?:png|jpe?g|webp|bmp|gif|tiff?)", re.I
+)  # what begins a row: a picture's name
 
 
 def is_data(path):
@@ -84,7 +86,11 @@ def name_in(value, where):
     """A listed file name: relative, without steps upwards, one that a file can have. Raises UserError."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: no file_name")
-    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value) or max(len(p.encode()) for p in value.split("/")) > 255:
+    if (
+        "\0" in value
+        or any("\ud800" <= c <= "\udfff" for c in value)
+        or max(len(p.encode()) for p in value.split("/")) > 255
+    ):
         raise UserError(f"{where}: {short(value)} is no file's name")
     if Path(value).is_absolute() or ".." in Path(value).parts:
         raise UserError(f"{where}: {short(value)} is outside the data folder")
@@ -156,7 +162,9 @@ def rows(path):
                     f"{path}:{first}: {e}{last}; a text with quotes or commas stands in double quotes, its own quotes doubled"
                 ) from None
             for cell in cells:
-                swallowed = [n for n in re.split(r"\r\n|\n|\r", cell)[1:] if "," in n and ROW.fullmatch(n.split(",")[0])]
+                swallowed = [
+                    n for n in re.split(r"\r\n|\n|\r", cell)[1:] if "," in n and ROW.fullmatch(n.split(",")[0])
+                ]
                 if swallowed:
                     raise UserError(
                         f"{path}:{first}: a quote that is opened here swallows what looks like rows ({short(swallowed[0])})"

@@ -74,7 +74,9 @@ class Schedule:
         raw = {k: v for k, v in raw.items() if v is not None or k == "trained_betas"} | overrides
         kind = kind or raw.get("_class_name")
         if not isinstance(kind, str) or kind not in DEFAULTS:
-            raise UserError(f"{where}: scheduler {short(kind)} is not supported{nearest(kind, DEFAULTS)} (`scheduler` names another)")
+            raise UserError(
+                f"{where}: scheduler {short(kind)} is not supported{nearest(kind, DEFAULTS)} (`scheduler` names another)"
+            )
         known = {field for fields in DEFAULTS.values() for field in fields}
         for key, value in raw.items():
             if key in FORMER and value not in FORMER[key]:

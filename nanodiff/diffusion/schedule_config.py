@@ -135,7 +135,10 @@ FOREIGN = {
     "predict_x0", "solver_p", "disable_corrector", "predictor_order", "corrector_order", "tau_func", "eta", "rho", "sigma_data",
     "sigma_schedule", "s_noise", "s_churn", "s_min", "s_max", "clip_denoised", "noise_sampler_seed", "gamma",
 }  # fmt: skip
-FORMER = {"tensor_format": ("pt", "np"), "predict_epsilon": (True,)}  # fields of diffusers < 0.9, and the values that change nothing
+FORMER = {
+    "tensor_format": ("pt", "np"),
+    "predict_epsilon": (True,),
+}  # fields of diffusers < 0.9, and the values that change nothing
 SAME = {  # what a class takes for another class's value, as diffusers does
     "DPMSolverMultistepScheduler": {
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},

@@ -23,7 +23,11 @@ def captions(candidates, references, tokenizer="ptb", names=textmetrics.NAMES, r
         mine, theirs = [textmetrics.tokenize(t) for t in mine], [[textmetrics.tokenize(t) for t in r] for r in theirs]
     synonyms = WordNet(wordnet).synonyms if wordnet and "meteor" in names else None
     found = textmetrics.scores(mine, theirs, names, synonyms)
-    matched = "exact + Porter stem + WordNet synonyms, as nltk's" if synonyms else "exact + Porter stem, no synonyms (`wordnet` adds them)"
+    matched = (
+        "exact + Porter stem + WordNet synonyms, as nltk's"
+        if synonyms
+        else "exact + Porter stem, no synonyms (`wordnet` adds them)"
+    )
     intervals = textmetrics.bootstrap(mine, theirs, found, seed, resamples) if resamples and len(ids) > 1 else {}
     out = {}
     for name, score in found.items():

@@ -216,9 +216,7 @@ def write_pairs(folder, found):
         i = counts[pair.category] = counts.get(pair.category, -1) + 1
         stem = folder / f"metrics_{parts[pair.category]}_{i}"
         text = json.dumps({"name": pair.name} | _finite(pair.numbers), indent=2)
-        stem.with_suffix(".json").write_text(
-            text + "\n", encoding="utf-8"
-        )  # not through the disk one by one: there may be thousands
+        write_bytes(stem.with_suffix(".json"), f"{text}\n".encode(), sync=False)  # there may be thousands
         lines = [[k.replace("_", " "), *(v[c] for c in columns)] for k, v in pair.numbers.items()]
         report.write_csv(stem.with_suffix(".csv"), ("Comparison", *(TITLES[c] for c in columns)), lines)
         files += [stem.with_suffix(".json"), stem.with_suffix(".csv")]

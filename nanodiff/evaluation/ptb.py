@@ -35,7 +35,9 @@ _OTHERS = (  # the same, but what follows them in the same breath is no part of 
     "|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|jr|sr|bros|(?:ed|ph)\\.d|blvd|rd|esq|inc|cos?|corp|pp?tys?|ltd|plc|bancorp|bhd|assn|univ|intl|sys"
     "|est|ext|tel|sq"
 )
-_CAPITAL = "|".join(f"{w[0]}(?i:{w[1:]})" for w in ["Az", "Ark", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash"])
+_CAPITAL = "|".join(
+    f"{w[0]}(?i:{w[1:]})" for w in ["Az", "Ark", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash"]
+)
 _BEFORE_NUMBER = "figs?|prop|nos?|vols?|sect?s?|arts?|pp|op|approx|ca"
 _WHOLE = (  # words with an apostrophe that stay whole
     f"li'l(?![A-Za-z])|c'mon|c'est|cap'n|nor'easter|s'mores?|nat'l|ev'ry|e'er|ol{A}|somethin{A}|dunkin{A}|{A}em|{A}till?|{A}cause|{A}n{A}|'n(?![A-Za-z.,;:])|\u2019n"
@@ -102,9 +104,20 @@ _WRITTEN = {  # what a token is written as
 }  # fmt: skip
 _BRACKETS = str.maketrans({k: v for k, v in _WRITTEN.items() if k in "()[]{}"})
 _STRAIGHT = str.maketrans(
-    dict.fromkeys("\u2019\u0092›", "'") | dict.fromkeys("\u2018\u0091‛‹", "`") | dict.fromkeys("”\u0094»", "''") | dict.fromkeys("“\u0093«", "``")
+    dict.fromkeys("\u2019\u0092›", "'")
+    | dict.fromkeys("\u2018\u0091‛‹", "`")
+    | dict.fromkeys("”\u0094»", "''")
+    | dict.fromkeys("“\u0093«", "``")
 )
-_DROPPED = set("'`\".?!,:-;«»‹›‘’‛“”\u0091\u0092\u0093\u0094…") | {"''", "``", "--", "...", "&quot;", "&apos;", "&nbsp;"}
+_DROPPED = set("'`\".?!,:-;«»‹›‘’‛“”\u0091\u0092\u0093\u0094…") | {
+    "''",
+    "``",
+    "--",
+    "...",
+    "&quot;",
+    "&apos;",
+    "&nbsp;",
+}
 
 
 def tokenize(text):

@@ -224,7 +224,9 @@ def _aligned(words, others, synonyms=None):
 
     Synonyms are asked of the stems, as nltk does, whose numbers people compare with: "big" does not match "large", whose stem is "larg"."""
     left, right, found = dict(enumerate(words)), dict(enumerate(others)), []
-    ways = [str.__eq__, lambda a, b: stem(a) == stem(b)] + ([lambda a, b: stem(b) in synonyms(stem(a))] if synonyms else [])
+    ways = [str.__eq__, lambda a, b: stem(a) == stem(b)] + (
+        [lambda a, b: stem(b) in synonyms(stem(a))] if synonyms else []
+    )
     for same in ways:
         for i in sorted(left, reverse=True):
             j = next((j for j in sorted(right, reverse=True) if same(left[i], right[j])), None)

@@ -30,7 +30,9 @@ class WordNet:
                 index = (self.folder / f"index.{pos}").read_text(encoding="utf-8")
                 irregular = (self.folder / f"{pos}.exc").read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as e:
-                raise UserError(f"`wordnet` {self.folder}: needs index.{pos}, data.{pos} and {pos}.exc of WordNet: {e}") from None
+                raise UserError(
+                    f"`wordnet` {self.folder}: needs index.{pos}, data.{pos} and {pos}.exc of WordNet: {e}"
+                ) from None
             self.irregular[pos] = {word: lemmas for word, *lemmas in map(str.split, irregular.splitlines()) if lemmas}
             self.lemmas[pos] = {}
             for line in index.splitlines():
@@ -39,7 +41,9 @@ class WordNet:
                     try:
                         self.lemmas[pos][cells[0]] = [int(offset) for offset in cells[-int(cells[2]) :]]
                     except (IndexError, ValueError):
-                        raise UserError(f"`wordnet` {self.folder}/index.{pos}: {line[:60]!r} is no line of WordNet's") from None
+                        raise UserError(
+                            f"`wordnet` {self.folder}/index.{pos}: {line[:60]!r} is no line of WordNet's"
+                        ) from None
 
     def synonyms(self, word):
         """All words (no phrases) of all synsets of a word's base forms, as a set."""

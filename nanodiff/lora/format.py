@@ -70,7 +70,9 @@ class Lora:
     name: str
     deltas: list
     skipped: list
-    words: dict = field(default_factory=dict)  # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
+    words: dict = field(
+        default_factory=dict
+    )  # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
 
 
 def names_of(models):

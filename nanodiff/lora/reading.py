@@ -38,7 +38,9 @@ def read(path, models, allow_partial=False, words=False):
         onednn.undo(model)
     bundled = bundled_words(tensors, file)
     if bundled and not words:
-        raise UserError(f"{file}: carries the learned words {', '.join(map(printable, bundled))}, which would be lost here")
+        raise UserError(
+            f"{file}: carries the learned words {', '.join(map(printable, bundled))}, which would be lost here"
+        )
     groups, strange = grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent = [], list(strange)
@@ -82,7 +84,9 @@ def bundled_words(tensors, file):
         vectors = tensors.pop(key)
         vectors = vectors[None] if vectors.dim() == 1 else vectors
         if not match or vectors.dim() != 2 or not torch.isfinite(vectors).all():
-            raise UserError(f"{file}: {printable(key)} {list(vectors.shape)} is no learned word (finite vectors [n, width])")
+            raise UserError(
+                f"{file}: {printable(key)} {list(vectors.shape)} is no learned word (finite vectors [n, width])"
+            )
         words.setdefault(match[1], {})[match[2] if match[2].startswith("clip") else ""] = vectors
     return words
 

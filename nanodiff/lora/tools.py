@@ -58,7 +58,9 @@ def inspect(path, model=None):
         facts += [f"alpha {float(parts['alpha']):g}"] if "alpha" in parts else []
         print(printable(name), ", ".join(facts))
     for word, vectors in words.items():
-        print(f"learned word: {printable(word)}, " + ", ".join(f"{k} {list(v.shape)}".strip() for k, v in vectors.items()))
+        print(
+            f"learned word: {printable(word)}, " + ", ".join(f"{k} {list(v.shape)}".strip() for k, v in vectors.items())
+        )
     for key in strange:
         print(f"unknown: {printable(key)}")
     try:
@@ -81,7 +83,9 @@ def convert(source, target, form, model=None):
     """Translate a file. Names change, numbers do not."""
     models, found = models_for(source, model)
     if found.words:
-        raise UserError(f"{source}: carries the learned words {', '.join(map(printable, found.words))}, which no other form has a place for")
+        raise UserError(
+            f"{source}: carries the learned words {', '.join(map(printable, found.words))}, which no other form has a place for"
+        )
     kept = weights.metadata(reading.file_of(source))
     facts = {
         k.removeprefix("ss_"): v

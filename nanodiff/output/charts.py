@@ -4,12 +4,14 @@ python -m nanodiff.charts loss out/model/metrics.jsonl loss.png
 """
 
 import functools
+import io
 import json
 import math
 import sys
 from pathlib import Path
 
 from nanodiff.config import UserError
+from nanodiff.files import write_bytes
 
 
 @functools.cache
@@ -65,9 +67,7 @@ def losses(log, target_file, panels=("loss",), target=None):
                 axis.set_yscale("log")
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(target_file, dpi=100)
-    plt.close(figure)
+    _saved(plt, figure, target_file, None)
     return True
 
 
@@ -88,9 +88,7 @@ def curves(logs, target_file, name="unweighted_loss", window=50):
     axis.set_ylabel(f"{name.replace('_', ' ')}, of its first value")
     axis.set_yscale("log")
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target_file, dpi=100)
-    plt.close(figure)
+    _saved(plt, figure, target_file, None)
     return True
 
 
@@ -118,10 +116,12 @@ WIDEST = 60  # inches, of 100 dots
 FONT = 13  # points in the 100 dpi files: legible when they are shown at half their size
 
 
-def _saved(plt, figure, path):
+def _saved(plt, figure, path, box="tight"):
     figure.tight_layout()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    data = io.BytesIO()
+    figure.savefig(data, dpi=100, bbox_inches=box)
     plt.close(figure)
+    write_bytes(path, data.getbuffer())
     return Path(path)
 
 

@@ -1,5 +1,6 @@
 """PIL images and tensors: pixels are [B, 3, H, W] in [-1, 1]; grids, labels, metadata, safe names."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from nanodiff.config import UserError, check_regular, printable
+from nanodiff.files import write_bytes
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold; beyond it an image is a decompression bomb
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
@@ -36,7 +38,9 @@ def open_image(source, name=None, background="white"):
         elif image.mode == "F":
             raise UserError(f"{name}: has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
         elif image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
-            raise UserError(f"{name}: has 16 bits a colour and a transparent one, which is read as another; save it with 8 bits")
+            raise UserError(
+                f"{name}: has 16 bits a colour and a transparent one, which is read as another; save it with 8 bits"
+            )
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
@@ -167,10 +171,7 @@ def save_png(image, path, record=None):
         clean = a1111_parameters(record).encode("utf-8", errors="replace").decode()
         info.add_itxt("parameters", clean)
         info.add_text(CHUNK, json.dumps(record))  # ASCII: lone surrogates survive as escapes
-    try:
-        image.save(path, format="PNG", pnginfo=info)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
+    save(image, path, "PNG", pnginfo=info)
 
 
 def read_record(path):
@@ -201,7 +202,14 @@ def recorded(path):
 def save_gif(frames, path, milliseconds=500):
     """PIL images of one size -> a looping GIF; the last frame stays three times as long."""
     times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    save(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def save(image, path, kind, **options):
+    """Write a PIL image as a file of a kind of Pillow's, there as a whole or not at all. Raises UserError."""
+    data = io.BytesIO()
+    image.save(data, format=kind, **options)
+    write_bytes(path, data.getbuffer())
 
 
 def save_grid(pixels, path, nrow=None, labels=None):

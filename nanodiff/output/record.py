@@ -12,7 +12,7 @@ import torch
 from nanodiff import config
 from nanodiff.config import SECRETS, UserError, as_dict
 from nanodiff.device import dist, onednn
-from nanodiff.files import out_dir, write_json
+from nanodiff.files import claim, out_dir, write_json
 
 
 class Record:
@@ -22,6 +22,7 @@ class Record:
         if dist.world().size > 1 and not torch.distributed.is_initialized():  # all would write the same files
             raise UserError("running this on several processes is not supported yet; start it without torchrun")
         self.out = out_dir(cfg.output_dir)
+        dist.on_main(self._claim)
         self.started = time.perf_counter()
         self.data = {
             "config": as_dict(cfg),
@@ -36,6 +37,9 @@ class Record:
             "files": [],
             "results": {},
         }
+
+    def _claim(self):
+        claim(self.out)  # until the script ends
 
     @contextlib.contextmanager
     def timed(self, stage):

@@ -29,7 +29,9 @@ def check_index(index, folder):
     paths."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{folder}/model_index.json: pipeline {short(kind)} is not supported (only {', '.join(FAMILIES)})")
+        raise UserError(
+            f"{folder}/model_index.json: pipeline {short(kind)} is not supported (only {', '.join(FAMILIES)})"
+        )
     scheduler = index.get("scheduler")
     if scheduler is not None and not (
         isinstance(scheduler, list) and len(scheduler) == 2 and all(isinstance(v, str | None) for v in scheduler)
@@ -98,7 +100,9 @@ class Folder:
         if kind is None or kind == own:
             return raw, str(path)
         if own is not None:
-            say(f"note: {self.path}: model_index.json names {printable(kind)}, which is taken; scheduler_config.json is of {short(own)}")
+            say(
+                f"note: {self.path}: model_index.json names {printable(kind)}, which is taken; scheduler_config.json is of {short(own)}"
+            )
         return raw | {"_class_name": kind}, str(path)
 
 

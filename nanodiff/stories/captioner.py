@@ -16,7 +16,7 @@ from nanodiff.data import captionset, tables
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
 from nanodiff.evaluation import caption_scores, features, image_sets, textmetrics
-from nanodiff.files import write_bytes
+from nanodiff.files import append, write_bytes
 from nanodiff.output import charts, images, report
 from nanodiff.stories import captioner_model
 from nanodiff.stories.captions import begin, language_dtype
@@ -220,8 +220,7 @@ def show(run, net, dataset, rows, cfg, epoch):
             {"epoch": epoch, "image": row.name, "reference": row.captions[0], "prediction": t}
             for row, t in zip(kept, texts, strict=True)
         ]
-        with open(run.out / "samples.jsonl", "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        append(run.out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         images.save_png(sheet_of(some, [x["reference"] for x in lines], texts), run.out / "samples.png")
         return [
             f"  {printable(x['image'])}: {printable(x['prediction'])!r} (reference: {printable(x['reference'])!r})"

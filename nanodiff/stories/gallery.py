@@ -102,13 +102,11 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
 
 
 def save(picture, path, record):
-    """Write a picture so that it is there as a whole or not at all. record: into a PNG."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a picture by its suffix. record: into a PNG."""
     if path.suffix == ".png":
-        images.save_png(picture, part, record)
+        images.save_png(picture, path, record)
     else:
-        picture.save(part, format="JPEG", quality=QUALITY)
-    part.replace(path)
+        images.save(picture, path, "JPEG", quality=QUALITY)
 
 
 def planned(folder):

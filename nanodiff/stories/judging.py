@@ -203,7 +203,14 @@ def captions(cfg):
         names = tuple(n for n in textmetrics.NAMES if n != "cider")
     with record.timed("scores"):
         found = dist.on_main(
-            caption_scores.captions, mine, theirs, cfg.tokenize, names or textmetrics.NAMES, cfg.bootstrap, cfg.seed, cfg.wordnet
+            caption_scores.captions,
+            mine,
+            theirs,
+            cfg.tokenize,
+            names or textmetrics.NAMES,
+            cfg.bootstrap,
+            cfg.seed,
+            cfg.wordnet,
         )
     metrics, ids, scores = found
 

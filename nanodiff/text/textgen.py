@@ -113,7 +113,8 @@ def generate(
             raise UserError("`beams` takes the likeliest texts; give `temperature` 0")
         given = [None] * len(prompts) if embeds is None else embeds[:, None]
         return [
-            beam(net, p, new_tokens, beams, tuple(eos), length_penalty, e, chance) for p, e in zip(prompts, given, strict=True)
+            beam(net, p, new_tokens, beams, tuple(eos), length_penalty, e, chance)
+            for p, e in zip(prompts, given, strict=True)
         ]
     device, eos = net.output.device, set(eos)
     generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else range(len(prompts)))]
@@ -201,7 +202,9 @@ def beam(net, prompt, new_tokens, beams, eos=(), length_penalty=1.0, embeds=None
         rows = [row for row, _, _ in nexts]
         alive = [([*alive[row][0], token], value) for row, token, value in nexts]
         ended = sorted(ended, key=lambda w: -worth(w.score, len(w.ids) + 1))[:beams]
-        if not alive or len(ended) == beams and worth(ended[-1].score, len(ended[-1].ids) + 1) >= worth(alive[0][1], i + 1):
+        if not alive or (
+            len(ended) == beams and worth(ended[-1].score, len(ended[-1].ids) + 1) >= worth(alive[0][1], i + 1)
+        ):
             break
         if i + 1 < new_tokens:
             cache.select([*rows, *[0] * (beams - len(rows))])

@@ -18,7 +18,13 @@ from nanodiff.files import ASSETS, write_bytes, write_json
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = ASSETS / "clip" / "merges.txt"
 NO_LIMIT = 1 << 20  # tokens; a larger model_max_length (transformers writes 1e30) means that there is no limit
-PLAIN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}  # of a learned word
+PLAIN = {
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": True,
+    "special": False,
+}  # of a learned word
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -46,7 +52,9 @@ class CLIPTokenizer:
         settings = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).exists():
-                settings |= read_fields(folder / name, {"pad_token": str | dict | None, "model_max_length": float | None})
+                settings |= read_fields(
+                    folder / name, {"pad_token": str | dict | None, "model_max_length": float | None}
+                )
         pad, length = settings.get("pad_token") or END, settings.get("model_max_length")
         pad = typed(pad.get("content"), str, f"{folder}: pad_token: content") if isinstance(pad, dict) else pad
         if length is not None and not length >= 3:
@@ -68,7 +76,9 @@ class CLIPTokenizer:
         names = {i: token for token, i in vocabulary.items()}
         for word, i in listed.items():
             if vocabulary.get(word, names.get(i) and -1) not in (i, None):
-                raise UserError(f"{folder}: the added token {printable(word)} has id {i}, which the vocabulary contradicts")
+                raise UserError(
+                    f"{folder}: the added token {printable(word)} has id {i}, which the vocabulary contradicts"
+                )
         learned = {word: i for word, i in listed.items() if word not in vocabulary and word not in (START, END)}
         for word, i in sorted(learned.items(), key=lambda pair: pair[1]):
             more = itertools.takewhile(lambda w: w in learned, (f"{word}_{k}" for k in itertools.count(1)))
@@ -300,13 +310,25 @@ def _listed_words(folder):
     for path, pairs in listed.items():
         for word, i in pairs:
             i = int(i) if isinstance(i, str) and i.isascii() and i.isdigit() else i
-            if not isinstance(word, str) or not word or not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 24:
-                raise UserError(f"{path}: the added token {printable(repr(word)[:60])} has the id {printable(repr(i)[:60])}")
+            if (
+                not isinstance(word, str)
+                or not word
+                or not isinstance(i, int)
+                or isinstance(i, bool)
+                or not 0 <= i < 1 << 24
+            ):
+                raise UserError(
+                    f"{path}: the added token {printable(repr(word)[:60])} has the id {printable(repr(i)[:60])}"
+                )
             if words.setdefault(word, i) != i:
-                raise UserError(f"{path}: the added token {printable(word)} has id {i}, elsewhere in the folder {words[word]}")
+                raise UserError(
+                    f"{path}: the added token {printable(word)} has id {i}, elsewhere in the folder {words[word]}"
+                )
     ids = Counter(words.values())
     if twice := [word for word, i in words.items() if ids[i] > 1]:
-        raise UserError(f"{folder}: the added tokens {', '.join(map(printable, twice[:3]))} have one id, {words[twice[0]]}")
+        raise UserError(
+            f"{folder}: the added tokens {', '.join(map(printable, twice[:3]))} have one id, {words[twice[0]]}"
+        )
     return words
 
 

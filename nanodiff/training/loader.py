@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nanodiff.config import Stopped, UserError, printable
 from nanodiff.device import dist
+from nanodiff.files import write_bytes
 from nanodiff.output import images
 from nanodiff.weights import load_tensors, save_tensors
 
@@ -289,7 +290,7 @@ class Feed:
         self.reported = len(self.bad)
         if dist.is_main():
             lines = [json.dumps({"file": key, "reason": reason}) for _, (key, reason) in sorted(self.bad.items())]
-            Path(out, "bad_images.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_bytes(Path(out, "bad_images.jsonl"), "".join(f"{line}\n" for line in lines).encode())
         dist.say(f"warning: {self.reported} pictures cannot be read and were replaced; see bad_images.jsonl")
         if self.reported > self.limit * len(self.dataset):
             raise self._too_many()

@@ -16,11 +16,9 @@ The training loop stays visible in the script. `Run` never calls back:
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -32,7 +30,7 @@ from tqdm import tqdm
 from nanodiff.config import Stopped, UserError, as_dict, printable
 from nanodiff.device import choice, dist
 from nanodiff.device.memory import keep_freed_memory
-from nanodiff.files import out_dir
+from nanodiff.files import append, claim, write_bytes
 from nanodiff.models import layers
 from nanodiff.output.record import Record
 from nanodiff.training import recipe
@@ -99,19 +97,7 @@ class Run(State):
 
     def _claim(self):
         """Make the output folder this run's own: a second run in it is refused while this process lives."""
-        out_dir(self.out)
-        self.lock = open(self.out / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the process ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            raise UserError(
-                f"{self.out}: another run is using this folder (process {self.lock.read().strip()})"
-            ) from None
-        os.register_at_fork(after_in_child=self.lock.close)  # workers must not keep the folder when this process dies
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()} on {platform.node()}")
-        self.lock.flush()
+        self.lock = claim(self.out, "training")
         (self.out / "PREEMPTED").unlink(missing_ok=True)
 
     # -- what is trained ---------------------------------------------------------------------------------------
@@ -272,8 +258,8 @@ class Run(State):
         if not dist.is_main():
             return
         numbers = {k: (float(f"{v:.7g}") if isinstance(v, float) else v) for k, v in numbers.items()}
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": self.step + 1, "epoch": self.step // self.per_epoch + 1, **numbers}) + "\n")
+        line = {"step": self.step + 1, "epoch": self.step // self.per_epoch + 1, **numbers}
+        append(self.out / "metrics.jsonl", json.dumps(line) + "\n")
         self.watch.numbers(self.step + 1, numbers)
 
     # -- epochs ------------------------------------------------------------------------------------------------
@@ -350,7 +336,7 @@ class Run(State):
                     self.signals.discard(signal.SIGUSR1)
                     self.received.discard(signal.SIGUSR1)
                 if self.signals:
-                    dist.on_main((self.out / "PREEMPTED").write_text, f"checkpoint-{self.step}\n")
+                    dist.on_main(write_bytes, self.out / "PREEMPTED", f"checkpoint-{self.step}\n".encode())
                     raise Stopped if signal.SIGTERM in self.signals else KeyboardInterrupt
             if self.reason:
                 dist.say(f"{self.reason}; stopped after update {self.step}")

@@ -19,6 +19,7 @@ from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, read_json
 from nanodiff.device import choice, dist, onednn
 from nanodiff.diffusion import fewstep, objective
+from nanodiff.files import write_bytes
 from nanodiff.output import charts, images
 from nanodiff.pipeline import sources
 from nanodiff.training import build, latents, loader, plan
@@ -309,7 +310,7 @@ def save_model(sd, folder, dtype, states, **facts):
     fresh = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(fresh, ignore_errors=True)
     sd.save(fresh, choice.DTYPES[dtype], states)
-    (fresh / "training.json").write_text(json.dumps(facts))
+    write_bytes(fresh / "training.json", json.dumps(facts).encode())
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

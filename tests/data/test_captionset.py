@@ -59,7 +59,10 @@ def test_titles_of_every_form(tmp_path):
         ("Image_Name,Title\n,x\n", r"a\.csv:2: no Image_Name"),
         ("Image_Name,Title\n../../etc/passwd,x\n", "is outside the data folder"),
         (f"Image_Name,Title\n{'x' * 300},x\n", "is no file's name"),
-        ("Image_Name,Title\na,Salmon, grilled\n", r"a\.csv:2: has 3 columns, the first line has 2; a text with commas needs double quotes"),
+        (
+            "Image_Name,Title\na,Salmon, grilled\n",
+            r"a\.csv:2: has 3 columns, the first line has 2; a text with commas needs double quotes",
+        ),
         ("Image_Name,Title\na,cr\udce8me\n", r"a\.csv:2: is not UTF-8"),
     ],
 )
@@ -83,7 +86,9 @@ def test_a_jobs_log(tmp_path, capsys):
     )
     assert captionset.read(path) == [Row("dish_1", ("Spicy noodle soup",)), Row("dish_2", ("Cold noodles",))]
     assert "2 lines name no picture" in capsys.readouterr().err
-    path.write_text("my dish 1.jpg: A stew\n[3/9] Generated image: out/other dish.png -> Rice\n2025-03-01 10:00:01 saved x.jpg | Soup\n")
+    path.write_text(
+        "my dish 1.jpg: A stew\n[3/9] Generated image: out/other dish.png -> Rice\n2025-03-01 10:00:01 saved x.jpg | Soup\n"
+    )
     assert [(r.name, *r.captions) for r in captionset.read(path)] == [
         ("my dish 1", "A stew"), ("other dish", "Rice"), ("x", "Soup")
     ]  # fmt: skip
@@ -236,7 +241,7 @@ def test_a_journal_goes_on(tmp_path):
     with open(tmp_path / "augmented-0.jsonl", "a") as f:
         f.write('{"row": 1, "varia')  # killed while writing
     (tmp_path / "augmented-notes.jsonl").write_text("of a reader\n")
-    with pytest.raises(UserError, match="another run is varying captions"):
+    with pytest.raises(UserError, match="another run is using this folder"):
         captionset.Journal(tmp_path, "augmented", rows, settings)
     work.close()
     again = captionset.Journal(tmp_path, "augmented", rows, settings)

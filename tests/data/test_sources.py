@@ -309,7 +309,9 @@ def test_a_tar_loses_no_picture(tmp_path, capsys):
         shard(("000.png", png()), ("000.txt", b"a cat"), ("000.txt", b"a dog"))
     with pytest.raises(UserError, match=r"s\.tar: 000\.txt:1: is not UTF-8"):
         shard(("000.png", png()), ("000.txt", b"cr\xe8me"))
-    got = shard(("./000.png", png()), ("./._000.png", b"x"), ("__MACOSX/000.png", b"x"), ("001.txt", b"a dog"), ("x.heic", b""))
+    got = shard(
+        ("./000.png", png()), ("./._000.png", b"x"), ("__MACOSX/000.png", b"x"), ("001.txt", b"a dog"), ("x.heic", b"")
+    )
     assert got.keys == ["./000"]
     assert "not read: 1 .heic, 1 captions or labels without a picture (001)" in capsys.readouterr().err
 
@@ -337,7 +339,9 @@ def test_names_that_no_file_can_have(tmp_path, name):
             data.load(tmp_path)
         (tmp_path / listing).unlink()
     coco = tmp_path / "coco.json"
-    coco.write_text(json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}))
+    coco.write_text(
+        json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]})
+    )
     with pytest.raises(UserError, match="is no file's name"):
         data.load(coco)
 

@@ -37,7 +37,10 @@ def test_an_ordinary_table(tmp_path):
         ("n,t\n0,a cow, brown\n", r"t\.csv:2: has 3 columns, the first line has 2; a text with commas"),
         ("n,t\n0,a\n1\n", r"t\.csv:3: has 1 columns"),
         ('n,t\n0,a\n1,"an 8 inch\n2,b\n3,"a ""big"" dog"\n', r"t\.csv:3: .* \(read up to line 5\)"),
-        ('n,t\n0,a\n1,"an 8 inch\n2,b\n3,c 7"\n', r"t\.csv:3: a quote that is opened here swallows what looks like rows \('2,b'\)"),
+        (
+            'n,t\n0,a\n1,"an 8 inch\n2,b\n3,c 7"\n',
+            r"t\.csv:3: a quote that is opened here swallows what looks like rows \('2,b'\)",
+        ),
         ('n,t\na.png,"x\nb.png,y"\n', r"t\.csv:2: .*swallows"),
         ('n,t\n0,"a\n', r"t\.csv:2: unexpected end of data"),
         ('n,t\n0,"a" b\n', r"t\.csv:2: ',' expected after '\"'"),
@@ -51,7 +54,9 @@ def test_what_is_ambiguous_is_refused_with_its_line(tmp_path, text, says):
         read(put(tmp_path, "t.csv", text))
 
 
-@given(st.lists(st.tuples(st.integers(0, 99), st.text("ab ,\"'[é\u2028", min_size=1, max_size=12)), min_size=1, max_size=6))
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.text("ab ,\"'[é\u2028", min_size=1, max_size=12)), min_size=1, max_size=6)
+)
 def test_what_a_csv_writer_wrote_is_read(rows):
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([("n", "t"), *rows])
@@ -83,23 +88,39 @@ def test_a_name_stands_once_in_an_object():
 def test_captions_of_a_cell():
     read = tables.captions_in
     assert read('["cyclone"]', "t") == ("cyclone",) and read("['a', \"b's\"]", "t") == ("a", "b's")
-    assert read("[close-up] a red apple", "t") == ("[close-up] a red apple",) and read("[]", "t") == read(None, "t") == ()
+    assert (
+        read("[close-up] a red apple", "t") == ("[close-up] a red apple",) and read("[]", "t") == read(None, "t") == ()
+    )
     assert read(["a", " ", "b"], "t") == ("a", "b")
-    for value, says in (('["broken"', "no list of captions"), ({"a": 1}, "no caption"), ([["a"]], "no caption"), (4, "4 is no caption")):
+    for value, says in (
+        ('["broken"', "no list of captions"),
+        ({"a": 1}, "no caption"),
+        ([["a"]], "no caption"),
+        (4, "4 is no caption"),
+    ):
         with pytest.raises(UserError, match=says):
             read(value, "t")
     with pytest.raises(UserError, match="a caption of 16385 characters"):
         read("x" * (tables.CAPTION_LIMIT + 1), "t")
 
 
-@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "/etc/passwd", "../a.png", "a/../../b.png", "", "x" * 256, 7, None])
+@pytest.mark.parametrize(
+    "name", ["a\0.png", "\ud800.png", "/etc/passwd", "../a.png", "a/../../b.png", "", "x" * 256, 7, None]
+)
 def test_names_that_are_no_files(name):
     with pytest.raises(UserError):
         tables.name_in(name, "t.csv:3")
 
 
 def test_what_is_no_data():
-    for stray in (".ipynb_checkpoints/a.png", "cat/._a.png", "__MACOSX/a.png", "cat/@eaDir/a.png", "Thumbs.db", "a/.hidden/b.png"):
+    for stray in (
+        ".ipynb_checkpoints/a.png",
+        "cat/._a.png",
+        "__MACOSX/a.png",
+        "cat/@eaDir/a.png",
+        "Thumbs.db",
+        "a/.hidden/b.png",
+    ):
         assert not tables.is_data(stray), stray
     for own in ("a.png", "./a.png", "cat/a.b.png", "a..b/c.png", "../x.png"):
         assert tables.is_data(own), own
@@ -110,7 +131,9 @@ def test_columns_are_said(capsys):
     assert "t.csv: reading the column caption, not Title" in capsys.readouterr().err
     assert tables.column("Title", tables.CAPTIONS, ["id", "caption", "Title"], "t.csv") == "Title"
     assert not capsys.readouterr().err
-    with pytest.raises(UserError, match=r"t\.csv: no column Titel; it has id, Title \(`caption_column`\); did you mean Title"):
+    with pytest.raises(
+        UserError, match=r"t\.csv: no column Titel; it has id, Title \(`caption_column`\); did you mean Title"
+    ):
         tables.column("Titel", tables.CAPTIONS, ["id", "Title"], "t.csv", "caption_column")
     with pytest.raises(UserError) as e:
         tables.column(None, tables.NAMES, ["x" * 80_000], "t.csv")
@@ -121,7 +144,11 @@ def test_json_and_tables_are_read_alike(tmp_path):
     """The captions of one export, from its table and from JSON, for evaluation, training and the captioner."""
     from nanodiff.data import caption_files, captionset
 
-    put(tmp_path, "titles.csv", captionset.table([captionset.Row("a", ("cyclone", "storm")), captionset.Row("b", ("[x] y",))]))
+    put(
+        tmp_path,
+        "titles.csv",
+        captionset.table([captionset.Row("a", ("cyclone", "storm")), captionset.Row("b", ("[x] y",))]),
+    )
     put(tmp_path, "titles.json", json.dumps({"a": ["cyclone", "storm"], "b": "[x] y"}))
     assert caption_files.read(tmp_path / "titles.csv") == caption_files.read(tmp_path / "titles.json")
     assert [r.captions for r in captionset.read(tmp_path / "titles.csv")] == [("cyclone", "storm"), ("[x] y",)]

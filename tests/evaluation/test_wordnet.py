@@ -8,7 +8,13 @@ from nanodiff.evaluation import caption_scores, textmetrics
 from nanodiff.evaluation.wordnet import ENDINGS, WordNet
 
 SYNSETS = {  # part of speech: words of each synset
-    "noun": [["couch", "sofa", "lounge", "love_seat"], ["couch", "frame"], ["goose", "fathead"], ["box", "case"], ["sun", "sunlight"]],
+    "noun": [
+        ["couch", "sofa", "lounge", "love_seat"],
+        ["couch", "frame"],
+        ["goose", "fathead"],
+        ["box", "case"],
+        ["sun", "sunlight"],
+    ],
     "verb": [["run", "operate"], ["lie", "rest"], ["bake", "cook"]],
     "adj": [["big", "large"], ["handy", "near(p)"]],
     "adv": [["fast", "quickly"]],
@@ -25,7 +31,10 @@ def folder(tmp_path):
                 offsets.setdefault(word.split("(")[0], []).append(len(data))
             cells = " ".join(f"{word} 0" for word in words)
             data += f"{len(data):08d} 03 {pos[0]} {len(words):02x} {cells} 000 | a gloss\n".encode()
-        lines = [f"{w} {pos[0]} {len(at)} 0 {len(at)} 0 {' '.join(f'{o:08d}' for o in at)}  \n" for w, at in sorted(offsets.items())]
+        lines = [
+            f"{w} {pos[0]} {len(at)} 0 {len(at)} 0 {' '.join(f'{o:08d}' for o in at)}  \n"
+            for w, at in sorted(offsets.items())
+        ]
         (tmp_path / f"data.{pos}").write_bytes(data)
         (tmp_path / f"index.{pos}").write_text("  1 the licence\n" + "".join(lines))
         (tmp_path / f"{pos}.exc").write_text(IRREGULAR[pos])
@@ -57,8 +66,14 @@ def test_meteor_with_them(folder):
     mine, theirs = ["a sofa in the sun"], [["a couch in the sun"]]
     assert textmetrics.meteor(mine, theirs).value == pytest.approx((1 - 0.5 * (2 / 4) ** 3) * 0.8)
     assert textmetrics.meteor(mine, theirs, synonyms).value == pytest.approx(1 - 0.5 * (1 / 5) ** 3)
-    found = [caption_scores.captions({"1": mine}, {"1": theirs[0]}, names=("meteor",), resamples=0, wordnet=w)[0]["meteor"] for w in (None, folder)]
-    assert [("no synonyms" in f["provenance"]["form"], "WordNet" in f["provenance"]["form"]) for f in found] == [(True, False), (False, True)]
+    found = [
+        caption_scores.captions({"1": mine}, {"1": theirs[0]}, names=("meteor",), resamples=0, wordnet=w)[0]["meteor"]
+        for w in (None, folder)
+    ]
+    assert [("no synonyms" in f["provenance"]["form"], "WordNet" in f["provenance"]["form"]) for f in found] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_folders_that_are_none(folder, tmp_path):

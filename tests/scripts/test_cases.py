@@ -45,7 +45,9 @@ def set_json(path, **fields):
 
 
 def test_a_word_in_added_tokens_json(tmp_path):
-    assert_same(drawn(with_case("learned-word", tmp_path / "m"), "a <cat-toy> apple"), CASES / "learned-word" / "reference.png")
+    assert_same(
+        drawn(with_case("learned-word", tmp_path / "m"), "a <cat-toy> apple"), CASES / "learned-word" / "reference.png"
+    )
 
 
 def test_a_word_of_two_vectors_in_tokenizer_json(tmp_path):
@@ -59,7 +61,10 @@ def test_the_other_places_where_words_are_kept(tmp_path, where):
     model = with_case("learned-word", tmp_path / "m")
     (model / "tokenizer" / "added_tokens.json").unlink()
     if where == "added_tokens_decoder":
-        set_json(model / "tokenizer" / "tokenizer_config.json", added_tokens_decoder={"1000": {"content": "<cat-toy>"}, "999": {"content": "<|endoftext|>"}})
+        set_json(
+            model / "tokenizer" / "tokenizer_config.json",
+            added_tokens_decoder={"1000": {"content": "<cat-toy>"}, "999": {"content": "<|endoftext|>"}},
+        )
     else:
         words = json.loads((CASES / "multi-vector-word" / "tokenizer" / "tokenizer.json").read_text())
         words["added_tokens"] = [t | {"content": "<cat-toy>"} for t in words["added_tokens"] if t["id"] == 1000]
@@ -81,7 +86,9 @@ def test_saved_words_are_kept(tmp_path):
     sd.learn(tmp_path / "three.safetensors")
     sd.save(tmp_path / "learned")
     again = pipeline.load(tmp_path / "learned")
-    assert again.tokenizer.pieces("a <three> b") == sd.tokenizer.pieces("a <three> b") and len(again.tokenizer.words) == 3
+    assert (
+        again.tokenizer.pieces("a <three> b") == sd.tokenizer.pieces("a <three> b") and len(again.tokenizer.words) == 3
+    )
     assert again.tokenizer.pieces("<three>_1") == [1001]
     assert torch.equal(again.encode(["a <three>"]).states, sd.encode(["a <three>"]).states)
     with pytest.raises(UserError, match="already has this word"):
@@ -120,7 +127,10 @@ def test_no_limit_of_tokens_is_the_text_encoders(tmp_path, length):
 def test_model_index_names_the_schedulers_class(tmp_path, capsys):
     model = with_case("scheduler-class", tmp_path / "m")
     assert_same(drawn(model, "a red apple"), CASES / "scheduler-class" / "reference_ddim.png")
-    assert "model_index.json names DDIMScheduler, which is taken; scheduler_config.json is of 'PNDMScheduler'" in capsys.readouterr().err
+    assert (
+        "model_index.json names DDIMScheduler, which is taken; scheduler_config.json is of 'PNDMScheduler'"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_class_that_we_lack_is_no_hindrance_to_another(tmp_path):
@@ -130,7 +140,9 @@ def test_a_class_that_we_lack_is_no_hindrance_to_another(tmp_path):
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
     got = pipeline.load(model)
-    assert torch.equal(got.schedule.alphas_cumprod, want.schedule.alphas_cumprod) and got.schedule.prediction == "epsilon"
+    assert (
+        torch.equal(got.schedule.alphas_cumprod, want.schedule.alphas_cumprod) and got.schedule.prediction == "epsilon"
+    )
     (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}))
     with pytest.raises(UserError, match=r"'UniPCMultistepScheduler' is not supported.*`scheduler` names another"):
         pipeline.load(model)
@@ -142,13 +154,24 @@ def test_a_class_that_we_lack_is_no_hindrance_to_another(tmp_path):
 
 def test_a_samplers_own_fields_do_not_stay():
     karras = pipeline.load(TINY / "sd15", scheduler="dpmpp_2m_karras")
-    assert karras.schedule.cfg["use_karras_sigmas"] and karras.with_scheduler(None, timestep_spacing="trailing").schedule.cfg["use_karras_sigmas"]
+    assert (
+        karras.schedule.cfg["use_karras_sigmas"]
+        and karras.with_scheduler(None, timestep_spacing="trailing").schedule.cfg["use_karras_sigmas"]
+    )
     assert not karras.with_scheduler("euler").schedule.cfg["use_karras_sigmas"]
 
 
 # -- configs -------------------------------------------------------------------------------------------------
 
-EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 15000, "power": 0.6667, "update_after_step": 0, "use_ema_warmup": False}
+EMA = {
+    "decay": 0.9999,
+    "inv_gamma": 1.0,
+    "min_decay": 0.0,
+    "optimization_step": 15000,
+    "power": 0.6667,
+    "update_after_step": 0,
+    "use_ema_warmup": False,
+}
 
 
 def test_fields_that_change_nothing(tmp_path):
@@ -222,7 +245,9 @@ def test_only_fp16_files_are_taken_with_a_line(tmp_path, capsys):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
     assert np.array_equal(drawn(model, "apple", 1), drawn(TINY / "sd15", "apple", 1))
     assert capsys.readouterr().err.count("only fp16 files, taking these") == 3
-    shutil.copy(next((model / "unet").glob("*.safetensors")), model / "unet" / "diffusion_pytorch_model.bf16.safetensors")
+    shutil.copy(
+        next((model / "unet").glob("*.safetensors")), model / "unet" / "diffusion_pytorch_model.bf16.safetensors"
+    )
     with pytest.raises(UserError, match="only the variants bf16, fp16; choose one"):
         pipeline.load(model)
     assert pipeline.load(model, variant="bf16")
@@ -278,20 +303,39 @@ def test_lora_of_other_types():
         lora.read(CASES / "lora" / "int8.safetensors", models)
     found = lora.read(CASES / "lora" / "fp8.safetensors", models)
     stored = load_file(CASES / "lora" / "fp8.safetensors")
-    assert {d.down.dtype for d in found.deltas} == {torch.float32} and len(found.deltas) == sum("lora_down" in k for k in stored)
+    assert {d.down.dtype for d in found.deltas} == {torch.float32} and len(found.deltas) == sum(
+        "lora_down" in k for k in stored
+    )
 
 
 def test_words_that_come_with_a_lora(tmp_path):
     """They are learned where a picture is drawn and merged; where they would be lost, they are refused by their name."""
     bundle, model = CASES / "lora" / "bundle.safetensors", str(TINY / "sd15")
-    done = run("sample.py", "--model", model, "--prompt", "mychar", "--steps", 1, "--lora", bundle, "--output-dir", tmp_path / "o")
+    done = run(
+        "sample.py",
+        "--model",
+        model,
+        "--prompt",
+        "mychar",
+        "--steps",
+        1,
+        "--lora",
+        bundle,
+        "--output-dir",
+        tmp_path / "o",
+    )
     assert done.returncode == 0 and "learned word: mychar" in done.stdout
     lora.merge(model, [str(bundle)], tmp_path / "merged")
     vectors = load_file(bundle)["bundle_emb.mychar.clip_l"]
     merged = pipeline.load(tmp_path / "merged")
     assert merged.tokenizer.pieces("mychar") == [1000, 1001]
-    assert torch.equal(merged.text_encoder.text_model.embeddings.token_embedding.weight[1000:], vectors.to(merged.text_encoder.text_model.embeddings.token_embedding.weight.dtype))
-    line = error_line(run("-m", "nanodiff.lora", "convert", bundle, tmp_path / "k.safetensors", "--to", "peft", "--model", model))
+    assert torch.equal(
+        merged.text_encoder.text_model.embeddings.token_embedding.weight[1000:],
+        vectors.to(merged.text_encoder.text_model.embeddings.token_embedding.weight.dtype),
+    )
+    line = error_line(
+        run("-m", "nanodiff.lora", "convert", bundle, tmp_path / "k.safetensors", "--to", "peft", "--model", model)
+    )
     assert "carries the learned words mychar" in line
     shown = run("-m", "nanodiff.lora", "inspect", bundle, "--model", model).stdout
     assert "learned word: mychar, clip_l [2, 32]" in shown
@@ -314,4 +358,7 @@ def test_16_bits_with_a_transparent_value():
 
 
 def test_no_words_are_a_prompt(tmp_path):
-    assert run("sample.py", "--model", TINY / "sd15", "--prompt", "", "--steps", 1, "--output-dir", tmp_path).returncode == 0
+    assert (
+        run("sample.py", "--model", TINY / "sd15", "--prompt", "", "--steps", 1, "--output-dir", tmp_path).returncode
+        == 0
+    )
