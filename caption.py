@@ -68,6 +68,9 @@ class Augment(Common):
         "google/gemma-3-1b-it", "the language model: folder or Hub id of a Gemma 3 or LLaMA 3.2", "model-name"
     )
     output_dir: str = arg("results/synthetic_data", "augmented_captions.csv, and what synthesize makes of it")
+    overwrite_output_dir: bool = arg(
+        False, "begin again: what an earlier run there made by other settings is deleted", "overwrite"
+    )
     variations: int = arg(3, "new captions for each", low=1)
     start_idx: int = arg(0, "begin at this caption", low=0)
     max_samples: int | None = arg(None, "no more captions than so many", low=1)
@@ -99,6 +102,9 @@ class Synthesize(Common):
     )
     model: str = arg("stabilityai/stable-diffusion-2-1", "what draws: folder or Hub id", "model-id")
     output_dir: str = arg("results/synthetic_data", "images/ and synthetic_captions.csv")
+    overwrite_output_dir: bool = arg(
+        False, "begin again: what an earlier run there made by other settings is deleted", "overwrite"
+    )
     template: str = arg("A professional, realistic photograph of {caption}, appetizing, natural light, sharp focus", "the positive prompt, with {caption}")  # fmt: skip
     negative_prompt: str = arg(
         "blurry, unrealistic, low resolution, overexposed, unnatural colors, text, watermark", "what to keep away from"

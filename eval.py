@@ -117,7 +117,9 @@ class Captions(Common):
     tokenize: str = arg("ptb", "ptb: lower case, Penn Treebank words, no punctuation, as COCO; none: split at spaces", choices=("ptb", "none"))  # fmt: skip
     metrics: str | None = arg(None, "comma-separated: bleu1 … bleu4, rouge_l, rouge_l_f1, meteor, cider; default: all")
     bootstrap: int = arg(1000, "resamples of the intervals", low=0)
-    wordnet: str | None = arg(None, "folder of WordNet's database (index.noun, data.noun, noun.exc, …): METEOR matches synonyms too")
+    wordnet: str | None = arg(
+        None, "folder of WordNet's database (index.noun, data.noun, noun.exc, …): METEOR matches synonyms too"
+    )
 
 
 @dataclass

@@ -207,9 +207,9 @@ class Journal:
     people, NAME_captions.csv, which grows with it, and NAME_shortfall.csv, the originals with fewer variations than were asked for.
 
     Every process writes lines of its own into NAME-RANK.jsonl. A run that was killed loses at most the lines that it was writing.
-    Raises UserError for a folder that was begun with other settings or captions."""
+    anew: one that was begun with other settings or captions is begun again, which otherwise raises UserError."""
 
-    def __init__(self, folder, kind, rows, settings):
+    def __init__(self, folder, kind, rows, settings, anew=False):
         self.folder, self.name, self.rows = Path(folder), kind, rows
         self.csv, self.shortfall = self.folder / f"{kind}_captions.csv", self.folder / f"{kind}_shortfall.csv"
         self.names, taken = [], set()  # file names as they will be on disk
@@ -221,9 +221,13 @@ class Journal:
             self.names.append(name)
         digest = hashlib.blake2b(json.dumps([[r.name, *r.captions] for r in rows]).encode(), digest_size=12).hexdigest()
         self.settings = json.loads(json.dumps(settings | {"captions": digest}))
-        self.lock = None  # rank 0's
+        self.lock, self.anew = None, anew  # rank 0's lock
         dist.on_main(self._claim)
-        self.done = dist.on_main(self._begin)
+        try:
+            self.done = dist.on_main(self._begin)
+        except UserError:
+            self.close()
+            raise
         self.own = self.folder / f"{kind}-{dist.world().rank}.jsonl"
         append(self.own, (json.dumps({"settings": self.settings}) + "\n").encode("utf-8", "replace"))
 
@@ -255,17 +259,23 @@ class Journal:
                 except ValueError as e:
                     raise UserError(f"{path}: not a record of variations: {e}") from None
                 if "settings" in record:
-                    self._same(path, record["settings"])
+                    if not self._same(path, record["settings"]):
+                        done = {}
+                        break
                 else:
                     done[record["row"]] = (record["variations"], record["replies"])
         self._rewrite(whole, done)
         return done
 
     def _same(self, path, before):
+        """Is what was written under `before` of this run? Otherwise it is to be begun again, or UserError."""
         for key, value in self.settings.items():
             if before.get(key) != value:
-                raise UserError(f"{path}: was begun with another {key} ({printable(before.get(key))}, not {printable(value)}); take another `output_dir`, "
-                                "or delete it")  # fmt: skip
+                if self.anew:
+                    return False
+                raise UserError(f"{path}: was begun with another {key} ({printable(before.get(key))}, not {printable(value)}); take another `output_dir` "
+                                "(or `overwrite_output_dir`)")  # fmt: skip
+        return True
 
     def _rewrite(self, whole, done):
         """One file of everything, in the order of the rows; the processes' own are gone."""

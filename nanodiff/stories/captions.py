@@ -98,7 +98,7 @@ def augment(cfg):
     settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",
                                              "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
     settings |= {"template": template, "chat": chat, "dtype": str(net.output.dtype).removeprefix("torch.")}
-    work = captionset.Journal(record.out, JOURNAL, rows, settings)
+    work = captionset.Journal(record.out, JOURNAL, rows, settings, cfg.overwrite_output_dir)
     some = range(cfg.start_idx, min(len(rows), cfg.start_idx + (cfg.max_samples or len(rows))))
     groups = [list(some[i : i + cfg.batch_size]) for i in range(0, len(some), cfg.batch_size)]
     todo = [g for g in groups if any(i not in work.done for i in g)]
@@ -230,7 +230,7 @@ def synthesize(cfg):
     columns = {captionset.SOURCE: lambda row: row.source}
     dist.on_main(lambda: listing.exists() or captionset.append(listing, captionset.table([], columns)))
     with record.timed("draw"):
-        failed = gallery.draw(sd, jobs, folder, how, cfg.batch_size, on_saved=lambda job: captionset.append(
+        failed = gallery.draw(sd, jobs, folder, how, cfg.batch_size, cfg.overwrite_output_dir, exact=True, on_saved=lambda job: captionset.append(
             listing, captionset.line(by_name[job.name], columns)))  # fmt: skip
     drawn = [row for job, row in zip(jobs, rows, strict=True) if job.name not in failed]
     dist.on_main(captionset.write, listing, drawn, columns)

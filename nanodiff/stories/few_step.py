@@ -14,7 +14,7 @@ from nanodiff.output import charts, images, report
 from nanodiff.output.record import Record
 from nanodiff.stories import gallery
 from nanodiff.training import build, loader, teach
-from nanodiff.training.options import listed
+from nanodiff.training.options import decisive, listed
 
 
 def few_schedule(cfg, sd):
@@ -50,7 +50,7 @@ def few_step(cfg):
         folder = target if n == rounds[-1] else record.out / f"steps-{n}"
         work = folder.with_name(f"{folder.name}.training")
         facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "guidance": cfg.guidance_scale,
-                 "data": dataset.fingerprint(), "lr": cfg.lr, "seed": cfg.seed, "lora": settings}  # fmt: skip
+                 "data": dataset.fingerprint(), "lora": settings, **decisive(cfg)}  # fmt: skip
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
             begins = cfg.student if cfg.student and i == 0 else last
             sd, nets = dist.together(teach.student, begins, settings)
@@ -122,7 +122,7 @@ def few_writer(cfg, sd, folder, facts):
 
     def write(run, states):
         loss = run.more.get("epoch_loss") or (run.numbers or {}).get("loss")
-        record = facts | {"loss": loss, "updates": run.step}
+        record = {"loss": loss, "updates": run.step, "settings": facts}
         states.pop("critic", None)
         if not cfg.lora:
             return teach.save_model(sd, folder, cfg.save_dtype, states, **record)

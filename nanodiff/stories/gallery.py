@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.device import dist
 from nanodiff.diffusion import samplers
-from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.files import claim, write_bytes, write_json
 from nanodiff.output import images
 from nanodiff.training import loader
 
@@ -42,15 +42,16 @@ def settings(sd, model, steps=None, scale=None, height=None, width=None):
     }  # fmt: skip
 
 
-def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", captions=False, on_saved=None):
+def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", captions=False, on_saved=None, exact=False):
     """Draw the jobs whose pictures are not there yet. Every process must call it. Returns {name: why} of those that failed: a model's
     NaN costs its own picture, not the run.
 
     how: of settings(), and perhaps `negative_prompt` and `resize`, (width, height) to which each picture is brought. on_saved(job): called after
-    each picture. captions: put the prompt beside each picture, NAME.txt, as training data has it. anew: pictures that the folder has from other settings are drawn again; otherwise they raise UserError, since a folder of
-    two kinds would be measured as one. Raises UserError when all fail."""
+    each picture. captions: put the prompt beside each picture, NAME.txt, as training data has it. anew: pictures that the folder has from other
+    settings, prompts or seeds are drawn again; otherwise they raise UserError, since a folder of two kinds would be measured as one. exact: the
+    folder holds these pictures and no others. Raises UserError when all fail."""
     folder = Path(folder)
-    todo = dist.on_main(_begin, folder, jobs, how, anew)
+    todo = dist.on_main(_begin, folder, jobs, how, anew, exact)
     if len(todo) < len(jobs):
         dist.say(f"{folder}: {len(jobs) - len(todo)} of {len(jobs)} pictures are there already")
     lacking = {
@@ -142,10 +143,10 @@ def there(path):
         return False
 
 
-def _begin(folder, jobs, how, anew):
+def _begin(folder, jobs, how, anew, exact=False):
     """The jobs that are to be drawn, after writing the plan."""
-    out_dir(folder)
-    for part in folder.rglob(".*.part"):  # of a run that was killed
+    claim(folder)
+    for part in folder.rglob(".*.tmp-*"):  # of a run that was killed
         part.unlink()
     path, how = folder / PLAN, json.loads(json.dumps(how))
     before = read_json(path) if path.is_file() else {"settings": how, "pictures": {}}
@@ -153,13 +154,22 @@ def _begin(folder, jobs, how, anew):
         if not anew:
             k = different[0]
             raise UserError(f"{folder}: holds pictures of another {k} ({printable(before['settings'].get(k))}, not {printable(how[k])}); "
-                            "take another folder, or delete it")  # fmt: skip
+                            "take another folder (or `overwrite_output_dir`)")  # fmt: skip
         before["pictures"] = dict.fromkeys(before["pictures"])
     old, new = before["pictures"], {j.name: [j.prompt, j.seed] for j in jobs}
     if bad := [n for n in new if Path(n).is_absolute() or ".." in Path(n).parts]:
         raise UserError(f"{folder}: {printable(bad[0])} is no name inside it")
     if len(new) < len(jobs):
         raise UserError(f"{folder}: two pictures would have one name")
+    if (changed := [n for n in new if old.get(n) and old[n] != new[n]]) and not anew:
+        before, now = (f"{printable(prompt)!r}, seed {seed}" for prompt, seed in (old[changed[0]], new[changed[0]]))
+        raise UserError(
+            f"{folder}: {changed[0]} was drawn from {before}, not {now}; take another folder (or `overwrite_output_dir`)"
+        )
+    if exact and not anew and not set(old) <= set(new):
+        raise UserError(
+            f"{folder}: holds {len(old)} pictures, {len(new)} are asked for; take another folder (or `overwrite_output_dir`)"
+        )
     stranger = next((p for p in sorted(folder.iterdir()) if p.suffix in (".png", ".jpg") and p.name not in old), None)
     if stranger:
         raise UserError(f"{stranger}: is no picture of this run; take another folder")

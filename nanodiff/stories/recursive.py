@@ -18,7 +18,7 @@ from nanodiff.output import images, report
 from nanodiff.output.record import Record
 from nanodiff.stories import gallery
 from nanodiff.training import teach
-from nanodiff.training.options import listed
+from nanodiff.training.options import decisive, listed
 
 
 def read_captions(path, n):
@@ -62,6 +62,11 @@ class Study:
         """What draws generation k."""
         return Path(self.cfg.models_root) / f"{self.base}{k}{self.suffix}" if k else self.cfg.model
 
+    def begun(self, k):
+        """What generation k's model is, by the pictures that it drew: {fact: JSON value}."""
+        how = read_json(self.pictures(k) / gallery.PLAN)["settings"]
+        return {"begins with": how["model_sha256"]}
+
     def dataset(self, k):
         """What generation k is trained on."""
         cfg = self.cfg
@@ -89,7 +94,9 @@ def draw(study, k, captions, device):
     dtype = choice.pick_dtype("auto", device)
     sd = dist.together(pipeline.load, study.model(k), dtype, device, scheduler=cfg.scheduler)
     how = gallery.settings(sd, Path(study.model(k)).name, cfg.steps, study.scale, cfg.resolution, cfg.resolution)
-    failed = gallery.draw(sd, jobs, folder, how, cfg.draw_batch_size, what=f"generation {k}")
+    failed = gallery.draw(
+        sd, jobs, folder, how, cfg.draw_batch_size, cfg.overwrite_output_dir, f"generation {k}", exact=True
+    )
     lines = [
         json.dumps({"file_name": j.name, "text": j.prompt})
         for j in gallery.planned(folder).values()
@@ -100,18 +107,20 @@ def draw(study, k, captions, device):
     gc.collect()
 
 
-def learn(cfg, model, dataset, folder):
-    """Train a model's denoiser on a data set, and write the whole model into `folder`; one that is there is left as it is. Checkpoints
-    lie in folder.training until then."""
+def learn(cfg, model, dataset, folder, facts):
+    """Train a model's denoiser on a data set, and write the whole model into `folder`; one that is there and was made with the same
+    settings and facts is left as it is. Checkpoints lie in folder.training until then."""
     work = folder.with_name(f"{folder.name}.training")
-    if dist.on_main((folder / "model_index.json").is_file):
+    facts = facts | {"pictures": len(dataset), "data": dataset.fingerprint(), **decisive(cfg)}
+    if dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
         dist.on_main(shutil.rmtree, work, ignore_errors=True)  # of a run that was killed after its last word
         return
     sd, nets = dist.together(teach.student, model)
 
     def write(run, states):
-        facts = {"loss": run.more.get("epoch_loss"), "updates": run.step, "pictures": len(dataset)}
-        teach.save_model(sd, folder, cfg.save_dtype, states, **facts)
+        teach.save_model(
+            sd, folder, cfg.save_dtype, states, loss=run.more.get("epoch_loss"), updates=run.step, settings=facts
+        )
 
     teach.fit(cfg, work, sd, nets, dataset, teach.plain(cfg), write, cfg.resolution)
     dist.on_main(shutil.rmtree, work, ignore_errors=True)
@@ -135,7 +144,7 @@ def recursive(cfg):
             if k:
                 dataset = dist.on_main(study.dataset, k)
                 with record.timed("train"):
-                    learn(cfg, study.model(k - 1), dataset, study.model(k))
+                    learn(cfg, study.model(k - 1), dataset, study.model(k), dist.on_main(study.begun, k - 1))
             with record.timed("draw"):
                 draw(study, k, captions[: cfg.num_images if k else cfg.gen0_images], device)
         with record.timed("evaluate"):
@@ -159,9 +168,10 @@ def summary(study, record, device):
         f"gen_{k}": dist.on_main(read_json, study.model(k) / "training.json")["loss"] if k else None
         for k in generations
     }
-    header = ("generation", "cfg", "steps", "loss", "FID", "IS", "CLIP")
     value = lambda n, m: found[n].metrics[m]["value"] if n in found and m in found[n].metrics else None  # noqa: E731
     fid = "fid" if value("gen_0", "fid") is not None else "pixels_fid"
+    # the same formula on pixels, where there are no Inception weights, is no FID
+    header = ("generation", "cfg", "steps", "loss", "FID" if fid == "fid" else "pixels_fid", "IS", "CLIP")
     rows = [
         [k, study.scale, cfg.steps, losses[n], value(n, fid), value(n, "is"), value(n, "clip_score")]
         for k, n in enumerate(sets)

@@ -109,7 +109,9 @@ def transfer_generate(cfg, record, device):
     jobs = [gallery.Job(f"{i:05d}.png", prompt, cfg.seed + i) for i, (_, prompt) in enumerate(prompts)]
     sd = painter(cfg.teacher, device)
     how = teacher_settings(cfg, sd)
-    failed = gallery.draw(sd, jobs, cfg.teacher_images, how, cfg.eval_batch_size, what="teacher", captions=True)
+    failed = gallery.draw(
+        sd, jobs, cfg.teacher_images, how, cfg.eval_batch_size, cfg.overwrite_output_dir, "teacher", captions=True
+    )
     teach.free(sd)  # before the student is there: 16 GB are enough for one of them
     record.result("teacher_images", len(jobs) - len(failed))
     record.result("teacher_images_dropped", len(failed))

@@ -1,6 +1,7 @@
 """Options that every training run has, of whichever script: what training.run.Run reads; and how the scripts read lists, sizes and bounds."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nanodiff.config import UserError, arg, check_bounds, printable
@@ -33,7 +34,9 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 @dataclass
 class Training:
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
-    overwrite_output_dir: bool = arg(False, "delete the checkpoints of an earlier run in --output-dir")
+    overwrite_output_dir: bool = arg(
+        False, "begin again: what an earlier run in --output-dir made by other settings is deleted", "overwrite"
+    )
     batch_size: int = arg(
         16, "samples of a process in a micro-batch", "train-batch-size", low=1, high=1 << 20, often=True
     )
@@ -132,6 +135,18 @@ class Training:
                 )
         if self.oscillation_window == 1:
             raise UserError("--oscillation-window 1: one epoch alone does not move; it is 0 (never) or at least 2")
+
+
+INDIFFERENT = {  # options that change where and how a training runs, not what comes of it
+    "output_dir", "overwrite_output_dir", "device", "kernels", "resume", "checkpointing_steps", "checkpoint_epochs", "checkpoints_total_limit",
+    "log_every", "report_to", "logging_dir", "gradient_checkpointing", "parallel", "dist_timeout", "lora_format",
+}  # fmt: skip
+
+
+def decisive(cfg):
+    """{option: value} of the training options of a config that decide what is learned, as JSON values."""
+    names = [f.name for part in (Training, Noise, Adapters) for f in fields(part) if hasattr(cfg, f.name)]
+    return json.loads(json.dumps({name: getattr(cfg, name) for name in names if name not in INDIFFERENT}))
 
 
 @dataclass

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodiff.config import Stopped, UserError, as_dict, printable
+from nanodiff.config import Stopped, UserError, as_dict, printable, short
 from nanodiff.device import choice, dist
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import append, claim, write_bytes
@@ -146,9 +146,10 @@ class Run(State):
         """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
         if self.more.setdefault(name, value) != value:
             if must:
+                before, now = short(self.more[name], 40), short(value, 40)
                 raise UserError(
-                    f"{self.out}: the {name} is not what it was when this run began, so it cannot go on; take another output folder, "
-                    "or start from scratch (`overwrite_output_dir`)"
+                    f"{self.out}: the {name} is not what it was when this run began ({before} then, {now} now), so it cannot go on; take "
+                    "another output folder, or start from scratch (`overwrite_output_dir`)"
                 )
             dist.say(f"note: the {name} is not what it was when this run began")
             self.more[name] = value

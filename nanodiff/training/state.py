@@ -65,6 +65,18 @@ class State:
             new = getattr(self.cfg, key, None)
             if key not in moving and new != old:
                 dist.say(f"note: {key} was {old!r} in the checkpoint and is {new!r} now")
+            falls = self.cfg.lr_scheduler not in (
+                "constant",
+                "constant_with_warmup",
+                "none",
+                "plateau",
+                "cosine_warm_restarts",
+            )
+            if key in ("max_steps", "epochs") and new != old and falls:
+                kind = self.cfg.lr_scheduler
+                dist.say(
+                    f"note: {key} was {old} in the checkpoint and is {new} now: the learning rate ({kind}) falls to its end there"
+                )
         if (old := facts["config"].get("optimizer", "adamw")) != self.cfg.optimizer:
             raise UserError(f"{folder}: was trained with `optimizer` {old} `lr_scheduler` {facts['config'].get('lr_scheduler')}; give these "
                             f"to go on, {self.cfg.optimizer} cannot")  # fmt: skip

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from nanodiff import lora, pipeline, weights
-from nanodiff.config import UserError, read_json
+from nanodiff.config import UserError, read_json, short, typed
 from nanodiff.device import choice, dist, onednn
 from nanodiff.diffusion import fewstep, objective
 from nanodiff.files import write_bytes
 from nanodiff.output import charts, images
 from nanodiff.pipeline import sources
-from nanodiff.training import build, latents, loader, plan
+from nanodiff.training import build, latents, loader, options, plan
 from nanodiff.training.run import Run
 
 
@@ -194,6 +194,8 @@ def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(N
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
     run.same("method or teacher", list(lesson_of), must=True)
+    for name, value in options.decisive(cfg).items():
+        run.same(name, value, must=True)
     feed.interrupted = run.interrupted
     cache = work / "cache"
     lesson = Lesson(
@@ -335,19 +337,20 @@ def save_adapters(sd, run, states, targets, dtype, **facts):
 
 
 def settled(folder, facts, anew=False):
-    """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it. Raises UserError when it was made with others.
-    On rank 0."""
+    """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it when it was made with others, which otherwise
+    raises UserError. On rank 0."""
     path = folder / "training.json"
-    if anew:
-        shutil.rmtree(folder, ignore_errors=True)
     if not path.is_file():
         return False
-    before = read_json(path)
+    before = typed(read_json(path).get("settings", {}), dict, f"{path}: settings")
     for name, value in json.loads(json.dumps(facts)).items():
         if name in before and before[name] != value:
-            raise UserError(
-                f"{folder}: was made with {name} {before[name]}, not {value}; take another `output_dir` (or `overwrite_output_dir`)"
-            )
+            if not anew:
+                raise UserError(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; take another `output_dir` "
+                                "(or `overwrite_output_dir`)")  # fmt: skip
+            dist.say(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; it is made again")
+            shutil.rmtree(folder)
+            return False
     dist.say(f"{folder}: is there already")
     return True
 

@@ -10,7 +10,7 @@ from util import ROOT, run
 
 from nanodiff import data
 from nanodiff.config import UserError
-from nanodiff.data import captionset, sources, tables, tools
+from nanodiff.data import captionset, tables, tools
 
 
 def png(color="red", size=(6, 6)):

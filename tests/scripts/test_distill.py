@@ -65,18 +65,19 @@ def test_folders_and_names(study):
     assert pipeline.load(folder / "models" / f"{base}2").net is not None
     assert json.loads((folder / "models" / f"{base}1" / "training.json").read_text())["updates"] == 5
     assert json.loads((folder / "models" / f"{base}2" / "training.json").read_text())["updates"] == 4
-    assert "target_gen: 2" in err and "cfg_scale: 1.5" in err and "generation\tcfg\tsteps\tloss\tFID" in out
+    assert "target_gen: 2" in err and "cfg_scale: 1.5" in err and "generation\tcfg\tsteps\tloss\tpixels_fid" in out
 
 
 def test_the_table_and_the_report(study):
     folder, out, _ = study
     rows = json.loads((folder / "out" / "cfg_1.5" / "table.json").read_text())
     assert [r["generation"] for r in rows] == [0, 1, 2] and rows[0]["loss"] is None and rows[2]["loss"] > 0
-    assert abs(rows[0]["FID"]) < 1e-6 < rows[2]["FID"], "generation 0 against itself"
+    assert "FID" not in rows[0], "S0-20: without Inception's weights it is not called FID"
+    assert abs(rows[0]["pixels_fid"]) < 1e-6 < rows[2]["pixels_fid"], "generation 0 against itself"
     for name in ("report.html", "generations.png", "across.png", "table.csv", "metrics.json"):
         assert (folder / "out" / "cfg_1.5" / name).exists()
     record = json.loads((folder / "out" / "run.json").read_text())
-    assert record["results"]["gen_2.pixels_fid"] == rows[2]["FID"] and "gen_1.pixels_fid" in out
+    assert record["results"]["gen_2.pixels_fid"] == rows[2]["pixels_fid"] and "gen_1.pixels_fid" in out
 
 
 def test_going_on_changes_nothing_that_is_there(study, tmp_path):
@@ -93,6 +94,37 @@ def test_going_on_changes_nothing_that_is_there(study, tmp_path):
     assert {part: files(again / part) for part in want} == want
 
 
+@pytest.mark.parametrize(("more", "says"), [
+    ({"epochs": 2}, "gen_1: was made with epochs 1, not 2"), ({"lr": 2e-4}, "gen_1: was made with lr 0.0001, not 0.0002"),
+    ({"seed": 1}, "gen_1: was made with seed 0, not 1"), ({"num-images": 3}, "gen_1: holds 4 pictures, 3 are asked for"),
+    ({"gen0-images": 4}, "gen_0: holds 5 pictures, 4 are asked for"), ({"captions": "other"}, "was drawn from 'red apple', seed"),
+    ({"model": "trained"}, "gen_0: holds pictures of another model"), ({"scheduler": "euler"}, "gen_0: holds pictures of another scheduler"),
+])  # fmt: skip
+def test_runs_are_never_mixed(study, tmp_path, more, says):
+    """S0-10, S0-30: what was made by other settings is refused by its name, or made again with all that depends on it."""
+    folder, _, _ = study
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    if more == {"captions": "other"}:
+        rows = json.loads((again / "captions.json").read_text())
+        rows["annotations"][-2]["caption"] = "green apple"
+        (again / "captions.json").write_text(json.dumps(rows))
+        more = {}
+    if more == {"model": "trained"}:
+        more = {"model": folder / "models" / "sd_to_sd_cfg_1.5_steps_2_gen_1"}
+    before = files(again)
+    line = refused(*arguments(again, **more), "--no-evaluate")
+    assert says in line and "--overwrite-output-dir" in line and files(again) == before
+    if set(more) & {"epochs", "num-images"}:
+        code, _, err = script(*arguments(again, **more), "--no-evaluate", "--overwrite")
+        fresh = tmp_path / "fresh"
+        fresh.mkdir()
+        shutil.copy(again / "captions.json", fresh)
+        assert code == 0 and script(*arguments(fresh, **more), "--no-evaluate")[0] == 0, err
+        for part in ("data", "models"):
+            assert files(again / part) == files(fresh / part), "as if nothing had been there"
+
+
 @pytest.mark.parametrize("more, suffix, size", [
     ({"baseline": ""}, "_baseline", 5), ({"accumulate": ""}, "_all", 9), ({"real-fraction": 0.5, "real": "assets/emoji/emoji.tar"}, "_real_0.5", 4),
 ])  # fmt: skip
@@ -103,7 +135,7 @@ def test_what_a_generation_learns_from(study, tmp_path, more, suffix, size):
     code, _, err = script(*argv, "--no-evaluate")
     assert code == 0, err
     told = json.loads((tmp_path / "models" / f"sd_to_sd_cfg_1.5_steps_2_gen_2{suffix}" / "training.json").read_text())
-    assert told["pictures"] == size
+    assert told["settings"]["pictures"] == size
 
 
 @pytest.mark.parametrize("argv", [

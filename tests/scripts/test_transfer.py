@@ -202,7 +202,7 @@ def test_generate_goes_on_with_what_is_missing(done, tmp_path, words):
     root = copied(done, tmp_path)
     want = {p.name: p.read_bytes() for p in (root / "sdxl_images").iterdir()}
     (root / "sdxl_images" / "00001.png").unlink()
-    (root / "sdxl_images" / ".00002.png.part").write_bytes(b"half")
+    (root / "sdxl_images" / ".00002.png.tmp-1").write_bytes(b"half")
     path = written(tmp_path, words, method="both", feature_weight=0.1, sample_every=2)
     code, _, err = script("train", "--config", path)
     assert (
