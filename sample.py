@@ -110,6 +110,7 @@ class Config:
     output_dir: str = arg(
         "out", "folder of the pictures 00000.png, 00001.png, … and run.json", group="what is written", often=True
     )
+    overwrite: bool = arg(False, "begin again at 00000.png in a folder that holds pictures, in place of counting on")
     output: str | None = arg(
         None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)", often=True
     )

@@ -257,6 +257,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def parse(cls, argv, doc="", presets=None, prog=None):
     """An instance of the dataclass `cls` from a command line (see the module docstring for the order)."""
+    spelled = frozenset(a.partition("=")[0].lstrip("-") for a in argv if a.startswith("--"))
     argv = [_dashed(a) for a in argv]
     presets = presets or {}
     parser = _Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=_Help, add_help=False)
@@ -268,10 +269,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         parser.epilog = f"{len(fields) - often} more options, in groups: --help-all"
     parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS if len(fields) <= SHORT else "every option")
     parser.add_argument("--config", metavar="FILE", help="JSON or TOML file with any of the options below")
-    if presets:
-        parser.add_argument(
-            "--preset", choices=sorted(presets), metavar="NAME", help=f"a set of defaults: {', '.join(sorted(presets))}"
-        )
+    if any(presets):
+        names = sorted(name for name in presets if name)  # "": the stage's own defaults
+        parser.add_argument("--preset", choices=names, metavar="NAME", help=f"a set of defaults: {', '.join(names)}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     hints = typing.get_type_hints(cls)
     for field in fields:
@@ -279,7 +279,8 @@ def parse(cls, argv, doc="", presets=None, prog=None):
             group = next((g for g in parser._action_groups if g.title == heading), None) or parser.add_argument_group(
                 heading
             )
-        _add(group, field, hints[field.name], whole or _inherited(cls, field.name, "often"), "--help-all" in argv)
+        shown = whole or _inherited(cls, field.name, "often")
+        _add(group, field, hints[field.name], shown, "--help-all" in argv, presets.get("", {}))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]
@@ -293,6 +294,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     cfg = cls(**(values | given))
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
+    cfg.spelled = spelled  # and as they were typed
     return cfg
 
 
@@ -309,9 +311,10 @@ def _dashed(token):
     return flag.replace("_", "-") + eq + value
 
 
-def _add(parser, field, hint, shown_in_help=True, whole=True):
+def _add(parser, field, hint, shown_in_help=True, whole=True, defaults=types.MappingProxyType({})):
     m = field.metadata
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    default = defaults.get(field.name, default)
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
     names = ["--" + n.replace("_", "-") for n in (field.name, *m["aliases"])]

@@ -1,5 +1,7 @@
 """What drawing needs before and after: the model, LoRAs and inputs that the options name, progress, what a picture remembers."""
 
+import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import lora, pipeline, weights
-from nanodiff.config import UserError, as_dict, from_mapping, printable
+from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields
 from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
@@ -287,13 +289,57 @@ def strip(cfg, sd, history, k, path, shown=8):
     images.save_grid(torch.cat(pixels), path, nrow=len(picked), labels=[f"t={history[i].t:.0f}" for i in picked])
 
 
+NUMBERED = re.compile(r"(\d{5,})(_steps)?\.png")
+
+
+def begun(cfg, out):
+    """The number of a run's first picture in the folder `out`: the one after those that are there, of whatever run; with --overwrite 0, and
+    the pictures of the run before are deleted. What else that run wrote makes room, or is refused."""
+    there = {int(m[1]): p for p in out.iterdir() if (m := NUMBERED.fullmatch(p.name))}
+    record, latents = out / "run.json", out / "latents.safetensors"
+    if cfg.overwrite:
+        listed = read_fields(record, {"files": list}).get("files", []) if record.is_file() else []
+        names = {Path(str(f["path"])).name for f in listed if isinstance(f, dict) and "path" in f}
+        old = [p for p in out.iterdir() if p.name in names and NUMBERED.fullmatch(p.name)]
+        for path in old:
+            path.unlink()
+        if old:
+            print(f"note: {out}: {len(old)} pictures of the run before are deleted", file=sys.stderr)
+        return 0
+    if cfg.save_latents and latents.exists():
+        raise UserError(f"{latents}: is of an earlier run; take another `output_dir` (or `overwrite`)")
+    if record.is_file():
+        kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
+        record.rename(kept)
+        print(
+            f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
+            file=sys.stderr,
+        )
+    return max(there, default=-1) + 1
+
+
+def documented(cfg):
+    """Were the flags those of the document whose pictures are named by their settings (S3-13), `--model_id … --output_dir …` as it spells
+    them?"""
+    spelled = getattr(cfg, "spelled", frozenset())
+    its = "output_dir" in spelled and bool(spelled & {"model_id", "number_inference_steps"})
+    return its and "named" not in getattr(cfg, "given", ())
+
+
+def unused(path, cfg):
+    """`path`, or the first of path_2, path_3, … that is not there, unless it may be overwritten."""
+    others = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in itertools.count(2))
+    return path if cfg.overwrite or not path.exists() else next(p for p in others if not p.exists())
+
+
 def file_name(cfg, facts, sd):
     """{prompt}_{model}_{scheduler}_cfg7_5_steps50_{seed}.png, of letters, digits and _ only; flows have one scheduler,
-    which is not named (requirement S3-13)."""
+    which is not named (requirement S3-13); the document's own names have no seed."""
     model = slug(Path(str(cfg.model or "nano")).name)
     scale = f"{facts['guidance_scale']:g}".replace(".", "_")
     scheduler = "" if sd.schedule.flow else f"_{facts['scheduler']}"
-    return f"{slug(facts['prompt'])}_{model}{scheduler}_cfg{scale}_steps{facts['steps']}_{facts['seed']}.png"
+    seed = "" if documented(cfg) else f"_{facts['seed']}"
+    return f"{slug(facts['prompt'])}_{model}{scheduler}_cfg{scale}_steps{facts['steps']}{seed}.png"
 
 
 def remembered(cfg, facts, sd):

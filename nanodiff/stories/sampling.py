@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import secrets
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from nanodiff.stories.drawing import (
     LOADING,
     PATHS,
     Progress,
+    begun,
     defaults,
+    documented,
     file_name,
     inputs,
     load,
@@ -35,6 +38,7 @@ from nanodiff.stories.drawing import (
     remembered,
     strip,
     under,
+    unused,
     words,
 )
 from nanodiff.training.options import parse_size
@@ -61,6 +65,7 @@ def main(cfg):
     out = record.out
     if cfg.output and (Path(cfg.output).is_dir() or not Path(cfg.output).absolute().parent.is_dir()):
         raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
+    number, named = begun(cfg, out), cfg.named or documented(cfg)
     if cfg.seed is None:
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
@@ -94,7 +99,9 @@ def main(cfg):
                 for k, picture in enumerate(images.to_pil(result.pixels)):
                     picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
                     facts = settings | size | {"prompt": batch[k][0], "seed": seeds[k]}
-                    path = out / (file_name(cfg, facts, sd) if cfg.named else f"{first + k:05d}.png")
+                    path = (
+                        unused(out / file_name(cfg, facts, sd), cfg) if named else out / f"{number + first + k:05d}.png"
+                    )
                     images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
                     record.file(path, seed=seeds[k], prompt=batch[k][0])
                     made += 1
@@ -106,10 +113,14 @@ def main(cfg):
     finally:  # what was finished is kept and listed, also after Ctrl-C
         if sheet and cfg.output:
             pictures, labels = zip(*sheet, strict=True)
+            if Path(cfg.output).exists():
+                print(f"note: {cfg.output}: replaces the sheet of an earlier run", file=sys.stderr)
             images.save_png(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
             record.file(cfg.output)
             if len(pictures) <= INDIVIDUAL:
                 folder = out_dir(Path(cfg.output).with_suffix("").as_posix() + "_individual")
+                for old in folder.glob("image_[0-9][0-9][0-9].png"):  # of that run
+                    old.unlink()
                 for i, picture in enumerate(pictures):
                     images.save_png(picture, folder / f"image_{i:03d}.png")
                     record.file(folder / f"image_{i:03d}.png")

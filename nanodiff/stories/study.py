@@ -114,6 +114,9 @@ def sheet(rows, axes, folder, nrow=None):
     return images.grid(cells, nrow or across, labels)
 
 
+NUMBER = r"\d{5,9}\.png"
+
+
 class Finished:
     """The finished pictures of a study, in study.json: {key: row of study.csv}."""
 
@@ -125,7 +128,7 @@ class Finished:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
                 self.rows, before = dict(known["pictures"]), int(known["seed"])
                 for row in self.rows.values():  # data, not paths
-                    if not re.fullmatch(r"\d{5,9}\.png", row["file"]):
+                    if not re.fullmatch(NUMBER, row["file"]):
                         raise ValueError(f"{row['file']!r} is no picture of a study")
             except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
                 raise UserError(f"{self.out / 'study.json'}: not a study's record: {e}") from None
@@ -140,7 +143,10 @@ class Finished:
         """The file of a picture: its own if it had one, else the next number."""
         if key in self.rows:
             return self.rows[key]["file"]
-        return f"{max((int(row['file'].partition('.')[0]) for row in self.rows.values()), default=-1) + 1:05d}.png"
+        there = [p.name for p in self.out.glob("[0-9]*.png")] + [
+            row["file"] for row in self.rows.values()
+        ]  # another run's, too
+        return f"{max((int(n.partition('.')[0]) for n in there if re.fullmatch(NUMBER, n)), default=-1) + 1:05d}.png"
 
     def add(self, key, row):
         self.rows[key] = row

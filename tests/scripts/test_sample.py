@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from util import TINY, copy_model, error_line, run, start
 
+from nanodiff import files
 from nanodiff.stories import drawing
 from nanodiff.weights import load_tensors
 
@@ -408,3 +409,62 @@ def test_reader_that_stops_reading(tmp_path):
     child.stdout.close()
     err = child.stderr.read()
     assert child.wait(timeout=120) == 0 and "Traceback" not in err, err
+
+
+def test_a_folder_with_pictures_is_counted_on(tmp_path):
+    """Nothing is lost silently: further runs count on, and keep the records before; --overwrite begins again."""
+    model = ("--model", str(TINY / "sd15"))
+    first = ["--prompt", "a", "--steps", 1, "--seed", 1, "--num-images", 2]
+    assert sample(tmp_path, *first, model=model).returncode == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    done = sample(tmp_path, "--prompt", "b", "--steps", 1, "--seed", 1, model=model)
+    assert done.returncode == 0 and "counting on, its run.json is run-1.json now" in done.stderr
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(after) == {"00000.png", "00001.png", "00002.png", "run.json", "run-1.json"}
+    assert {n: after[n] for n in ("00000.png", "00001.png", "run-1.json")} == {
+        "00000.png": before["00000.png"], "00001.png": before["00001.png"], "run-1.json": before["run.json"]
+    }  # fmt: skip
+    assert sample(tmp_path, "--study", "steps=1", "--prompt", "c", "--seed", 1, model=model).returncode == 0
+    assert (tmp_path / "00003.png").exists() and (tmp_path / "00002.png").read_bytes() == after["00002.png"]
+    done = sample(tmp_path, *first, "--overwrite", model=model)
+    assert done.returncode == 0 and (tmp_path / "00000.png").read_bytes() == before["00000.png"]
+    done = sample(tmp_path, "--prompt", "b", "--steps", 1, "--overwrite", model=model)
+    assert "2 pictures of the run before are deleted" in done.stderr and not (tmp_path / "00001.png").exists()
+    assert sample(tmp_path, "--prompt", "b", "--steps", 1, "--save-latents", "--overwrite", model=model).returncode == 0
+    assert "latents.safetensors: is of an earlier run" in error_line(
+        sample(tmp_path, "--prompt", "b", "--save-latents", "--steps", 1, model=model)
+    )
+
+
+def test_the_documents_series_shares_a_folder(tmp_path):
+    """S3-13: its names come without a flag when its flags are used, and its second command of one name loses nothing."""
+    series = [
+        "--scheduler ddpm",
+        "--scheduler ddim",
+        "--scheduler ddpm --negative_prompt blurry",
+        "--scheduler ddim --guidance_scale 1",
+    ]
+    for more in series:
+        argv = ["sample.py", "--prompt", "Fruit Salad, with Salt", *more.split(), "--model_id", TINY / "sd15", "--output_dir", tmp_path,
+                "--number_inference_steps", 2]  # fmt: skip
+        assert run(*argv).returncode == 0
+    base = "Fruit_Salad_with_Salt_sd15"
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        f"{base}_ddpm_cfg7_5_steps2.png", f"{base}_ddim_cfg7_5_steps2.png", f"{base}_ddpm_cfg7_5_steps2_2.png", f"{base}_ddim_cfg1_steps2.png"
+    }  # fmt: skip
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path):
+    claimed = files.claim(tmp_path)
+    assert "another run is using this folder" in error_line(
+        sample(tmp_path, "--prompt", "a", "--steps", 1, model=("--model", str(TINY / "sd15")))
+    )
+    claimed.close()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path):
+    """A file size limit stands for the full disk: one line that names the file, and nothing under its final name."""
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sample; from nanodiff.config import script; sys.argv = {['sample.py', '--model', str(TINY / 'sd15'), '--prompt', 'a', '--steps', '1', '--output-dir', str(tmp_path)]!r}; sys.exit(script(sample.STAGES, sample.__doc__))"
+    done = run("-c", limit)
+    assert "cannot be written" in error_line(done) and not list(tmp_path.glob("*.png"))

@@ -47,6 +47,8 @@ def argv_of(case, tmp_path):
         else:  # a hand-made configuration: as a model that brings it
             argv[1] = copy_model(model.name, tmp_path / model.name)
             write_json(argv[1] / "scheduler" / "scheduler_config.json", wanted.to_json())
+            index = json.loads((argv[1] / "model_index.json").read_text())
+            write_json(argv[1] / "model_index.json", index | {"scheduler": ["diffusers", wanted.kind]})
             names = [samplers.name_of(wanted)]
         if names[0] in ("ddim", "pndm") and wanted.cfg["timestep_spacing"] != "leading":
             argv += ["--diffusers-quirks"]

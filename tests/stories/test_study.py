@@ -93,6 +93,7 @@ def test_a_study_shares_noise_and_text(tmp_path, monkeypatch):
             "2",
             "--output-dir",
             str(alone),
+            "--overwrite",
         ]
         argv += ["--scheduler", row["scheduler"], "--guidance-scale", row["guidance_scale"]]
         sampling.main(config.parse(sample.Config, argv))
