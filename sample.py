@@ -205,7 +205,24 @@ class Config:
             raise UserError(f"--seed {self.seed} must be between 0 and 2^63 - 1")
 
 
-STAGES = {"": (Config, "nanodiff.stories.sampling:main")}
+@dataclass
+class Corel(Config):
+    """The last step of the Corel document (S2): 16 pictures in rows of 4 by 1000 steps of DDPM, or --ddim-steps."""
+
+    def check(self):
+        for name, flag in (("model", "diffusion-checkpoint"), ("vae_checkpoint", "vae-checkpoint")):
+            if not getattr(self, name):
+                raise UserError(
+                    f"--{flag} is required: what train.py corel-{'diffusion' if name == 'model' else 'vae'} wrote, best_model.pt"
+                )
+        if self.ddim_steps is None and self.steps is None and self.scheduler is None:
+            self.scheduler, self.steps = "ddpm", 1000
+        super().check()
+
+
+PRESETS = {"corel": {"": {"num_images": 16, "batch_size": 16, "nrow": 4, "output": "generated_images.png",
+                          "output_dir": "generated_images"}}}  # fmt: skip
+STAGES = {"": (Config, "nanodiff.stories.sampling:main"), "corel": (Corel, "nanodiff.stories.sampling:main")}
 
 if __name__ == "__main__":
-    sys.exit(script(STAGES, __doc__, less_memory=LESS_MEMORY))
+    sys.exit(script(STAGES, __doc__, PRESETS, LESS_MEMORY))

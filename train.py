@@ -93,7 +93,8 @@ class Common(Training):
                 setattr(self, name, under(self.base_dir, value))
         for name in ("model", "text_encoder", "resume"):  # may be Hub ids or words, too
             value = getattr(self, name, None)
-            if value and Path(under(self.base_dir, value)).exists():
+            mine = name == "resume" and value not in (None, "auto", "latest")
+            if value and (mine or Path(under(self.base_dir, value)).exists()):
                 setattr(self, name, under(self.base_dir, value))
         if getattr(self, "snr_clip", None) and not self.snr_weighting:
             raise UserError("--snr-clip is for --snr-weighting; the clipped weighting of every prediction is --min-snr")
@@ -105,6 +106,12 @@ class Common(Training):
             from nanodiff.weights import hub
 
             hub.may_push(self.hub_token)
+
+    # what the files of a run are called, under --output-dir; links: further names, by which a document calls its checkpoints
+    NAMES = {
+        "samples": "samples/{step:06d}.png", "reconstructions": "reconstructions/{step:06d}.png", "loss": "loss.png",
+        "vae loss": "training_losses.png", "links": {},
+    }  # fmt: skip
 
 
 @dataclass
@@ -187,6 +194,33 @@ class DiffusionConfig(Common, Adapters, Noise):
     sample_guidance: float = arg(3.0, "guidance of the sample sheets")
 
 
+@dataclass
+class CorelVAE(VAEConfig):
+    """The first step of the Corel document (S2): its flags, defaults and file names."""
+
+    NAMES = Common.NAMES | {
+        "samples": "samples/samples_epoch_{epoch}.png", "reconstructions": "reconstructions/reconstruction_epoch_{epoch}.png",
+        "links": {"best_model": "best_model.pt", "checkpoint": "checkpoint_{epoch:04d}.pt"},
+    }  # fmt: skip
+
+
+@dataclass
+class CorelDiffusion(DiffusionConfig):
+    """Its second step."""
+
+    NAMES = Common.NAMES | {
+        "samples": "samples/epoch_{epoch}.png", "loss": "loss_history.png",
+        "links": {"best_model": "best_model.pt", "checkpoint": "checkpoint_epoch_{epoch}.pt"},
+    }  # fmt: skip
+
+    def check(self):
+        if not self.vae and not self.model and not self.dry_run:
+            raise UserError(
+                "--vae-checkpoint is required: the VAE of the step before (train.py corel-vae writes best_model.pt)"
+            )
+        super().check()
+
+
 PATHS = (
     "data",
     "output_dir",
@@ -244,6 +278,12 @@ PRESETS = {
     },
 }  # fmt: skip
 
+
+PRESETS |= {  # "": a stage's own defaults
+    "corel-vae": {"": PRESETS["vae"]["corel"]},
+    "corel-diffusion": {"": PRESETS["diffusion"]["corel"]},
+    "pokemon": {"": PRESETS["diffusion"]["pokemon"]},
+}
 
 # ---------------------------------------------------------------------------------------------------------
 # VAE
@@ -348,7 +388,7 @@ def train_vae(cfg):
         run,
         cfg,
         ("loss", "reconstruction", "kl", "perceptual"),
-        "training_losses.png",
+        cfg.NAMES["vae loss"],
         f"python train.py diffusion --data {cfg.data} --vae {run.out / 'model'} --output-dir OUT",
     )
 
@@ -407,28 +447,39 @@ def train_diffusion(cfg):
             run.backward(loss, batch, unweighted_loss=plain)
         run.update()
         if run.every(cfg.sample_every) or run.every_epochs(cfg.save_images_epochs):
-            diffusion.sheet(run, sd, cfg, dataset, run.out / "samples" / f"{step + 1:06d}.png")
+            diffusion.sheet(run, sd, cfg, dataset, run.named("samples", step + 1))
         if run.epoch_ended():
             feed.report_bad(run.out)
             score = lambda b: losses(b, held_x0, held_text, cfg.seed + 1)[0]  # noqa: E731
             if run.judge(validate(run, check_feed, score) if held else run.epoch_loss) and cfg.keep_best:
-                diffusion.write_model(run, sd, cfg, "best_model")
+                diffusion.write_model(run, sd, cfg, "best_model", step + 1)
         if run.every_epochs(cfg.save_model_epochs):
-            diffusion.write_model(run, sd, cfg, f"model-epoch-{(step + 1) // feed.per_epoch}")
+            diffusion.write_model(run, sd, cfg, f"model-epoch-{(step + 1) // feed.per_epoch}", step + 1)
 
     run.save()
     feed.report_bad(run.out)
-    diffusion.write_model(run, sd, cfg, "model")
+    diffusion.write_model(run, sd, cfg, "model", run.step)
     if cfg.sample_every or cfg.save_images_epochs:
         diffusion.sheet(run, sd, cfg, dataset, run.out / "samples" / "denoising.png", strip=True)
     advice_loss(run)
     drawn_by = f"--model {cfg.model} --lora {run.out / 'model'}" if cfg.lora else f"--model {run.out / 'model'}"
     finish(
-        run, cfg, ("loss", "unweighted_loss"), "loss.png", f'python sample.py {drawn_by} --prompt "…" --output-dir OUT'
+        run,
+        cfg,
+        ("loss", "unweighted_loss"),
+        cfg.NAMES["loss"],
+        f'python sample.py {drawn_by} --prompt "…" --output-dir OUT',
     )
 
 
-STAGES = {"vae": (VAEConfig, train_vae), "diffusion": (DiffusionConfig, train_diffusion)}
+STAGES = {
+    "vae": (VAEConfig, train_vae),
+    "diffusion": (DiffusionConfig, train_diffusion),
+    # the source documents' commands, with their flags, defaults and names of files
+    "corel-vae": (CorelVAE, train_vae),
+    "corel-diffusion": (CorelDiffusion, train_diffusion),
+    "pokemon": (DiffusionConfig, train_diffusion),
+}
 
 if __name__ == "__main__":
     sys.exit(script(STAGES, __doc__, PRESETS, LESS_MEMORY))

@@ -400,7 +400,7 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     argv, prog = sys.argv[1:], Path(sys.argv[0]).name
     debug = "--debug" in argv
     try:
-        if "" in stages:
+        if "" in stages and not (argv and argv[0] in stages):
             stage = ""
         elif " ".join(argv[:2]) in stages:  # a stage of parts: `distill.py transfer train`
             stage, argv = " ".join(argv[:2]), argv[2:]
@@ -485,7 +485,7 @@ FLAGS = {
 
 def flagged(text):
     """A message of the library with the flags of the command line in place of its arguments."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text))
+    return re.sub(r"(?<!extra )`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text))
 
 
 def _stop(signum, frame):

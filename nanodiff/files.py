@@ -48,6 +48,16 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace"))
 
 
+def link(path, target):
+    """Let the name `path` stand for `target` beside it; a link that is there is replaced, anything else is left."""
+    path = Path(path)
+    if path.is_symlink() or not path.exists():
+        new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(path)
+
+
 def append(path, data):
     """Add whole lines to a file at once; several processes may. data: text or bytes. Raises UserError."""
     try:

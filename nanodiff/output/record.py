@@ -61,7 +61,7 @@ class Record:
 
     def write(self):
         self.data["seconds"]["total"] = round(time.perf_counter() - self.started, 3)
-        self.data["peak_memory_mb"] = _peak_memory_mb()
+        self.data["peak_memory_mb"] = peak_memory_mb()
         if torch.cuda.is_available():
             self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         if dist.is_main():
@@ -76,7 +76,7 @@ def _without_secrets(argv, cfg):
     return list(argv)
 
 
-def _peak_memory_mb():
+def peak_memory_mb():
     """Largest resident memory of this process so far (getrusage would count a parent's, too)."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

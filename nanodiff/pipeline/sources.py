@@ -162,7 +162,9 @@ def load_vae(path, dtype, device):
     path = hub.trained(path)
     path = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: VAE checkpoint not found (a folder with config.json and its weights)")
+        raise UserError(
+            f"{path}: VAE checkpoint not found (a folder with config.json and its weights); train it first: train.py vae"
+        )
     kind = read_json(path / "config.json").get("_class_name", "AutoencoderKL")
     if kind not in CLASSES["vae"]:
         raise UserError(f"{path}: {kind!r} is no VAE (only {', '.join(CLASSES['vae'])})")

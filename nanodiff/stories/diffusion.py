@@ -47,8 +47,8 @@ def prompts_of(cfg, sd, dataset):
     return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
 
 
-def write_model(run, sd, cfg, name):
-    """The averaged model as a Hub folder; of adapters, their file alone."""
+def write_model(run, sd, cfg, name, updates):
+    """The averaged model as a Hub folder; of adapters, their file alone, which says after how many updates."""
     with run.averaged():
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = choice.DTYPES[cfg.save_dtype]
@@ -56,11 +56,12 @@ def write_model(run, sd, cfg, name):
             form = lora.form_for(cfg.lora_format, sd.models())
             folder = run.out / name
             path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for
-            facts = {"title": run.out.resolve().name, "steps": run.step + 1, "seed": cfg.seed, "learning_rate": cfg.lr,
+            facts = {"title": run.out.resolve().name, "steps": updates, "seed": cfg.seed, "learning_rate": cfg.lr,
                      "resolution": f"{cfg.resolution}x{cfg.resolution}", "prediction_type": sd.schedule.prediction}  # fmt: skip
             dist.on_main(folder.mkdir, exist_ok=True)
             made = lora.trained(dict(run.net.items()), states, kind) if dist.is_main() else None
             dist.on_main(lora.write, path, made, sd.models(), form, facts)
         else:
             dist.on_main(sd.save, run.out / name, kind, states)
+    run.link(name)
     run.record.file(run.out / name)

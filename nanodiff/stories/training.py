@@ -1,5 +1,9 @@
 """What both training loops of train.py do before, beside and after: data, validation, the figures at the end."""
 
+import json
+import math
+import re
+
 import numpy as np
 import torch
 
@@ -17,10 +21,23 @@ def spread(dataset, n):
 
 
 def advice_loss(run):
-    if run.first_loss and run.numbers and run.numbers["loss"] > 0.98 * run.first_loss and run.step >= 100:
+    """A word when the loss of the whole run, whatever it was resumed from, did not fall by more than its noise."""
+    dist.on_main(_advice_loss, run)
+
+
+def _advice_loss(run, least=8):
+    log = run.out / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    losses = np.array([r["loss"] for r in rows if math.isfinite(r.get("loss", math.nan))])
+    part = len(losses) // 4
+    if part < least or run.step < 100:
+        return
+    first, last = losses[:part], losses[-part:]
+    noise = math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / part)  # of the difference of the two means
+    if last.mean() > 0.98 * first.mean() and first.mean() - last.mean() < 2 * noise:
         dist.say(
-            f"note: the loss is not decreasing ({run.first_loss:.4g} at first, {run.numbers['loss']:.4g} now): try twice or half the "
-            "learning rate, more epochs, and look at the data (python -m nanodiff.data check PATH)"
+            f"note: the loss is not decreasing ({first.mean():.4g} in the first quarter, {last.mean():.4g} in the last, give or take "
+            f"{noise:.2g}): try twice or half the learning rate, more epochs, and look at the data (python -m nanodiff.data check PATH)"
         )
 
 
@@ -89,7 +106,9 @@ def finish(run, cfg, panels, name, then):
         if (run.out / "metrics.jsonl").exists() and charts.losses(run.out / "metrics.jsonl", run.out / name, panels,
                                                                  target=getattr(cfg, "kl_target", None)):  # fmt: skip
             run.record.file(run.out / name)
-        sheets = sorted((run.out / "samples").glob("[0-9]*.png"))
+        sheets = sorted(
+            (p for p in (run.out / "samples").glob("*[0-9].png")), key=lambda p: int(re.search(r"\d+$", p.stem)[0])
+        )
         if len(sheets) > 1:
             images.save_gif([images.open_image(p) for p in sheets], run.out / "samples" / "progress.gif")
             run.record.file(run.out / "samples" / "progress.gif")

@@ -51,7 +51,7 @@ def vae_sheets(run, net, dataset, cfg, step):
     noise = torch.randn((16, *latent_shape(cfg, net)), generator=torch.Generator().manual_seed(0)).to(run.device)
     pair = torch.cat([shown, net.decode_raw(net.encode_moments(shown)[0])])
     for name, pixels, nrow in (("reconstructions", pair, len(shown)), ("samples", net.decode_raw(noise), 8)):
-        path = run.out / name / f"{step:06d}.png"
+        path = run.named(name, step)
         images.save_grid(pixels, path, nrow=nrow)
         run.watch.picture(step, name, images.open_image(path))
 
@@ -65,6 +65,7 @@ def write_vae(run, net, dataset, cfg, name):
             weights.save(net, run.out / name, choice.DTYPES[cfg.save_dtype])
 
         dist.on_main(write)
+        run.link(name)
         run.record.file(run.out / name)
 
 

@@ -126,11 +126,13 @@ def load(root, which="auto"):
 
 def _choose(root, which):
     if which not in ("auto", "latest"):
-        if not Path(which).is_dir():
-            raise UserError(f"{which}: no such checkpoint")
-        if fault := verify(which):
+        folder = Path(which).resolve()  # checkpoint_epoch_3.pt may be another name of it
+        if not folder.is_dir():
+            others = ", ".join(sorted(p.name for p in Path(which).parent.glob("checkpoint*"))[-5:])
+            raise UserError(f"{which}: no such checkpoint" + (f"; there are {others}" if others else ""))
+        if fault := verify(folder):
             raise UserError(fault)
-        return Path(which)
+        return folder
     for _, folder in found(root):
         fault = verify(folder)
         if not fault:

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from nanodiff.config import Stopped, UserError, as_dict, printable, short
 from nanodiff.device import choice, dist
 from nanodiff.device.memory import keep_freed_memory
-from nanodiff.files import append, claim, write_bytes
+from nanodiff.files import append, claim, link, write_bytes
 from nanodiff.models import layers
-from nanodiff.output.record import Record
+from nanodiff.output.record import Record, peak_memory_mb
 from nanodiff.training import recipe
 from nanodiff.training.state import State
 from nanodiff.training.watch import Watch
 
+TELL = 5  # seconds between the lines of epochs that are shorter
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
 
 
@@ -87,7 +88,7 @@ class Run(State):
         )
         self.step = self.skipped = self.bad_in_row = 0
         self.epoch, self.best, self.reason = {"sum": 0.0, "n": 0}, None, None
-        self.numbers, self.first_loss = None, None  # of the last and of the first update
+        self.numbers = None  # of the last update
         self.more = {}  # what else the script wants to survive: JSON values
         # what this process got, and what all processes know of, on which alone they act: else one would save without the others
         self.received, self.signals = set(), set()
@@ -225,7 +226,7 @@ class Run(State):
             numbers["loss_scale"] = self.scaler.get_scale()
         self._report(numbers)
         self._begin_update()
-        self.numbers, self.first_loss = numbers, self.first_loss or numbers["loss"]
+        self.numbers = numbers
         return numbers
 
     def _skip(self, norm, loss):
@@ -263,6 +264,17 @@ class Run(State):
         append(self.out / "metrics.jsonl", json.dumps(line) + "\n")
         self.watch.numbers(self.step + 1, numbers)
 
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def named(self, what, step):
+        """The file of a sheet of pictures after `step` updates, as the stage names it."""
+        return self.out / self.cfg.NAMES[what].format(step=step, epoch=-(-step // self.per_epoch))
+
+    def link(self, name, what=None, epoch=0):
+        """Give a folder that this run wrote the further name that a document has for such a thing, if it has one."""
+        if form := getattr(self.cfg, "NAMES", {}).get("links", {}).get(what or name):
+            dist.on_main(link, self.out / form.format(epoch=epoch), name)
+
     # -- epochs ------------------------------------------------------------------------------------------------
 
     def epoch_ended(self):
@@ -287,6 +299,7 @@ class Run(State):
         """At the end of an epoch, with its loss (training's or validation's): lower the rate on a plateau, stop early.
         Returns whether this is the best epoch so far."""
         self.epoch = {"sum": 0.0, "n": 0}
+        self._tell_epoch(loss)
         if not math.isfinite(loss):
             return False
         if self.cfg.lr_scheduler == "plateau":
@@ -295,6 +308,17 @@ class Run(State):
         better = self.best is None or loss < self.best
         self.best = loss if better else self.best
         return better
+
+    def _tell_epoch(self, loss):
+        """A line at the end of an epoch: its loss, the largest memory so far, the time that is left; of short epochs not every one."""
+        now, done = time.monotonic(), self.step + 1 - self.first_step
+        if now - self.told < TELL and self.step + 1 < self.total:
+            return
+        self.told = now
+        left = (now - self.began) / max(done, 1) * (self.total - self.step - 1)
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_memory_mb() << 20
+        epoch, of = (self.step + 1) // self.per_epoch, -(-self.total // self.per_epoch)
+        dist.say(f"epoch {epoch} of {of}: loss {loss:.4g}, memory {peak >> 20} MB, {tqdm.format_interval(left)} left")
 
     # -- loop --------------------------------------------------------------------------------------------------
 
@@ -313,7 +337,8 @@ class Run(State):
         handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         quiet = not (sys.stderr.isatty() and dist.is_main())
         self.bar = tqdm(total=self.total, initial=self.step, desc="updates", disable=quiet, file=sys.stderr)
-        self.clock = said = started = time.monotonic()
+        self.clock = said = started = self.began = time.monotonic()
+        self.told, self.first_step = 0.0, self.step  # when _tell_epoch() spoke last, and where this process began
         self.rates, first = [], self.step
         try:
             while self.step < self.total and not self.reason:

@@ -38,6 +38,8 @@ class State:
             self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit, sharded
         )
         self.saved_step = self.step
+        if self.step and self.step % self.per_epoch == 0:
+            self.link(f"checkpoint-{self.step}", "checkpoint", self.step // self.per_epoch)
 
     def resume(self):
         """Continue from cfg.resume ("auto", "latest", a folder, or None); a changed option is named."""
