@@ -485,7 +485,9 @@ FLAGS = {
 
 def flagged(text):
     """A message of the library with the flags of the command line in place of its arguments."""
-    return re.sub(r"(?<!extra )`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text))
+    return re.sub(
+        r"(?<!extra )`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text)
+    )
 
 
 def _stop(signum, frame):

@@ -176,18 +176,76 @@ def write(path, rows, more=()):
 # ---------------------------------------------------------------------------------------------------------
 # Variations
 
-BULLET = re.compile(r"^\s*(?:[-*•–]+|\(?\d{1,2}[.):]|[a-z][.)]|(?:variation|option|caption)\s*\d*\s*[:.)])\s*", re.I)
+KIND = r"(?:variations?|options?|captions?|versions?|alternatives?|ideas?|suggestions?|rephras\w+)"
+MARK = re.compile(  # what stands before an item of a list: a bullet, a number, a letter, "Option 2 (Simple):"
+    rf"^\s*(?:[-*•–—+▪◦●]+\s+|[-•▪◦●]\s*(?=\S)|\(?\d{{1,2}}\s?[.):\]]\s*(?!\d)|[\[(]\d{{1,2}}[\])]\s*|\(?[a-z][.)]\s+|{KIND}\s*(?:\#?\d+|[a-z]\b)?\s*(?:\([^)]*\))?\s*[:.)–—-]\s*)",
+    re.I,
+)
+LABEL = re.compile(r"^\*\*[^*]{1,40}?(?::\*\*|\*\*\s*[:–—-])\s*")  # **Simple:** …
+TAG = re.compile(r"<[/|]?\w[^<>]{0,30}>")
+PERSONAL = re.compile(  # words of somebody who talks to somebody
+    r"\b(?:i|i'm|i'll|i've|i'd|me|my|you|you'd|you're|your|let's|let me|feel free|hope|please|thanks?|sure|certainly|of course|absolutely|okay|here are|here is"
+    r"|here's|below are|as requested|these captions?|these variations?|would like|want me to|note that|note:|explanation)\b",
+    re.I,
+)
+SKIPPED = re.compile(rf"^(?:original(?:\s+{KIND})?|input|prompt|assistant|model|user|output|json)\b\s*(?::|$)", re.I)
 
 
-def variations(text, original, low=2, high=10, known=()):
-    """Captions of a language model's reply, one a line: without bullets, numbers, quotes and markup; `low` to `high` words each; each once,
-    and none that is the original or in `known`, however they are written."""
+def _items(text):
+    """Lines of a reply, (line, was it an item of a list?); a JSON list is its texts."""
+    body = re.sub(r"^```\w*$", "", text, flags=re.M).strip()
+    if body[:1] in "[{":
+        try:
+            value = json.loads(body)
+            value = next((v for v in value.values() if isinstance(v, list)), []) if isinstance(value, dict) else value
+            return [
+                (v if isinstance(v, str) else str(next(iter(v.values()), "")) if isinstance(v, dict) else "", True)
+                for v in value
+            ]
+        except (ValueError, RecursionError):
+            pass  # text that begins with a bracket
+    lines = []
+    for line in re.split(r"\r\n|\n|\r", body):
+        line = TAG.sub(" ", line).strip().strip("|").strip()
+        parts = (
+            re.split(r"\s+(?=\(?\d{1,2}[.)]\s)", line) if re.match(r"\(?1[.)]\s", line) else [line]
+        )  # 1. … 2. … 3. … on one
+        lines += [part.lstrip("> ").strip() for part in parts]
+    return [
+        (line, any((m := MARK.match(form)) and m.end() < len(form) for form in (line, line.replace("*", ""))))
+        for line in lines
+    ]
+
+
+def _caption(line):
+    """A line without what marks it as an item: bullet, number, label, quotes, markup, a remark behind a quoted caption."""
+    for _ in range(2):
+        line = LABEL.sub("", MARK.sub("", line).strip())
+    line = MARK.sub("", line.replace("**", "").strip())
+    line = re.sub(r"(?<!\w)[*_`]+(\S.*?\S|\S)[*_`]+(?!\w)", r"\1", line)
+    if quoted := re.match(r"[\"“]([^\"”]+)[\"”](?:\s*[-–—:(].*|[.,;!]*)?$", line):
+        line = quoted[1]
+    line = line.replace("*", "").strip(" \"'“”‘’`").rstrip(".,; ")
+    return "".join(c for c in " ".join(line.split()) if c.isprintable())
+
+
+def variations(text, original, low=2, high=10, known=(), cut=False):
+    """Captions of a language model's reply, one a line: without bullets, numbers, labels, quotes and markup; `low` to `high` words each; each
+    once, and none that is the original or in `known`, however they are written. What the model says about them is none: where a reply has a
+    list, only its items count. cut: the reply was ended by the limit of its tokens, so its last line is not whole."""
+    items = _items(text)
+    items = items[:-1] if cut and items and not text.endswith("\n") else items
+    listed = any(marked for _, marked in items)
     seen, out = {cleaned(t) for t in (original, *known)}, []
-    for line in text.splitlines():
-        line = BULLET.sub("", BULLET.sub("", line).replace("*", "").strip())
-        line = line.strip(" \"'“”‘’`").rstrip(".,; ")
-        line = "".join(c for c in " ".join(line.split()) if c.isprintable())
-        if line.endswith(":") or not low <= len(line.split()) <= high or cleaned(line) in seen:
+    for raw, marked in items:
+        line = _caption(raw)
+        chatter = (
+            line.endswith((":", "?"))
+            or PERSONAL.search(line if marked else raw)
+            or SKIPPED.match(raw.replace("*", ""))
+            or raw.startswith("#")
+        )
+        if chatter or (listed and not marked) or not low <= len(line.split()) <= high or cleaned(line) in seen:
             continue
         if not any(c.isalpha() for c in line) or "\N{REPLACEMENT CHARACTER}" in line:
             continue

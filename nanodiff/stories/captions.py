@@ -134,8 +134,11 @@ def augment(cfg):
                 elif not chat:
                     reply = reply.split("\n\n")[0]
                 known, _ = got[i]
+                whole = w.ended or reply.count("\n") != tokenizer.rest(prompt, w.ids).count(
+                    "\n"
+                )  # cut above, at a line's end
                 fresh = captionset.variations(
-                    reply, rows[i].captions[0], cfg.min_words, cfg.max_words, (*known, *rows[i].captions)
+                    reply, rows[i].captions[0], cfg.min_words, cfg.max_words, (*known, *rows[i].captions), not whole
                 )
                 fresh = [captionset.cleaned(t) for t in fresh] if cfg.clean else fresh
                 got[i] = ([*known, *fresh][: cfg.variations], attempt + 1)

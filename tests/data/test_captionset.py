@@ -126,7 +126,7 @@ def test_variations_of_a_reply():
 2) "Cold tofu soup."
 - tofu SOUP
 * Cold Tofu Soup
-Soup
+- Soup
 • a very long line with far too many words in it to be a caption
 4. Tofu stew – with ginger
 12. 34
