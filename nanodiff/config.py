@@ -11,6 +11,7 @@ Strength, from weak to strong: defaults, `--preset NAME`, `--config FILE` (.json
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import functools
@@ -121,7 +122,10 @@ def commit():
 
 def spreadsheet(value):
     """A cell of a CSV: a text that a spreadsheet would take for a formula begins with a quote."""
-    return f"'{value}" if isinstance(value, str) and value[:1] and value[0] in "=+-@" else value
+    risky = isinstance(value, str) and (
+        value.lstrip()[:1] in tuple("=+-@") or any(c in value for c in "\t\r")
+    )  # also of a cell they begin
+    return "'" + re.sub(r"[\t\r]", " ", value) if risky else value
 
 
 def check_regular(path):
@@ -149,6 +153,31 @@ def read_json(path):
         raise UserError(f"{path}: not readable as {path.suffix[1:] or 'JSON'}: {e}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_settings(path):
+    """The settings of a --config file: JSON, TOML, or a Python file with `CONFIG = {…}`, whose values are read as literals, never run."""
+    if Path(path).suffix != ".py":
+        return read_json(path)
+    try:
+        check_regular(path)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path}: not readable as Python: {e}") from None
+    given = {
+        t.id: n.value for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+    }
+    if "CONFIG" not in given:
+        raise UserError(f"{path}: has no CONFIG = {{…}}")
+    try:
+        value = ast.literal_eval(given["CONFIG"])
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise UserError(
+            f"{path}: CONFIG holds more than literals (numbers, texts, lists); it is read, never run"
+        ) from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path}: CONFIG is no dict of settings")
     return value
 
 
@@ -268,7 +297,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         often = sum(bool(_inherited(cls, f.name, "often")) for f in fields)
         parser.epilog = f"{len(fields) - often} more options, in groups: --help-all"
     parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS if len(fields) <= SHORT else "every option")
-    parser.add_argument("--config", metavar="FILE", help="JSON or TOML file with any of the options below")
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON, TOML or Python (CONFIG = {…}) file with any of the options below"
+    )
     if any(presets):
         names = sorted(name for name in presets if name)  # "": the stage's own defaults
         parser.add_argument("--preset", choices=names, metavar="NAME", help=f"a set of defaults: {', '.join(names)}")
@@ -288,7 +319,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     given = vars(given)
     values = dict(presets.get(given.pop("preset", None) or "", {}))
     if path := given.pop("config"):
-        values |= from_mapping(cls, read_json(path), path)
+        values |= from_mapping(cls, read_settings(path), path)
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
     cfg = cls(**(values | given))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from util import ROOT, TINY, error_line, run
 
+from nanodiff import config
 from nanodiff.config import UserError, arg, parse, printable, read_json
 
 
@@ -135,3 +136,27 @@ def test_a_tool_whose_reader_is_gone_ends_quietly():
         argv = [sys.executable, "-m", "nanodiff.weights", "inspect", TINY / "sd15" / "unet"]
         done = subprocess.run(argv, cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 0 and "BrokenPipe" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("cell", "want"), [
+    ("=1+2", "'=1+2"), ("\r=1", "' =1"), ("\t=1", "' =1"), ("  -2", "'  -2"), ("a\tb", "'a b"), ("a red apple", "a red apple"), ("", ""), (3, 3),
+])  # fmt: skip
+def test_no_cell_is_a_formula(cell, want):
+    assert config.spreadsheet(cell) == want
+
+
+def test_a_python_config_is_read_and_never_run(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        'import os\nCONFIG = {\n  "lr": 1e-3,  # a remark\n  "tags": ["a", "b"],\n}\nos.system("touch ran")\n'
+    )
+    assert config.read_settings(path) == {"lr": 1e-3, "tags": ["a", "b"]} and not (tmp_path / "ran").exists()
+    for text, says in (
+        ("x = 1", "has no CONFIG"),
+        ("CONFIG = f()", "more than literals"),
+        ("CONFIG = [1]", "no dict"),
+        ("CONFIG = {", "not readable"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=says):
+            config.read_settings(path)

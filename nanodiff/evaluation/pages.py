@@ -20,7 +20,7 @@ from nanodiff.output import charts, images, report
 
 RADAR = ("ssim", "hist_similarity", "median_hash", "color_similarity", "mse")
 TITLES = {"ssim": "SSIM", "mse": "MSE", "hist_similarity": "Histogram Similarity", "median_hash": "Hash Similarity",
-          "sharpness_ratio": "Sharpness Ratio", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
+          "sharpness_ratio": "Sharpness Ratio (first/second)", "color_similarity": "Color Similarity"}  # the source document's column names  # fmt: skip
 NEARER = {True: "nearer", False: "farther", None: "the same"}
 KEY_FIGURES = ("radar_chart.png", "improvement_percentage_chart.png", "improvement_table.png", "ssim_comparison.png")
 CANNOT = (
@@ -171,7 +171,7 @@ def nearer(folder, document, found, seed=0, before="original", after="finetuned"
         [n, c.test.n, c.test.mean, c.test.low, c.test.high, c.test.t, c.test.p_t, c.p_t, c.test.p_wilcoxon, c.p_wilcoxon, c.test.d, NEARER[c.nearer]]
         for n, c in tests.items()
     ]  # fmt: skip
-    document.text(f"The {after} pictures' number against the teacher, less the {before} ones', over the same pictures (of the sharpness ratio: its "
+    document.text(f"The {after} pictures' number against the teacher, less the {before} ones', over the same pictures (of the sharpness ratio, the first picture's over the second's: its "
                   "distance from 1, as |log|); low and high: 95 % bootstrap interval. A pair where one number is infinite does not count.")  # fmt: skip
     document.table(header, lines)
     report.write_csv(folder / name, header, lines)

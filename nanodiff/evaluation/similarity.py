@@ -248,7 +248,7 @@ METRICS = {
     "hist_similarity": Metric(lambda a, b: hist_similarity(a.histogram, b.histogram)),
     "phash": Metric(lambda a, b: hash_similarity(a.phash, b.phash)),
     "median_hash": Metric(lambda a, b: hash_similarity(a.median_hash, b.median_hash)),
-    "sharpness_ratio": Metric(lambda a, b: ratio(b.sharpness, a.sharpness), higher_is_nearer=None),
+    "sharpness_ratio": Metric(lambda a, b: ratio(a.sharpness, b.sharpness), higher_is_nearer=None),
     "color_similarity": Metric(lambda a, b: color_similarity(a.moments, b.moments)),
 }
 NAMES = tuple(METRICS)
@@ -259,7 +259,7 @@ LEAST = {name: row.least for name, row in METRICS.items() if row.least > 1}
 def compare(a, b, names=NAMES):
     """{name: number, or None where the pictures are too small} of two Facts. lpips is left to the network that gives it.
 
-    sharpness_ratio is the second's over the first's; phash, median_hash and the rest are 1 for equal pictures."""
+    sharpness_ratio is the first's over the second's, as in the source document; phash, median_hash and the rest are 1 for equal pictures."""
     if a.image.shape != b.image.shape:
         raise UserError(
             f"pictures of {a.image.shape[1]}x{a.image.shape[0]} and {b.image.shape[1]}x{b.image.shape[0]} pixels"

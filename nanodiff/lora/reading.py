@@ -45,9 +45,13 @@ def read(path, models, allow_partial=False, words=False):
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent = [], list(strange)
     for name, parts in groups.items():
-        targets = known.get(name) or known.get(name.removeprefix("base_model.model."))
-        if targets is None and len(models) == 1:  # PEFT's folder of one text encoder
-            targets = known.get(f"{next(iter(models))}.{name.removeprefix('base_model.model.')}")
+        bare = name.removeprefix("base_model.model.")
+        targets = known.get(name) or known.get(bare)
+        if (
+            targets is None
+        ):  # PEFT's folder of one text encoder, which does not say whose its layers are: of the one that has them
+            there = [known[full] for c in models if (full := f"{c}.{bare}") in known]
+            targets = there[0] if len(there) == 1 else None
         if targets is None:
             absent.append(name)
             continue

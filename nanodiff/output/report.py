@@ -175,10 +175,14 @@ def shown(value):
     return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
-STYLE = """body{font:16px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
-table{border-collapse:collapse;margin:1em 0;font-size:14px}th,td{border:1px solid #bbb;padding:.3em .6em;text-align:left}
-th{background:#eee}td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%;border:1px solid #ddd}
-figcaption{font-size:14px;color:#333}pre{background:#f4f4f4;padding:.6em;overflow-x:auto;font-size:13px}"""
+STYLE = """:root{color-scheme:light dark;--ink:#111;--paper:#fff;--line:#bbb;--head:#eee}
+@media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#161616;--line:#555;--head:#2a2a2a}}
+body{font:16px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:var(--ink);background:var(--paper);overflow-wrap:break-word}
+div.table{overflow-x:auto}table{border-collapse:collapse;margin:1em 0;font-size:14px;overflow-wrap:normal}
+th,td{border:1px solid var(--line);padding:.3em .6em;text-align:left}
+th{background:var(--head)}td.number{text-align:right;font-variant-numeric:tabular-nums}
+img{max-width:100%;border:1px solid var(--line);background:#fff}figure{margin:1em 0}
+figcaption{font-size:14px}pre{background:var(--head);padding:.6em;overflow-x:auto;font-size:13px}"""
 KINDS = {".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg"}
 
 
@@ -242,10 +246,10 @@ class Report:
                 header, lines = what
                 head = "".join(f"<th>{html.escape(shown(c))}</th>" for c in header)
                 body = "".join("<tr>" + "".join(map(_cell, line)) + "</tr>" for line in lines)
-                parts.append(f"<table><tr>{head}</tr>{body}</table>")
+                parts.append(f'<div class="table"><table><tr>{head}</tr>{body}</table></div>')
         title = html.escape(printable(self.blocks[0][1]))
         return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{STYLE}</style>\n'
             + "\n".join(parts)
             + "</html>\n"
         )
@@ -261,7 +265,8 @@ class Report:
 def _plain(text):
     """A line of text in which Markdown sees no markup."""
     text = printable(text)
-    return "".join(f"\\{c}" if c in "*_`<>[]#" else c for c in text)
+    marks = {"<": "&lt;", ">": "&gt;"}  # a reader that lets HTML through finds none
+    return "".join(marks.get(c) or (f"\\{c}" if c in "*_`[]#" else c) for c in text)
 
 
 def _cell(value):

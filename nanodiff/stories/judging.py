@@ -265,9 +265,11 @@ def summary(cfg):
             chart = charts.lines(record.out / "runs.png", names, panels, "run")
             document.picture(chart, "Numbers that more than one run has")
             files += [chart] if chart else []
-        for name, f in found.items():
+        for name, path in zip(names, cfg.inputs, strict=True):
             document.heading(name)
-            report.metrics_table(document, f)
+            for picture in sorted(Path(path).glob("*.png"))[:12] if Path(path).is_dir() else ():
+                document.picture(picture, f"{name}: {picture.stem.replace('_', ' ')}")
+            report.metrics_table(document, found[name])
         return document, files
 
     finish(record, metrics, make)

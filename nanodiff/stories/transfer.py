@@ -246,7 +246,10 @@ def transfer_evaluate(cfg, record, device):
         for old in (*side.glob("comparison_all_*"), *maps.glob("difference_*")):
             old.unlink()
         files += pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
-        write_json(folder / "evaluation.json", {"settings": facts, "skipped": skipped, "dropped": failed})
+        told = {job.name: job.prompt for job in jobs}
+        write_json(
+            folder / "evaluation.json", {"settings": facts, "skipped": skipped, "dropped": failed, "prompts": told}
+        )
         return files
 
     for path in dist.on_main(write):
@@ -283,6 +286,15 @@ def _visualize(cfg):
         raise UserError(f"{numbers}: is not there, or not complete; `transfer evaluate` makes it")
     root = numbers.resolve().parent
     look = out_dir(cfg.root if cfg.metrics_dir else root / "visualization")
+    for pattern in (
+        "*_comparison.png",
+        "*_chart.png",
+        "*_table.png",
+        "online.csv",
+        "significance.csv",
+    ):  # of an earlier evaluation
+        for old in look.glob(pattern):
+            old.unlink()
     found, metrics, facts = (
         pages.read_pairs(numbers),
         report.read_metrics(numbers),
@@ -293,8 +305,7 @@ def _visualize(cfg):
     document.text(pages.CANNOT)
     document.text(f"{len(found)} prompts in {len({p.category for p in found})} categories. The student before and after training began from the "
                   f"same latents. {len(facts['dropped'])} pictures could not be drawn and are left out.")  # fmt: skip
-    for path in sorted((root / "comparison_output").glob("comparison_all_*.png"))[:6]:
-        document.picture(path, path.stem)
+    _show_panels(document, root, found, facts.get("prompts", {}))
     tests, path = pages.nearer(look, document, found, int(settings["seed"]))
     files = [path]
     if "online_vs_teacher" in found[0].numbers:
@@ -307,6 +318,13 @@ def _visualize(cfg):
         document.picture(curve, f"loss: {curve.parent.name}")
     panels = sorted((root / "comparison_output").glob("comparison_all_*.png"))
     files += [*drawn, *pages.research(settings, root / "research_paper_materials", tests, metrics, [*drawn, *panels])]
+    document.heading("Settings")
+    decisive = ("teacher", "model", "method", "num_images", "num_evaluation_prompts", "epochs", "lr", "batch_size", "lora_rank", "lora_alpha",
+                "lora_targets", "steps", "guidance_scale", "resolution", "seed")  # fmt: skip
+    first = [n for n in decisive if n in settings]
+    document.table(
+        ("setting", "value"), [[n, str(settings[n])] for n in (*first, *(n for n in settings if n not in first))]
+    )
     document.heading("Numbers")
     report.metrics_table(document, metrics)
     if facts["skipped"]:
@@ -319,6 +337,26 @@ def _visualize(cfg):
             print(f"{name}: finetuned is {pages.NEARER[tests[name].nearer]}, p = {p:.2g} (paired t test, Holm){sure}")
     print(f"report: {look / 'report.html'}")
     return [*files, *document.write(look)]
+
+
+def _show_panels(document, root, found, prompts, most=6):
+    """Of the first pictures: the panel of all models, under it its prompt, and where before and after differ from the teacher."""
+    document.heading("Pictures")
+    counts, parts, shown = {}, pages.distinct(p.category for p in found), 0
+    for pair in found:
+        i = counts[pair.category] = counts.get(pair.category, -1) + 1
+        name = f"{parts[pair.category]}_{i}.png"
+        panel = root / "comparison_output" / f"comparison_all_{name}"
+        if not panel.is_file() or shown == most:
+            continue
+        shown += 1
+        prompt = next((p for n, p in prompts.items() if n == pair.name or n.rpartition(".")[0] == pair.name), None)
+        document.picture(panel, prompt or pair.name)
+        for a in ("original", "finetuned"):
+            path = root / "research_comparisons" / f"difference_{a}_vs_teacher_{name}"
+            document.picture(
+                path if path.is_file() else None, f"where {a} differs from the teacher: {prompt or pair.name}"
+            )
 
 
 def transfer_plan(cfg):

@@ -91,7 +91,11 @@ def test_documents(tmp_path):
     assert page.count("<img") == 1 and "data:image/png;base64," in page and "0.1235" in page
     text = (tmp_path / "report.md").read_text()
     assert (
-        '![a "picture"](a%20b.png)' in text and r"a\|b" in text and r"\<script\>" in text and "# Title & more" in text
+        '![a "picture"](a%20b.png)' in text
+        and r"a\|b" in text
+        and "&lt;script&gt;" in text
+        and "<script" not in text
+        and "# Title & more" in text
     )
 
 

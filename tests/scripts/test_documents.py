@@ -174,3 +174,45 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
 def test_help_of_a_documents_stage_shows_its_defaults():
     out = run("train.py", "corel-vae", "--help-all").stdout
     assert "[300]" in out and "[vae_models]" in out and "--preset NAME" not in out
+
+
+def test_s4_the_documents_own_config(tmp_path):
+    """Its adapters are the text encoder's: `transfer all` ends, and sample.py and `lora inspect` read PEFT's folder."""
+    out, (student, teacher) = tmp_path / "output", (str(TINY / n) for n in ("sd15", "sdxl"))
+    settings = {"prompt_source": "assets/prompts/dogs.json", "num_images_to_generate": 4, "base_model_id": student, "teacher_model_id": teacher,
+                "sdxl_image_dir": f"{out}/sdxl_images/", "output_dir": f"{out}/", "seed": 42, "resolution": 64, "train_batch_size": 4,
+                "num_train_epochs": 1, "learning_rate": 1e-4, "lr_scheduler": "cosine", "mixed_precision": "no", "gradient_accumulation_steps": 1,
+                "use_lora": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1,
+                "lora_target_modules": ["q_proj", "v_proj", "k_proj", "out_proj", "fc1", "fc2"], "eval_batch_size": 1, "num_inference_steps": 1,
+                "guidance_scale": 7.5, "num_evaluation_prompts": 3}  # fmt: skip
+    (tmp_path / "config.py").write_text(f"CONFIG = {settings!r}\n")
+    done = run("distill.py", "transfer", "all", "--config", tmp_path / "config.py", "--teacher-resolution", 64)
+    assert done.returncode == 0, done.stderr
+    weights = out / "checkpoints" / "lora_weights"
+    shown = run("-m", "nanodiff.lora", "inspect", weights, "--model", student)
+    assert shown.returncode == 0 and "18 layers of text_encoder; rank 16; strength 2" in shown.stdout, shown.stdout[
+        -500:
+    ]
+    done = run(
+        "sample.py",
+        "--model",
+        student,
+        "--lora",
+        weights,
+        "--prompt",
+        "a",
+        "--steps",
+        1,
+        "--output-dir",
+        tmp_path / "s",
+    )
+    assert done.returncode == 0 and "18 layers" in done.stdout
+    page = (out / "visualization" / "report.html").read_text()
+    prompts = json.loads((out / "metrics" / "evaluation.json").read_text())["prompts"]
+    assert (
+        len(prompts) == 3
+        and all(p in page for p in prompts.values())
+        and "where finetuned differs from the teacher" in page
+    )
+    assert 'name="viewport"' in page and "prefers-color-scheme:dark" in page and '<div class="table">' in page
+    assert page.index("<td>teacher</td>") < page.index("<td>seed</td>") < page.index("<td>kernels</td>")

@@ -297,7 +297,8 @@ def test_compare_triples(sets, weights, tmp_path):
     }
     table = (out / "metrics" / "metrics_closeup_0.csv").read_text().splitlines()
     assert (
-        table[0] == "Comparison,SSIM,MSE,Histogram Similarity,Hash Similarity,Sharpness Ratio,Color Similarity"
+        table[0]
+        == "Comparison,SSIM,MSE,Histogram Similarity,Hash Similarity,Sharpness Ratio (first/second),Color Similarity"
         and len(table) == 4
     )
     averages = json.loads((out / "metrics" / "category_averages.json").read_text())

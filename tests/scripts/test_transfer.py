@@ -147,7 +147,7 @@ def test_numbers_and_report(done):
             "MSE",
             "Histogram Similarity",
             "Hash Similarity",
-            "Sharpness Ratio",
+            "Sharpness Ratio (first/second)",
             "Color Similarity",
         ]
     assert set(json.loads((root / "metrics" / "category_averages.json").read_text())) == {"standard", "closeup"}
