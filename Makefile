@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -28,7 +28,7 @@ $(STAMP): requirements.lock
 	touch $(STAMP)
 
 demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, without a network
-	$(PY) sample.py --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
+	$(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
 		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
 	@echo "the sheet: $(OUT)/demo/sheet.png"
 
@@ -49,15 +49,15 @@ study-schedulers: $(STAMP)  ## DDPM against DDIM (SD 3.5: its two), the same noi
 	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-schedulers --study "scheduler=$(BOTH)"
 
 study-guidance: $(STAMP)  ## guidance 1, 3, 5, 7.5, 10, 15 under both
-	$(PY) sample.py $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
+	$(PY) sample.py --overwrite $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
 		--study "scheduler=$(BOTH);guidance_scale=1,3,5,7.5,10,15"
 
 study-steps: $(STAMP)  ## 5, 25, 50, 75, 100, 150 steps
-	$(PY) sample.py $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
+	$(PY) sample.py --overwrite $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
 		--study "$(DDPM)steps=5,25,50,75,100,150"
 
 study-negative: $(STAMP)  ## with and without a negative prompt
-	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
+	$(PY) sample.py --overwrite $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
 		--study '$(DDPM)negative_prompt=none,"$(BAD)"'
 
 nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)
@@ -76,7 +76,7 @@ train-tiny: $(STAMP)  ## VAE, then diffusion, then samples, on 32 of the embedde
 	$(PY) train.py diffusion --data assets/emoji/emoji.tar --max-samples 32 --preset nano --vae $(OUT)/train-tiny/vae/model \
 		--max-steps 640 --batch-size 24 --lr-warmup-steps 50 --sample-every 160 --ema-decay 0.99 --overwrite-output-dir \
 		--output-dir $(OUT)/train-tiny/model
-	$(PY) sample.py --model $(OUT)/train-tiny/model/model --prompt cyclone --prompt 'shooting star' --prompt sunflower --prompt 'maple leaf' \
+	$(PY) sample.py --overwrite --model $(OUT)/train-tiny/model/model --prompt cyclone --prompt 'shooting star' --prompt sunflower --prompt 'maple leaf' \
 		--seed 1 --resize 128x128 --labels --nrow 4 --output-dir $(OUT)/train-tiny --output $(OUT)/train-tiny/sheet.png
 	@echo "how it learned: $(OUT)/train-tiny/model/samples/progress.gif; the sheet: $(OUT)/train-tiny/sheet.png"
 
@@ -92,7 +92,7 @@ corel-workflow: $(STAMP)  ## prepare, train the VAE, train diffusion in its late
 		--image-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/diffusion_models $(QUICK) \
 		$(if $(QUICK),--epochs 200 --lr 1e-3 --save-images-epochs 50 --checkpoint-epochs 50 --early-stopping-patience 0 --oscillation-window 0) \
 		--overwrite-output-dir
-	$(PY) sample.py --diffusion-checkpoint $(OUT)/corel/diffusion_models/best_model.pt \
+	$(PY) sample.py --overwrite --diffusion-checkpoint $(OUT)/corel/diffusion_models/best_model.pt \
 		--vae-checkpoint $(OUT)/corel/vae_models/best_model.pt --num-images 16 --ddim-steps 50 --nrow 4 --seed 1 \
 		--output-dir $(OUT)/corel/generated --output $(OUT)/corel/corel_generated.png
 
@@ -113,7 +113,7 @@ chaos: $(STAMP)  ## a short run, killed at 50 random moments and resumed each ti
 DEMO    = $(OUT)/report-demo
 FEATURES = $(if $(WEIGHTS),inception$(,)pixels --weights-dir $(WEIGHTS),pixels)
 report-demo: $(STAMP)  ## numbers, figures and a report on the embedded model, offline (WEIGHTS=folder for FID and CLIP score)
-	for steps in 3 6 25; do $(PY) sample.py --prompts-file assets/demo_prompts.txt --num-images 4 --batch-size 16 --seed 7 --steps $$steps \
+	for steps in 3 6 25; do $(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --num-images 4 --batch-size 16 --seed 7 --steps $$steps \
 		--output-dir $(DEMO)/steps-$$steps || exit 1; done
 	$(PY) eval.py images --generated $(DEMO)/steps-3 --generated $(DEMO)/steps-6 --generated $(DEMO)/steps-25 --real assets/emoji/emoji.tar \
 		--features $(FEATURES) --output-dir $(DEMO)/images
@@ -193,6 +193,9 @@ test-slow: $(STAMP)  ## the tests that take minutes each: every kernel compiled,
 
 test-all: $(STAMP)  ## both
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
+
+attack: $(STAMP)  ## 2,000 mutated weights, configs, captions, shards and pictures: refused in a line or read as they are (CASES=, SEED=)
+	$(PY) -m tests.attack --cases $(or $(CASES),2000) --seed $(or $(SEED),0)
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device, without fp32 heads of 96 to 256 (pytest -m gpu: those too, minutes more)
 	$(PY) benchmarks/gpu_day.py --out $(OUT)/gpu --only tests

@@ -35,7 +35,9 @@ class Common(Training):
     max_samples: int | None = arg(None, "use only the first N pictures", "max-train-samples", low=1, high=1 << 40)
     base_dir: str = arg(".", "folder that relative paths start from")
     cache_dir: str | None = arg(None, "where encoded pictures and captions are kept; default OUTPUT_DIR/cache")
-    resolution: int = arg(64, "pixels along one side", "image-size", low=1, high=8192, often=True)
+    resolution: int | None = arg(
+        None, "pixels along one side; default: 64, or --model's own", "image-size", low=1, high=8192, often=True
+    )
     interpolation: str = arg("lanczos", "how pictures are resized", choices=("lanczos", "bilinear"))
     center_crop: bool = arg(True, "crop the middle; --no-center-crop: anywhere")
     random_flip: bool = arg(False, "mirror half of the pictures")
@@ -88,6 +90,7 @@ class Common(Training):
                     continue
                 raise UserError(f"--{name.replace('_', '-')} is required")
         self.check_ranges()
+        self.resolution = self.resolution or (None if getattr(self, "model", None) else 64)
         for name in PATHS:
             if value := getattr(self, name, None):
                 setattr(self, name, under(self.base_dir, value))
@@ -266,7 +269,7 @@ PRESETS = {
         # S0: fine-tuning of a whole Stable Diffusion 1.x
         "finetune": {"resolution": 512, "batch_size": 1, "lr": 1e-5, "lr_warmup_steps": 0.1, "mixed_precision": "fp16",
                      "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999, "caption_dropout": 0.0},
-        "lora": {"resolution": 512, "batch_size": 1, "lr": 1e-4, "lora": True, "gradient_checkpointing": True, "ema": False,
+        "lora": {"batch_size": 1, "lr": 1e-4, "lora": True, "gradient_checkpointing": True, "ema": False,
                  "adam_beta2": 0.999, "caption_dropout": 0.0},
         # S2's second task: adapters on a whole Stable Diffusion, denoiser and text encoder
         "corel-lora": {"resolution": 512, "batch_size": 1, "grad_accum": 4, "epochs": 200, "lr": 1e-4, "lora": True, "lora_rank": 4,
@@ -408,6 +411,7 @@ def train_diffusion(cfg):
     from nanodiff.training.run import Run
 
     cfg.check()
+    cfg.resolution = cfg.resolution or diffusion.own_size(cfg.model)
     objective.check_loss(cfg.loss)
     if cfg.dry_run:
         return plans.plan_diffusion(cfg)

@@ -28,6 +28,13 @@ import typing
 from pathlib import Path
 
 SHORT = 25  # options of a stage up to which --help shows them all
+ELSEWHERE = {
+    "sampler": "scheduler",
+    "cfg": "guidance-scale",
+    "size": "resolution",
+    "out": "output-dir",
+    "n": "num-images",
+}  # other programs' words
 SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
@@ -245,6 +252,8 @@ def typed(value, hint, where):
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(typed(v, typing.get_args(option)[0], where) for v in value)
         if option in (bool, str, dict, list) and isinstance(value, option):
+            if option is str and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+                break  # half of a character, or a NUL: no text that anything can be called
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value < 1 << 24:
@@ -315,7 +324,12 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]
-        raise UserError(f"unknown argument {printable(unknown[0])}{nearest(unknown[0].split('=')[0], flags)}")
+        asked = unknown[0].split("=")[0]
+        other = ELSEWHERE.get(asked.lstrip("-"))
+        hint = f"; did you mean --{other}?" if other and f"--{other}" in flags else nearest(asked, flags)
+        if not asked.startswith("-") and any(a.startswith("--") for a in argv):
+            hint += " (a text with spaces needs quotes; an option that takes several is given once for each)"
+        raise UserError(f"unknown argument {printable(short(unknown[0], 200)[1:-1])}{hint}")
     given = vars(given)
     values = dict(presets.get(given.pop("preset", None) or "", {}))
     if path := given.pop("config"):
@@ -483,6 +497,12 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
 
 def _verdict(e, less_memory):
     """(exit code, line for people) of what ended a script; (None, None) for a fault of our own, which is a traceback."""
+    cause = e
+    while cause is not None and not isinstance(cause, Stopped | KeyboardInterrupt | UserError):
+        cause = cause.__cause__ or cause.__context__
+    e = (
+        cause if isinstance(cause, Stopped | KeyboardInterrupt) else e
+    )  # also where a compiler wraps what interrupted it
     if isinstance(e, UserError):
         return 2, f"error: {printable(flagged(e))}"
     if isinstance(e, KeyboardInterrupt):

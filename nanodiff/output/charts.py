@@ -192,7 +192,7 @@ def radar(path, axes, series, title=""):
 
 def lines(path, x, panels, xlabel, title=""):
     """A panel a number. panels: {name: {label: [value or (value, low, high) for each x]}}; x: numbers or words."""
-    plt = _plt()
+    plt = _plt() if panels else None
     if plt is None:
         return None
     across = min(len(panels), 3)

@@ -41,11 +41,11 @@ def check_index(index, folder):
         raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
     present = set()
     for name, entry in index.items():
-        if name.startswith("_") or name in IGNORED or not isinstance(entry, list):
+        if name.startswith("_") or name in IGNORED or (name not in CLASSES and not isinstance(entry, list)):
             continue
         if entry == [None, None]:
             continue
-        if name not in CLASSES or len(entry) != 2 or entry[1] not in CLASSES[name]:
+        if name not in CLASSES or not isinstance(entry, list) or len(entry) != 2 or entry[1] not in CLASSES[name]:
             raise UserError(f"{folder}/model_index.json: component {printable(name)}: {short(entry)} is not supported")
         present.add(name)
     for name in FAMILIES[kind].required:

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from nanodiff import lora
+from nanodiff import lora, pipeline
 from nanodiff.config import UserError
 from nanodiff.data import tables
 from nanodiff.device import choice, dist
+from nanodiff.pipeline import sources
 from nanodiff.training import build, teach
 from nanodiff.training.options import under
 
@@ -45,6 +46,15 @@ def prompts_of(cfg, sd, dataset):
     texts = [group[0] for group in build.conditions(cfg, dataset)]
     spread = list(dict.fromkeys(texts))
     return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
+
+
+def own_size(model):
+    """Pixels along one side of the pictures that a model was made for, from its configurations. Says them."""
+    src = sources.configs(model)
+    net = src.config(pipeline.FAMILIES[src.kind].denoiser_name)
+    side = (net.sample_size or 64) * (src.config("vae").downscale if "vae" in src.parts else 1)
+    dist.say(f"resolution: {side}, the model's own")
+    return side
 
 
 def write_model(run, sd, cfg, name, updates):

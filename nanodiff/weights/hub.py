@@ -6,6 +6,7 @@ load, never pickles. Known moves of repositories are *told*, never followed: wei
 user's decision. HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and the other variables of huggingface_hub work as documented there.
 """
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -61,7 +62,9 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
     if path.is_dir():
         if (path / "model_index.json").is_file() or (path / "config.json").is_file():
             return path
-        raise UserError(f"{path}: a folder without model_index.json or config.json; is it half downloaded?")
+        inside = [p.parent.relative_to(path) for p in sorted(path.glob("*/model_index.json"))]
+        hint = f"; the model of this run is {path / inside[0]}" if inside else "; is it half downloaded?"
+        raise UserError(f"{path}: a folder without model_index.json or config.json{hint}")
     name, _, at = str(model).partition("@")
     name = ALIASES.get(name, name)
     if not REPO_ID.fullmatch(name) or ".." in name:
@@ -103,6 +106,9 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries would be told one by one; what came of them is said below
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
     try:
         # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.
