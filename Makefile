@@ -49,15 +49,15 @@ study-schedulers: $(STAMP)  ## DDPM against DDIM (SD 3.5: its two), the same noi
 	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-schedulers --study "scheduler=$(BOTH)"
 
 study-guidance: $(STAMP)  ## guidance 1, 3, 5, 7.5, 10, 15 under both
-	$(PY) sample.py --overwrite $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
+	$(PY) sample.py $(call WITH,$(STEAK)) --seed 0 --output-dir $(OUT)/study-guidance \
 		--study "scheduler=$(BOTH);guidance_scale=1,3,5,7.5,10,15"
 
 study-steps: $(STAMP)  ## 5, 25, 50, 75, 100, 150 steps
-	$(PY) sample.py --overwrite $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
+	$(PY) sample.py $(call WITH,Almond Horchata) --seed 0 --output-dir $(OUT)/study-steps \
 		--study "$(DDPM)steps=5,25,50,75,100,150"
 
 study-negative: $(STAMP)  ## with and without a negative prompt
-	$(PY) sample.py --overwrite $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
+	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
 		--study '$(DDPM)negative_prompt=none,"$(BAD)"'
 
 nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)

@@ -110,7 +110,9 @@ class Config:
     output_dir: str = arg(
         "out", "folder of the pictures 00000.png, 00001.png, … and run.json", group="what is written", often=True
     )
-    overwrite: bool = arg(False, "begin again at 00000.png in a folder that holds pictures, in place of counting on")
+    overwrite: bool = arg(
+        False, "begin again in a folder that holds pictures (or a study), in place of counting on (or finishing it)"
+    )
     output: str | None = arg(
         None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)", often=True
     )

@@ -191,7 +191,7 @@ def study(cfg, device):
         prompts_of(variant)
         options(variant)
     record = Record(cfg, device)
-    finished = grid.Finished(record.out, cfg.seed)
+    finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
     if finished.seed is None:
         finished.seed = secrets.randbelow(1 << 32)
     print(f"seed: {finished.seed}")

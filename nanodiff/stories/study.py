@@ -22,7 +22,7 @@ from nanodiff.files import write_bytes, write_json
 from nanodiff.output import images
 
 FIXED = {  # settings that do not change the picture, or that a study sets itself
-    "study", "output_dir", "output", "base_dir", "nrow", "named", "labels", "save_latents", "progress_strip", "metadata",
+    "study", "output_dir", "output", "base_dir", "nrow", "named", "overwrite", "labels", "save_latents", "progress_strip", "metadata",
     "from_image", "prompts_file", "num_images", "batch_size", "device", "token", "dry_run", "preview",
 }  # fmt: skip
 SAME = {
@@ -120,8 +120,9 @@ NUMBER = r"\d{5,9}\.png"
 class Finished:
     """The finished pictures of a study, in study.json: {key: row of study.csv}."""
 
-    def __init__(self, out, seed):
-        """seed: None takes the one the study was begun with. Raises UserError for a record that is not ours."""
+    def __init__(self, out, seed, anew=False):
+        """seed: None takes the one the study was begun with. anew: what was finished is deleted. Raises UserError for a record that is not
+        ours."""
         self.out, self.rows, self.seed = Path(out), {}, seed
         if (self.out / "study.json").exists():
             try:
@@ -132,6 +133,11 @@ class Finished:
                         raise ValueError(f"{row['file']!r} is no picture of a study")
             except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
                 raise UserError(f"{self.out / 'study.json'}: not a study's record: {e}") from None
+            if anew:
+                for row in self.rows.values():
+                    (self.out / row["file"]).unlink(missing_ok=True)
+                (self.out / "study.json").unlink()
+                self.rows, before = {}, None
             self.seed = before if seed is None else seed
 
     def get(self, key):

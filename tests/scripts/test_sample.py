@@ -426,6 +426,13 @@ def test_a_folder_with_pictures_is_counted_on(tmp_path):
     }  # fmt: skip
     assert sample(tmp_path, "--study", "steps=1", "--prompt", "c", "--seed", 1, model=model).returncode == 0
     assert (tmp_path / "00003.png").exists() and (tmp_path / "00002.png").read_bytes() == after["00002.png"]
+    again = ("--study", "steps=1,2", "--prompt", "d", "--seed", 1)
+    assert sample(tmp_path, *again, "--overwrite", model=model).returncode == 0
+    assert (
+        set(json.loads((tmp_path / "study.json").read_text())["pictures"])
+        and (tmp_path / "00002.png").read_bytes() == after["00002.png"]
+    )
+    assert {r["prompt"] for r in json.loads((tmp_path / "study.json").read_text())["pictures"].values()} == {"d"}
     done = sample(tmp_path, *first, "--overwrite", model=model)
     assert done.returncode == 0 and (tmp_path / "00000.png").read_bytes() == before["00000.png"]
     done = sample(tmp_path, "--prompt", "b", "--steps", 1, "--overwrite", model=model)
