@@ -124,6 +124,7 @@ class Config:
     progress_strip: bool = arg(False, "write a strip of the x0 estimates over the steps for each picture")
     resize: str | None = arg(None, "WIDTHxHEIGHT of the written pictures")
     metadata: bool = arg(True, "write the settings into each PNG")
+    txt: bool = arg(False, "write the prompt and the settings of each picture beside it, as NAME.txt", "metadata-txt")
     from_image: str | None = arg(None, "repeat a picture from the settings inside it")
     study: str | None = arg(
         None,
@@ -219,6 +220,12 @@ class Corel(Config):
                 )
         if self.ddim_steps is None and self.steps is None and self.scheduler is None:
             self.scheduler, self.steps = "ddpm", 1000
+        if self.device == "cuda":  # the document's default, which falls back
+            import torch
+
+            if not torch.cuda.is_available():
+                print("warning: --device cuda: no CUDA device here; on the CPU", file=sys.stderr)
+                self.device = "cpu"
         super().check()
 
 

@@ -259,7 +259,7 @@ PRESETS = {
                            "lr_scheduler": "cosine_warm_restarts", "early_stopping_patience": 30, "early_stopping_delta": 1e-5,
                            "oscillation_window": 10, "checkpoint_epochs": 10, "sample_steps": 50, "output_dir": "diffusion_models"},
         # S1: the script for the Pokémon captions, with its defaults
-        "pokemon": {"model_size": "pokemon", "text_encoder": "openai/clip-vit-large-patch14", "max_length": 77, "epochs": 100,
+        "pokemon": {"model_size": "pokemon", "resolution": 64, "text_encoder": "openai/clip-vit-large-patch14", "max_length": 77, "epochs": 100,
                     "lr": 1e-4, "lr_warmup_steps": 500, "adam_beta1": 0.95, "adam_beta2": 0.999, "adam_weight_decay": 1e-6,
                     "ema": False, "ema_decay": 0.9999, "mixed_precision": "no", "prediction_type": "epsilon", "sample_steps": 1000,
                     "beta_schedule": "linear", "zero_snr": False, "snr_weighting": True, "snr_clip": 5.0,

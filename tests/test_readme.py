@@ -29,7 +29,8 @@ DOCSTRINGS = [
 def test_commands_parse(command):
     _, script, *argv = shlex.split(command)
     if script == "sample.py":
-        config.parse(sample.Config, argv)
+        stage = argv.pop(0) if argv and argv[0] in sample.STAGES else ""
+        config.parse(sample.STAGES[stage][0], argv, presets=sample.PRESETS.get(stage))
     elif script == "train.py":
         config.parse(train.STAGES[argv[0]][0], argv[1:], presets=train.PRESETS[argv[0]])
     elif script == "eval.py":

@@ -191,19 +191,20 @@ PERSONAL = re.compile(  # words of somebody who talks to somebody
 SKIPPED = re.compile(rf"^(?:original(?:\s+{KIND})?|input|prompt|assistant|model|user|output|json)\b\s*(?::|$)", re.I)
 
 
+def _listed(body):
+    """The list of a reply that is JSON: [captions], or an object with such a list; None for text, which may begin with a bracket, too."""
+    try:
+        value = json.loads(body) if body[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        return None
+    return next((v for v in value.values() if isinstance(v, list)), None) if isinstance(value, dict) else value
+
+
 def _items(text):
     """Lines of a reply, (line, was it an item of a list?); a JSON list is its texts."""
     body = re.sub(r"^```\w*$", "", text, flags=re.M).strip()
-    if body[:1] in "[{":
-        try:
-            value = json.loads(body)
-            value = next((v for v in value.values() if isinstance(v, list)), []) if isinstance(value, dict) else value
-            return [
-                (v if isinstance(v, str) else str(next(iter(v.values()), "")) if isinstance(v, dict) else "", True)
-                for v in value
-            ]
-        except (ValueError, RecursionError):
-            pass  # text that begins with a bracket
+    if (value := _listed(body)) is not None:
+        return [(v if isinstance(v, str) else "", True) for v in value]
     lines = []
     for line in re.split(r"\r\n|\n|\r", body):
         line = TAG.sub(" ", line).strip().strip("|").strip()

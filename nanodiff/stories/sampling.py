@@ -15,7 +15,7 @@ from nanodiff import data, pipeline, weights
 from nanodiff.config import UserError, as_dict, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
-from nanodiff.files import ASSETS, out_dir
+from nanodiff.files import ASSETS, out_dir, write_bytes
 from nanodiff.output import images
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
@@ -107,6 +107,10 @@ def main(cfg):
                     )
                     images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
                     record.file(path, seed=seeds[k], prompt=batch[k][0])
+                    if cfg.txt:
+                        beside = images.a1111_parameters(remembered(cfg, facts, sd)) + "\n"
+                        write_bytes(path.with_suffix(".txt"), beside.encode("utf-8", "replace"))
+                        record.file(path.with_suffix(".txt"))
                     made += 1
                     if cfg.output:
                         sheet.append((picture, batch[k][0]))
@@ -178,7 +182,7 @@ def described(sd, steps, scale, negative):
 
 def study(cfg, device):
     """Every combination of --study's settings on the same prompts and noise. See study.py."""
-    for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview"):
+    for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview", "txt"):
         if getattr(cfg, name):
             raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
     axes = grid.parse(cfg.study, type(cfg))

@@ -22,7 +22,7 @@ from nanodiff.files import write_bytes, write_json
 from nanodiff.output import images
 
 FIXED = {  # settings that do not change the picture, or that a study sets itself
-    "study", "output_dir", "output", "base_dir", "nrow", "named", "overwrite", "labels", "save_latents", "progress_strip", "metadata",
+    "study", "output_dir", "output", "base_dir", "nrow", "named", "overwrite", "txt", "labels", "save_latents", "progress_strip", "metadata",
     "from_image", "prompts_file", "num_images", "batch_size", "device", "token", "dry_run", "preview",
 }  # fmt: skip
 SAME = {

@@ -270,7 +270,10 @@ def test_captions_are_varied_the_same_by_any_number_of_processes(home):
 def test_varying_goes_on(home, monkeypatch):
     """Killed between two batches, and begun at a caption of one's own: what is there stays, the rest is made, the result is the same."""
     options = VARY | {"data-csv": home / "titles.csv", "model": TINY / "llama"}
-    add, n = captionset.Journal.add, []
+    add, n, whole = captionset.Journal.add, [], captionset.variations
+    monkeypatch.setattr(
+        captionset, "variations", lambda *a: whole(*a[:5])
+    )  # this model ends no line, and so would have none
 
     def killed(self, *args):
         n.append(1)
@@ -286,9 +289,8 @@ def test_varying_goes_on(home, monkeypatch):
     assert code == 0 and "5 of 24 captions are varied already" in err, err
     assert stage("augment", **options, output_dir=home / "v4", start_idx=8)[0] == 0
     assert stage("augment", **options, output_dir=home / "v4", max_samples=8)[0] == 0
-    if not (home / "v1").exists():
-        assert stage("augment", **options, output_dir=home / "v1")[0] == 0
-    want = (home / "v1" / "augmented_captions.csv").read_bytes()
+    assert stage("augment", **options, output_dir=home / "v0")[0] == 0
+    want = (home / "v0" / "augmented_captions.csv").read_bytes()
     assert (
         (home / "v3" / "augmented_captions.csv").read_bytes()
         == want

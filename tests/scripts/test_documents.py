@@ -1,10 +1,12 @@
 """The source documents' commands, line by line, with only script and stage word changed, on small data: what is written is what they say."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from util import TINY, error_line, run
 
@@ -98,8 +100,9 @@ def test_s2_generation(base, tmp_path):
         "--base-dir",
         folder,
     ]
-    done = run("sample.py", "corel", *models, "--ddim-steps", 2, "--output", "generated_images.png")
+    done = run("sample.py", "corel", *models, "--ddim-steps", 2, "--output", "generated_images.png", "--device", "cuda")
     assert done.returncode == 0 and "seed:" in done.stdout, done.stderr
+    assert "no CUDA device here" in done.stderr or torch.cuda.is_available()
     sheet = Image.open(folder / "generated_images.png")
     assert sheet.size == (4 * 132 + 4, 4 * 132 + 4)
     assert names(folder / "generated_images_individual") == {f"image_{i:03d}.png" for i in range(16)}
@@ -157,7 +160,9 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
         --eval_batch_size=1 --num_epochs=2 --use_ema --gradient_accumulation_steps=4 --learning_rate=1e-4 --lr_warmup_steps=1000
         --mixed_precision=no --save_images_epoch=7 --ddpm_beta_schedule=squaredcos_cap_v2 --checkpointing_steps=2000
         --resume_from_checkpoint=latest --prediction_type=sample --logger=tensorboard --image_column=image --caption_column=text"""
-    done = run("train.py", "pokemon", *argv.split(), "--text-encoder", encoder)
+    done = run(
+        "train.py", "pokemon", *argv.split(), "--text-encoder", encoder, env=os.environ
+    )  # TensorBoard's threads want a process of their own
     assert done.returncode == 0, done.stderr
     asked = json.loads((tmp_path / "nouns_models" / "run.json").read_text())["config"]
     assert (asked["beta_schedule"], asked["prediction_type"], asked["snr_weighting"], asked["adam_beta1"]) == (
