@@ -159,7 +159,7 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
     argv = f"""--dataset_name={tmp_path} --resolution=32 --output_dir={tmp_path}/nouns_models --train_batch_size=3 --dataloader_num_workers=0
         --eval_batch_size=1 --num_epochs=2 --use_ema --gradient_accumulation_steps=4 --learning_rate=1e-4 --lr_warmup_steps=1000
         --mixed_precision=no --save_images_epoch=7 --ddpm_beta_schedule=squaredcos_cap_v2 --checkpointing_steps=2000
-        --resume_from_checkpoint=latest --prediction_type=sample --logger=tensorboard --image_column=image --caption_column=text"""
+        --resume_from_checkpoint=latest --prediction_type=sample --logger=tensorboard --ddpm_num_inference_steps=2 --image_column=image --caption_column=text"""
     done = run(
         "train.py", "pokemon", *argv.split(), "--text-encoder", encoder, env=os.environ
     )  # TensorBoard's threads want a process of their own
