@@ -28,13 +28,13 @@ import typing
 from pathlib import Path
 
 SHORT = 25  # options of a stage up to which --help shows them all
-ELSEWHERE = {
+ELSEWHERE = {  # other programs' words
     "sampler": "scheduler",
     "cfg": "guidance-scale",
     "size": "resolution",
     "out": "output-dir",
     "n": "num-images",
-}  # other programs' words
+}
 SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
@@ -110,8 +110,13 @@ def printable(text):
 
 
 def short(value, length=80):
-    """A value as people are shown it: on one line, and not the whole of 80 kB."""
-    text = printable(repr(value))
+    """A value as people are shown it, as it is written in Python: see clipped()."""
+    return clipped(repr(value), length)
+
+
+def clipped(text, length=80):
+    """A text as people are shown it: on one line, and not the whole of 80 kB."""
+    text = printable(text)
     return text if len(text) <= length else f"{text[: length - 20]}… ({len(text)} characters)"
 
 
@@ -129,9 +134,8 @@ def commit():
 
 def spreadsheet(value):
     """A cell of a CSV: a text that a spreadsheet would take for a formula begins with a quote."""
-    risky = isinstance(value, str) and (
-        value.lstrip()[:1] in tuple("=+-@") or any(c in value for c in "\t\r")
-    )  # also of a cell they begin
+    # a tab or a carriage return may begin a cell of its own, too
+    risky = isinstance(value, str) and (value.lstrip()[:1] in tuple("=+-@") or any(c in value for c in "\t\r"))
     return "'" + re.sub(r"[\t\r]", " ", value) if risky else value
 
 
@@ -329,7 +333,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         hint = f"; did you mean --{other}?" if other and f"--{other}" in flags else nearest(asked, flags)
         if not asked.startswith("-") and any(a.startswith("--") for a in argv):
             hint += " (a text with spaces needs quotes; an option that takes several is given once for each)"
-        raise UserError(f"unknown argument {printable(short(unknown[0], 200)[1:-1])}{hint}")
+        raise UserError(f"unknown argument {clipped(unknown[0], 200)}{hint}")
     given = vars(given)
     values = dict(presets.get(given.pop("preset", None) or "", {}))
     if path := given.pop("config"):
@@ -497,12 +501,10 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
 
 def _verdict(e, less_memory):
     """(exit code, line for people) of what ended a script; (None, None) for a fault of our own, which is a traceback."""
-    cause = e
+    cause = e  # a compiler may have wrapped what interrupted it
     while cause is not None and not isinstance(cause, Stopped | KeyboardInterrupt | UserError):
         cause = cause.__cause__ or cause.__context__
-    e = (
-        cause if isinstance(cause, Stopped | KeyboardInterrupt) else e
-    )  # also where a compiler wraps what interrupted it
+    e = cause if isinstance(cause, Stopped | KeyboardInterrupt) else e
     if isinstance(e, UserError):
         return 2, f"error: {printable(flagged(e))}"
     if isinstance(e, KeyboardInterrupt):

@@ -15,7 +15,7 @@ import json
 import re
 from pathlib import Path
 
-from nanodiff.config import UserError, check_regular, nearest, printable, short
+from nanodiff.config import UserError, check_regular, clipped, nearest, printable, short
 from nanodiff.device import dist
 
 NAMES = ("file_name", "Image_Name", "image_name", "image", "file", "path", "image_id", "id")
@@ -133,7 +133,7 @@ def column(given, usual, there, where, flag=None):
     found = [given] if given in there else [c for c in usual if c in there] if given in (None, *usual) else []
     if not found:
         wanted = printable(given) if given else f"{usual[0]} (nor {', '.join(usual[1:])})"
-        listed = ", ".join(short(c)[1:-1] for c in list(there)[:20] if c) or "none"
+        listed = ", ".join(clipped(c) for c in list(there)[:20] if c) or "none"
         hint = f" (`{flag}`)" if flag else ""
         raise UserError(f"{where}: no column {wanted}; it has {listed}{hint}{nearest(given or usual[0], there)}")
     if given not in there and len(found) > 1:
@@ -176,7 +176,7 @@ def rows(path):
     _, header = next(found, (1, []))
     header = [name.strip() for name in header]
     if twice := [name for name in header if name and header.count(name) > 1]:
-        raise UserError(f"{path}: has two columns {short(twice[0])[1:-1]}")
+        raise UserError(f"{path}: has two columns {clipped(twice[0])}")
 
     def checked():
         for line, cells in found:

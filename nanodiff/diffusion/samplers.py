@@ -536,9 +536,8 @@ def rescheduled(schedule, name, **more):
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
     raw = {k: v for k, v in schedule.raw.items() if k != OWN}
     found = Schedule.from_config(raw, kind, **fields | more)
-    found.raw = (
-        raw | more | {k: v for k, v in fields.items() if k == OWN}
-    )  # what a sampler sets is its own: the next one has other fields
+    # what a sampler sets is its own: the next one has other fields
+    found.raw = raw | more | {k: v for k, v in fields.items() if k == OWN}
     return found
 
 

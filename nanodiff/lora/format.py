@@ -70,9 +70,8 @@ class Lora:
     name: str
     deltas: list
     skipped: list
-    words: dict = field(
-        default_factory=dict
-    )  # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
+    # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
+    words: dict = field(default_factory=dict)
 
 
 def names_of(models):

@@ -49,7 +49,7 @@ def read(path, models, allow_partial=False, words=False):
         targets = known.get(name) or known.get(bare)
         if (
             targets is None
-        ):  # PEFT's folder of one text encoder, which does not say whose its layers are: of the one that has them
+        ):  # PEFT's folder of one text encoder does not say whose its layers are: of the one that has them
             there = [known[full] for c in models if (full := f"{c}.{bare}") in known]
             targets = there[0] if len(there) == 1 else None
         if targets is None:

@@ -91,7 +91,7 @@ class Conditions:
             text, vocabulary = encoder.cfg, tokenizer.size
             if (
                 tokenizer.words and text.eos_token_id == 2
-            ):  # "the largest id", which a learned word may be (see add_embedding)
+            ):  # "the largest id", which a learned word may be: see add_embedding
                 text.eos_token_id = tokenizer.eos
             if tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
                 sizes = f"{tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"

@@ -134,9 +134,8 @@ def augment(cfg):
                 elif not chat:
                     reply = reply.split("\n\n")[0]
                 known, _ = got[i]
-                whole = w.ended or reply.count("\n") != tokenizer.rest(prompt, w.ids).count(
-                    "\n"
-                )  # cut above, at a line's end
+                # what was cut off above, at a line's end, left whole lines
+                whole = w.ended or reply.count("\n") != tokenizer.rest(prompt, w.ids).count("\n")
                 fresh = captionset.variations(
                     reply, rows[i].captions[0], cfg.min_words, cfg.max_words, (*known, *rows[i].captions), not whole
                 )

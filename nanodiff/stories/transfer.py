@@ -286,13 +286,8 @@ def _visualize(cfg):
         raise UserError(f"{numbers}: is not there, or not complete; `transfer evaluate` makes it")
     root = numbers.resolve().parent
     look = out_dir(cfg.root if cfg.metrics_dir else root / "visualization")
-    for pattern in (
-        "*_comparison.png",
-        "*_chart.png",
-        "*_table.png",
-        "online.csv",
-        "significance.csv",
-    ):  # of an earlier evaluation
+    earlier = ("*_comparison.png", "*_chart.png", "*_table.png", "online.csv", "significance.csv")
+    for pattern in earlier:  # no figure of an earlier evaluation stays
         for old in look.glob(pattern):
             old.unlink()
     found, metrics, facts = (

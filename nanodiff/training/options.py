@@ -35,7 +35,7 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 class Training:
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(
-        False, "begin again: what an earlier run in --output-dir made by other settings is deleted", "overwrite"
+        False, "begin again: what an earlier run in --output-dir made, and stands in the way, is deleted", "overwrite"
     )
     batch_size: int = arg(
         16, "samples of a process in a micro-batch", "train-batch-size", low=1, high=1 << 20, often=True

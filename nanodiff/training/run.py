@@ -274,6 +274,13 @@ class Run(State):
         """Give a folder that this run wrote the further name that a document has for such a thing, if it has one."""
         if form := getattr(self.cfg, "NAMES", {}).get("links", {}).get(what or name):
             dist.on_main(link, self.out / form.format(epoch=epoch), name)
+            dist.on_main(self._drop_links)
+
+    def _drop_links(self):
+        """Names of checkpoints that were deleted since."""
+        for path in self.out.iterdir():
+            if path.is_symlink() and not path.exists():
+                path.unlink()
 
     # -- epochs ------------------------------------------------------------------------------------------------
 

@@ -106,9 +106,8 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # its retries would be told one by one; what came of them is said below
+    # its retries would be told one by one; what came of them is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
     try:
         # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.

@@ -20,19 +20,8 @@ from nanodiff.files import write_file
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-ORDER = (
-    "BOOL",
-    "U8",
-    "I8",
-    "F8_E5M2",
-    "F8_E4M3",
-    "F16",
-    "BF16",
-    "I32",
-    "F32",
-    "F64",
-    "I64",
-)  # of types in a file, last first
+# of types in a file, last first
+ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F16", "BF16", "I32", "F32", "F64", "I64")
 STORED = {  # names of the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,

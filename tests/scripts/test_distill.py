@@ -115,14 +115,31 @@ def test_runs_are_never_mixed(study, tmp_path, more, says):
     before = files(again)
     line = refused(*arguments(again, **more), "--no-evaluate")
     assert says in line and "--overwrite-output-dir" in line and files(again) == before
-    if set(more) & {"epochs", "num-images"}:
-        code, _, err = script(*arguments(again, **more), "--no-evaluate", "--overwrite")
-        fresh = tmp_path / "fresh"
-        fresh.mkdir()
-        shutil.copy(again / "captions.json", fresh)
-        assert code == 0 and script(*arguments(fresh, **more), "--no-evaluate")[0] == 0, err
-        for part in ("data", "models"):
-            assert files(again / part) == files(fresh / part), "as if nothing had been there"
+
+
+@pytest.mark.slow  # three studies
+@pytest.mark.parametrize("more", [{"epochs": 2}, {"num-images": 3}])
+def test_overwrite_makes_again_what_depends_on_a_setting(study, tmp_path, more):
+    folder, _, _ = study
+    shutil.copytree(folder, again := tmp_path / "again")
+    (fresh := tmp_path / "fresh").mkdir()
+    shutil.copy(again / "captions.json", fresh)
+    code, _, err = script(*arguments(again, **more), "--no-evaluate", "--overwrite")
+    assert code == 0 and script(*arguments(fresh, **more), "--no-evaluate")[0] == 0, err
+    for part in ("data", "models"):
+        assert files(again / part) == files(fresh / part), "as if nothing had been there"
+
+
+def test_overwrite_makes_a_lost_setting_again(study, tmp_path):
+    """The last generation's model alone was made by another setting: it alone is made again."""
+    folder, _, _ = study
+    shutil.copytree(folder, again := tmp_path / "again")
+    told = again / "models" / "sd_to_sd_cfg_1.5_steps_2_gen_2" / "training.json"
+    facts = json.loads(told.read_text())
+    told.write_text(json.dumps(facts | {"settings": facts["settings"] | {"lr": 1.0}}))
+    assert "gen_2: was made with lr 1.0, not 0.0001" in refused(*arguments(again), "--no-evaluate")
+    code, _, err = script(*arguments(again), "--no-evaluate", "--overwrite")
+    assert code == 0 and "it is made again" in err and files(again / "models") == files(folder / "models"), err
 
 
 @pytest.mark.parametrize("more, suffix, size", [

@@ -13,13 +13,8 @@ from util import TINY, error_line, run
 from nanodiff import config
 from nanodiff.data import corel
 
-SMALL_VAE = [
-    "--no-perceptual",
-    "--num-workers",
-    "0",
-    "--kl-warmup",
-    "1",
-]  # VGG's weights are not here, and 150 epochs are not wanted
+# VGG's weights are not here, and neither 150 epochs nor 128 pixels are wanted
+SMALL_VAE = ["--no-perceptual", "--num-workers", "0", "--kl-warmup", "1", "--image-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def base(tmp_path_factory):
         ["train.py", "corel-vae", "--data-dir", "training_data/corel/corel_all", "--output-dir", "vae_models", *at, "--epochs", 3,
          "--latent-dim", 16, *SMALL_VAE, "--save-images-epochs", 1, "--checkpoint-epochs", 1],
         ["train.py", "corel-diffusion", "--vae-checkpoint", "vae_models/best_model.pt", "--image-dir", "training_data/corel/corel_all",
-         "--output-dir", "diffusion_models", *at, "--epochs", 3, "--grad-accum", 2, "--num-workers", 0, "--save-images-epochs", 2,
+         "--output-dir", "diffusion_models", *at, "--epochs", 3, "--grad-accum", 2, "--num-workers", 0, "--image-size", 32, "--model-size", "tiny", "--save-images-epochs", 2,
          "--checkpoint-epochs", 1, "--sample-steps", 2],
     ]  # fmt: skip
     said = []
@@ -72,12 +67,12 @@ def test_s2_diffusion(base):
     assert {"best_model.pt", "checkpoint_epoch_1.pt", "checkpoint_epoch_3.pt", "loss_history.png"} <= names(made)
     assert "epoch_2.png" in names(made / "samples") and "epoch 3 of 3" in said[2]
     asked = json.loads((made / "run.json").read_text())["config"]
-    assert {k: asked[k] for k in ("batch_size", "lr", "resolution", "ema_decay", "beta_schedule", "lr_scheduler", "lr_min")} == {
-        "batch_size": 16, "lr": 1e-4, "resolution": 128, "ema_decay": 0.995, "beta_schedule": "linear",
+    assert {k: asked[k] for k in ("batch_size", "lr", "ema_decay", "beta_schedule", "lr_scheduler", "lr_min")} == {
+        "batch_size": 16, "lr": 1e-4, "ema_decay": 0.995, "beta_schedule": "linear",
         "lr_scheduler": "cosine_warm_restarts", "lr_min": 1e-5,
     }  # fmt: skip
     line = ["train.py", "corel-diffusion", "--vae-checkpoint", "vae_models/best_model.pt", "--image-dir", "training_data/corel/corel_all", "--output-dir",
-            "diffusion_models", "--base-dir", folder, "--num-workers", 0, "--grad-accum", 2]  # fmt: skip
+            "diffusion_models", "--base-dir", folder, "--num-workers", 0, "--grad-accum", 2, "--image-size", 32, "--model-size", "tiny"]  # fmt: skip
     done = run(*line, "--epochs", 4, "--resume", "diffusion_models/checkpoint_epoch_3.pt")
     assert done.returncode == 0 and "resumed at step 3" in done.stderr, done.stderr
     assert "checkpoint_epoch_7.pt: no such checkpoint; there are" in error_line(
@@ -104,7 +99,7 @@ def test_s2_generation(base, tmp_path):
     assert done.returncode == 0 and "seed:" in done.stdout, done.stderr
     assert "no CUDA device here" in done.stderr or torch.cuda.is_available()
     sheet = Image.open(folder / "generated_images.png")
-    assert sheet.size == (4 * 132 + 4, 4 * 132 + 4)
+    assert sheet.size == (4 * 36 + 4, 4 * 36 + 4)
     assert names(folder / "generated_images_individual") == {f"image_{i:03d}.png" for i in range(16)}
     done = run(
         "sample.py",
@@ -119,7 +114,7 @@ def test_s2_generation(base, tmp_path):
         "--nrow",
         6,
     )
-    assert done.returncode == 0 and Image.open(folder / "corel_18_images.png").size == (6 * 132 + 4, 3 * 132 + 4)
+    assert done.returncode == 0 and Image.open(folder / "corel_18_images.png").size == (6 * 36 + 4, 3 * 36 + 4)
     assert not (folder / "corel_18_images_individual").exists()
     assert "--vae-checkpoint is required" in error_line(run("sample.py", "corel", *models[:2], "--base-dir", folder))
 
@@ -174,6 +169,15 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = events.EventAccumulator(str(next((tmp_path / "nouns_models" / "logs").rglob("events*")).parent)).Reload()
     assert {"loss", "lr"} <= set(log.Tags()["scalars"]) and len(log.Scalars("loss")) == 2
+
+
+def test_s2_sizes_and_lengths_by_default():
+    import train
+
+    for stage, epochs in (("corel-vae", 300), ("corel-diffusion", 500)):
+        cfg = config.parse(train.STAGES[stage][0], ["--data-dir", "d", "--vae-checkpoint", "v"][: 4 if stage == "corel-diffusion" else 2],
+                           presets=train.PRESETS[stage])  # fmt: skip
+        assert (cfg.resolution, cfg.epochs, cfg.batch_size, cfg.num_workers) == (128, epochs, 16, 4)
 
 
 def test_help_of_a_documents_stage_shows_its_defaults():
