@@ -119,9 +119,10 @@ class Common(Training):
 
 @dataclass
 class VAEConfig(Common):
-    model_config: str | None = arg(
-        None, "config.json of an AutoencoderKL or FlatVAE; default: a small f4 one", group="the VAE"
+    model: str | None = arg(
+        None, "a VAE to go on from (folder, or a pipeline's), in place of a new one", group="the VAE", often=True
     )
+    model_config: str | None = arg(None, "config.json of an AutoencoderKL or FlatVAE; default: a small f4 one")
     latent_dim: int | None = arg(None, "a VAE whose latent is one vector of this size", low=16, high=65536, often=True)
     kl_weight: float = arg(
         2e-3,
@@ -168,7 +169,7 @@ class DiffusionConfig(Common, Adapters, Noise):
     model_config: str | None = arg(
         None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
     )
-    model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
+    model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "world", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
                                                              "sdxl", "sd35-medium"), often=True)  # fmt: skip
     condition: str = arg("text", "the condition: captions, class labels (folders or .cls), or nothing",
                          choices=("text", "labels", "none"), group="condition")  # fmt: skip
@@ -176,6 +177,9 @@ class DiffusionConfig(Common, Adapters, Noise):
         None, "a frozen CLIP text encoder, folder or Hub id; default: a small one that learns along", often=True
     )
     text_config: str | None = arg(None, "config.json of the CLIP text encoder that is trained along")
+    text_mask: bool = arg(
+        False, "hide the padding behind a caption from the text encoder, by its attention mask; kept with the model"
+    )
     train_text_encoder: bool = arg(False, "with --model: train its text encoder, too")
     vocab_size: int = arg(1500, "size of the byte-pair vocabulary learned from the captions", low=514, high=1 << 20)
     max_length: int = arg(24, "text tokens", low=3, high=4096)
@@ -243,6 +247,9 @@ PRESETS = {
     "vae": {
         "tiny": {"max_steps": 20, "resolution": 32, "batch_size": 4, "lr_warmup_steps": 0, "mixed_precision": "no", "log_every": 1},
         "nano": {"max_steps": 5000, "random_flip": True, "sample_every": 1000, "save_dtype": "fp16"},
+        # from assets/nano's to assets/world's: other colours, sharper edges
+        "world": {"max_steps": 1200, "batch_size": 8, "lr": 5e-4, "lr_warmup_steps": 50, "l1": False, "mixed_precision": "no",
+                  "ema_decay": 0.99, "sample_every": 400, "save_dtype": "fp16"},
         # S2: the Corel document's VAE
         "corel": _COREL | {"latent_dim": 128, "epochs": 300, "kl_weight": 1.0, "kl_warmup": 150, "kl_target": 25.0,
                            "perceptual_weight": 0.03, "random_jitter": 0.1, "adam_weight_decay": 1e-5, "adam_beta2": 0.999,
@@ -253,13 +260,16 @@ PRESETS = {
                  "vocab_size": 600, "checkpointing_steps": 10, "log_every": 1, "mixed_precision": "no"},
         "nano": {"model_size": "nano", "max_steps": 13000, "batch_size": 32, "sample_every": 2000, "lr": 1e-3,
                  "lr_warmup_steps": 500, "max_length": 24, "checkpointing_steps": 1000, "save_dtype": "fp16"},
+        "world": {"model_size": "world", "prediction_type": "flow", "timestep_sampling": "logit_normal", "optimizer": "muon", "max_steps": 5500,
+                  "batch_size": 64, "lr": 1e-3, "lr_warmup_steps": 200, "max_length": 20, "vocab_size": 700, "sample_every": 1000,
+                  "sample_steps": 20, "sample_guidance": 2.0, "mixed_precision": "no", "checkpointing_steps": 500, "save_dtype": "fp16"},
         # S2: the Corel document's diffusion, in the latents of its flat VAE
         "corel": _COREL | {"model_size": "flat", "condition": "none", "epochs": 500, "prediction_type": "epsilon",
                            "beta_schedule": "linear", "zero_snr": False, "ema_decay": 0.995, "lr_min": 1e-5,
                            "lr_scheduler": "cosine_warm_restarts", "early_stopping_patience": 30, "early_stopping_delta": 1e-5,
                            "oscillation_window": 10, "checkpoint_epochs": 10, "sample_steps": 50, "output_dir": "diffusion_models"},
         # S1: the script for the Pokémon captions, with its defaults
-        "pokemon": {"model_size": "pokemon", "resolution": 64, "text_encoder": "openai/clip-vit-large-patch14", "max_length": 77, "epochs": 100,
+        "pokemon": {"model_size": "pokemon", "resolution": 64, "text_encoder": "openai/clip-vit-large-patch14", "text_mask": True, "max_length": 77, "epochs": 100,
                     "lr": 1e-4, "lr_warmup_steps": 500, "adam_beta1": 0.95, "adam_beta2": 0.999, "adam_weight_decay": 1e-6,
                     "ema": False, "ema_decay": 0.9999, "mixed_precision": "no", "prediction_type": "epsilon", "sample_steps": 1000,
                     "beta_schedule": "linear", "zero_snr": False, "snr_weighting": True, "snr_clip": 5.0,
@@ -314,7 +324,7 @@ def train_vae(cfg):
     run = Run(cfg)
     dataset, held = load_data(cfg, captions=False)
     torch.manual_seed(cfg.seed)  # initial weights
-    net = type(net)(type(net).Config.from_json(raw))
+    net = build.begin_vae(cfg, raw, net)
     feed = make_feed(cfg, dataset)
     if cfg.kl_warmup and cfg.kl_warmup * feed.per_epoch >= (cfg.max_steps or cfg.epochs * feed.per_epoch):
         raise UserError(

@@ -2,7 +2,7 @@
 
 Text: token ids [B, S] -> hidden states [B, S, D] and a pooled vector; causal. ViT-L/14 with the quick GELU in SD 1.x, OpenCLIP
 ViT-H/14 with the exact GELU in SD 2.x, bigG in SDXL. Padding is attended to: the diffusion models were trained without an
-attention mask. Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel`
+attention mask. A config.json that says `use_attention_mask`, as diffusers reads it, is that of a model trained with one. Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel`
 is both, projected into the space where a picture and its caption are near each other (B/32, B/16, L/14).
 """
 
@@ -56,6 +56,7 @@ class Config:
     bos_token_id: int | None = 49406
     eos_token_id: int | None = 49407
     pad_token_id: int | None = 1
+    use_attention_mask: bool = False  # diffusers' field: no token attends to the padding behind the end token
     with_projection: bool = False  # not in the file's fields: told by its `architectures`
 
     @classmethod
@@ -70,6 +71,8 @@ class Config:
 
     def to_json(self):
         raw = {k: v for k, v in vars(self).items() if k != "with_projection"}
+        if not self.use_attention_mask:
+            del raw["use_attention_mask"]
         name = "CLIPTextModelWithProjection" if self.with_projection else "CLIPTextModel"
         return raw | {"architectures": [name], "model_type": "clip_text_model"}
 
@@ -140,8 +143,11 @@ class SelfAttention(nn.Module):
         self.heads, self.causal = cfg.num_attention_heads, isinstance(cfg, Config)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x):
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=self.causal))
+    def forward(self, x, bias=None):
+        causal = self.causal and bias is None  # a bias says what may be seen, and with it the order
+        return self.out_proj(
+            attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=causal, bias=bias)
+        )
 
 
 class MLP(nn.Module):
@@ -163,8 +169,8 @@ class Layer(nn.Module):
         self.layer_norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x, bias=None):
+        x = x + self.self_attn(self.layer_norm1(x), bias)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -222,9 +228,10 @@ class CLIPTextModel(nn.Module):
                 f"{ids.shape[1]} tokens, but the text encoder has {self.cfg.max_position_embeddings} positions"
             )
         states = [self.text_model.embeddings(ids)]  # [B, S, D]
-        for layer in self.text_model.encoder.layers:
-            states.append(layer(states[-1]))
         position = end_position(ids, self.cfg.eos_token_id)
+        bias = unpadded(position, ids.shape[1], states[0].dtype) if self.cfg.use_attention_mask else None
+        for layer in self.text_model.encoder.layers:
+            states.append(layer(states[-1], bias))
         pooled = self.final_norm(states[-1])[torch.arange(len(ids), device=ids.device), position]  # [B, D]
         return states, self.text_projection(pooled) if self.cfg.with_projection else pooled
 
@@ -284,6 +291,13 @@ class CLIPModel(nn.Module):
             x[torch.arange(len(ids)), end_position(ids, self.cfg.text.eos_token_id)]
         )
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
+def unpadded(end, length, dtype):
+    """The bias [B, 1, S, S] on the scores that hides what comes later and the padding behind each text's end [B]: 0 or -inf."""
+    place = torch.arange(length, device=end.device)
+    seen = (place <= place[:, None]) & (place <= end[:, None, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=end.device).masked_fill(~seen, -torch.inf)[:, None]
 
 
 def end_position(ids, eos):

@@ -157,14 +157,20 @@ def source(
     return Single(path, BUILDERS, rest, prediction_type, allow_pickle)
 
 
-def load_vae(path, dtype, device):
-    """The VAE in a component folder (or in the `vae` of a pipeline's folder), of whichever class its config.json names."""
+def vae_folder(path):
+    """The component folder that `path` is, or that is the `vae` of a pipeline's folder. Raises UserError."""
     path = hub.trained(path)
     path = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path}: VAE checkpoint not found (a folder with config.json and its weights); train it first: train.py vae"
         )
+    return path
+
+
+def load_vae(path, dtype, device):
+    """The VAE in a component folder (or in the `vae` of a pipeline's folder), of whichever class its config.json names."""
+    path = vae_folder(path)
     kind = read_json(path / "config.json").get("_class_name", "AutoencoderKL")
     if kind not in CLASSES["vae"]:
         raise UserError(f"{path}: {kind!r} is no VAE (only {', '.join(CLASSES['vae'])})")

@@ -48,6 +48,8 @@ def _text(width, layers, heads):
 SIZES = {  # (denoiser, text encoder) configurations of --model-size
     "tiny": (_unet((16, 32), 1, 2, 8, 32), _text(32, 1, 2) | {"intermediate_size": 64}),
     "nano": (_unet((64, 96, 128), 1, (1, 2, 2), 16, 128), _text(128, 3, 2)),
+    # assets/world's: a small MMDiT, whose captions have some seventy words
+    "world": ({"num_layers": 4, "num_attention_heads": 5, "attention_head_dim": 32, "patch_size": 2, "qk_norm": "rms_norm"}, _text(128, 1, 2)),
     # S1's pixel UNet: eight levels, 59.5 M parameters, with CLIP ViT-L/14's text
     "pokemon": (_unet((32, 32, 64, 64, 128, 128, 256, 256), 3, 8, 32, 768, use_linear_projection=False,
                       down_block_types=("CrossAttnDownBlock2D",) * 7 + ("DownBlock2D",),
@@ -71,7 +73,14 @@ NANO_VAE = {"block_out_channels": (32, 48, 64), "layers_per_block": 1, "latent_c
 
 def make_vae(cfg):
     """(config dict, the VAE on the meta device)"""
-    if cfg.latent_dim:
+    if cfg.model:
+        for name in ("model_config", "latent_dim"):
+            if getattr(cfg, name):
+                raise UserError(f"`{name}` is for a new VAE; `model` brings its own")
+        folder = sources.vae_folder(cfg.model)
+        raw = read_json(folder / "config.json")
+        cfg.resolution = cfg.resolution or raw.get("sample_size", 64)
+    elif cfg.latent_dim:
         raw = {"sample_size": cfg.resolution, "latent_dim": cfg.latent_dim}
     else:
         raw = read_json(cfg.model_config) if cfg.model_config else NANO_VAE
@@ -84,6 +93,13 @@ def make_vae(cfg):
     if cfg.resolution % net.cfg.downscale:
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of the VAE's {net.cfg.downscale}")
     return raw, net
+
+
+def begin_vae(cfg, raw, net):
+    """make_vae()'s VAE with weights: cfg.model's, in fp32, or new ones by PyTorch's defaults."""
+    if cfg.model:
+        return sources.load_vae(cfg.model, torch.float32, "cpu").requires_grad_(True).train()
+    return type(net)(type(net).Config.from_json(raw))
 
 
 def make_model(cfg, dataset, device):
@@ -120,7 +136,7 @@ def go_on(cfg):
 
 
 NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
-            "condition", "vocab_size", "max_length")  # fmt: skip
+            "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
 
 
 def lora_settings(cfg):
@@ -233,7 +249,9 @@ def make_text(cfg, dataset, device):
         return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
     if cfg.text_encoder:
         path = hub.resolve(cfg.text_encoder, None, cfg.hub_token)
-        return *sources.load_text(path, torch.float32, device, denoiser_config(cfg)[0] == "mmdit"), True
+        encoder, tokenizer = sources.load_text(path, torch.float32, device, denoiser_config(cfg)[0] == "mmdit")
+        encoder.cfg.use_attention_mask |= cfg.text_mask
+        return encoder, tokenizer, True
     tokenizer = train_bpe([t for texts in dataset.texts for t in texts], cfg.vocab_size, cfg.max_length)
     return CLIPTextModel(text_config(cfg, tokenizer)), tokenizer, False
 
@@ -252,9 +270,11 @@ def text_config(cfg, tokenizer=None):
             raise UserError(
                 f"`text_config`: {text.max_position_embeddings} positions for `max_length` {cfg.max_length}"
             )
-        return dataclasses.replace(text, **words, with_projection=projected)
+        return dataclasses.replace(
+            text, **words, with_projection=projected, use_attention_mask=text.use_attention_mask or cfg.text_mask
+        )
     return TextConfig(**raw, **words, max_position_embeddings=cfg.max_length, hidden_act="gelu",
-                      projection_dim=raw["hidden_size"], with_projection=projected)  # fmt: skip
+                      projection_dim=raw["hidden_size"], with_projection=projected, use_attention_mask=cfg.text_mask)  # fmt: skip
 
 
 def conditions(cfg, dataset):

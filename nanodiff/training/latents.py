@@ -108,7 +108,8 @@ class Latents:
 def vocabularies(sd):
     """A hash of how a pipeline turns texts into numbers."""
     vocabularies_of = [t.backend.to_str() if hasattr(t, "backend") else t.labels for t in sd.tokenizers]
-    return content(*vocabularies_of, *(getattr(t, "length", "") for t in sd.tokenizers))
+    masked = ["masked" for e in sd.encoders if getattr(getattr(e, "cfg", None), "use_attention_mask", False)]
+    return content(*vocabularies_of, *(getattr(t, "length", "") for t in sd.tokenizers), *masked)
 
 
 class Texts:

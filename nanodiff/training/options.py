@@ -8,7 +8,7 @@ from nanodiff.config import UserError, arg, check_bounds, printable
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
                  "polynomial", "plateau", "none")  # fmt: skip
-OPTIMIZERS = ("adamw", "schedule_free")
+OPTIMIZERS = ("adamw", "schedule_free", "muon")
 
 
 def listed(text):
@@ -62,8 +62,8 @@ class Training:
     lr_first_cycle: int = arg(
         50, "epochs of the first cosine of cosine_warm_restarts; each next one is twice as long", low=1, high=1 << 20
     )
-    optimizer: str = arg("adamw", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule",
-                         choices=OPTIMIZERS)  # fmt: skip
+    optimizer: str = arg("adamw", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule; muon: "
+                         "orthogonal updates for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS)  # fmt: skip
     adam_beta1: float = arg(
         0.9,
         "AdamW's decay of the mean; schedule_free: the share of the mean weights in what is trained",
@@ -125,6 +125,8 @@ class Training:
     def check_ranges(self):
         """Raise UserError for a number that is out of its range."""
         check_bounds(self)
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise UserError("--optimizer muon needs whole matrices: take --parallel ddp, or --optimizer adamw")
         if self.optimizer == "schedule_free":
             if self.ema or self.lr_scheduler not in ("constant", "constant_with_warmup", "none"):
                 raise UserError("--optimizer schedule_free averages the weights itself, in place of a schedule: add --no-ema and "

@@ -1,4 +1,4 @@
-"""What a run does to its optimizer and when it ends: learning rate, schedule-free AdamW, averaged weights, stopping.
+"""What a run does to its optimizer and when it ends: learning rate, schedule-free AdamW, Muon, averaged weights, stopping.
 
 Everything here is plain state that fits into JSON (or a dict of tensors), so that a resumed run goes on exactly.
 """
@@ -116,6 +116,72 @@ class ScheduleFree(torch.optim.Optimizer):
         return _instead(net, lambda name, p: torch.lerp(p, self.state[p]["z"], share) if self.state[p] else p)
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") for `matrices`, AdamW for all other parameters.
+
+    A matrix goes along the half-orthogonal matrix nearest to its momentum, U Vᵀ of U S Vᵀ: every direction by as much, so that what few
+    samples speak of is learned as soon as what all do. Scaled by 0.2 √max(rows, columns) it is as long as AdamW's step (Liu et al. 2025,
+    arXiv 2502.16982 eq. 4), and here goes `speed` times as far: its length is no measure of how sure the gradient is, as AdamW's is. State of a
+    matrix: momentum_buffer and, on the CPU, step; of another parameter AdamW's.
+    """
+
+    def __init__(self, params, matrices, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum=0.95, speed=2.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "speed": speed})
+        self.matrices = dict.fromkeys(matrices)
+        rest = [p for p in self.param_groups[0]["params"] if p not in self.matrices]
+        self.rest = (
+            torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+            if rest
+            else None
+        )
+        if rest:
+            self.rest.state = self.state  # one place for what a checkpoint holds
+
+    @torch.no_grad()
+    def step(self):
+        """One update by the gradients. Parameters without one stay."""
+        group = self.param_groups[0]
+        if self.rest:
+            self.rest.param_groups[0]["lr"] = group["lr"]
+            self.rest.step()
+        alike = collections.defaultdict(list)  # those of one shape are made orthogonal together
+        for p in self.matrices:
+            if p.grad is not None:
+                if not self.state[p]:
+                    self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+                alike[p.shape].append(p)
+        for shape, parameters in alike.items():
+            momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+            slopes = [p.grad for p in parameters]
+            torch._foreach_lerp_(momenta, slopes, 1 - group["momentum"])
+            ahead = torch.stack(torch._foreach_lerp(slopes, momenta, group["momentum"]))  # Nesterov's
+            length = group["speed"] * group["lr"] * 0.2 * max(shape) ** 0.5
+            torch._foreach_mul_(parameters, 1 - group["speed"] * group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, list(orthogonal(ahead).to(parameters[0].dtype)), alpha=-length)
+
+
+def orthogonal(x, steps=5):
+    """About U Vᵀ of each matrix U S Vᵀ of x [N, A, B]: a Newton-Schulz iteration (Jordan et al. 2024) that brings every singular value above
+    1e-3 of the norm to between 0.68 and 1.14, which is near enough."""
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315  # of a x + b x³ + c x⁵, the steepest at 0 that stays about 1
+    for _ in range(steps):
+        square = x @ x.mT  # [N, a, a] with a the shorter side
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def hidden(net):
+    """The weights of the linear layers in a network's repeated blocks: what Muon is for. Its ends (embeddings, the first and last layer) are not."""
+    for name, module in net.named_modules():
+        inside = any(part.isdigit() for part in name.split(".")) and "embedder" not in name
+        if inside and isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            yield module.weight
+
+
 @contextlib.contextmanager
 def _instead(net, value):
     """Inside, the weights that learn are value(name, parameter)."""
@@ -138,8 +204,9 @@ def _instead(net, value):
                 p.copy_(raw[k])
 
 
-def optimizer(cfg, parameters):
-    """What --optimizer names."""
+def optimizer(cfg, net):
+    """What --optimizer names, for the parameters of `net` that learn."""
+    parameters = trainable(net).values()
     given = {
         "lr": cfg.lr,
         "betas": (cfg.adam_beta1, cfg.adam_beta2),
@@ -148,14 +215,18 @@ def optimizer(cfg, parameters):
     }
     if cfg.optimizer == "schedule_free":
         return ScheduleFree(parameters, **given)
+    if cfg.optimizer == "muon":
+        return Muon(parameters, hidden(net), **given)
     return torch.optim.AdamW(parameters, **given, **({} if cfg.parallel == "fsdp" else {"fused": True}))
 
 
-# what each keeps of a parameter: (tensors of its shape, {number: type})
-KEPT = {
-    "adamw": (("exp_avg", "exp_avg_sq"), {"step": torch.float32}),
-    "schedule_free": (("z", "exp_avg_sq"), {"step": torch.float32, "weights": torch.float64}),
-}
+def kept(opt, p):
+    """What an optimizer keeps of a parameter: (names of tensors of its shape, {name of a number: its type})."""
+    if isinstance(opt, ScheduleFree):
+        return ("z", "exp_avg_sq"), {"step": torch.float32, "weights": torch.float64}
+    if isinstance(opt, Muon) and p in opt.matrices:
+        return ("momentum_buffer",), {"step": torch.float32}
+    return ("exp_avg", "exp_avg_sq"), {"step": torch.float32}
 
 
 def trainable(net):

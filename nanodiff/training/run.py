@@ -119,7 +119,7 @@ class Run(State):
         if cfg.gradient_checkpointing:
             dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
-        self.opt = recipe.optimizer(cfg, recipe.trainable(self.net).values())
+        self.opt = recipe.optimizer(cfg, self.net)
         self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
         return self.calls
 

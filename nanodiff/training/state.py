@@ -135,7 +135,7 @@ class State:
         """{name: tensor} of everything a checkpoint of this run holds, before the first update has made it."""
         like = {f"net/{k}": p.detach() for k, p in recipe.trainable(self.net).items()}
         for k, p in recipe.trainable(self.net).items():
-            tensors, numbers = recipe.KEPT[self.cfg.optimizer]
+            tensors, numbers = recipe.kept(self.opt, p)
             like |= {f"opt/{k}/{field}": p.detach() for field in tensors}
             like |= {f"opt/{k}/{field}": torch.zeros((), dtype=kind) for field, kind in numbers.items()}
         if self.average:
@@ -162,11 +162,15 @@ class State:
         for name, p in recipe.trainable(self.net).items():
             self._put(p, tensors[f"net/{name}"])
             if f"opt/{name}/step" in tensors:
-                fields, numbers = recipe.KEPT[self.cfg.optimizer]
+                fields, numbers = recipe.kept(self.opt, p)
                 state = {k: torch.empty_like(p) for k in fields}
                 for field, value in state.items():
                     self._put(value, tensors[f"opt/{name}/{field}"])
-                fused = isinstance(self.opt, torch.optim.AdamW) and self.cfg.parallel != "fsdp"
+                fused = (
+                    self.cfg.parallel != "fsdp"
+                    and "exp_avg" in fields
+                    and not isinstance(self.opt, recipe.ScheduleFree)
+                )
                 whole = {k: dist.whole(tensors[f"opt/{name}/{k}"]).to(p.device if fused else "cpu") for k in numbers}
                 self.opt.state[p] = whole | state
         if self.average and not any(k.startswith("ema/") for k in tensors):

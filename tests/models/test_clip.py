@@ -108,3 +108,28 @@ def test_a_text_encoder_is_no_whole_clip():
         CLIPModel.Config.from_json({"hidden_size": 32})
     with pytest.raises(UserError, match="vision_config: unknown field 'hiden_size'"):
         CLIPModel.Config.from_json({"text_config": {}, "vision_config": {"hiden_size": 3}})
+
+
+# transformers 5.23: CLIPTextModel(ids, attention_mask=mask).last_hidden_state[:, -1, :6]
+MASKED = [
+    [-1.403927, -0.931404, -0.193442, 0.367426, -2.070338, 0.552032],
+    [-0.44148, -0.186001, 0.090774, 1.461052, -2.802178, 2.204199],
+]
+
+
+def test_attention_mask():
+    """With the mask that its config asks for no token sees the padding; states up to the end token are as without."""
+    model = weights.load(CLIPTextModel, TINY / "sd15" / "text_encoder", torch.float32)
+    ids = torch.tensor([[0, 5, 17, 300, 999, 1, 1, 1], [0, 7, 999, 1, 1, 1, 1, 1]])
+    plain, pooled = model(ids)
+    model.cfg.use_attention_mask = True
+    states, same = model(ids)
+    assert max_error(model.final_norm(states[-1])[:, -1, :6], torch.tensor(MASKED)) < 1e-5
+    for row, end in ((0, 5), (1, 3)):
+        assert max_error(states[-1][row, :end], plain[-1][row, :end]) < 1e-6
+    assert max_error(same, pooled) < 1e-6
+
+
+def test_the_mask_is_written_only_where_there_is_one():
+    assert "use_attention_mask" not in Config().to_json()
+    assert Config.from_json(Config(use_attention_mask=True).to_json()).use_attention_mask

@@ -166,6 +166,9 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
         True,
         0.95,
     )
+    # S1-25: the caption's attention mask, kept with the model, so that sampling hides the padding too
+    kept = json.loads((tmp_path / "nouns_models" / "model" / "text_encoder" / "config.json").read_text())
+    assert kept["use_attention_mask"] is True
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = events.EventAccumulator(str(next((tmp_path / "nouns_models" / "logs").rglob("events*")).parent)).Reload()
     assert {"loss", "lr"} <= set(log.Tags()["scalars"]) and len(log.Scalars("loss")) == 2

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from util import max_error
 
 from nanodiff.config import UserError
 from nanodiff.training import options, recipe
@@ -135,3 +136,55 @@ def test_early_stopping_counts_only_real_progress():
     assert [stopper.epoch(x) for x in (1.0, 0.95, 0.92, 0.85, 0.84, 0.83)] == [None] * 6
     assert "early stopping: 3 epochs" in stopper.epoch(0.80)
     assert recipe.Stopper().epoch(1.0) is None
+
+
+def test_orthogonal_is_the_polar_factor():
+    """U Vᵀ of U S Vᵀ, but for singular values between 0.68 and 1.14; wide, tall, and of any size."""
+    for shape in ((3, 40, 100), (2, 70, 30), (1, 1, 9)):
+        x = torch.randn(shape) * 10.0 ** torch.randint(-8, 9, (shape[0], 1, 1))
+        got = recipe.orthogonal(x).double()
+        u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        assert torch.linalg.svdvals(got).min() > 0.67 and torch.linalg.svdvals(got).max() < 1.15
+        inner = u.mT @ got @ vh.mT  # in the singular vectors' own axes it is diagonal, with those values
+        off = inner - torch.diag_embed(torch.diagonal(inner, dim1=1, dim2=2))
+        assert off.abs().max() < 1e-3 and torch.diagonal(inner, dim1=1, dim2=2).min() > 0.67
+    assert torch.equal(recipe.orthogonal(torch.zeros(1, 4, 5)), torch.zeros(1, 4, 5))
+
+
+def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_rest():
+    """PyTorch's iterates in bf16, whose rounding is what is allowed."""
+    mine = [torch.randn(s, requires_grad=True) for s in ((30, 50), (50, 30), (30, 50), (20,), (7, 8))]
+    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    start = [p.detach().clone() for p in mine]
+    opt = recipe.Muon(mine, mine[:3], lr=1e-2, weight_decay=0.1)
+    muon = torch.optim.Muon(theirs[:3], lr=2e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(theirs[3:], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999))
+    for _ in range(5):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for o in (opt, muon, adam):
+            o.step()
+    for p, q, p0 in zip(mine[:3], theirs[:3], start[:3], strict=True):
+        assert (p - q).norm() / (q - p0).norm() < 4 * torch.finfo(torch.bfloat16).eps
+    for p, q in zip(mine[3:], theirs[3:], strict=True):
+        assert max_error(p, q) < 1e-6
+
+
+def test_muon_leaves_what_has_no_gradient():
+    pair = [torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)]
+    before = pair[1].detach().clone()
+    opt = recipe.Muon(pair, pair, lr=0.1, weight_decay=0.5)
+    pair[0].grad = torch.randn(4, 6)
+    opt.step()
+    assert torch.equal(pair[1], before) and not opt.state[pair[1]]
+
+
+def test_what_is_hidden():
+    """The linear layers inside the blocks; not the ends, embeddings, norms, convolutions or what is frozen."""
+    net = nn.ModuleDict({
+        "embedder": nn.Linear(3, 3), "blocks": nn.ModuleList([nn.ModuleDict({"a": nn.Linear(3, 4), "n": nn.LayerNorm(3)}), nn.Conv2d(3, 3, 3)]),
+        "words": nn.ModuleList([nn.Embedding(5, 3)]), "proj_out": nn.Linear(3, 3), "frozen": nn.ModuleList([nn.Linear(3, 3)]),
+    })  # fmt: skip
+    net["frozen"].requires_grad_(False)
+    assert [p is net["blocks"][0]["a"].weight for p in recipe.hidden(net)] == [True]

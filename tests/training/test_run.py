@@ -151,6 +151,18 @@ def test_a_resumed_schedule_free_run_is_the_uninterrupted_one(tmp_path, stop):
     assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
 
 
+@pytest.mark.parametrize("stop", [0, 3, 8])
+def test_a_resumed_muon_run_is_the_uninterrupted_one(tmp_path, stop):
+    whole, run = train(tmp_path / "whole", optimizer="muon")
+    train(tmp_path / "cut", stop=stop, optimizer="muon")
+    again, resumed = train(tmp_path / "cut", resume="auto", optimizer="muon")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+    kinds = {k.rpartition("/")[2] for k in run._tensors() if k.startswith("opt/")}
+    assert kinds == {"step", "momentum_buffer", "exp_avg", "exp_avg_sq"}, "matrices and the rest"
+    assert run._tensors().keys() == resumed._tensors().keys()
+    assert all(torch.equal(v, resumed._tensors()[k]) for k, v in run._tensors().items())
+
+
 def test_another_optimizer_cannot_go_on(tmp_path):
     train(tmp_path, stop=2)
     with pytest.raises(UserError, match="was trained with `optimizer` adamw `lr_scheduler` cosine"):

@@ -1,0 +1,130 @@
+"""Does a model draw what it is told, also what it was never shown?   make world-score, or: python -m assets.world.score [--model DIR]
+
+For each task (one object, size, binding, relation, count) captions of combinations that were in training ("seen") and of such that were
+held out, a picture of each, read by reader.py; a picture is right when exactly what the caption says is in it. Intervals are Wilson's,
+95 %. The last line holds the means over the tasks. Beside it, what was wrong, and a sheet of held-out captions with their pictures.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from assets.world import reader, scenes
+
+BATCH = 50
+SEED = 1_000_000  # of the first caption; training draws from (1, i)
+
+
+def asked(task, held, count, why=None, first=0):
+    """`count` scenes whose captions are drawn; no two captions alike."""
+    found, i = {}, first
+    while len(found) < count and i < first + 50 * count:
+        scene = scenes.random_scene(np.random.default_rng((SEED, i)), task, held, why)
+        found.setdefault(scene.caption, scene)
+        i += 1
+    return list(found.values())
+
+
+def draw(sd, captions, first=0, say="pictures", **settings):
+    """uint8 [N, 64, 64, 3], picture i from seed first + i."""
+    from nanodiff.output import images
+
+    out = []
+    for i in tqdm(range(0, len(captions), BATCH), desc=say, disable=None, leave=False):
+        batch = captions[i : i + BATCH]
+        made = sd.generate(batch, seeds=range(first + i, first + i + len(batch)), **settings)
+        out.append(np.stack([np.asarray(p) for p in images.to_pil(made.pixels)]))
+    return np.concatenate(out)
+
+
+def judge(pictures, told):
+    """What is wrong with each picture, None for what is right."""
+    return [reader.true_of(reader.read(p), t) for p, t in zip(pictures, told, strict=True)]
+
+
+def share(right, n):
+    """{"right", "of", "share", "low", "high"}: Wilson's interval of 95 %."""
+    low, high = binomtest(right, n).proportion_ci(0.95, "wilson")
+    return {"right": right, "of": n, "share": right / n, "low": float(low), "high": float(high)}
+
+
+def score(sd, count=500, tasks=scenes.TASKS, **settings):
+    """{"seen" | "held-out": {task: share() and "wrong": {what: how many}}}; settings: of Pipeline.generate."""
+    out = {}
+    for group, held in (("seen", False), ("held-out", True)):
+        out[group] = {}
+        for task in tasks:
+            some = asked(task, held, count)
+            pictures = draw(sd, [s.caption for s in some], say=f"{task}, {group}", **settings)
+            wrong = judge(pictures, [s.told for s in some])
+            out[group][task] = share(wrong.count(None), len(some)) | {"wrong": dict(Counter(filter(None, wrong)))}
+    return out
+
+
+def mean(scores):
+    """The mean of the tasks' shares."""
+    return sum(s["share"] for s in scores.values()) / len(scores)
+
+
+def table(scores):
+    """Markdown."""
+    lines = ["| task | seen | held out | wrong in those held out |", "|---|---|---|---|"]
+    cell = lambda s: f"{s['share']:.3f} ({s['low']:.3f}–{s['high']:.3f})"  # noqa: E731
+    for task, held in scores["held-out"].items():
+        wrong = ", ".join(f"{n} {what}" for what, n in sorted(held["wrong"].items(), key=lambda kv: -kv[1]))
+        lines.append(f"| {task} | {cell(scores['seen'][task])} | {cell(held)} | {wrong} |")
+    return "\n".join(lines)
+
+
+def sheet(sd, count=64, **settings):
+    """(a sheet of pictures from held-out captions, framed green where right and red where wrong; [(caption, what is wrong)])"""
+    from nanodiff.output import images
+
+    per = [scenes.TASKS[i % len(scenes.TASKS)] for i in range(count)]
+    some = [asked(task, True, 1, first=10_000 * (i + 1))[0] for i, task in enumerate(per)]
+    pictures = draw(sd, [s.caption for s in some], say="sheet", **settings)
+    wrong = judge(pictures, [s.told for s in some])
+    framed = [
+        ImageOps.expand(
+            Image.fromarray(p).resize((128, 128), Image.Resampling.NEAREST), 4, "#c0392b" if w else "#27ae60"
+        )
+        for p, w in zip(pictures, wrong, strict=True)
+    ]
+    return images.grid(framed, 8, [s.caption for s in some]), [(s.caption, w) for s, w in zip(some, wrong, strict=True)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/world")
+    parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--output-dir", type=Path, help="also write score.json and sheet.png there")
+    args = parser.parse_args()
+    from nanodiff import pipeline
+
+    sd = pipeline.load(args.model)
+    settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
+    scores = score(sd, args.captions, **settings)
+    print(table(scores))
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "score.json").write_text(json.dumps(scores, indent=1))
+        picture, wrong = sheet(sd, **settings)
+        picture.save(args.output_dir / "sheet.png")
+        print(
+            f"the sheet: {args.output_dir / 'sheet.png'}; wrong in it:",
+            *(f"{c} ({w})" for c, w in wrong if w),
+            sep="\n  ",
+        )
+    print(f"world-score: seen {mean(scores['seen']):.3f} held-out {mean(scores['held-out']):.3f}")
+
+
+if __name__ == "__main__":
+    main()
