@@ -248,7 +248,7 @@ PRESETS = {
         "tiny": {"max_steps": 20, "resolution": 32, "batch_size": 4, "lr_warmup_steps": 0, "mixed_precision": "no", "log_every": 1},
         "nano": {"max_steps": 5000, "random_flip": True, "sample_every": 1000, "save_dtype": "fp16"},
         # from assets/nano's to assets/world's: other colours, sharper edges
-        "world": {"max_steps": 1200, "batch_size": 8, "lr": 5e-4, "lr_warmup_steps": 50, "l1": False, "mixed_precision": "no",
+        "world": {"max_steps": 1200, "batch_size": 8, "lr": 5e-4, "lr_warmup_steps": 50, "l1": False, "kl_weight": 1e-5, "mixed_precision": "no",
                   "ema_decay": 0.99, "sample_every": 400, "save_dtype": "fp16"},
         # S2: the Corel document's VAE
         "corel": _COREL | {"latent_dim": 128, "epochs": 300, "kl_weight": 1.0, "kl_warmup": 150, "kl_target": 25.0,

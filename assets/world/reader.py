@@ -8,6 +8,7 @@ palette; its shape is the one which, drawn with the same area in the same place,
 the reading then says why, and no caption is true of it.
 """
 
+from collections import Counter
 from functools import lru_cache
 from itertools import permutations
 from typing import NamedTuple
@@ -29,7 +30,8 @@ GROUND = np.array(list(GROUNDS.values()), np.float32)
 
 
 class Reading(NamedTuple):
-    """things: what was read; ground: its name, or None; why: None, or what could not be read: "ground", "colour", "shape", "size"."""
+    """things: what was read, with None for what could not be; ground: its name, or None; why: None, or the first thing that could not be read:
+    "ground", "colour", "shape", "size"."""
 
     things: tuple
     ground: str | None
@@ -85,22 +87,20 @@ def _fit(cover, shape):
 
 
 def _object(pixels, ground, mine):
-    """A Thing, or what cannot be read of it. mine: its pixels [SIDE, SIDE]."""
+    """(Thing, None or the first of "colour", "shape", "size" that cannot be read of it and is None there). mine: its pixels [SIDE, SIDE]."""
     away = np.linalg.norm(pixels - ground, axis=2)
     inside = mine & (away >= np.quantile(away[mine], 0.5))
-    colour = _nearest(np.median(pixels[inside], axis=0), PALETTE, tuple(COLOURS), FAR)
-    if colour is None:
-        return "colour"
-    direction = np.asarray(COLOURS[colour], np.float32) - ground
+    found = np.median(pixels[inside], axis=0)
+    colour = _nearest(found, PALETTE, tuple(COLOURS), FAR)
+    direction = (np.asarray(COLOURS[colour], np.float32) if colour else found) - ground
     cover = ((pixels - ground) @ direction / (direction @ direction)).clip(0, 1)
     cover = np.where(ndimage.binary_dilation(mine, iterations=2), cover, 0)
     cover[cover < 0.06] = 0
     misfit, radius, x, y, shape = min((*_fit(cover, s), s) for s in SHAPES)
-    if misfit > MISFIT:
-        return "shape"
-    if not SIZES[0] <= radius <= SIZES[1]:
-        return "size"
-    return Thing(Kind(colour, shape), "small" if radius < MIDDLE else "large", float(radius), float(x), float(y))
+    shape = shape if misfit <= MISFIT else None
+    size = ("small" if radius < MIDDLE else "large") if SIZES[0] <= radius <= SIZES[1] else None
+    why = next((name for name, part in (("colour", colour), ("shape", shape), ("size", size)) if part is None), None)
+    return Thing(Kind(colour, shape), size, float(radius), float(x), float(y)), why
 
 
 def read(pixels):
@@ -112,16 +112,33 @@ def read(pixels):
     if name is None:
         return Reading((), None, "ground")
     labels, count = ndimage.label(np.linalg.norm(pixels - ground, axis=2) > DIFFERS, np.ones((3, 3)))
-    things = []
+    things, why = [], None
     for i in range(1, count + 1):
         mine = labels == i
-        if mine.sum() < SPECK:
-            continue
-        thing = _object(pixels, ground, mine)
-        if isinstance(thing, str):
-            return Reading(tuple(things), name, thing)
-        things.append(thing)
-    return Reading(tuple(things), name)
+        if mine.sum() >= SPECK:
+            thing, unread = _object(pixels, ground, mine)
+            things.append(thing)
+            why = why or unread
+    return Reading(tuple(things), name, why)
+
+
+def parts_of(read, told):
+    """{"count", "ground", "colour", "shape", "size", "relation": is it as told?}: each part alone, whatever the others are; "colour" and "shape"
+    as sets over all objects, "size" of one object and "relation" of two where they are told."""
+    things, kinds = read.things, [k for k, _ in told.objects]
+    alike = lambda name: Counter(getattr(t.kind, name) for t in things) == Counter(getattr(k, name) for k in kinds)  # noqa: E731
+    out = {
+        "count": len(things) == len(kinds),
+        "ground": read.ground == told.ground,
+        "colour": alike("colour"),
+        "shape": alike("shape"),
+    }
+    if told.task == "size":
+        out["size"] = [t.size for t in things] == [told.objects[0][1]]
+    if told.relation:
+        order = [[t for t in things if t.kind == k] for k in kinds]
+        out["relation"] = all(len(o) == 1 for o in order) and relation(*(o[0] for o in order)) == told.relation
+    return out
 
 
 def true_of(read, told):

@@ -44,8 +44,12 @@ def draw(sd, captions, first=0, say="pictures", **settings):
 
 
 def judge(pictures, told):
-    """What is wrong with each picture, None for what is right."""
-    return [reader.true_of(reader.read(p), t) for p, t in zip(pictures, told, strict=True)]
+    """(what is wrong with each picture, None for what is right; {part: share of the pictures that have it right, whatever else is wrong})"""
+    read = [reader.read(p) for p in pictures]
+    parts = [reader.parts_of(r, t) for r, t in zip(read, told, strict=True)]
+    names = dict.fromkeys(name for p in parts for name in p)
+    shares = {name: float(np.mean([p[name] for p in parts if name in p])) for name in names}
+    return [reader.true_of(r, t) for r, t in zip(read, told, strict=True)], shares
 
 
 def share(right, n):
@@ -55,15 +59,18 @@ def share(right, n):
 
 
 def score(sd, count=500, tasks=scenes.TASKS, **settings):
-    """{"seen" | "held-out": {task: share() and "wrong": {what: how many}}}; settings: of Pipeline.generate."""
+    """{"seen" | "held-out": {task: share() and "wrong": {what: how many}, "parts": see judge()}}; settings: of Pipeline.generate."""
     out = {}
     for group, held in (("seen", False), ("held-out", True)):
         out[group] = {}
         for task in tasks:
             some = asked(task, held, count)
             pictures = draw(sd, [s.caption for s in some], say=f"{task}, {group}", **settings)
-            wrong = judge(pictures, [s.told for s in some])
-            out[group][task] = share(wrong.count(None), len(some)) | {"wrong": dict(Counter(filter(None, wrong)))}
+            wrong, parts = judge(pictures, [s.told for s in some])
+            out[group][task] = share(wrong.count(None), len(some)) | {
+                "wrong": dict(Counter(filter(None, wrong))),
+                "parts": parts,
+            }
     return out
 
 
@@ -89,7 +96,7 @@ def sheet(sd, count=64, **settings):
     per = [scenes.TASKS[i % len(scenes.TASKS)] for i in range(count)]
     some = [asked(task, True, 1, first=10_000 * (i + 1))[0] for i, task in enumerate(per)]
     pictures = draw(sd, [s.caption for s in some], say="sheet", **settings)
-    wrong = judge(pictures, [s.told for s in some])
+    wrong, _ = judge(pictures, [s.told for s in some])
     framed = [
         ImageOps.expand(
             Image.fromarray(p).resize((128, 128), Image.Resampling.NEAREST), 4, "#c0392b" if w else "#27ae60"

@@ -15,7 +15,7 @@ from PIL import Image
 from util import ROOT, error_line, in_process, recipe, run, start
 
 import train
-from nanodiff import config, lora, pipeline
+from nanodiff import config, lora, pipeline, weights
 from nanodiff.stories import training, vae
 from nanodiff.training import build
 
@@ -446,6 +446,39 @@ def test_kl_weight_and_best_model(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     weights = [line["kl_weight"] for line in metrics(out)]
     assert weights[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5]) and weights[5] != weights[4]
+
+
+def test_a_vae_goes_on_from_another(tmp_path, pictures):
+    """--model: its weights, size and config are the beginning; a pipeline's folder will do; what only a new one can be given is refused."""
+    done = train_(
+        "vae",
+        pictures,
+        tmp_path / "a",
+        "--model",
+        ROOT / "assets" / "nano",
+        "--max-steps",
+        "1",
+        "--lr",
+        "1e-9",
+        "--no-ema",
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
+    given = json.loads((ROOT / "assets" / "nano" / "vae" / "config.json").read_text())
+    assert {k for k in given if given[k] != config[k]} == {"scaling_factor"}
+    own = weights.load_tensors(tmp_path / "a" / "model" / "diffusion_pytorch_model.safetensors")
+    for name, value in weights.load_tensors(
+        ROOT / "assets" / "nano" / "vae" / "diffusion_pytorch_model.safetensors"
+    ).items():
+        assert torch.allclose(own[name], value.float(), atol=1e-7), name
+    for flags, line in (
+        (("--latent-dim", "32"), "--latent-dim is for a new VAE; --model brings its own"),
+        (("--resolution", "48"), None),
+    ):
+        done = train_("vae", pictures, tmp_path / "b", "--model", ROOT / "assets" / "nano", "--max-steps", "1", *flags)
+        assert done.returncode == (2 if line else 0) and (line or "") in done.stderr, done.stderr
+    done = train_("vae", pictures, tmp_path / "c", "--model", tmp_path / "nothing", "--max-steps", "1")
+    assert done.returncode == 2 and "VAE checkpoint not found" in done.stderr
 
 
 def test_the_best_vae_is_one_after_the_warm_up(tmp_path, pictures, monkeypatch):
