@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -31,6 +31,19 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 	$(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
 		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
 	@echo "the sheet: $(OUT)/demo/sheet.png"
+
+# Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
+WORLD   = $(OUT)/world
+world: $(STAMP)  ## draw 40,000 scenes of shapes and train the model that composes them (an hour on two cores)
+	test -f $(WORLD)/scenes.tar || $(PY) -m assets.world.make $(WORLD)/scenes.tar --scenes 40000
+	$(PY) train.py vae --preset world --model assets/nano --data $(WORLD)/scenes.tar --output-dir $(WORLD)/vae --resume auto
+	$(PY) train.py diffusion --preset world --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(WORLD)/model --resume auto
+
+world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (MODEL=folder)
+	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
+
+world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
+	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study
 
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score

@@ -14,6 +14,7 @@ that is not told is any; a ground that is not told is white.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -338,3 +339,49 @@ def caption(told, rng=None):
     elif pick(False, False, False, True):
         text += pick(" on white", " on a white background")
     return text
+
+
+@lru_cache
+def _grammar():
+    """[(regular expression, what its groups are)] of the sentences of caption(), without the ground; {word: thing} beside it."""
+    named = {
+        way: thing
+        for thing in (*SHAPES, *COLOURS, "small", "large", *RELATIONS, 2, 3, 4)
+        for way in WORDS.get(thing, (thing,))
+    }
+    named |= {plural(way): shape for shape in SHAPES for way in WORDS.get(shape, (shape,))}
+    either = lambda *things: "(" + "|".join(w for w, t in sorted(named.items(), reverse=True) if t in things) + ")"  # noqa: E731
+    kind = f"(?:{either('small', 'large')} )?{either(*COLOURS)} {either(*SHAPES)}"
+    one, where = f"an? {kind}", either(*RELATIONS)
+    forms = [(one, "a"), (f"{one} and {one}", "ab"), (f"{one} {where} {one}", "arb"), (f"{one} with {one} {where} it", "bar"),
+             (f"{where} {one} is {one}", "rba"), (f"{either(2, 3, 4)} {kind}", "na")]  # fmt: skip
+    return [(re.compile(form), parts) for form, parts in forms], named
+
+
+def parse(text):
+    """What a sentence of caption()'s grammar says, or None for any other text."""
+    text = " ".join(text.lower().split()).rstrip(".")
+    ground = re.search(rf" on (?:a )?({'|'.join(GROUNDS)})(?: background)?$", text)
+    text = text[: ground.start()] if ground else text
+    forms, named = _grammar()
+    for form, parts in forms:
+        if found := form.fullmatch(text):
+            groups, got = iter(found.groups()), {}
+            for part in parts:
+                got[part] = next(groups) if part in "rn" else tuple(next(groups) for _ in range(3))
+            things = [(Kind(named[c], named[s]), named.get(size)) for size, c, s in (got[p] for p in "ab" if p in got)]
+            if "n" in got:
+                things *= named[got["n"]]
+            task = (
+                "count"
+                if "n" in got
+                else "relation"
+                if "r" in got
+                else "binding"
+                if "b" in got
+                else "size"
+                if things[0][1]
+                else "one"
+            )
+            return Told(task, tuple(things), ground[1] if ground else "white", named[got["r"]] if "r" in got else None)
+    return None
