@@ -31,6 +31,7 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 	$(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
 		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
 	@echo "the sheet: $(OUT)/demo/sheet.png"
+	$(PY) -m assets.world.score --demo $(OUT)/demo/world.png
 
 # Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
 WORLD   = $(OUT)/world

@@ -2,23 +2,28 @@
 
     read = reader.read(pixels)               # uint8 [64, 64, 3] -> Reading(things, ground, why)
     reader.true_of(read, scene.told)         # None when the caption is true, else what is wrong: "count", "colour", "shape", …
+    python -m assets.world.reader            # its accuracy on real scenes, also blurred
 
 No network and nothing learned. What differs from the ground falls into connected components; a component's colour is the nearest of the
 palette; its shape is the one which, drawn with the same area in the same place, differs least from it. What fits nothing is not guessed:
 the reading then says why, and no caption is true of it.
 """
 
+import argparse
 from collections import Counter
 from functools import lru_cache
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
+from PIL import ImageFilter
 from scipy import ndimage
+from tqdm import tqdm
 
-from assets.world.scenes import COLOURS, GROUNDS, RADII, SHAPES, SIDE, Kind, Thing, coverage, relation
+from assets.world.scenes import COLOURS, GROUNDS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
 
 DIFFERS = 60.0  # from the ground, as a Euclidean distance of RGB bytes, beyond which a pixel belongs to an object
+SEED = 2_000_000  # of the scenes that main() reads
 SPECK = 10  # pixels; less is no object
 FAR = 75.0  # a colour further than this from all of the palette is none
 MISFIT = 0.42  # of an object's area that may differ from its shape's
@@ -167,3 +172,31 @@ def true_of(read, told):
         if sorted(getattr(t.kind, part) for t in read.things) != sorted(getattr(k, part) for k, _ in told.objects):
             return part
     return "binding"
+
+
+def main():
+    """How many real scenes are read right, also blurred."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=5000)
+    parser.add_argument(
+        "--blur",
+        default="0,0.5,0.8,1,1.2,1.5",
+        help="standard deviations of a Gaussian blur in pixels, comma-separated",
+    )
+    args = parser.parse_args()
+    print("| blur | right | wrong |\n|---|---|---|")
+    for blur in map(float, args.blur.split(",")):
+        wrong = Counter()
+        for i in tqdm(range(args.scenes), desc=f"blur {blur:g}", disable=None, leave=False):
+            scene = random_scene(np.random.default_rng((SEED, i)), held=None)
+            pixels = np.asarray(scene.picture().filter(ImageFilter.GaussianBlur(blur)) if blur else scene.picture())
+            wrong[true_of(read(pixels), scene.told)] += 1
+        right = wrong.pop(None, 0)
+        print(
+            f"| {blur:g} | {right / args.scenes:.4f} | {', '.join(f'{n} {what}' for what, n in wrong.most_common()) or 'none'} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

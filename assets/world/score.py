@@ -89,12 +89,16 @@ def table(scores):
     return "\n".join(lines)
 
 
-def sheet(sd, count=64, **settings):
-    """(a sheet of pictures from held-out captions, framed green where right and red where wrong; [(caption, what is wrong)])"""
+def sheet(sd, count=64, groups=(True,), **settings):
+    """(pictures framed green where right and red where wrong; [(caption, what is wrong)]). groups: of captions that are held out or not, in turn;
+    with both, those held out are marked."""
     from nanodiff.output import images
 
-    per = [scenes.TASKS[i % len(scenes.TASKS)] for i in range(count)]
-    some = [asked(task, True, 1, first=10_000 * (i + 1))[0] for i, task in enumerate(per)]
+    each = len(groups)
+    wanted = [
+        (scenes.TASKS[i // each % len(scenes.TASKS)], groups[i % each], 10_000 * (i // each + 1)) for i in range(count)
+    ]
+    some = [asked(task, held, 1, first=first)[0] for task, held, first in wanted]
     pictures = draw(sd, [s.caption for s in some], say="sheet", **settings)
     wrong, _ = judge(pictures, [s.told for s in some])
     framed = [
@@ -103,7 +107,10 @@ def sheet(sd, count=64, **settings):
         )
         for p, w in zip(pictures, wrong, strict=True)
     ]
-    return images.grid(framed, 8, [s.caption for s in some]), [(s.caption, w) for s, w in zip(some, wrong, strict=True)]
+    labels = [
+        s.caption + (" (held out)" if held and each > 1 else "") for s, (_, held, _) in zip(some, wanted, strict=True)
+    ]
+    return images.grid(framed, 8, labels), [(s.caption, w) for s, w in zip(some, wrong, strict=True)]
 
 
 def main():
@@ -113,11 +120,19 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--output-dir", type=Path, help="also write score.json and sheet.png there")
+    parser.add_argument(
+        "--demo", type=Path, help="draw only this sheet: 16 captions seen, 16 held out, which are marked"
+    )
     args = parser.parse_args()
     from nanodiff import pipeline
 
     sd = pipeline.load(args.model)
     settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
+    if args.demo:
+        picture, wrong = sheet(sd, 32, (False, True), **settings)
+        picture.save(args.demo)
+        print(f"the small world's sheet: {args.demo} ({sum(w is None for _, w in wrong)} of {len(wrong)} right)")
+        return
     scores = score(sd, args.captions, **settings)
     print(table(scores))
     if args.output_dir:

@@ -297,3 +297,23 @@ def test_sentences_about_scenes_are_judged():
 
     found = telling.scores(Net(), 30)["seen"]
     assert found["count"]["share"] == 0 and found["one"]["wrong"] and set(found["relation"]["wrong"]) == {"count"}
+
+
+def test_what_is_in_a_folder(tmp_path):
+    """Real scenes are all right and as different as they are drawn; the same scene again and again is not."""
+    from assets.world import look, make
+    from nanodiff import data
+
+    make.write(tmp_path / "w.tar", 150, seed=4)
+    found = look.look(data.load(tmp_path / "w.tar"))
+    assert (found["pictures"], found["share"], found["read"]) == (150, 1.0, 1.0)
+    assert (
+        15 < found["places"] < 25 and found["radii"] < 0.05 and 2.8 < found["colours"] <= 3 and 5 < found["kinds"] < 6
+    )
+    s = scene(0, "one", held=False)
+    for i in range(4):
+        s.picture().save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(s.caption if i else "three red stars")
+    (tmp_path / "w.tar").unlink()
+    found = look.look(data.load(tmp_path))
+    assert found["share"] == 0.75 and found["places"] < 1e-6 and found["colours"] == found["kinds"] == 0
