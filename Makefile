@@ -100,20 +100,20 @@ QUICK  ?= --resolution 64 --num-workers 2
 corel-workflow: $(STAMP)  ## prepare, train the VAE, train diffusion in its latents, generate (COREL=folder of XXXX_YYYY.png)
 	test -d $(COREL) || $(PY) -m nanodiff.corel stand-in $(COREL)
 	$(PY) -m nanodiff.data prepare-corel --data-dir $(COREL) --output-dir $(OUT)/corel/training_data --figs-dir $(OUT)/corel/figs
-	$(PY) train.py vae --preset corel --data-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/vae_models \
+	$(PY) train.py corel-vae --data-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/vae_models \
 		--no-perceptual $(QUICK) $(if $(QUICK),--epochs 40 --kl-warmup 10 --lr 1e-3 --kl-target 60) --overwrite-output-dir
-	$(PY) train.py diffusion --preset corel --vae-checkpoint $(OUT)/corel/vae_models/best_model.pt \
+	$(PY) train.py corel-diffusion --vae-checkpoint $(OUT)/corel/vae_models/best_model.pt \
 		--image-dir $(OUT)/corel/training_data/corel_all --output-dir $(OUT)/corel/diffusion_models $(QUICK) \
 		$(if $(QUICK),--epochs 200 --lr 1e-3 --save-images-epochs 50 --checkpoint-epochs 50 --early-stopping-patience 0 --oscillation-window 0) \
 		--overwrite-output-dir
-	$(PY) sample.py --overwrite --diffusion-checkpoint $(OUT)/corel/diffusion_models/best_model.pt \
+	$(PY) sample.py corel --overwrite --diffusion-checkpoint $(OUT)/corel/diffusion_models/best_model.pt \
 		--vae-checkpoint $(OUT)/corel/vae_models/best_model.pt --num-images 16 --ddim-steps 50 --nrow 4 --seed 1 \
 		--output-dir $(OUT)/corel/generated --output $(OUT)/corel/corel_generated.png
 
 # The document's command; TEXT= another frozen text encoder (folder or Hub id), MORE= further flags
 TEXT   ?= openai/clip-vit-large-patch14
 pokemon-workflow: $(STAMP)  ## the Pokémon script's command in one process: DATA=an image folder with metadata.jsonl, or parquet files
-	$(PY) train.py diffusion --preset pokemon --text-encoder $(TEXT) --train_data_dir "$(DATA)" --resolution=32 --output_dir=$(OUT)/pokemon \
+	$(PY) train.py pokemon --text-encoder $(TEXT) --train_data_dir "$(DATA)" --resolution=32 --output_dir=$(OUT)/pokemon \
 		--train_batch_size=3 --dataloader_num_workers=4 --eval_batch_size=1 --num_epochs=20000000 --use_ema \
 		--gradient_accumulation_steps=4 --learning_rate=1e-4 --lr_warmup_steps=1000 --mixed_precision="no" --save_images_epoch=7 \
 		--ddpm_beta_schedule="squaredcos_cap_v2" --checkpointing_steps=2000 --resume_from_checkpoint="latest" \
