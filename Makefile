@@ -31,7 +31,6 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 	$(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
 		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
 	@echo "the sheet: $(OUT)/demo/sheet.png"
-	$(PY) -m assets.world.score --demo $(OUT)/demo/world.png
 
 # Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
 WORLD   = $(OUT)/world
@@ -40,8 +39,8 @@ world: $(STAMP)  ## draw 40,000 scenes of shapes and train the model that compos
 	$(PY) train.py vae --preset world --model assets/nano --data $(WORLD)/scenes.tar --output-dir $(WORLD)/vae --resume auto
 	$(PY) train.py diffusion --preset world --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(WORLD)/model --resume auto
 
-world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (MODEL=folder)
-	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
+world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (after make world, or MODEL=)
+	$(PY) -m assets.world.score --model $(or $(MODEL),$(WORLD)/model/model) --output-dir $(WORLD)
 
 world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
 	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study

@@ -115,7 +115,7 @@ def sheet(sd, count=64, groups=(True,), **settings):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/world")
+    parser.add_argument("--model", default="out/world/model/model")
     parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
