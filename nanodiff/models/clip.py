@@ -143,11 +143,9 @@ class SelfAttention(nn.Module):
         self.heads, self.causal = cfg.num_attention_heads, isinstance(cfg, Config)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x, bias=None):
-        causal = self.causal and bias is None  # a bias says what may be seen, and with it the order
-        return self.out_proj(
-            attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=causal, bias=bias)
-        )
+    def forward(self, x, seen=None):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, S, D] each
+        return self.out_proj(attend(q, k, v, self.heads, causal=self.causal, key_mask=seen))
 
 
 class MLP(nn.Module):
@@ -169,8 +167,8 @@ class Layer(nn.Module):
         self.layer_norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, bias=None):
-        x = x + self.self_attn(self.layer_norm1(x), bias)
+    def forward(self, x, seen=None):
+        x = x + self.self_attn(self.layer_norm1(x), seen)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -229,9 +227,11 @@ class CLIPTextModel(nn.Module):
             )
         states = [self.text_model.embeddings(ids)]  # [B, S, D]
         position = end_position(ids, self.cfg.eos_token_id)
-        bias = unpadded(position, ids.shape[1], states[0].dtype) if self.cfg.use_attention_mask else None
+        seen = None  # [B, S]: every token, or those up to the end token
+        if self.cfg.use_attention_mask:
+            seen = torch.arange(ids.shape[1], device=ids.device) <= position[:, None]
         for layer in self.text_model.encoder.layers:
-            states.append(layer(states[-1], bias))
+            states.append(layer(states[-1], seen))
         pooled = self.final_norm(states[-1])[torch.arange(len(ids), device=ids.device), position]  # [B, D]
         return states, self.text_projection(pooled) if self.cfg.with_projection else pooled
 
@@ -291,13 +291,6 @@ class CLIPModel(nn.Module):
             x[torch.arange(len(ids)), end_position(ids, self.cfg.text.eos_token_id)]
         )
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
-
-
-def unpadded(end, length, dtype):
-    """The bias [B, 1, S, S] on the scores that hides what comes later and the padding behind each text's end [B]: 0 or -inf."""
-    place = torch.arange(length, device=end.device)
-    seen = (place <= place[:, None]) & (place <= end[:, None, None])
-    return torch.zeros(seen.shape, dtype=dtype, device=end.device).masked_fill(~seen, -torch.inf)[:, None]
 
 
 def end_position(ids, eos):

@@ -75,17 +75,17 @@ def timesteps(t, x):
     return torch.full((len(x),), t, device=x.device)
 
 
-def attend(q, k, v, heads, causal=False, bias=None, scale=None):
+def attend(q, k, v, heads, causal=False, bias=None, scale=None, key_mask=None):
     """softmax(q kᵀ / √K + bias) v over `heads` heads: q [B, L, N·K], k v [B, S, N·K] -> [B, L, N·K].
 
-    bias: [1 or B, N, L, S], added to the scores. scale: in place of 1/√K.
+    bias: [1 or B, N, L, S], added to the scores. scale: in place of 1/√K. key_mask: [B, S], true where a key may be seen.
 
     Scores and softmax are accumulated in fp32 by our kernel and by every backend of scaled_dot_product_attention,
     which is all that the configs' `upcast_attention` asks for.
     """
     B, L, D = q.shape
     q, k, v = (x.unflatten(-1, (heads, D // heads)) for x in (q, k, v))  # [B, L|S, N, K]
-    return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias).reshape(B, L, D)
+    return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias, key_mask=key_mask).reshape(B, L, D)
 
 
 def _lean(x):

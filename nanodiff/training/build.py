@@ -244,6 +244,8 @@ def make_schedule(cfg):
 def make_text(cfg, dataset, device):
     """(encoder, tokenizer, frozen?) that tell the denoiser what to draw."""
     if cfg.condition != "text":
+        if "text_mask" in getattr(cfg, "given", ()):
+            raise UserError(f"`text_mask` hides a caption's padding; `condition` {cfg.condition} has no captions")
         conditions(cfg, dataset)
         labels = dataset.known_labels if cfg.condition == "labels" else []
         return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False

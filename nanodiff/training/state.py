@@ -166,11 +166,7 @@ class State:
                 state = {k: torch.empty_like(p) for k in fields}
                 for field, value in state.items():
                     self._put(value, tensors[f"opt/{name}/{field}"])
-                fused = (
-                    self.cfg.parallel != "fsdp"
-                    and "exp_avg" in fields
-                    and not isinstance(self.opt, recipe.ScheduleFree)
-                )
+                fused = "exp_avg" in fields and self.cfg.parallel != "fsdp"  # it counts its steps on the device
                 whole = {k: dist.whole(tensors[f"opt/{name}/{k}"]).to(p.device if fused else "cpu") for k in numbers}
                 self.opt.state[p] = whole | state
         if self.average and not any(k.startswith("ema/") for k in tensors):
