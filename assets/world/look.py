@@ -7,13 +7,15 @@ and of kinds in bits (3 and 6 for eight colours and all kinds alike).
 """
 
 import argparse
-import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from assets.world import reader, scenes, score
+from nanodiff.config import tool
+from nanodiff.files import out_dir, write_json
 
 
 def entropy(names):
@@ -49,9 +51,15 @@ def main():
     parser.add_argument("data", nargs="+")
     parser.add_argument("--output-dir", type=Path, help="also write look.json and look.png there")
     args = parser.parse_args()
+    return tool(lambda: run(args))
+
+
+def run(args):
     from nanodiff import data
     from nanodiff.output import charts
 
+    if args.output_dir:
+        out_dir(args.output_dir)
     rows = {name: look(data.load(name)) for name in args.data}
     columns = ("pictures", "share", "read", "places", "radii", "colours", "kinds")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
@@ -62,12 +70,11 @@ def main():
             + " |"
         )
     if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "look.json").write_text(json.dumps(rows, indent=1))
+        write_json(args.output_dir / "look.json", rows)
         panels = {"captions true": {"": [(r["share"], r["low"], r["high"]) for r in rows.values()]}}
         panels |= {c: {"": [r[c] for r in rows.values()]} for c in columns[3:]}
         charts.lines(args.output_dir / "look.png", [Path(n).name for n in rows], panels, "data")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

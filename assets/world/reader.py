@@ -23,12 +23,12 @@ from tqdm import tqdm
 from assets.world.scenes import COLOURS, GROUNDS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
 
 DIFFERS = 60.0  # from the ground, as a Euclidean distance of RGB bytes, beyond which a pixel belongs to an object
-SEED = 2_000_000  # of the scenes that main() reads
 SPECK = 10  # pixels; less is no object
 FAR = 75.0  # a colour further than this from all of the palette is none
 MISFIT = 0.42  # of an object's area that may differ from its shape's
 SIZES = (5.2, 13.0)  # radii that are a size at all
 MIDDLE = (RADII["small"][1] + RADII["large"][0]) / 2
+SEED = 2_000_000  # of the scenes that main() reads
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)
 GROUND = np.array(list(GROUNDS.values()), np.float32)

@@ -6,7 +6,7 @@ held out, a picture of each, read by reader.py; a picture is right when exactly 
 """
 
 import argparse
-import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,25 +16,46 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from assets.world import reader, scenes
+from nanodiff.config import UserError, tool
+from nanodiff.files import out_dir, write_json
+from nanodiff.output import images
 
 BATCH = 50
 SEED = 1_000_000  # of the first caption; training draws from (1, i)
 
 
-def asked(task, held, count, why=None, first=0):
-    """`count` scenes whose captions are drawn; no two captions alike."""
-    found, i = {}, first
-    while len(found) < count and i < first + 50 * count:
-        scene = scenes.random_scene(np.random.default_rng((SEED, i)), task, held, why)
+def asked(task, held, count, first=0):
+    """`count` scenes whose captions are drawn; no two captions alike. Raises UserError when there are not so many."""
+    found = {}
+    for i in range(first, first + 50 * count):
+        scene = scenes.random_scene(np.random.default_rng((SEED, i)), task, held)
         found.setdefault(scene.caption, scene)
-        i += 1
-    return list(found.values())
+        if len(found) == count:
+            return list(found.values())
+    raise UserError(f"there are no {count} different captions of {task}; ask for fewer")
+
+
+def mixed(count, groups=(True,)):
+    """[(Scene, is it held out?)] of all tasks in turn. groups: True, False, or both in turn."""
+    each, n = len(groups), len(scenes.TASKS)
+    return [
+        (asked(scenes.TASKS[i // each % n], groups[i % each], 1, 10_000 * (i // each + 1))[0], groups[i % each])
+        for i in range(count)
+    ]
+
+
+def numbers(kind):
+    """argparse's type of a list of numbers with commas between."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def shown(picture, side=128):
+    """A picture [64, 64, 3] as a PIL picture in which its pixels are seen."""
+    return Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
 
 
 def draw(sd, captions, first=0, say="pictures", **settings):
     """uint8 [N, 64, 64, 3], picture i from seed first + i."""
-    from nanodiff.output import images
-
     out = []
     for i in tqdm(range(0, len(captions), BATCH), desc=say, disable=None, leave=False):
         batch = captions[i : i + BATCH]
@@ -92,25 +113,38 @@ def table(scores):
 def sheet(sd, count=64, groups=(True,), **settings):
     """(pictures framed green where right and red where wrong; [(caption, what is wrong)]). groups: of captions that are held out or not, in turn;
     with both, those held out are marked."""
-    from nanodiff.output import images
+    some = mixed(count, groups)
+    pictures = draw(sd, [s.caption for s, _ in some], say="sheet", **settings)
+    wrong, _ = judge(pictures, [s.told for s, _ in some])
+    framed = [ImageOps.expand(shown(p), 4, "#c0392b" if w else "#27ae60") for p, w in zip(pictures, wrong, strict=True)]
+    labels = [s.caption + (" (held out)" if held and len(groups) > 1 else "") for s, held in some]
+    return images.grid(framed, 8, labels), [(s.caption, w) for (s, _), w in zip(some, wrong, strict=True)]
 
-    each = len(groups)
-    wanted = [
-        (scenes.TASKS[i // each % len(scenes.TASKS)], groups[i % each], 10_000 * (i // each + 1)) for i in range(count)
-    ]
-    some = [asked(task, held, 1, first=first)[0] for task, held, first in wanted]
-    pictures = draw(sd, [s.caption for s in some], say="sheet", **settings)
-    wrong, _ = judge(pictures, [s.told for s in some])
-    framed = [
-        ImageOps.expand(
-            Image.fromarray(p).resize((128, 128), Image.Resampling.NEAREST), 4, "#c0392b" if w else "#27ae60"
+
+def run(args):
+    from nanodiff import pipeline
+
+    if args.output_dir:
+        out_dir(args.output_dir)
+    sd = pipeline.load(args.model)
+    settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
+    if args.demo:
+        picture, wrong = sheet(sd, 32, (False, True), **settings)
+        images.save_png(picture, args.demo)
+        print(f"the small world's sheet: {args.demo} ({sum(w is None for _, w in wrong)} of {len(wrong)} right)")
+        return
+    scores = score(sd, args.captions, **settings)
+    print(table(scores))
+    if args.output_dir:
+        write_json(args.output_dir / "score.json", scores)
+        picture, wrong = sheet(sd, **settings)
+        images.save_png(picture, args.output_dir / "sheet.png")
+        print(
+            f"the sheet: {args.output_dir / 'sheet.png'}; wrong in it:",
+            *(f"{c} ({w})" for c, w in wrong if w),
+            sep="\n  ",
         )
-        for p, w in zip(pictures, wrong, strict=True)
-    ]
-    labels = [
-        s.caption + (" (held out)" if held and each > 1 else "") for s, (_, held, _) in zip(some, wanted, strict=True)
-    ]
-    return images.grid(framed, 8, labels), [(s.caption, w) for s, w in zip(some, wrong, strict=True)]
+    print(f"world-score: seen {mean(scores['seen']):.3f} held-out {mean(scores['held-out']):.3f}")
 
 
 def main():
@@ -124,29 +158,8 @@ def main():
         "--demo", type=Path, help="draw only this sheet: 16 captions seen, 16 held out, which are marked"
     )
     args = parser.parse_args()
-    from nanodiff import pipeline
-
-    sd = pipeline.load(args.model)
-    settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
-    if args.demo:
-        picture, wrong = sheet(sd, 32, (False, True), **settings)
-        picture.save(args.demo)
-        print(f"the small world's sheet: {args.demo} ({sum(w is None for _, w in wrong)} of {len(wrong)} right)")
-        return
-    scores = score(sd, args.captions, **settings)
-    print(table(scores))
-    if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "score.json").write_text(json.dumps(scores, indent=1))
-        picture, wrong = sheet(sd, **settings)
-        picture.save(args.output_dir / "sheet.png")
-        print(
-            f"the sheet: {args.output_dir / 'sheet.png'}; wrong in it:",
-            *(f"{c} ({w})" for c, w in wrong if w),
-            sep="\n  ",
-        )
-    print(f"world-score: seen {mean(scores['seen']):.3f} held-out {mean(scores['held-out']):.3f}")
+    return tool(lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

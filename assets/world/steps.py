@@ -9,14 +9,13 @@ the captions seen and one for those held out) and a sheet: a caption a row, a nu
 
 import argparse
 import itertools
-import json
+import sys
 from pathlib import Path
 
-from PIL import Image
-
 from assets.world import score
-
-SHOWN = 3  # captions on the sheet
+from nanodiff.config import UserError, tool
+from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.output import images
 
 
 def variants(args):
@@ -25,7 +24,10 @@ def variants(args):
     for spec in args.model:
         name, _, folder = spec.rpartition("=")
         folder, _, own = folder.partition(":")
-        scales = [float(own)] if own else args.guidance
+        try:
+            scales = [float(own)] if own else args.guidance
+        except ValueError:
+            raise UserError(f"--model {spec}: {own!r} is no guidance scale") from None
         for sampler, scale in itertools.product(args.scheduler, scales):
             parts = (
                 [name]
@@ -40,20 +42,25 @@ def variants(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR[:GUIDANCE]")
-    parser.add_argument("--steps", default="1,2,4,8,20", help="comma-separated")
-    parser.add_argument("--guidance", help="comma-separated; default: the model's own")
-    parser.add_argument("--scheduler", help="comma-separated; default: the model's own")
+    parser.add_argument("--steps", type=score.numbers(int), default=[1, 2, 4, 8, 20], help="comma-separated")
+    parser.add_argument(
+        "--guidance", type=score.numbers(float), default=[None], help="comma-separated; default: the model's own"
+    )
+    parser.add_argument(
+        "--scheduler", type=score.numbers(str), default=[None], help="comma-separated; default: the model's own"
+    )
     parser.add_argument("--captions", type=int, default=100, help="of each task, seen and held out")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
-    args.guidance = [float(g) for g in args.guidance.split(",")] if args.guidance else [None]
-    args.scheduler = args.scheduler.split(",") if args.scheduler else [None]
-    every = [int(n) for n in args.steps.split(",")]
-    from nanodiff import pipeline
-    from nanodiff.output import charts, images
+    return tool(lambda: run(args))
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    shown = [score.asked(task, True, 1, first=70_000)[0] for task in ("one", "relation", "count")][:SHOWN]
+
+def run(args):
+    from nanodiff import pipeline
+    from nanodiff.output import charts
+
+    out, every = out_dir(args.output_dir), args.steps
+    captions = [score.asked(task, True, 1, first=70_000)[0].caption for task in ("one", "relation", "count")]
     rows, cells, labels = {}, [], []
     for label, folder, sampler, settings in variants(args):
         sd = pipeline.load(folder, scheduler=sampler)
@@ -61,24 +68,23 @@ def main():
             scores = score.score(sd, args.captions, steps=n, **settings)
             rows.setdefault(label, {})[n] = {group: score.mean(tasks) for group, tasks in scores.items()}
             print(f"{label}, {n} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[label][n].items()), flush=True)
-            (args.output_dir / "steps.json").write_text(json.dumps(rows, indent=1))
-            drawn = score.draw(sd, [s.caption for s in shown], steps=n, **settings)
-            cells += [Image.fromarray(p).resize((96, 96), Image.Resampling.NEAREST) for p in drawn]
-            labels += [f"{label}, {n}", *[""] * (len(shown) - 1)]
+            write_json(out / "steps.json", rows)
+            cells += [score.shown(p, 96) for p in score.draw(sd, captions, steps=n, **settings)]
+            labels += [f"{label}, {n}", *[""] * (len(captions) - 1)]
     table = ["| | " + " | ".join(f"{n} steps" for n in every) + " |", "|---|" + "---|" * len(every)]
     for label, line in rows.items():
         table.append(
             f"| {label} | " + " | ".join(f"{line[n]['seen']:.3f} / {line[n]['held-out']:.3f}" for n in every) + " |"
         )
-    (args.output_dir / "table.md").write_text("\n".join(table) + "\n")
+    write_bytes(out / "table.md", ("\n".join(table) + "\n").encode())
     panels = {
         f"score, {group}": {label: [line[n][group] for n in every] for label, line in rows.items()}
         for group in ("seen", "held-out")
     }
-    charts.lines(args.output_dir / "steps.png", every, panels, "steps")
-    images.grid(cells, len(shown) * len(every), labels).save(args.output_dir / "sheet.png")
+    charts.lines(out / "steps.png", every, panels, "steps")
+    images.save_png(images.grid(cells, len(captions) * len(every), labels), out / "sheet.png")
     print("\n".join(table))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

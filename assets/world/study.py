@@ -9,15 +9,14 @@
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from scipy.stats import t as student
-
+from assets.nano.captions import interval
 from assets.world import score
+from nanodiff.config import UserError, read_json, tool
+from nanodiff.files import out_dir, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
 RUNS = {  # name: (what it is, flags of train.py, settings of the drawing)
@@ -51,7 +50,10 @@ def train(out, name, seed, args):
         flags = [f.replace("{text-3}", str(out / "text-3.json")) for f in flags or []]
         common = ["--preset", "world", "--data", args.data, "--vae", args.vae, "--max-steps", args.updates, "--sample-every", 0, "--seed", seed,
                   "--cache-dir", out / "cache", "--checkpoints-total-limit", 1, "--resume", "auto", "--output-dir", run]  # fmt: skip
-        subprocess.run([sys.executable, "train.py", "diffusion", *map(str, common), *flags], cwd=ROOT, check=True)
+        if code := subprocess.run(
+            [sys.executable, "train.py", "diffusion", *map(str, common), *flags], cwd=ROOT
+        ).returncode:
+            raise UserError(f"the run {run.name} ended with {code}")
     return run / "model"
 
 
@@ -61,39 +63,31 @@ def summary(scores):
     return {
         "seen": score.mean(scores["seen"]),
         "held-out": score.mean(scores["held-out"]),
-        **{f"{name}": both["seen"][name] for name in ("ground", "colour", "shape", "count")},
+        **{name: both["seen"][name] for name in ("ground", "colour", "shape", "count")},
         "held-out shape": both["held-out"]["shape"],
     }
-
-
-def interval(values):
-    """(mean, half the 95 % interval of Student's t, NaN for one value)"""
-    n = len(values)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.fmean(values), half
 
 
 def runs(args):
     from nanodiff import pipeline
     from nanodiff.output import charts
 
-    out = args.output_dir.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    out = out_dir(args.output_dir.resolve())
     text = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": "gelu",
             "max_position_embeddings": 20, "projection_dim": 128, "architectures": ["CLIPTextModelWithProjection"]}  # fmt: skip
-    (out / "text-3.json").write_text(json.dumps(text))
+    write_json(out / "text-3.json", text)
     names = args.only.split(",") if args.only else list(RUNS)
     if unknown := [n for n in names if n not in RUNS]:
-        sys.exit(f"error: --only {unknown[0]}: is none of {', '.join(RUNS)}")
+        raise UserError(f"--only {unknown[0]}: is none of {', '.join(RUNS)}")
     kept = out / "results.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
+    results = read_json(kept) if kept.exists() else {}
     for seed in range(args.seeds):
         for name in names:
             if f"{name}-{seed}" in results:
                 continue
             sd = pipeline.load(train(out, name, seed, args))
             results[f"{name}-{seed}"] = summary(score.score(sd, args.captions, **RUNS[name][2]))
-            kept.write_text(json.dumps(results, indent=1))
+            write_json(kept, results)
             print(f"{name}, seed {seed}: {results[f'{name}-{seed}']}", flush=True)
     columns = list(next(iter(results.values())))
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
@@ -102,7 +96,7 @@ def runs(args):
             cells = [interval([r[c] for r in some]) for c in columns]
             shown = [f"{m:.3f}" + (f" ± {h:.3f}" if h == h else "") for m, h in cells]
             lines.append(f"| {RUNS[name][0]} | {len(some)} | " + " | ".join(shown) + " |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
     logs = {RUNS[n][0]: out / f"{n}-0" / "metrics.jsonl" for n in RUNS if (out / f"{n}-0" / "metrics.jsonl").exists()}
     charts.curves(logs, out / "curves.png")
     print("\n".join(lines))
@@ -112,13 +106,12 @@ def emergence(args):
     from nanodiff import pipeline
     from nanodiff.output import charts
 
-    out = args.output_dir.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    log = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    last = {line["epoch"]: line["step"] for line in log}  # an epoch's last line is its last update's
+    out = out_dir(args.output_dir.resolve())
     found = sorted(args.run.glob("model-epoch-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if not found:
-        sys.exit(f"error: {args.run}: has no model-epoch-N (train.py --save-model-epochs)")
+        raise UserError(f"{args.run}: has no model-epoch-N (train.py --save-model-epochs)")
+    log = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    last = {line["epoch"]: line["step"] for line in log}  # an epoch's last line is its last update's
     rows = {}
     for folder in found:
         updates = last[int(folder.name.rpartition("-")[2])]
@@ -126,7 +119,7 @@ def emergence(args):
         rows[updates] = {f"{task}, {group}": s["share"] for group, tasks in scores.items() for task, s in tasks.items()}
         rows[updates] |= {f"{part} of one": share for part, share in scores["seen"]["one"]["parts"].items()}
         print(updates, {k: round(v, 3) for k, v in rows[updates].items()}, flush=True)
-        (out / "emergence.json").write_text(json.dumps(rows, indent=1))
+        write_json(out / "emergence.json", rows)
     series = lambda end: {k: [r[k] for r in rows.values()] for k in next(iter(rows.values())) if k.endswith(end)}  # noqa: E731
     panels = {
         "seen in training": series(", seen"),
@@ -152,8 +145,8 @@ def main():
         stage.add_argument("--output-dir", type=Path, default=Path("out/world-study"))
         stage.set_defaults(what=what)
     args = parser.parse_args()
-    args.what(args)
+    return tool(lambda: args.what(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

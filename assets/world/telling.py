@@ -8,13 +8,17 @@ that each part alone: colours, shapes, how many, where. trip: held-out captions 
 """
 
 import argparse
-import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from assets.world import reader, scenes, score
+from nanodiff.config import tool
+from nanodiff.files import out_dir, write_json
+from nanodiff.output import images
 
 TOKENS = 24
 
@@ -55,10 +59,7 @@ def scores(net, count):
 
 def trip(net, sd, count):
     """({what: share}, [(caption, sentence, picture, picture again)]): captions drawn, told, drawn again."""
-    per = [scenes.TASKS[i % len(scenes.TASKS)] for i in range(count)]
-    some = [score.asked(task, True, 1, first=10_000 * (i + 1))[0] for i, task in enumerate(per)]
-    from PIL import Image
-
+    some = [scene for scene, _ in score.mixed(count)]
     first = score.draw(sd, [s.caption for s in some])
     sentences = tell(net, [Image.fromarray(p) for p in first])
     again = score.draw(sd, [t or " " for t in sentences])
@@ -82,14 +83,16 @@ def main():
     parser.add_argument("--captions", type=int, default=200, help="of each task, seen and held out; for trip in all")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
+    return tool(lambda: run(args))
+
+
+def run(args):
     import torch
-    from PIL import Image
 
     from nanodiff import pipeline
-    from nanodiff.output import images
     from nanodiff.stories import captioner_model
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    out_dir(args.output_dir)
     net = captioner_model.load(args.model_file, torch.float32, "cpu")
     if args.part == "score":
         found = scores(net, args.captions)
@@ -98,15 +101,15 @@ def main():
             print(f"{group}: " + ", ".join(f"{task} {s['share']:.3f}" for task, s in tasks.items()))
         print(f"captioner: seen {score.mean(found['seen']):.3f} held-out {score.mean(found['held-out']):.3f}")
     else:
-        found, shown = trip(net, pipeline.load(args.model), args.captions)
+        found, trips = trip(net, pipeline.load(args.model), args.captions)
         cells, labels = [], []
-        for caption, sentence, first, again in shown[:24]:
-            cells += [Image.fromarray(p).resize((128, 128), Image.Resampling.NEAREST) for p in (first, again)]
+        for caption, sentence, first, again in trips[:24]:
+            cells += [score.shown(first), score.shown(again)]
             labels += [caption, f"told: {sentence}"]
         images.save_png(images.grid(cells, 8, labels), args.output_dir / "trip.png")
         print("\n".join(f"{k}: {v:.3f}" for k, v in found.items()))
-    (args.output_dir / f"{args.part}.json").write_text(json.dumps(found, indent=1))
+    write_json(args.output_dir / f"{args.part}.json", found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
