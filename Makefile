@@ -35,7 +35,7 @@ demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, w
 # Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
 WORLD   = $(OUT)/world
 world: $(STAMP)  ## draw 40,000 scenes of shapes and train the model that composes them (an hour on two cores)
-	test -f $(WORLD)/scenes.tar || $(PY) -m assets.world.make $(WORLD)/scenes.tar --scenes 40000
+	test -f $(WORLD)/scenes.tar || $(PY) -m assets.world.make $(WORLD)/scenes.tar
 	$(PY) train.py vae --preset world --model assets/nano --data $(WORLD)/scenes.tar --output-dir $(WORLD)/vae --resume auto
 	$(PY) train.py diffusion --preset world --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(WORLD)/model --resume auto
 

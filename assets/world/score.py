@@ -46,7 +46,12 @@ def mixed(count, groups=(True,)):
 
 def numbers(kind):
     """argparse's type of a list of numbers with commas between."""
-    return lambda text: [kind(part) for part in text.split(",")]
+
+    def read(text):
+        return [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"list of {kind.__name__}"  # as argparse calls it when it is none
+    return read
 
 
 def shown(picture, side=128):

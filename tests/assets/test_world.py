@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from util import run
 
 from assets.world import reader, scenes
 from assets.world.scenes import KINDS, SHAPES, Kind, Thing, Told
@@ -313,3 +314,39 @@ def test_what_is_in_a_folder(tmp_path):
     (tmp_path / "w.tar").unlink()
     found = look.look(data.load(tmp_path))
     assert found["share"] == 0.75 and found["places"] < 1e-6 and found["colours"] == found["kinds"] == 0
+
+
+def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """make world takes the shard that is there for a whole one."""
+    from assets.world import make
+
+    drawn = scenes.random_scene
+
+    def stopped(rng, task, held):
+        if next(countdown) == 3:
+            raise KeyboardInterrupt
+        return drawn(rng, task, held)
+
+    countdown = iter(range(10))
+    monkeypatch.setattr(scenes, "random_scene", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make.write(tmp_path / "w.tar", 8, seed=1)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (("score", "--model", "nowhere"), "error: model 'nowhere' not found"),
+        (("steps", "--model", "a=b:c", "--output-dir", "{}"), "error: --model a=b:c: 'c' is no guidance scale"),
+        (("steps", "--model", "a", "--steps", "1,x", "--output-dir", "{}"), "argument --steps: invalid list of int value: '1,x'"),
+        (("study", "runs", "--data", "d", "--vae", "v", "--only", "x", "--output-dir", "{}"), "error: --only x: is none of recipe, "),
+        (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
+        (("look", "nowhere"), "error: nowhere: no such folder"),
+    ],
+    ids=lambda p: p[0] if isinstance(p, tuple) else "",
+)  # fmt: skip
+def test_mistakes_end_with_one_line(tmp_path, command, line):
+    name, *argv = command
+    done = run("-m", f"assets.world.{name}", *(a.format(tmp_path) for a in argv))
+    assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr, done.stderr
