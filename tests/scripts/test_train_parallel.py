@@ -114,7 +114,8 @@ def test_shards_train_the_same_and_move_between_process_counts(pictures, alone, 
 def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
     """Mid-epoch, with EMA, accumulation and workers; SIGTERM reaches one rank only, and counts for both."""
     argv = ["--batch-size", 2, "--grad-accum", 2, "--num-workers", 1]
-    assert train(2, pictures, tmp_path / "whole", *argv).returncode == 0
+    done = train(2, pictures, tmp_path / "whole", *argv)
+    assert done.returncode == 0, done.stderr
     cut = train(2, pictures, tmp_path / "cut", *argv, fault=("term", 1))
     assert cut.returncode != 0 and (tmp_path / "cut" / "PREEMPTED").read_text() == "checkpoint-2\n", cut.stderr
     assert [s for s, _ in checkpoint.found(tmp_path / "cut")] == [2] and not (tmp_path / "cut" / "model").exists()
