@@ -27,7 +27,7 @@ def plan_vae(cfg, net):
     noise = torch.empty(cfg.batch_size, *latent_shape(cfg, net), device="meta")
     loss = lambda: net(pixels, noise)[0].float().pow(2).mean()  # noqa: E731
     say_plan(cfg, plan.estimate({"vae": net}, loss, dtype=planned_dtype(cfg), world=cfg.world_size, parallel=cfg.parallel,
-                                ema=cfg.ema, recompute=cfg.gradient_checkpointing), counted(cfg))  # fmt: skip
+                                ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer), counted(cfg))  # fmt: skip
 
 
 def counted(cfg):
@@ -73,5 +73,5 @@ def plan_diffusion(cfg):
         return net(x, t, *condition).float().pow(2).mean()
 
     estimate = plan.estimate({"denoiser": net, **along}, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
-                             cfg.gradient_checkpointing)  # fmt: skip
+                             cfg.gradient_checkpointing, cfg.optimizer)  # fmt: skip
     say_plan(cfg, estimate, counted(cfg))

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanodiff.device import dist, memory
+from nanodiff.training import recipe
 
 GPUS = {  # dense bf16 FLOP/s, memory in GB (the makers' data sheets)
     "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "b200": (2250e12, 192), "l40s": (362e12, 48),
@@ -86,11 +87,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(trained, loss, frozen=(), frozen_bytes=4, dtype=None, world=1, parallel="ddp", ema=True,
-             recompute=False):  # fmt: skip
+             recompute=False, optimizer="adamw"):  # fmt: skip
     """Estimate of a run. trained, frozen: {name: module on the meta device}; loss(): a micro-batch's scalar loss there.
 
     dtype: autocast's, or None. parallel: "ddp" keeps everything on every process, "fsdp" shards weights, gradients,
-    optimizer and average over `world` processes and gathers a unit at a time. recompute: see dist.recompute.
+    optimizer and average over `world` processes and gathers a unit at a time. recompute: see dist.recompute. optimizer: two numbers a
+    parameter, but "muon" one for those that it takes.
     """
     modules = torch.nn.ModuleDict(trained)
     own = [p for p in modules.parameters() if p.requires_grad]
@@ -126,12 +128,13 @@ def estimate(trained, loss, frozen=(), frozen_bytes=4, dtype=None, world=1, para
     sizes = sorted((sum(p.numel() for p in u.parameters()) for u in dist.units(modules)), reverse=True)
     gathered = 4.0 * sum(sizes[:2]) if parallel == "fsdp" else 0.0
     weights = 4.0 * (n + still) / shards + frozen_bytes * apart
-    gradients, optimizer, average = 4.0 * n / shards, 8.0 * n / shards, 4.0 * n / shards if ema else 0.0
+    one_number = sum(p.numel() for p in recipe.hidden(modules)) if optimizer == "muon" else 0
+    gradients, states, average = 4.0 * n / shards, 4.0 * (2 * n - one_number) / shards, 4.0 * n / shards if ema else 0.0
     # the worst moment: the end of the forward pass, or one of the backward pass, when whole gradients are there already
     working = max(forward, gradients + one if recompute else alive.peak - 4.0 * n + gradients)
-    peak = weights + optimizer + average + gathered + working
+    peak = weights + states + average + gathered + working
     flops = counter.get_total_flops() + traced.attention + (once if recompute else 0)
-    return Estimate(n, still + apart, weights, gradients, optimizer, average, float(forward), gathered, peak, flops)
+    return Estimate(n, still + apart, weights, gradients, states, average, float(forward), gathered, peak, flops)
 
 
 def table(e, *, world, parallel, samples, updates, micro, gpu, mfu):

@@ -49,6 +49,8 @@ def test_parts():
     n = e.trained
     assert (e.weights, e.gradients, e.optimizer, e.average) == (4 * n, 4 * n, 8 * n, 4 * n)
     assert estimate(ema=False).average == 0
+    muon = estimate(optimizer="muon")  # AdamW's two numbers, and one for what is in the blocks
+    assert 4 * n < muon.optimizer < 7 * n and muon.peak < e.peak
     shards = estimate(world=8, parallel="fsdp")
     assert shards.weights == e.weights / 8 and shards.optimizer == n and shards.gathered > 0 and shards.peak < e.peak
     assert estimate(batch=8).activations == pytest.approx(2 * e.activations, rel=0.05)
