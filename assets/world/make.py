@@ -20,13 +20,13 @@ from nanodiff.config import tool
 from nanodiff.files import out_dir, write_file
 
 
-def write(path, count, seed, task=None, held=False):
+def write(path, count, seed, task=None, held=False, colour=None):
     """`count` scenes into a tar: 000000.png, .txt. Scene i is drawn from (seed, i), so that a longer set begins as a shorter one."""
 
     def fill(file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i in tqdm(range(count), desc="scenes", disable=None):
-                scene = scenes.random_scene(np.random.default_rng((seed, i)), task, held)
+                scene = scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour)
                 data = io.BytesIO()
                 scene.picture().save(data, "PNG")
                 add(tar, f"{i:06d}.png", data.getvalue())
@@ -41,12 +41,13 @@ def main():
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--task", choices=scenes.TASKS, help="only these")
+    parser.add_argument("--colour", choices=scenes.PAINTS, help="of the first object of each scene")
     parser.add_argument("--held-out", action="store_true", help="only what is held out, in place of none of it")
     args = parser.parse_args()
 
     def run():
         out_dir(args.target.parent)
-        write(args.target, args.scenes, args.seed, args.task, args.held_out)
+        write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")
 
     return tool(run)

@@ -20,7 +20,7 @@ from PIL import ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
-from assets.world.scenes import COLOURS, GROUNDS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
+from assets.world.scenes import GROUNDS, PAINTS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
 
 DIFFERS = 60.0  # from the ground, as a Euclidean distance of RGB bytes, beyond which a pixel belongs to an object
 SPECK = 10  # pixels; less is no object
@@ -30,7 +30,7 @@ SIZES = (5.2, 13.0)  # radii that are a size at all
 MIDDLE = (RADII["small"][1] + RADII["large"][0]) / 2
 SEED = 2_000_000  # of the scenes that main() reads
 
-PALETTE = np.array(list(COLOURS.values()), np.float32)
+PALETTE = np.array(list(PAINTS.values()), np.float32)
 GROUND = np.array(list(GROUNDS.values()), np.float32)
 
 
@@ -96,8 +96,8 @@ def _object(pixels, ground, mine):
     away = np.linalg.norm(pixels - ground, axis=2)
     inside = mine & (away >= np.quantile(away[mine], 0.5))
     found = np.median(pixels[inside], axis=0)
-    colour = _nearest(found, PALETTE, tuple(COLOURS), FAR)
-    direction = (np.asarray(COLOURS[colour], np.float32) if colour else found) - ground
+    colour = _nearest(found, PALETTE, tuple(PAINTS), FAR)
+    direction = (np.asarray(PAINTS[colour], np.float32) if colour else found) - ground
     cover = ((pixels - ground) @ direction / (direction @ direction)).clip(0, 1)
     cover = np.where(ndimage.binary_dilation(mine, iterations=2), cover, 0)
     cover[cover < 0.06] = 0

@@ -15,7 +15,7 @@ that is not told is any; a ground that is not told is white.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +33,9 @@ RADII = {"small": (6.2, 6.8), "large": (9.6, 10.4)}  # pixels
 
 COLOURS = {"red": (220, 38, 38), "orange": (249, 130, 20), "yellow": (247, 209, 23), "green": (28, 150, 62), "blue": (37, 84, 219),
            "purple": (125, 45, 165), "pink": (250, 120, 185), "black": (28, 28, 32)}  # fmt: skip
+NINTH = {"cyan": (0, 185, 200)}  # in no training scene and no word of the grammar: what a LoRA can add
 GROUNDS = {"white": (255, 255, 255), "grey": (196, 200, 208), "cream": (250, 232, 196), "mint": (186, 236, 212)}
+PAINTS = COLOURS | NINTH
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "moon", "cross")
 RELATIONS = ("left", "right", "above", "below")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -154,7 +156,7 @@ def draw(things, ground):
         left, top, cover = coverage(thing)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + cover.shape[1], SIDE), min(top + cover.shape[0], SIDE)
         a = cover[y0 - top : y1 - top, x0 - left : x1 - left, None]
-        canvas[y0:y1, x0:x1] += a * (np.asarray(COLOURS[thing.kind.colour], np.float32) - canvas[y0:y1, x0:x1])
+        canvas[y0:y1, x0:x1] += a * (np.asarray(PAINTS[thing.kind.colour], np.float32) - canvas[y0:y1, x0:x1])
     return np.rint(canvas).astype(np.uint8)
 
 
@@ -260,12 +262,17 @@ def random_things(rng, task):
             ), ground
 
 
-def random_scene(rng, task=None, held=False):
+def random_scene(rng, task=None, held=False, colour=None):
     """A scene and a caption of it. task: of TASKS, default any; held: False, for training (nothing held out), True (something
-    is), None (as it comes)."""
+    is), None (as it comes). colour: of PAINTS, that the first object has (each, where they are of a kind); default any."""
     task = task or str(rng.choice(TASKS, p=(0.15, 0.15, 0.2, 0.3, 0.2)))
     while True:
         things, ground = random_things(rng, task)
+        if colour:
+            what = Kind(colour, things[0].kind.shape)
+            things = tuple(replace(t, kind=what) if i == 0 or task == "count" else t for i, t in enumerate(things))
+            if len({t.kind for t in things}) < len(things) and task != "count":  # two became alike
+                continue
         if held is None or held == bool(held_out().why(things)):
             break
     told = Told(task, tuple((t.kind, t.size if task == "size" or rng.random() < 0.4 else None) for t in things), ground,

@@ -24,22 +24,22 @@ BATCH = 50
 SEED = 1_000_000  # of the first caption; training draws from (1, i)
 
 
-def asked(task, held, count, first=0):
-    """`count` scenes whose captions are drawn; no two captions alike. Raises UserError when there are not so many."""
+def asked(task, held, count, first=0, colour=None):
+    """`count` scenes whose captions are drawn; no two captions alike. held, colour: see scenes.random_scene. Raises UserError when there are not so many."""
     found = {}
     for i in range(first, first + 50 * count):
-        scene = scenes.random_scene(np.random.default_rng((SEED, i)), task, held)
+        scene = scenes.random_scene(np.random.default_rng((SEED, i)), task, held, colour)
         found.setdefault(scene.caption, scene)
         if len(found) == count:
             return list(found.values())
     raise UserError(f"there are no {count} different captions of {task}; ask for fewer")
 
 
-def mixed(count, groups=(True,)):
+def mixed(count, groups=(True,), colour=None):
     """[(Scene, is it held out?)] of all tasks in turn. groups: True, False, or both in turn."""
     each, n = len(groups), len(scenes.TASKS)
     return [
-        (asked(scenes.TASKS[i // each % n], groups[i % each], 1, 10_000 * (i // each + 1))[0], groups[i % each])
+        (asked(scenes.TASKS[i // each % n], groups[i % each], 1, 10_000 * (i // each + 1), colour)[0], groups[i % each])
         for i in range(count)
     ]
 
@@ -84,13 +84,15 @@ def share(right, n):
     return {"right": right, "of": n, "share": right / n, "low": float(low), "high": float(high)}
 
 
-def score(sd, count=500, tasks=scenes.TASKS, **settings):
-    """{"seen" | "held-out": {task: share() and "wrong": {what: how many}, "parts": see judge()}}; settings: of Pipeline.generate."""
+def score(sd, count=500, tasks=scenes.TASKS, colour=None, **settings):
+    """{"seen" | "held-out": {task: share() and "wrong": {what: how many}, "parts": see judge()}}; settings: of Pipeline.generate.
+
+    colour: in place of the two groups one, named after it: the captions of scenes with that colour."""
     out = {}
-    for group, held in (("seen", False), ("held-out", True)):
+    for group, held in {colour: False}.items() if colour else (("seen", False), ("held-out", True)):
         out[group] = {}
         for task in tasks:
-            some = asked(task, held, count)
+            some = asked(task, held, count, colour=colour)
             pictures = draw(sd, [s.caption for s in some], say=f"{task}, {group}", **settings)
             wrong, parts = judge(pictures, [s.told for s in some])
             out[group][task] = share(wrong.count(None), len(some)) | {
@@ -107,18 +109,19 @@ def mean(scores):
 
 def table(scores):
     """Markdown."""
-    lines = ["| task | seen | held out | wrong in those held out |", "|---|---|---|---|"]
+    *_, last = scores
+    lines = [f"| task | {' | '.join(scores)} | wrong in {last} |", "|---|---|" + "---|" * len(scores)]
     cell = lambda s: f"{s['share']:.3f} ({s['low']:.3f}–{s['high']:.3f})"  # noqa: E731
-    for task, held in scores["held-out"].items():
-        wrong = ", ".join(f"{n} {what}" for what, n in sorted(held["wrong"].items(), key=lambda kv: -kv[1]))
-        lines.append(f"| {task} | {cell(scores['seen'][task])} | {cell(held)} | {wrong} |")
+    for task, asked_last in scores[last].items():
+        wrong = ", ".join(f"{n} {what}" for what, n in sorted(asked_last["wrong"].items(), key=lambda kv: -kv[1]))
+        lines.append(f"| {task} | {' | '.join(cell(tasks[task]) for tasks in scores.values())} | {wrong or 'none'} |")
     return "\n".join(lines)
 
 
-def sheet(sd, count=64, groups=(True,), **settings):
+def sheet(sd, count=64, groups=(True,), colour=None, **settings):
     """(pictures framed green where right and red where wrong; [(caption, what is wrong)]). groups: of captions that are held out or not, in turn;
     with both, those held out are marked."""
-    some = mixed(count, groups)
+    some = mixed(count, groups, colour)
     pictures = draw(sd, [s.caption for s, _ in some], say="sheet", **settings)
     wrong, _ = judge(pictures, [s.told for s, _ in some])
     framed = [ImageOps.expand(shown(p), 4, "#c0392b" if w else "#27ae60") for p, w in zip(pictures, wrong, strict=True)]
@@ -127,29 +130,31 @@ def sheet(sd, count=64, groups=(True,), **settings):
 
 
 def run(args):
-    from nanodiff import pipeline
+    from nanodiff import lora, pipeline
 
     if args.output_dir:
         out_dir(args.output_dir)
     sd = pipeline.load(args.model)
+    if args.lora:
+        lora.attach(sd.models(), lora.read(args.lora, sd.models()))
     settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
     if args.demo:
         picture, wrong = sheet(sd, 32, (False, True), **settings)
         images.save_png(picture, args.demo)
         print(f"the small world's sheet: {args.demo} ({sum(w is None for _, w in wrong)} of {len(wrong)} right)")
         return
-    scores = score(sd, args.captions, **settings)
+    scores = score(sd, args.captions, colour=args.colour, **settings)
     print(table(scores))
     if args.output_dir:
         write_json(args.output_dir / "score.json", scores)
-        picture, wrong = sheet(sd, **settings)
+        picture, wrong = sheet(sd, 64, (not args.colour,), args.colour, **settings)
         images.save_png(picture, args.output_dir / "sheet.png")
         print(
             f"the sheet: {args.output_dir / 'sheet.png'}; wrong in it:",
             *(f"{c} ({w})" for c, w in wrong if w),
             sep="\n  ",
         )
-    print(f"world-score: seen {mean(scores['seen']):.3f} held-out {mean(scores['held-out']):.3f}")
+    print("world-score:", *(f"{group} {mean(tasks):.3f}" for group, tasks in scores.items()))
 
 
 def main():
@@ -158,6 +163,10 @@ def main():
     parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--lora", help="a LoRA's file, drawn with")
+    parser.add_argument(
+        "--colour", choices=scenes.PAINTS, help="captions of scenes with it, in place of those seen and held out"
+    )
     parser.add_argument("--output-dir", type=Path, help="also write score.json and sheet.png there")
     parser.add_argument(
         "--demo", type=Path, help="draw only this sheet: 16 captions seen, 16 held out, which are marked"

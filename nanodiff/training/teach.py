@@ -300,7 +300,9 @@ def estimate(cfg, model, settings, side, dtype):
         return net(x, t, *condition).float().pow(2).mean()
 
     frozen = {n: m for n, m in meta.items() if n not in trained}
-    return plan.estimate(trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer)
+    return plan.estimate(
+        trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------

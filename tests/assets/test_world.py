@@ -239,6 +239,37 @@ def test_score_of_a_model_that_draws_exactly_and_of_one_that_does_not():
     assert picture.width > 8 * 128 and all(w is None for _, w in wrong) and len(wrong) == 10
 
 
+def test_a_ninth_colour_is_drawn_and_read_and_in_no_training_scene():
+    assert not set(scenes.NINTH) & {*scenes.COLOURS, *scenes.vocabulary()}
+    for task in scenes.TASKS:
+        for i in range(40):
+            scene = scenes.random_scene(np.random.default_rng((9, i)), task, colour="cyan")
+            colours = [t.kind.colour for t in scene.things]
+            assert colours[0] == "cyan" and (task != "count" or set(colours) == {"cyan"}) and "cyan" in scene.caption
+            assert len({t.kind for t in scene.things}) == (2 if task in ("binding", "relation") else 1)
+            assert reader.true_of(reader.read(np.asarray(scene.picture())), scene.told) is None, scene.caption
+            assert scenes.parse(scene.caption) is None  # no word of the grammar
+
+
+def test_score_of_a_colour_and_with_a_lora(tmp_path, monkeypatch, capsys):
+    from assets.world import score
+    from nanodiff import lora, pipeline
+
+    known = [s for task in scenes.TASKS for s in score.asked(task, False, 4, colour="cyan")]
+    known += [s for s, _ in score.mixed(64, (False,), "cyan")]
+    painter, given = Painter(known), []
+    painter.models = dict
+    monkeypatch.setattr(pipeline, "load", lambda name: painter)
+    monkeypatch.setattr(lora, "read", lambda path, models: path)
+    monkeypatch.setattr(lora, "attach", lambda models, found: given.append(found))
+    argv = ["score", "--captions", "4", "--colour", "cyan", "--lora", "a.safetensors", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    assert score.main() == 0 and given == ["a.safetensors"]
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "world-score: cyan 1.000" and "| task | cyan | wrong in cyan |" in out
+    assert set(json.loads((tmp_path / "score.json").read_text())) == {"cyan"}
+
+
 def test_captions_of_the_score_are_different_and_of_their_group():
     from assets.world import score
 
@@ -322,10 +353,10 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
     drawn = scenes.random_scene
 
-    def stopped(rng, task, held):
+    def stopped(rng, *more):
         if next(countdown) == 3:
             raise KeyboardInterrupt
-        return drawn(rng, task, held)
+        return drawn(rng, *more)
 
     countdown = iter(range(10))
     monkeypatch.setattr(scenes, "random_scene", stopped)
