@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano world world-score world-study ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -194,6 +194,19 @@ caption-demo: $(STAMP)  ## captions to pictures to a captioner, end to end, and 
 		--max-new-tokens 16 --batch-size 64 --output-dir $(CAPTION)/told > $(CAPTION)/told.tsv
 	$(PY) -m assets.nano.captions trip --model-file $(CAPTION)/captioner/checkpoints/last_checkpoint --output-dir $(CAPTION)
 	@echo "held-out pictures: $(CAPTION)/eval/report.html; there and back: $(CAPTION)/trip.png"
+
+book: $(STAMP)  ## the book as one page that needs no network (docs/book/)
+	$(PY) -m docs.book.make --output $(OUT)/book/book.html
+
+figures: $(STAMP)  ## draw the book's figures and compute its numbers anew
+	$(PY) -m docs.book.figures
+	$(PY) -m docs.book.papers > docs/papers.md
+
+exercise: $(STAMP)  ## N=3: the book's exercises of chapter 3, first their skeletons, then their tests
+	$(PY) -m docs.book.exercise $(N)
+
+solution: $(STAMP)  ## N=3: where the project has its own solutions
+	$(PY) -m docs.book.exercise $(N) --solution
 
 caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (half an hour)
 	$(PY) -m assets.nano.captions study --output-dir $(OUT)/caption-study

@@ -32,6 +32,32 @@ def pyplot():
     return plt
 
 
+def formula(latex):
+    """(outline as SVG path data, width, height, depth below the line) of a formula in mathtext's TeX, in units of the text's size, y down.
+    Raises UserError for what mathtext does not know, and without matplotlib."""
+    if pyplot() is None:
+        raise UserError('formulas are drawn by matplotlib: pip install "matplotlib>=3.8"')
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    size = text_to_path.FONT_SCALE  # points come in this size, whatever is asked for
+    font, text = FontProperties(size=size), f"${latex}$"
+    try:
+        points, codes = text_to_path.get_text_path(font, text, ismath=True)
+        width, height, depth = text_to_path.get_text_width_height_descent(text, font, ismath=True)
+    except ValueError as e:
+        raise UserError(f"formula {latex}: {str(e).strip().splitlines()[-1]}") from None
+    # matplotlib.path.Path's codes, and how many points each takes
+    pens = {1: ("M", 1), 2: ("L", 1), 3: ("Q", 2), 4: ("C", 3), 79: ("Z", 1)}
+    out, i = [], 0
+    while i < len(codes):
+        pen, many = pens[int(codes[i])]
+        some = points[i : i + many] if pen != "Z" else ()
+        out.append(pen + " ".join(f"{x / size:.3f} {(height - depth - y) / size:.3f}" for x, y in some))
+        i += many
+    return "".join(out), width / size, height / size, depth / size
+
+
 def losses(log, target_file, panels=("loss",), target=None):
     """metrics.jsonl -> a figure with a panel for each of the logged numbers that is there (with their running mean over a tenth
     of the lines, 50 at most) and one for the learning rate. target: a line in the panel of the KL divergence. Returns True when it was written."""
@@ -67,7 +93,7 @@ def losses(log, target_file, panels=("loss",), target=None):
                 axis.set_yscale("log")
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    _saved(plt, figure, target_file, None)
+    saved(plt, figure, target_file, None)
     return True
 
 
@@ -88,7 +114,7 @@ def curves(logs, target_file, name="unweighted_loss", window=50):
     axis.set_ylabel(f"{name.replace('_', ' ')}, of its first value")
     axis.set_yscale("log")
     axis.legend(fontsize=8)
-    _saved(plt, figure, target_file, None)
+    saved(plt, figure, target_file, None)
     return True
 
 
@@ -116,7 +142,7 @@ WIDEST = 60  # inches, of 100 dots
 FONT = 13  # points in the 100 dpi files: legible when they are shown at half their size
 
 
-def _saved(plt, figure, path, box="tight"):
+def saved(plt, figure, path, box="tight"):
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, dpi=100, bbox_inches=box)
@@ -167,7 +193,7 @@ def bars(path, groups, series, title="", ylabel=""):
     axis.set_title(title)
     if len(series) > 1:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncol=len(series), frameon=False, fontsize=FONT - 2)
-    return _saved(plt, figure, path)
+    return saved(plt, figure, path)
 
 
 def radar(path, axes, series, title=""):
@@ -187,7 +213,7 @@ def radar(path, axes, series, title=""):
     axis.set_ylim(0, 1)
     axis.set_title(title, pad=24)
     axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.1), frameon=False, fontsize=FONT - 2)
-    return _saved(plt, figure, path)
+    return saved(plt, figure, path)
 
 
 def lines(path, x, panels, xlabel, title=""):
@@ -214,7 +240,7 @@ def lines(path, x, panels, xlabel, title=""):
         axis.axis("off")
     if title:
         figure.suptitle(title)
-    return _saved(plt, figure, path)
+    return saved(plt, figure, path)
 
 
 def difference(path, a, b, labels, numbers):
@@ -246,7 +272,7 @@ def difference(path, a, b, labels, numbers):
     axes[1, 2].axis("off")
     text = "\n".join(f"{n.replace('_', ' ')}: {v:.4g}" for n, v in numbers.items() if v is not None)
     axes[1, 2].text(0, 1, text, va="top", fontsize=FONT - 1)
-    return _saved(plt, figure, path)
+    return saved(plt, figure, path)
 
 
 def table(path, header, rows, title=""):
@@ -264,7 +290,7 @@ def table(path, header, rows, title=""):
     made.set_fontsize(FONT - 1)
     made.scale(1, 1.7)
     axis.set_title(title)
-    return _saved(plt, figure, path)
+    return saved(plt, figure, path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The exercises' solutions: the project's own functions, called as the exercises say.
+
+SOLUTIONS[chapter][exercise] = (function, where the project has it)
+"""
+
+import torch
+
+from nanodiff.diffusion import objective, samplers, schedule
+from nanodiff.pipeline.guidance import Guidance
+
+SCHEDULE, SAMPLERS, GUIDANCE = (
+    "nanodiff/diffusion/schedule.py",
+    "nanodiff/diffusion/samplers.py",
+    "nanodiff/pipeline/guidance.py",
+)
+
+
+def _schedule(alpha_bar, **fields):
+    """A Schedule with these values of alpha_bar (a tensor [N] in (0, 1))."""
+    raw = {"num_train_timesteps": len(alpha_bar), "prediction_type": "epsilon"} | fields
+    sched = schedule.Schedule.from_config(raw, "DDPMScheduler")
+    sched.alphas_cumprod = alpha_bar
+    return sched
+
+
+def add_noise(x0, noise, alpha_bar):
+    return _schedule(alpha_bar).add_noise(x0, noise, torch.arange(len(alpha_bar)))
+
+
+def scaled_linear(n, start, end):
+    cfg = {
+        "num_train_timesteps": n,
+        "beta_start": start,
+        "beta_end": end,
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+    }
+    return (1 - schedule.betas_of(cfg)).cumprod(0)
+
+
+def zero_terminal_snr(alpha_bar):
+    before = torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    return (1 - schedule.zero_terminal_snr(1 - alpha_bar / before)).cumprod(0)
+
+
+def to_x0_eps(kind, p, x, a, s):
+    return schedule.split(kind, p, x, a, s)
+
+
+def v_target(x0, eps, alpha_bar):
+    sched = _schedule(torch.tensor([alpha_bar], dtype=x0.dtype), prediction_type="v_prediction")
+    return sched.target(x0[None], eps[None], torch.zeros(1, dtype=torch.long))[0]
+
+
+def angle(alpha_bar):
+    return alpha_bar.sqrt().acos()
+
+
+def min_snr_weight(kind, alpha_bar, gamma):
+    return objective.weight(_schedule(alpha_bar, prediction_type=kind), torch.arange(len(alpha_bar)), gamma)
+
+
+def _step(name, answer, x, bars, noise, **fields):
+    """One step of a sampler from bars[0] to bars[1], where the network's answer is known."""
+    sched = _schedule(
+        torch.tensor([bars[1], bars[0]], dtype=torch.float64), clip_sample=False, timestep_spacing="linspace", **fields
+    )
+    run = samplers.SAMPLERS[name].run
+    return next(run(lambda x, t: answer, x, sched, 2, noise)).x
+
+
+def ddim_step(x0, eps, alpha_bar_next):
+    here = 0.5 * alpha_bar_next  # any noisier place on the way through x0 and eps
+    sched = schedule.Schedule.from_config(
+        {"num_train_timesteps": 2, "clip_sample": False, "timestep_spacing": "linspace"}, "DDIMScheduler"
+    )
+    sched.alphas_cumprod = torch.tensor([alpha_bar_next, here], dtype=torch.float64)
+    x = here**0.5 * x0 + (1 - here) ** 0.5 * eps
+    return next(samplers.ddim(lambda x, t: eps, x, sched, 2, None)).x
+
+
+def _sigma_space(name, slope, x, sigmas):
+    """A σ-space sampler on any slope: a network whose guess is X - σ·slope, on a schedule with these σ."""
+    row = samplers.SAMPLERS[name]
+    bars = torch.tensor([1 / (s * s + 1) for s in reversed(sigmas[:-1])], dtype=torch.float64)
+    sched = schedule.Schedule.from_config({"num_train_timesteps": len(bars), "timestep_spacing": "linspace"}, row.kind)
+    sched.alphas_cumprod = bars
+    model = lambda x, t: slope(x * (1 + sigmas[-2 - round(t)] ** 2) ** 0.5, sigmas[-2 - round(t)])  # noqa: E731
+    return [step.x for step in row.run(model, x, sched, len(bars), None)][-1]
+
+
+def euler(slope, x, sigmas):
+    return _sigma_space("euler", slope, x, sigmas)
+
+
+def heun(slope, x, sigmas):
+    return _sigma_space("heun", slope, x, sigmas)
+
+
+def ddpm_step(x, x0, alpha_bar, alpha_bar_next, z):
+    return _step("ddpm", x0, x, (alpha_bar, alpha_bar_next), lambda: z, prediction_type="sample")
+
+
+class _Answers(Guidance):
+    """A pipeline whose network is known: the two answers, whatever it is asked."""
+
+    packs = replays = False
+    device, dtype = torch.device("cpu"), torch.float64
+    net = torch.nn.Identity()
+
+    def __init__(self, without, with_text):
+        self.both = torch.cat([without, with_text])
+
+    def joined(self, texts):
+        return type("Text", (), {"states": self.both, "pooled": None})
+
+    def condition(self, text, sizes, guided):
+        return ()
+
+    def shifts(self, times, added=None):
+        return {}
+
+    def replayed(self, rows):
+        return lambda x, t: self.both
+
+
+def _answer(without, with_text, scale, rescale=0.0):
+    model = _Answers(without, with_text).denoiser(None, "", scale, rescale)
+    return model(torch.zeros_like(without), 0).to(without.dtype)
+
+
+def guided(without, with_text, scale):
+    return _answer(without, with_text, scale)
+
+
+def rescaled(out, with_text, rescale):
+    return _answer(out, with_text, 0.0, rescale)  # at scale 0 what is guided is `out`
+
+
+def guided_bell(x, sigma, means, width, wanted, scale):
+    from docs.book.figures import Mixture
+
+    guess = lambda some: Mixture(some, width).clean(x[:, None], 1.0, sigma)[:, 0]  # noqa: E731
+    without, told = guess(tuple(means.tolist())), guess((means[wanted].item(),))
+    return without + scale * (told - without)
+
+
+SOLUTIONS = {
+    1: {
+        "add_noise": (add_noise, f"{SCHEDULE}: Schedule.add_noise"),
+        "scaled_linear": (scaled_linear, f"{SCHEDULE}: betas_of"),
+        "zero_terminal_snr": (zero_terminal_snr, f"{SCHEDULE}: zero_terminal_snr"),
+    },
+    2: {
+        "to_x0_eps": (to_x0_eps, f"{SCHEDULE}: split"),
+        "v_target": (v_target, f"{SCHEDULE}: Schedule.target"),
+        "angle": (angle, f"{SCHEDULE}: Schedule.coefficients"),
+        "min_snr_weight": (min_snr_weight, "nanodiff/diffusion/objective.py: weight"),
+    },
+    3: {
+        "ddim_step": (ddim_step, f"{SAMPLERS}: ddim"),
+        "euler": (euler, f"{SAMPLERS}: euler"),
+        "heun": (heun, f"{SAMPLERS}: heun"),
+        "ddpm_step": (ddpm_step, f"{SAMPLERS}: ddpm"),
+    },
+    4: {
+        "guided": (guided, f"{GUIDANCE}: Guidance.denoiser"),
+        "rescaled": (rescaled, f"{GUIDANCE}: Guidance.denoiser"),
+        "guided_bell": (guided_bell, "docs/book/figures.py: Mixture"),
+    },
+}
