@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from nanodiff import pipeline
 from nanodiff.config import UserError, read_json, tool
 from nanodiff.diffusion import samplers, schedule
 from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.models import layers
 from nanodiff.output import charts, images
 
 FOLDER = Path(__file__).parent
@@ -351,6 +353,193 @@ def scales(plt):
             if words == "red apple":
                 numbers[f"std-{scale}"] = f"{pixels.std():.2f}"
     return figure, numbers
+
+
+# -- 5 the UNet ----------------------------------------------------------------------------------------------
+
+
+@figure("05-times")
+def times(plt):
+    rows = layers.timestep_embedding(torch.arange(0, 1000, 4), 320)
+    alike = rows @ rows.T / (rows.norm(dim=1)[:, None] * rows.norm(dim=1))
+    figure, axis = plt.subplots(figsize=(4.6, 3.8))
+    drawn = axis.imshow(alike, extent=(0, 1000, 1000, 0), cmap="viridis", vmin=0)
+    figure.colorbar(drawn)
+    axis.set_xlabel("t")
+    axis.set_ylabel("t'")
+    return figure, {}
+
+
+def _without_last(many, module, given):
+    """A module's inputs, the last `many` channels of the first one set to 0."""
+    x, *more = given
+    return torch.cat([x[:, :-many], torch.zeros_like(x[:, -many:])], 1), *more
+
+
+@figure("05-skips")
+def skips(plt):
+    """The skip connections are the last channels of what the blocks of the way up are given."""
+    sd = nano()
+    blocks = [resnet for stage in sd.net.up_blocks for resnet in stage.resnets]  # coarse to fine
+    before, pictures = sd.net.mid_block.resnets[-1].conv2.out_channels, [("all", None)]
+    for i, block in enumerate(blocks):
+        pictures.append((f"without {len(blocks) - i}", (block, block.norm1.num_channels - before)))
+        before = block.conv2.out_channels
+    figure, axes = plt.subplots(1, 7, figsize=(11, 1.9))
+    for axis, (name, cut) in zip(axes.flat, [pictures[0], *pictures[:0:-1]], strict=False):
+        hook = None
+        if cut:
+            hook = cut[0].register_forward_pre_hook(partial(_without_last, cut[1]))
+        show(axis, sd.generate("red apple", seeds=[2], steps=20, guidance_scale=3.0).pixels[0], name)
+        if hook:
+            hook.remove()
+    return figure, {}
+
+
+# -- 6 attention ---------------------------------------------------------------------------------------------
+
+
+@figure("06-memory")
+def memory(plt):
+    sides = np.array([16, 32, 64, 96, 128])
+    heads, width, size = 8, 320, 2  # Stable Diffusion 1.x's finest level, in 16 bits
+    scores, tensors = heads * sides.astype(float) ** 4 * size / 1e6, 4 * sides.astype(float) ** 2 * width * size / 1e6
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    axis.loglog(sides, scores, color=RED, marker="s", linestyle="--", label="the scores")
+    axis.loglog(sides, tensors, color=BLUE, marker="o", label="q, k, v and o")
+    axis.set_xticks(sides, [f"{s}\u00b2" for s in sides])
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("latents of one picture")
+    axis.set_ylabel("MB of one layer")
+    axis.legend(fontsize=10)
+    return figure, {"scores": f"{scores[2]:.0f}", "tensors": f"{tensors[2]:.0f}"}
+
+
+@figure("06-looks")
+def looks(plt):
+    """The shares of the cross-attention, taken at the layers as the embedded model draws: mean over heads, at half of the way."""
+    sd, kept = nano(), {}
+    words = "red apple"
+    layer = [m for n, m in sd.net.named_modules() if n.endswith("attn2")][-1]
+
+    def watch(module, given):
+        x, kv = given
+        q, k = module.to_q(x), kv[0]
+        q, k = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (q, k))
+        kept["shares"] = (
+            (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[-1].mean(0)
+        )  # [L, S] of the guided half
+
+    hook, shares = layer.register_forward_pre_hook(watch), []
+    picture = sd.generate(
+        words, seeds=[2], steps=20, guidance_scale=3.0, on_step=lambda i, n, step: shares.append(kept["shares"])
+    ).pixels[0]
+    hook.remove()
+    at = shares[len(shares) // 2]
+    ids = sd.tokenizers[0]([words])[0]
+    side = int(len(at) ** 0.5)
+    figure, axes = plt.subplots(1, 3, figsize=(8, 2.9))
+    show(axes[0], picture, words)
+    for axis, place, word in zip(axes[1:], (1, 2), words.split(), strict=True):
+        axis.imshow(at[:, place].reshape(side, side), cmap="viridis")
+        axis.set_title(f"\u201c{word}\u201d", fontsize=11)
+        axis.axis("off")
+    assert ids[0] == sd.tokenizers[0].bos
+    return figure, {}
+
+
+@figure("06-online")
+def online(plt):
+    """Softmax of rows in blocks, the sums corrected when the maximum grows, or not; the error of what is known so far."""
+    g = torch.Generator().manual_seed(6)
+    scores, values, block = (
+        3 * torch.randn(64, 256, generator=g, dtype=torch.float64),
+        torch.randn(256, 8, generator=g, dtype=torch.float64),
+        16,
+    )
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    numbers = {}
+    for corrected, colour, dash in ((True, BLUE, "-"), (False, RED, "--")):
+        m, total, out, errors = torch.full((64, 1), -torch.inf, dtype=torch.float64), 0.0, 0.0, []
+        for start in range(0, 256, block):
+            s, v = scores[:, start : start + block], values[start : start + block]
+            after = torch.maximum(m, s.amax(1, keepdim=True))
+            old, p = (m - after).exp() if corrected else torch.ones_like(m), (s - after).exp()
+            total, out, m = old * total + p.sum(1, keepdim=True), old * out + p @ v, after
+            right = scores[:, : start + block].softmax(1) @ values[: start + block]
+            errors.append(((out / total - right).norm() / right.norm()).item())
+        axis.semilogy(
+            np.arange(1, 17) * block,
+            np.maximum(errors, 1e-17),
+            color=colour,
+            linestyle=dash,
+            label=("with" if corrected else "without") + " the correction",
+        )
+        numbers["right" if corrected else "wrong"] = f"{100 * errors[-1]:.0f}"
+    axis.set_xlabel("keys seen")
+    axis.set_ylabel("relative error")
+    axis.legend(fontsize=10)
+    return figure, numbers
+
+
+# -- 7 GroupNorm ---------------------------------------------------------------------------------------------
+
+
+@figure("07-variance")
+def variance(plt):
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    away = np.logspace(0, 5, 11)
+    short, chunks = [], []
+    for mean in away:
+        y = (x + mean).float()
+        right = y.double().var(unbiased=False).item()
+        short.append(abs((y.square().mean() - y.mean().square()).item() / right - 1))
+        parts = y.split(512)
+        near = torch.stack([p[:32].mean() for p in parts])  # a value near each part's own mean
+        d = torch.stack(parts) - near[:, None]
+        means, m2 = near + d.mean(1), d.square().sum(1) - d.sum(1).square() / 512
+        joined = (m2.sum() + 512 * (means - means.mean()).square().sum()) / 4096
+        chunks.append(abs(joined.item() / right - 1))
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    axis.loglog(
+        away,
+        np.maximum(short, 1e-9),
+        color=RED,
+        marker="s",
+        linestyle="--",
+        label="mean of squares minus square of the mean",
+    )
+    axis.loglog(away, np.maximum(chunks, 1e-9), color=BLUE, marker="o", label="chunks around their own means, joined")
+    axis.set_xlabel("mean, in standard deviations")
+    axis.set_ylabel("relative error of the variance")
+    axis.legend(fontsize=10)
+    return figure, {}
+
+
+@figure("07-wrong")
+def wrong_gradient(plt):
+    g = torch.Generator().manual_seed(8)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    figure, axis = plt.subplots(figsize=(5.6, 4.6))
+    angles, step = [], 1e-4
+    for i in range(60):
+        x, weight, dz = draw(16), draw(16), draw(16)
+        z = lambda u, w=weight, d=dz: (w * torch.nn.functional.layer_norm(u, u.shape) * d).sum()  # noqa: E731
+        u = x.clone().requires_grad_()
+        (right,) = torch.autograd.grad(z(u), u)
+        naive = weight * dz / x.std(unbiased=False)
+        angles.append(torch.rad2deg((right @ naive / right.norm() / naive.norm()).acos()).item())
+        for grad, colour, mark in ((naive, RED, "x"), (right, BLUE, "o")):
+            promised = step * (grad @ grad).item()
+            measured = (z(x + step * grad) - z(x)).item()
+            axis.loglog(promised, max(measured, 1e-9), mark, color=colour, markersize=5,
+                        label=("mean and deviation held" if mark == "x" else "the whole gradient") if i == 0 else None)  # fmt: skip
+    low, high = 3e-4, 3e-2
+    axis.plot([low, high], [low, high], color=BLACK, linewidth=0.8)
+    axis.set_xlabel("change that the gradient promises")
+    axis.set_ylabel("change measured")
+    axis.legend(fontsize=10)
+    return figure, {"angle": f"{np.mean(angles):.0f}"}
 
 
 # -- what came of it -----------------------------------------------------------------------------------------

@@ -3,9 +3,15 @@
 SOLUTIONS[chapter][exercise] = (function, where the project has it)
 """
 
+import numpy as np
 import torch
 
+import kernels
+from kernels.attention import attention_reference
+from kernels.group_norm import group_norm_reference
 from nanodiff.diffusion import objective, samplers, schedule
+from nanodiff.evaluation.metrics import Moments
+from nanodiff.models import layers
 from nanodiff.pipeline.guidance import Guidance
 
 SCHEDULE, SAMPLERS, GUIDANCE = (
@@ -13,6 +19,7 @@ SCHEDULE, SAMPLERS, GUIDANCE = (
     "nanodiff/diffusion/samplers.py",
     "nanodiff/pipeline/guidance.py",
 )
+ATTENTION, GROUP_NORM = "kernels/attention.py", "kernels/group_norm.py"
 
 
 def _schedule(alpha_bar, **fields):
@@ -145,6 +152,91 @@ def guided_bell(x, sigma, means, width, wanted, scale):
     return without + scale * (told - without)
 
 
+def time_embedding(t, dim):
+    return layers.timestep_embedding(t, dim)
+
+
+def resnet(x, shift, norm1, conv1, norm2, conv2, shortcut=None):
+    block = layers.ResnetBlock(conv1.in_channels, conv1.out_channels, 1, 1e-5)
+    block.norm1, block.conv1, block.conv2, block.conv_shortcut = norm1, conv1, conv2, shortcut
+    shifted = lambda h, t: norm2(h if t is None else h + t[:, :, None, None])  # noqa: E731
+    block.norm2 = _Called(shifted)
+    return block(x, shift=shift + conv1.bias)
+
+
+class _Called(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def u(x, down, middle, up):
+    """The order of UNet2DConditionModel.forward, without its tensors."""
+    kept = []
+    for level in down:
+        for block in level:
+            x = block(x)
+            kept.append(x)
+    x = middle(x)
+    for block in up:
+        x = block(x, kept.pop())
+    return x
+
+
+def attention(q, k, v):
+    return attention_reference(q[:, :, None], k[:, :, None], v[:, :, None])[0][:, :, 0]
+
+
+def _kernel(function, *tensors, **options):
+    """A kernel of the project on these tensors in 32 bits, by Triton's interpreter where there is no GPU; back in their type."""
+    with kernels.backend("triton"):
+        out = function(*(t.float() for t in tensors), **options)
+    return out.to(tensors[0].dtype)
+
+
+def _shares(rows, values):
+    """softmax(rows) @ values by the attention kernel: the queries are the rows, the keys the unit vectors."""
+    S = rows.shape[1]
+    wide = torch.nn.functional.pad(values, (0, S - values.shape[1]))  # values as wide as the queries
+    q, k, v = (t[None, :, None].contiguous() for t in (rows, torch.eye(S, dtype=rows.dtype), wide))
+    return _kernel(kernels.attention, q, k, v, scale=1.0)[0, :, 0, : values.shape[1]]
+
+
+def online_softmax(scores, values, block):
+    return _shares(scores, values)
+
+
+def softmax_rows(x):
+    return _shares(x, torch.eye(x.shape[1], dtype=x.dtype))
+
+
+def group_norm(x, groups, weight, bias, eps):
+    return group_norm_reference(x, groups, weight, bias, eps)
+
+
+def joined(counts, means, m2s):
+    total = Moments()
+    for count, mean, m2 in zip(counts.tolist(), means.tolist(), m2s.tolist(), strict=True):
+        part = Moments()
+        part.n, part.shift, part.sum, part.outer = count, np.array([mean]), np.zeros(1), np.array([[m2]])
+        total.merge(part)
+    m2 = total.covariance.item() * (total.n - 1)
+    return torch.tensor(total.mean.item(), dtype=means.dtype), torch.tensor(m2, dtype=means.dtype)
+
+
+def backward(x, weight, dz, eps):
+    """By the kernel's backward pass: one picture, one group, a pixel a channel."""
+    given = [t.detach().float().requires_grad_() for t in (x, weight, torch.zeros_like(weight))]
+    with kernels.backend("triton"):
+        z = kernels.group_norm(given[0][None, :, None, None], 1, given[1], given[2], eps)
+        found = torch.autograd.grad(z, given, dz.float()[None, :, None, None])
+    return tuple(g.to(x.dtype) for g in found)
+
+
+def rows_kernel(x, eps):
+    return _kernel(kernels.layer_norm, x[None], eps=eps)[0]
+
+
 SOLUTIONS = {
     1: {
         "add_noise": (add_noise, f"{SCHEDULE}: Schedule.add_noise"),
@@ -167,5 +259,21 @@ SOLUTIONS = {
         "guided": (guided, f"{GUIDANCE}: Guidance.denoiser"),
         "rescaled": (rescaled, f"{GUIDANCE}: Guidance.denoiser"),
         "guided_bell": (guided_bell, "docs/book/figures.py: Mixture"),
+    },
+    5: {
+        "time_embedding": (time_embedding, "nanodiff/models/layers.py: timestep_embedding"),
+        "resnet": (resnet, "nanodiff/models/layers.py: ResnetBlock.forward"),
+        "u": (u, "nanodiff/models/unet.py: UNet2DConditionModel.forward"),
+    },
+    6: {
+        "attention": (attention, f"{ATTENTION}: attention_reference"),
+        "online_softmax": (online_softmax, f"{ATTENTION}: _forward_blocks"),
+        "softmax_rows": (softmax_rows, f"{ATTENTION}: _forward_short"),
+    },
+    7: {
+        "group_norm": (group_norm, f"{GROUP_NORM}: group_norm_reference"),
+        "joined": (joined, f"{GROUP_NORM}: _join"),
+        "backward": (backward, f"{GROUP_NORM}: _whole_backward"),
+        "rows_kernel": (rows_kernel, "kernels/norms.py: _norm_forward"),
     },
 }
