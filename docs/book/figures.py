@@ -22,8 +22,10 @@ from nanodiff import pipeline
 from nanodiff.config import UserError, read_json, tool
 from nanodiff.diffusion import samplers, schedule
 from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.lora import adapters
 from nanodiff.models import layers
 from nanodiff.output import charts, images
+from nanodiff.text import tokenizer
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -542,6 +544,165 @@ def wrong_gradient(plt):
     return figure, {"angle": f"{np.mean(angles):.0f}"}
 
 
+# -- 8 the VAE ----------------------------------------------------------------------------------------------
+
+
+@figure("08-latents")
+def latents(plt):
+    sd, pixels = nano(), emoji("red apple")[None]
+    with torch.no_grad():
+        z = sd.encode_pixels(pixels, torch.zeros)
+        back = sd.decode(z)
+    figure, axes = plt.subplots(1, 6, figsize=(11, 2.1))
+    show(axes[0], pixels[0], "the picture")
+    show(axes[1], back[0], "back again")
+    for i, axis in enumerate(axes[2:]):
+        axis.imshow(z[0, i], cmap="gray")
+        axis.set_title(f"channel {i + 1}", fontsize=11)
+        axis.axis("off")
+    return figure, {}
+
+
+@figure("08-unscaled")
+def unscaled(plt):
+    sd, pixels = nano(), emoji("red apple")[None]
+    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.4))
+    with torch.no_grad():
+        z = sd.encode_pixels(pixels, torch.zeros)
+        for axis, factor, name in zip(
+            axes, (1.0, 0.18215, 5.49), ("right", "not divided by the scale", "divided twice"), strict=True
+        ):
+            show(axis, sd.decode(z * factor)[0], name)
+    return figure, {}
+
+
+# -- 9 words -------------------------------------------------------------------------------------------------
+
+
+@figure("09-pieces")
+def pieces(plt):
+    with tarfile.open(ROOT / "assets/emoji/emoji.tar") as tar:
+        captions = [tar.extractfile(m).read().decode().strip() for m in tar if m.name.endswith(".txt")]
+    sizes, means = (520, 600, 700, 900, 1200, 1500), []
+    for size in sizes:
+        tok = tokenizer.train_bpe(captions, size, 77)
+        means.append(float(np.mean([len(tok.pieces(c)) for c in captions])))
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    axis.plot(sizes, means, color=BLUE, marker="o")
+    axis.set_xlabel("pieces in the vocabulary")
+    axis.set_ylabel("pieces of a caption, mean")
+    axis.set_ylim(0)
+    return figure, {
+        "small": str(sizes[0]),
+        "large": str(sizes[-1]),
+        "small-pieces": f"{means[0]:.1f}",
+        "large-pieces": f"{means[-1]:.1f}",
+    }
+
+
+# -- 11 flow matching ----------------------------------------------------------------------------------------
+
+
+@figure("11-ways")
+def ways(plt):
+    data, z = Mixture(), torch.linspace(-2, 2, 13, dtype=torch.float64)[:, None]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, (name, title) in zip(axes, (("flow_euler", "the line"), ("ddim", "the circle")), strict=True):
+        path = torch.cat(made(name, 50, z, data), 1)
+        axis.plot(np.linspace(0, 1, 51), path.T, color=BLUE, linewidth=0.8)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("from noise to data")
+    return figure, {}
+
+
+@figure("11-shift")
+def shift(plt):
+    figure, axis = plt.subplots(figsize=(8, 2.6))
+    row, numbers = samplers.SAMPLERS["flow_euler"], {}
+    for i, (amount, colour) in enumerate(zip((1.0, 3.0, 6.0), (BLUE, ORANGE, RED), strict=True)):
+        sched = schedule.Schedule.from_config({"shift": amount}, row.kind)
+        sigmas = samplers.flow_sigmas(sched, 20)
+        axis.plot(sigmas, [-i] * len(sigmas), "|", color=colour, markersize=18, markeredgewidth=2)
+    axis.set_yticks([0, -1, -2], ["shift 1", "shift 3", "shift 6"])
+    axis.set_ylim(-2.6, 0.6)
+    axis.invert_xaxis()
+    axis.set_xlabel("σ, from noise to picture")
+    bell, z = Mixture((0.3,), 0.5), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for name, amount in (("even", 1.0), ("shifted", 3.0)):
+        sched = schedule.Schedule.from_config({"shift": amount}, row.kind)
+        end = [step.x for step in row.run(bell(sched), z, sched, 6, None)][-1]
+        numbers[name] = (
+            f"{(end - (0.3 + 0.5 * z)).abs().max().item():.2f}"  # the exact way: noise of variance 1 to the bell
+        )
+    return figure, numbers
+
+
+# -- 12 LoRA -------------------------------------------------------------------------------------------------
+
+
+def _learned_change():
+    """(the change [64, 64] that a layer has learned from inputs of few directions, one of random numbers of the same length)"""
+    g = torch.Generator().manual_seed(12)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    directions = draw(64, 64) * 0.7 ** torch.arange(
+        64, dtype=torch.float64
+    )  # data: a few strong directions, many weak ones
+    x, goal, change = draw(2000, 64) @ directions.T / 4, draw(64, 64) / 8, torch.zeros(64, 64, dtype=torch.float64)
+    for _ in range(100):  # gradient descent towards the goal's outputs
+        change -= 0.05 * (x @ (change - goal).T).T @ x / len(x)
+    random = draw(64, 64)
+    return change, random * change.norm() / random.norm()
+
+
+@figure("12-rank")
+def rank(plt):
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    numbers = {}
+    for name, change, colour, dash in zip(
+        ("learned", "random"), _learned_change(), (BLUE, RED), ("-", "--"), strict=True
+    ):
+        values = torch.linalg.svdvals(change)
+        missing = [(values[r:].norm() / values.norm()).item() for r in range(65)]
+        axis.plot(missing, color=colour, linestyle=dash, label=name)
+        numbers[name] = f"{100 * missing[8]:.0f}"
+    axis.set_xlabel("rank kept, of 64")
+    axis.set_ylabel("missing, of its length")
+    axis.legend(fontsize=10)
+    return figure, numbers
+
+
+@figure("12-begin")
+def begin(plt):
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    for name, spread, colour, dash in (("zero", 0.0, BLUE, "-"), ("random", 1.0, RED, "--")):
+        torch.manual_seed(3)
+        net = torch.nn.Linear(64, 64, bias=False).double()
+        x = torch.randn(512, 64, dtype=torch.float64)
+        goal = (
+            x
+            @ (
+                net.weight.detach()
+                + torch.randn(64, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64) / 32
+            ).T
+        )
+        adapters.adapt(net_ := torch.nn.ModuleDict({"to_q": net}), rank=4)
+        net_.double()
+        if spread:
+            torch.nn.init.normal_(net.lora_B.weight, std=spread)
+        optimizer, errors = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-3), []
+        for _ in range(300):
+            loss = (net(x) - goal).square().mean()
+            errors.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        axis.semilogy(errors, color=colour, linestyle=dash, label=f"B begins at {name}")
+    axis.set_xlabel("update")
+    axis.set_ylabel("squared error")
+    axis.legend(fontsize=10)
+    return figure, {}
+
+
 # -- what came of it -----------------------------------------------------------------------------------------
 
 
@@ -570,7 +731,7 @@ def run(args):
         drawn, numbers[name] = FIGURES[name](plt)
         charts.saved(plt, drawn, out_dir(FOLDER / "figures") / f"{name}.png")
         print(f"{name}: {json.dumps(numbers[name], ensure_ascii=False)}", flush=True)
-    write_json(NUMBERS, {name: numbers[name] for name in FIGURES if name in numbers})
+        write_json(NUMBERS, {known: numbers[known] for known in FIGURES if known in numbers})
     for chapter in markdown.chapters(FOLDER):
         text = chapter.read_text(encoding="utf-8")
         if (filled := fill(text, numbers)) != text:

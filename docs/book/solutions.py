@@ -3,7 +3,11 @@
 SOLUTIONS[chapter][exercise] = (function, where the project has it)
 """
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
+import tokenizers
 import torch
 
 import kernels
@@ -11,15 +15,18 @@ from kernels.attention import attention_reference
 from kernels.group_norm import group_norm_reference
 from nanodiff.diffusion import objective, samplers, schedule
 from nanodiff.evaluation.metrics import Moments
-from nanodiff.models import layers
+from nanodiff.lora import format as lora_format
+from nanodiff.lora import reading, running, tools
+from nanodiff.models import layers, vae
 from nanodiff.pipeline.guidance import Guidance
+from nanodiff.text import prompt, tokenizer
 
 SCHEDULE, SAMPLERS, GUIDANCE = (
     "nanodiff/diffusion/schedule.py",
     "nanodiff/diffusion/samplers.py",
     "nanodiff/pipeline/guidance.py",
 )
-ATTENTION, GROUP_NORM = "kernels/attention.py", "kernels/group_norm.py"
+ATTENTION, GROUP_NORM, TOKENIZER = "kernels/attention.py", "kernels/group_norm.py", "nanodiff/text/tokenizer.py"
 
 
 def _schedule(alpha_bar, **fields):
@@ -237,6 +244,138 @@ def rows_kernel(x, eps):
     return _kernel(kernels.layer_norm, x[None], eps=eps)[0]
 
 
+def kl(mean, logvar):
+    return objective.kl(mean, logvar).sum(1)
+
+
+class _Vae(vae.AutoencoderKL):
+    """A VAE whose encoder is known: the moments, whatever the pixels; its decoder hands back what it is given."""
+
+    def __init__(self, moments=None, scale=1.0, shift=0.0):
+        torch.nn.Module.__init__(self)
+        self.moments = moments
+        self.cfg = SimpleNamespace(scaling_factor=scale, shift_factor=shift, latent_channels=4)
+
+    def encode_moments(self, pixels):
+        return self.moments if self.moments else (pixels, torch.zeros_like(pixels))
+
+    def decode_raw(self, z):
+        return z
+
+
+def sample(mean, logvar, noise):
+    return _Vae((mean, logvar)).encode(None, noise)
+
+
+def to_latents(z, scale, shift=0.0):
+    return _Vae(None, scale, shift).encode(z)
+
+
+def to_z(latents, scale, shift=0.0):
+    return _Vae(None, scale, shift).decode(latents)
+
+
+def measured_scale(parts):
+    """By chapter 7's merging."""
+    total = Moments()
+    for part in parts:
+        total.merge(Moments().add(part.reshape(-1, 1).numpy()))
+    return total.covariance.item() ** -0.5
+
+
+def merge(parts, pair):
+    return tokenizer._merge(parts, pair)
+
+
+END = "</w>"
+
+
+def learn(words, n):
+    texts = ["".join(parts).removesuffix(END) for parts, many in words.items() for _ in range(many)]
+    tok = tokenizer.train_bpe(texts, 514 + n, 77)
+    merges = json.loads(tok.backend.to_str())["model"]["merges"]
+    return [tuple(pair if isinstance(pair, list) else pair.split()) for pair in merges]
+
+
+def encode(parts, merges):
+    """By the tokenizers library, whose merges rank by place."""
+    known = dict.fromkeys([*parts, *(piece for pair in merges for piece in (*pair, "".join(pair)))])
+    names = dict(enumerate(known))
+    model = tokenizers.models.BPE({piece: i for i, piece in names.items()}, [tuple(m) for m in merges],
+                                  **({"end_of_word_suffix": END} if parts[-1].endswith(END) else {}))  # fmt: skip
+    return [names[t.id] for t in model.tokenize("".join(parts).removesuffix(END))]
+
+
+class _Row:
+    """As much of a CLIPTokenizer as chunks() asks for; its text is a list of ids."""
+
+    def __init__(self, bos, eos, pad, length):
+        self.bos, self.eos, self.pad, self.length = bos, eos, pad, length
+
+    def pieces(self, text):
+        return [-1] if text == "," else text
+
+
+def row(ids, bos, eos, pad, length):
+    filled, _ = prompt.chunks(_Row(bos, eos, pad, length), ids)[0]
+    return filled, max(0, len(ids) - (length - 2))
+
+
+def _flow(shift=1.0):
+    return schedule.Schedule.from_config({"shift": shift}, "FlowMatchEulerDiscreteScheduler")
+
+
+def mix(x0, noise, sigma):
+    return _flow().add_noise(x0, noise, sigma * 1000)
+
+
+def velocity(x0, noise):
+    return _flow().target(x0, noise, None)
+
+
+def shifted(sigma, shift):
+    values = samplers.flow_sigmas(_flow(shift), len(sigma), grid=sigma.tolist())[:-1]
+    return torch.tensor(values, dtype=sigma.dtype)
+
+
+def unshifted(sigma, shift):
+    """Shifting by the inverse factor."""
+    return shifted(sigma, 1 / shift)
+
+
+def logit_normal_density(sigma, mean, std):
+    normal = torch.distributions.Normal(torch.tensor(mean, dtype=sigma.dtype), std)
+    moved = torch.distributions.TransformedDistribution(normal, [torch.distributions.SigmoidTransform()])
+    return moved.log_prob(sigma).exp()
+
+
+def _delta(A, B, alpha):
+    return lora_format.Delta("unet", "0", A, B, alpha / len(A))
+
+
+def forward(x, W, A, B, alpha):
+    layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False).to(W.dtype)
+    layer.weight.data = W
+    running.attach({"unet": torch.nn.Sequential(layer)}, lora_format.Lora("", [_delta(A, B, alpha)], []))
+    return layer(x).detach()
+
+
+def fused(W, A, B, alpha):
+    return W + _delta(A, B, alpha).matrix(W.shape).to(W.dtype)
+
+
+def best(delta, r):
+    found = tools._nearest("unet", "0", delta, r)
+    return found.down, found.up
+
+
+def strength(layer_alpha, header_alpha, rank):
+    parts = {lora_format.DOWN: torch.zeros(rank, 1)} | (
+        {} if layer_alpha is None else {"alpha": torch.tensor(layer_alpha)}
+    )
+    return reading._scale("", ("unet", "0"), parts, {} if header_alpha is None else {"": {"lora_alpha": header_alpha}})
+
+
 SOLUTIONS = {
     1: {
         "add_noise": (add_noise, f"{SCHEDULE}: Schedule.add_noise"),
@@ -275,5 +414,31 @@ SOLUTIONS = {
         "joined": (joined, f"{GROUP_NORM}: _join"),
         "backward": (backward, f"{GROUP_NORM}: _whole_backward"),
         "rows_kernel": (rows_kernel, "kernels/norms.py: _norm_forward"),
+    },
+    8: {
+        "kl": (kl, "nanodiff/diffusion/objective.py: kl"),
+        "sample": (sample, "nanodiff/models/vae.py: AutoencoderKL.encode"),
+        "to_latents": (to_latents, "nanodiff/models/vae.py: AutoencoderKL.encode"),
+        "to_z": (to_z, "nanodiff/models/vae.py: AutoencoderKL.decode"),
+        "measured_scale": (measured_scale, "nanodiff/stories/vae.py: latent_scale"),
+    },
+    9: {
+        "merge": (merge, f"{TOKENIZER}: _merge"),
+        "learn": (learn, f"{TOKENIZER}: train_bpe"),
+        "encode": (encode, f"{TOKENIZER}: _bpe"),
+        "row": (row, "nanodiff/text/prompt.py: chunks"),
+    },
+    11: {
+        "mix": (mix, f"{SCHEDULE}: Schedule.add_noise"),
+        "velocity": (velocity, f"{SCHEDULE}: Schedule.target"),
+        "shifted": (shifted, f"{SAMPLERS}: flow_sigmas"),
+        "unshifted": (unshifted, f"{SAMPLERS}: flow_sigmas"),
+        "logit_normal_density": (logit_normal_density, "nanodiff/diffusion/objective.py: timesteps"),
+    },
+    12: {
+        "forward": (forward, "nanodiff/lora/running.py: Attached"),
+        "fused": (fused, "nanodiff/lora/running.py: Fused"),
+        "best": (best, "nanodiff/lora/tools.py: extract"),
+        "strength": (strength, "nanodiff/lora/reading.py: _scale"),
     },
 }

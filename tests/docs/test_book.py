@@ -60,6 +60,10 @@ CLOSED = [
     "06-online",
     "07-variance",
     "07-wrong",
+    "09-pieces",
+    "11-shift",
+    "12-rank",
+    "12-begin",
 ]
 
 
