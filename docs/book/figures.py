@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from docs.book import markdown
 from nanodiff import pipeline
 from nanodiff.config import UserError, read_json, tool
 from nanodiff.diffusion import samplers, schedule
+from nanodiff.evaluation import metrics, similarity
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.lora import adapters
 from nanodiff.models import layers
@@ -600,6 +601,22 @@ def pieces(plt):
     }
 
 
+# -- 10 SDXL -------------------------------------------------------------------------------------------------
+
+
+@figure("10-sizes")
+def sizes(plt):
+    rows = layers.timestep_embedding(torch.arange(128, 2049, 16), 256)
+    alike = rows @ rows.T / (rows.norm(dim=1)[:, None] * rows.norm(dim=1))
+    figure, axis = plt.subplots(figsize=(4.6, 3.8))
+    figure.colorbar(axis.imshow(alike, extent=(128, 2048, 2048, 128), cmap="viridis", vmin=0))
+    axis.set_xlabel("height")
+    axis.set_ylabel("another height")
+    six = layers.timestep_embedding(torch.tensor([1024, 1024, 0, 0, 1024, 1024]), 256)
+    right, exchanged = six.flatten(), six.view(6, 2, 128).transpose(0, 1).flatten()  # all cosines, then all sines
+    return figure, {"moved": f"{100 * (right != exchanged).float().mean():.0f}"}
+
+
 # -- 11 flow matching ----------------------------------------------------------------------------------------
 
 
@@ -699,6 +716,136 @@ def begin(plt):
         axis.semilogy(errors, color=colour, linestyle=dash, label=f"B begins at {name}")
     axis.set_xlabel("update")
     axis.set_ylabel("squared error")
+    axis.legend(fontsize=10)
+    return figure, {}
+
+
+# -- 13 fewer steps ------------------------------------------------------------------------------------------
+
+
+@figure("13-few")
+def few(plt):
+    data, z = Mixture(), torch.randn(4000, 1, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.4), sharey=True)
+    for axis, n in zip(axes, (1, 2, 4, 16), strict=True):
+        axis.hist(made("ddim", n, z, data)[-1].flatten(), bins=60, range=(-1.8, 1.8), color=BLUE)
+        axis.set_title(f"{n} step{'s' * (n > 1)}", fontsize=11)
+        axis.set_yticks([])
+    return figure, {}
+
+
+# -- 14 measuring --------------------------------------------------------------------------------------------
+
+
+@figure("14-bias")
+def bias(plt):
+    rng = np.random.default_rng(14)
+    counts, fids, kids = (100, 200, 400, 800, 1600, 3200), [], []
+    for n in counts:
+        a, b = rng.normal(size=(2, n, 64))
+        fids.append(metrics.fid(a, b))
+        kids.append(metrics.kid(a, b, subsets=20, size=min(n, 800))[0].value)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for axis, values, name, colour in zip(axes, (fids, kids), ("FID", "KID"), (RED, BLUE), strict=True):
+        axis.semilogx(counts, values, color=colour, marker="o")
+        axis.axhline(0, color=BLACK, linewidth=0.8)
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("pictures in each set")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_xticks(counts, [str(n) for n in counts])
+    axes[1].set_ylim(-0.2, 0.2)
+    return figure, {"fid-100": f"{fids[0]:.0f}", "fid-3200": f"{fids[-1]:.1f}"}
+
+
+@figure("14-ssim")
+def what_ssim_says(plt):
+    picture = np.asarray(images.to_pil(emoji("red apple")[None])[0])
+    shifted = np.roll(picture, 2, axis=1)
+    blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.5)))
+    figure, axes = plt.subplots(1, 3, figsize=(7, 2.5))
+    numbers = {}
+    for axis, name, shown in zip(axes, ("the picture", "shifted", "blurred"), (picture, shifted, blurred), strict=True):
+        value = similarity.ssim(similarity.grey(picture), similarity.grey(shown))
+        axis.imshow(shown, interpolation="nearest")
+        axis.set_title(f"{name}: {value:.2f}", fontsize=11)
+        axis.axis("off")
+        numbers[name.split()[-1]] = f"{value:.2f}"
+    return figure, numbers
+
+
+# -- 15 a captioner ------------------------------------------------------------------------------------------
+
+
+@figure("15-cache")
+def cache(plt):
+    words, before = np.arange(1, 61), 200
+    without = np.cumsum(before + words - 1)  # places that go through the network
+    kept = before + words - 1
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    axis.semilogy(words, without, color=RED, linestyle="--", label="without a cache")
+    axis.semilogy(words, kept, color=BLUE, label="with it")
+    axis.set_xlabel("words written")
+    axis.set_ylabel("places computed")
+    axis.legend(fontsize=10)
+    return figure, {"words": "60", "ratio": f"{without[-1] / kept[-1]:.0f}"}
+
+
+# -- 16 systems ----------------------------------------------------------------------------------------------
+
+
+@figure("16-formats")
+def formats(plt):
+    x = torch.logspace(-9, 6, 400, dtype=torch.float64)
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    for dtype, name, colour, dash in zip(
+        (torch.float16, torch.bfloat16, torch.float32),
+        ("fp16", "bf16", "fp32"),
+        (RED, ORANGE, BLUE),
+        charts.DASHES,
+        strict=False,
+    ):
+        info = torch.finfo(dtype)
+        gap = (
+            torch.maximum(
+                info.eps * 2.0 ** x.log2().floor(), torch.tensor(info.smallest_normal * info.eps, dtype=torch.float64)
+            )
+            / x
+        )
+        gap[x > info.max] = torch.nan
+        axis.loglog(x, gap, color=colour, linestyle=dash, label=name)
+    axis.set_xlabel("a number")
+    axis.set_ylabel("gap to the next, relative")
+    axis.legend(fontsize=10)
+    return figure, {"bf16": f"{100 * torch.finfo(torch.bfloat16).eps:.2f}"}
+
+
+@figure("16-resume")
+def resume(plt):
+    """The same run three times: through, stopped and resumed whole, stopped and resumed without the optimizer's state."""
+    g = torch.Generator().manual_seed(16)
+    x = torch.randn(4096, 32, generator=g)
+    goal = torch.tanh(x @ torch.randn(32, 8, generator=g) / 4)
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+    for name, forget, colour, dash in (
+        ("never stopped, or resumed whole", False, BLUE, "-"),
+        ("without the optimizer's state", True, RED, "--"),
+    ):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.SiLU(), torch.nn.Linear(64, 8))
+        new = lambda n=net: torch.optim.Adam(n.parameters(), lr=1e-2, betas=(0.9, 0.999))  # noqa: E731
+        optimizer, errors = new(), []
+        for step in range(300):
+            if step == 200 and forget:
+                optimizer = new()
+            rows = torch.from_numpy(np.random.default_rng((16, step)).integers(0, 4096, 256))
+            loss = (net(x[rows]) - goal[rows]).square().mean()
+            errors.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        axis.semilogy(range(150, 300), errors[150:], color=colour, linestyle=dash, label=name)
+    axis.set_xlabel("update")
+    axis.set_ylabel("loss")
     axis.legend(fontsize=10)
     return figure, {}
 

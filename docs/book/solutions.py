@@ -13,19 +13,26 @@ import torch
 import kernels
 from kernels.attention import attention_reference
 from kernels.group_norm import group_norm_reference
-from nanodiff.diffusion import objective, samplers, schedule
+from kernels.norms import qk_norm_rope_reference
+from nanodiff import files
+from nanodiff.diffusion import fewstep, objective, samplers, schedule
+from nanodiff.evaluation import metrics
 from nanodiff.evaluation.metrics import Moments
 from nanodiff.lora import format as lora_format
 from nanodiff.lora import reading, running, tools
-from nanodiff.models import layers, vae
+from nanodiff.models import layers, llm, vae
+from nanodiff.pipeline import conditions
 from nanodiff.pipeline.guidance import Guidance
-from nanodiff.text import prompt, tokenizer
+from nanodiff.pipeline.sdxl import SDXL
+from nanodiff.text import prompt, textgen, tokenizer
+from nanodiff.training import loader
 
 SCHEDULE, SAMPLERS, GUIDANCE = (
     "nanodiff/diffusion/schedule.py",
     "nanodiff/diffusion/samplers.py",
     "nanodiff/pipeline/guidance.py",
 )
+FEWSTEP = "nanodiff/diffusion/fewstep.py"
 ATTENTION, GROUP_NORM, TOKENIZER = "kernels/attention.py", "kernels/group_norm.py", "nanodiff/text/tokenizer.py"
 
 
@@ -376,6 +383,88 @@ def strength(layer_alpha, header_alpha, rank):
     return reading._scale("", ("unet", "0"), parts, {} if header_alpha is None else {"": {"lora_alpha": header_alpha}})
 
 
+def sizes(original, crop, target):
+    given = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
+    return SDXL.size_ids(SimpleNamespace(device="cpu"), 1, *target, given)[1].tolist()
+
+
+def added(pooled, six, embed):
+    """UNet2DConditionModel.embed's lines."""
+    return torch.cat([pooled, embed(six.flatten()).view(len(pooled), -1)], dim=-1)
+
+
+def states(first, second, clip_skip=0):
+    pick = conditions._penultimate(clip_skip)
+    return torch.cat([pick(first), pick(second)], -1)
+
+
+def _between(a, s, a1, s1):
+    """A Schedule whose times 1 and 0 have these coefficients."""
+    return _schedule(torch.tensor([a1 * a1, a * a], dtype=torch.float64), prediction_type="sample")
+
+
+def jump(x, x0, a, s, a1, s1):
+    there, here = torch.zeros(len(x)), torch.ones(len(x))
+    return fewstep.jump(_between(a, s, a1, s1), lambda x, t: x0, x, here, there)
+
+
+def target(x, end, a, s, a1, s1):
+    """The guess for which the student's error is 0: found from progressive()'s gradient, which is linear in it."""
+    return (end - s1 / s * x) / (a1 - s1 / s * a)
+
+
+def consistency_loss(student, teacher_jump, x):
+    got = student(x)
+    with torch.no_grad():
+        want = student(teacher_jump(x))
+    return (got - want).square().mean()
+
+
+def fid(a, b):
+    return metrics.fid(a, b)
+
+
+def kid(a, b):
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    return metrics.mmd(kernel(a, a), kernel(b, b), kernel(a, b))
+
+
+def precision(real, generated, k):
+    return metrics.prdc(real, generated, k)["precision"]
+
+
+def rope(x, places):
+    angles = places[:, None] * 10000.0 ** (-2 * torch.arange(x.shape[-1] // 2) / x.shape[-1])
+    return qk_norm_rope_reference(x, cos=angles.cos()[None], sin=angles.sin()[None])
+
+
+class Cache:
+    def __init__(self):
+        self.kept = llm.KeyValues(0, 64)
+
+    def attend(self, q, k, v):
+        keys, values = self.kept.add(k, v)
+        return kernels.attention(q, keys, values, causal=True)
+
+
+def nucleus(logits, p):
+    return textgen.adjusted(logits, textgen.Chance(top_p=p))
+
+
+def write_whole(path, data):
+    files.write_bytes(path, data)
+
+
+def noise(seed, indices, shape):
+    return objective.draw(seed, "noise", indices, lambda g: torch.randn(shape, generator=g))
+
+
+def shares(n, processes):
+    plan = SimpleNamespace(update=lambda step: (0, list(range(n))))
+    found = [loader.Plan.shares(plan, 0, 1, processes, rank)[0] for rank in range(processes)]
+    return [(indices.start, len(indices), len(indices) / total) for indices, _, total in found]
+
+
 SOLUTIONS = {
     1: {
         "add_noise": (add_noise, f"{SCHEDULE}: Schedule.add_noise"),
@@ -441,4 +530,30 @@ SOLUTIONS = {
         "best": (best, "nanodiff/lora/tools.py: extract"),
         "strength": (strength, "nanodiff/lora/reading.py: _scale"),
     },
+    10: {
+        "sizes": (sizes, "nanodiff/pipeline/sdxl.py: SDXL.size_ids"),
+        "added": (added, "nanodiff/models/unet.py: UNet2DConditionModel.embed"),
+        "states": (states, "nanodiff/pipeline/sdxl.py: SDXL.encode_uniques"),
+    },
+    13: {
+        "jump": (jump, f"{FEWSTEP}: jump"),
+        "target": (target, f"{FEWSTEP}: progressive"),
+        "consistency_loss": (consistency_loss, f"{FEWSTEP}: consistency"),
+    },
+    14: {
+        "fid": (fid, "nanodiff/evaluation/metrics.py: fid"),
+        "kid": (kid, "nanodiff/evaluation/metrics.py: mmd"),
+        "precision": (precision, "nanodiff/evaluation/metrics.py: prdc"),
+    },
+    15: {
+        "rope": (rope, "kernels/norms.py: qk_norm_rope_reference"),
+        "Cache": (Cache, "nanodiff/models/llm.py: KeyValues"),
+        "nucleus": (nucleus, "nanodiff/text/textgen.py: adjusted"),
+    },
+    16: {
+        "write_whole": (write_whole, "nanodiff/files.py: write_file"),
+        "noise": (noise, "nanodiff/diffusion/objective.py: draw"),
+        "shares": (shares, "nanodiff/training/loader.py: Plan.shares"),
+    },
 }
+SOLUTIONS = dict(sorted(SOLUTIONS.items()))
