@@ -21,6 +21,8 @@ projection [B, L, 3, N, K].
 
 Shapes: q, o [B, L, N, K]; k, v [B, S, M, K] with N a multiple of M (grouped queries: Ainslie et al. 2023, arXiv
 2305.13245); bias [1 or B, 1 or N, L, S]; key_mask [B, S], true where a key may be seen; lse [B, N, L] in fp32.
+
+Explained in the book (docs/book): chapter 6.
 """
 
 import math

@@ -19,6 +19,8 @@ A group that fits on chip is read once and written once. A larger one is cut int
 chunks' statistics, a small one to join them, one that normalises, walking backwards because what was read last is still
 in cache. No atomics: every sum is taken in one order. One code serves both memory formats, [B, C, H, W] and channels
 last, since only the strides differ; a tile is [pixels, channels].
+
+Explained in the book (docs/book): chapter 7.
 """
 
 import torch

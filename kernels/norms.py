@@ -12,6 +12,8 @@ The mathematics, for one row x of D values:
     y₁ = x₁ cos − x₂ sin,  y₂ = x₂ cos + x₁ sin. Backward is the rotation by the opposite angle.
 
 A row lies in the registers of one program: it is read once and written once. Everything is computed in fp32.
+
+Explained in the book (docs/book): chapter 15.
 """
 
 import torch

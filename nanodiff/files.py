@@ -1,4 +1,7 @@
-"""Files that are there as a whole or not at all, and folders that can be written."""
+"""Files that are there as a whole or not at all, and folders that can be written.
+
+Explained in the book (docs/book): chapter 16.
+"""
 
 import contextlib
 import errno

@@ -3,6 +3,8 @@
 At batch 1 the host cannot start kernels as fast as a large GPU finishes them. A graph records them once, with the memory
 they use, and replays them; so everything that changes from step to step, or from prompt to prompt, must arrive in the
 same tensors. One recording then serves every run of the same shapes.
+
+Explained in the book (docs/book): chapter 16.
 """
 
 import sys

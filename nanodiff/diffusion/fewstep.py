@@ -17,6 +17,8 @@ An error in x̂0 weighs 1/s² unless said otherwise: of v-prediction this is the
 
 Shapes: x, x0, noise and predictions [B, C, h, w]; t, u, i [B]; student, teacher, now and critic are functions (x, t) -> prediction; losses
 are scalars.
+
+Explained in the book (docs/book): chapter 13.
 """
 
 import contextlib

@@ -8,6 +8,8 @@ Generalised SNR weighting (`min_snr`): whatever is predicted, the error in x0 we
 
 Every random draw is a function of (seed, global index of the sample), so the same samples are drawn in every run,
 on any number of processes, and a resumed run continues the stream exactly.
+
+Explained in the book (docs/book): chapters 2, 8, 11 and 16.
 """
 
 import hashlib

@@ -11,6 +11,8 @@ time grid (schedule.py and `sigma_grid`) and the update are apart, so the update
 departs from its paper in a way that changes pictures we follow it, because the promise is the same picture; where
 it is wrong (the previous timestep of DDIM and PNDM off "leading" spacing) the right formula is the default and
 `quirks=True` gives theirs.
+
+Explained in the book (docs/book): chapters 3 and 11.
 """
 
 import itertools

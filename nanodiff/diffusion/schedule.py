@@ -9,6 +9,8 @@ Flow matching (Lipman et al. 2023; Esser et al. 2024, arXiv 2403.03206 eq. 1-2):
 Everything comes from a Hub `scheduler_config.json`; its `_class_name` also names the model's own sampler. Fields
 that class knows are honoured or refused by name; fields of other classes are left alone, as diffusers does (they
 come along when one class is exchanged for another).
+
+Explained in the book (docs/book): chapters 1 and 2.
 """
 
 import dataclasses

@@ -13,6 +13,8 @@ they come from, and with which resize, is features.py's business, and stands bes
   Schrodi et al. 2024, arXiv 2404.07983).
 - Authenticity (Alaa et al. 2022, arXiv 2102.08921 §3.3): whether generated pictures are copies of training pictures.
 - Colours: Hasler and Süsstrunk 2003 (SPIE 5007, eq. 6), and plain statistics.
+
+Explained in the book (docs/book): chapter 14.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,8 @@
 """Adapters that are trained: fp32 matrices beside a frozen model's layers.
 
 adapt(unet, rank=16); …train…; trained({"unet": unet})          # then writing.write()
+
+Explained in the book (docs/book): chapter 12.
 """
 
 import contextlib

@@ -5,6 +5,8 @@
 Dialects: PEFT (`lora_A`), diffusers new (`lora.down`) and old (`processor.to_q_lora.down`), kohya (`lora_unet_…`, with our
 block names or sgm's or SD 3's), a PEFT folder. Names are never parsed: underscored ones are ambiguous. Instead every name that a
 dialect could give to each of *our* modules is generated, and a file's keys are looked up among those.
+
+Explained in the book (docs/book): chapter 12.
 """
 
 import re

@@ -1,6 +1,8 @@
 """Reading a LoRA file of any dialect for given models: strict, like all loading here.
 
 alpha: the `.alpha` tensor, else the metadata's or adapter_config.json's, else alpha = rank.
+
+Explained in the book (docs/book): chapter 12.
 """
 
 import json

@@ -2,6 +2,8 @@
 
 for lora in (read("style.safetensors", models), read("subject.safetensors", models)):
     attach(models, lora, 0.8)                       # beside the weights; or fuse(models, lora, 0.8)
+
+Explained in the book (docs/book): chapter 12.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """What is done with LoRA files as a whole: translating, merging, extracting, comparing.
 
 Which module a key stands for is known from the model: the one that is named, or the released model whose layers all fit.
+
+Explained in the book (docs/book): chapter 12.
 """
 
 import torch

@@ -4,6 +4,8 @@ Text: token ids [B, S] -> hidden states [B, S, D] and a pooled vector; causal. V
 ViT-H/14 with the exact GELU in SD 2.x, bigG in SDXL. Padding is attended to: the diffusion models were trained without an
 attention mask. A config.json that says `use_attention_mask`, as diffusers reads it, is that of a model trained with one. Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel`
 is both, projected into the space where a picture and its caption are near each other (B/32, B/16, L/14).
+
+Explained in the book (docs/book): chapter 9.
 """
 
 import re

@@ -6,6 +6,8 @@ S context tokens, D width, N heads, K head size.
 Modules carry the names of the Hugging Face checkpoints, so a file loads without a translation.
 This is the one file of the library that decides how an operator is computed: by a Triton kernel or by PyTorch
 (kernels/switch.py).
+
+Explained in the book (docs/book): chapter 5.
 """
 
 import importlib

@@ -16,6 +16,8 @@ The embedding is also the output layer, unless the config says otherwise.
 | RoPE | frequencies below a wavelength stretched by 32 (llama3) | base 1e6 |
 
 Modules carry the names of the Hugging Face checkpoints.
+
+Explained in the book (docs/book): chapter 15.
 """
 
 import math

@@ -6,6 +6,8 @@ Image patches and text tokens are two streams with their own weights that attend
 (Esser et al. 2024, arXiv 2403.03206 §4, fig. 2). Time and pooled text enter by adaptive layer norms (adaLN-Zero,
 Peebles & Xie 2023, arXiv 2212.09748 §3.2). SD 3.5 normalises q and k per head; medium adds, in its first blocks, a
 second attention of the image to itself ("MMDiT-X").
+
+Explained in the book (docs/book): chapter 11.
 """
 
 from dataclasses import dataclass

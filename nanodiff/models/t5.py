@@ -3,6 +3,8 @@
 A pre-norm encoder without biases: RMS norms, attention without the 1/√K scale but with a learned bias by relative
 distance, gated-GELU feed-forward (Raffel et al. 2020, arXiv 1910.10683 §2.1; Shazeer 2020, arXiv 2002.05202). SD 3
 gives no attention mask: padding is attended to.
+
+Explained in the book (docs/book): chapter 9.
 """
 
 import math

@@ -6,6 +6,8 @@ A pyramid of residual blocks with skips (Ronneberger et al. 2015), time added in
 (Ho et al. 2020), text by cross-attention in transformer blocks (Rombach et al. 2022, arXiv 2112.10752 §3.3).
 SDXL (arXiv 2307.01952) is a configuration: no attention at the top level, deeper transformers below, and a
 vector condition (pooled text and image sizes) added to the time embedding.
+
+Explained in the book (docs/book): chapters 5 and 6.
 """
 
 import itertools

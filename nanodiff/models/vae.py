@@ -4,6 +4,8 @@ A convolutional encoder gives the mean and log-variance of q(z|x), a decoder giv
 (Kingma & Welling 2014, arXiv 1312.6114; Rombach et al. 2022, arXiv 2112.10752 §3.1).
 Three names for three things: `pixels` in [-1, 1]; `moments`, what the encoder puts out; `latents`, scaled to
 about unit variance, what the denoiser sees:  latents = (z - shift_factor) · scaling_factor.
+
+Explained in the book (docs/book): chapter 8.
 """
 
 from dataclasses import dataclass

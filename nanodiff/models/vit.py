@@ -3,6 +3,8 @@
 
 Pre-norm blocks with LayerNorm, attention with biases, exact GELU. Modules carry the names of ViTForImageClassification's checkpoints
 (google/vit-base-patch16-224) without the prefix `vit.`; its classifier and pooler are not loaded.
+
+Explained in the book (docs/book): chapter 15.
 """
 
 from dataclasses import dataclass

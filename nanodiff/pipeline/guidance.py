@@ -1,4 +1,7 @@
-"""The denoiser as a sampler asks it: with its condition, and with classifier-free guidance."""
+"""The denoiser as a sampler asks it: with its condition, and with classifier-free guidance.
+
+Explained in the book (docs/book): chapter 4.
+"""
 
 import torch
 

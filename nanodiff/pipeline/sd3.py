@@ -1,4 +1,7 @@
-"""Stable Diffusion 3 and 3.5, and our own small MMDiT: flow matching by a multimodal transformer."""
+"""Stable Diffusion 3 and 3.5, and our own small MMDiT: flow matching by a multimodal transformer.
+
+Explained in the book (docs/book): chapter 11.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,7 @@
-"""Stable Diffusion XL."""
+"""Stable Diffusion XL.
+
+Explained in the book (docs/book): chapter 10.
+"""
 
 import torch
 

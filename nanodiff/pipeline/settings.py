@@ -1,4 +1,7 @@
-"""What may be said about a picture, in three groups: its words, how it is drawn, what it starts from."""
+"""What may be said about a picture, in three groups: its words, how it is drawn, what it starts from.
+
+Explained in the book (docs/book): chapter 4.
+"""
 
 import dataclasses
 from dataclasses import dataclass

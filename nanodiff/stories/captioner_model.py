@@ -11,6 +11,8 @@ everything learns (small models from a random start). The loss is that of the ca
 
 A captioner on disk is a folder: `captioner.json` (the settings), `projector.safetensors`, and beside the bases' names `llm_adapter/` and
 `vit_adapter/` in PEFT's form; where everything was trained, `llm/` and `vit/` in Hub form.
+
+Explained in the book (docs/book): chapter 15.
 """
 
 import dataclasses

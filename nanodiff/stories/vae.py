@@ -1,4 +1,7 @@
-"""What train.py's VAE loop needs beside the loop: perceptual loss, sheets, the latents' scale, advice."""
+"""What train.py's VAE loop needs beside the loop: perceptual loss, sheets, the latents' scale, advice.
+
+Explained in the book (docs/book): chapter 8.
+"""
 
 import math
 

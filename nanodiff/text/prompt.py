@@ -3,6 +3,8 @@
 All three are off unless asked for, because with them a picture is no longer the one that diffusers makes from the same
 prompt. The weight syntax and the chunk rule are those of AUTOMATIC1111's web UI (its modules prompt_parser and
 sd_hijack_clip), which most prompts that people exchange were written for.
+
+Explained in the book (docs/book): chapter 9.
 """
 
 import re

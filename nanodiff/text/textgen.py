@@ -7,6 +7,8 @@
 A row is drawn from a generator of its own, on the CPU, so it does not depend on the batch but for rounding. Prompts of different lengths
 are padded on the left; a row that has ended waits for the others. What changes the distribution is applied in the order of the
 reference library: repetition penalty, temperature, top-k, top-p, min-p.
+
+Explained in the book (docs/book): chapter 15.
 """
 
 import time

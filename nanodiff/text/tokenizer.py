@@ -3,6 +3,8 @@
 CLIP's comes from `tokenizer.json` or from `vocab.json` + `merges.txt` (old folders have only these). Rules (Radford et al. 2021; openai/CLIP simple_tokenizer.py): NFC, runs of whitespace to one space, lower case,
 split into words by a fixed pattern, bytes of each word, then merges in rank order; the last piece of a word
 carries `</w>`. A text is [start, pieces…, end], cut to the model's length with the end kept, then padded.
+
+Explained in the book (docs/book): chapter 9.
 """
 
 import itertools

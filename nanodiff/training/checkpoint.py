@@ -5,6 +5,8 @@ and SHA-256, then one rename; the new folder is read back and verified, and only
 loader takes the newest folder whose manifest verifies and says so when it had to step back. Tensors are safetensors,
 facts are JSON: no pickle. A model that is sharded over processes is written by all of them, a file each
 (torch.distributed.checkpoint's safetensors form), and can be read by any number of processes.
+
+Explained in the book (docs/book): chapter 16.
 """
 
 import hashlib

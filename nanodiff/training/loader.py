@@ -3,6 +3,8 @@
 Order and every random draw are functions of (seed, global sample index): the same for any number of workers and
 processes, and a run that is resumed at update k sees what an uninterrupted one saw. An epoch is every picture once; its
 last update is smaller when the numbers do not divide, and weighs its samples right.
+
+Explained in the book (docs/book): chapter 16.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 Loading is strict: a missing, unexpected or misshapen tensor is an error that names its nearest relatives, because
 a picture also comes out of a half-loaded model — a wrong one. There is no per-model translation: modules carry
 the checkpoint's names, and the few historical spellings stand in RENAMES, as data.
+
+Explained in the book (docs/book): chapter 16.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """The book: its page, its numbers, its code references, its exercises, the map from papers to lines."""
 
+import ast
 import json
 import os
 import re
@@ -40,6 +41,14 @@ def test_numbers_and_figures_of_a_chapter_are_the_results(path):
     for name, value in re.findall(r"<!--=([\w.-]+)-->(.*?)<!--/-->", text):
         assert value, name
     assert not re.search(r"<!--=[\w.-]+-->(?![^<]*<!--/-->)", text)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_module_names_the_chapters_that_show_it(path):
+    for file, _ in markdown.references(path.read_text()):
+        doc = ast.get_docstring(ast.parse((ROOT / file).read_text()))
+        named = re.search(r"Explained in the book \(docs/book\): chapters? ([\d, and]+)\.", doc)
+        assert named and str(int(path.name[:2])) in re.findall(r"\d+", named[1]), file
 
 
 def test_figures_are_all_in_the_text():
