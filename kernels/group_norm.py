@@ -6,7 +6,7 @@ The mathematics (Wu & He 2018, arXiv 1803.08494 eq. 1–3), for one image b and 
     z = γ_c û + β_c,  y = silu(z) = z·sig(z)   or   y = z
 
 Mean and variance are those of chunks, each counted from a value near its own mean and put together by Chan, Golub & LeVeque
-(1979): M₂ = Σ M₂ᵢ + Σ nᵢ (μᵢ − μ)². Nothing is ever the difference of two large sums, so an offset of 10⁴ standard
+(1979): M₂ = Σ M₂ᵢ + Σ nᵢ (μᵢ − μ)². No sum of squares is ever taken from another, so an offset of 10⁴ standard
 deviations costs no digits that fp32 has.
 
 Backward, with dz = dy · sig(z)(1 + z(1 − sig(z))): per image and channel the sums over the n/C·G pixels

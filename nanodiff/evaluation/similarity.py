@@ -9,6 +9,8 @@ pixels are, not which is better: read a CLIP score or FID beside them.
 - MS-SSIM (Wang et al. 2003, Asilomar, eq. 7): five scales, Gaussian window.
 - pHash: imagehash's, bit for bit. `median_hash` is the 32×32 hash of the fourth source document.
 - Histogram correlation and Bhattacharyya distance as OpenCV's compareHist; sharpness is the variance of the Laplacian.
+
+Explained in the book (docs/book): chapter 14.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 
 def merge(parts, pair):
-    """A list of pieces in which each `pair` of neighbours, from left to right, has become one piece."""
+    """The list of pieces in which each `pair` of neighbours, from left to right, has become one piece."""
     raise NotImplementedError
 
 
@@ -11,13 +11,13 @@ def learn(words, n):
     alphabetical order among equals. A word is a tuple of pieces, in the beginning its letters; the last one has a mark at its end, "</w>", so that
     an end is not taken for a middle. Fewer than n where nothing is left to merge.
 
-    Hint: collections.Counter, itertools.pairwise, and merge().
+    Hint: collections.Counter, itertools.pairwise, and merge(); a list is no key of a dict, tuple(…) is.
     """
     raise NotImplementedError
 
 
 def encode(parts, merges):
-    """The pieces of a word that begins as these: of all neighbours that are a merge, the one that was learned first is merged (everywhere), until none is left."""
+    """The list of pieces of a word that begins as these: of all neighbours that are a merge, the one that was learned first is merged (everywhere), until none is left."""
     raise NotImplementedError
 
 

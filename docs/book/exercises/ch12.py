@@ -2,7 +2,7 @@
 
 
 def forward(x, W, A, B, alpha):
-    """A linear layer W [out, in] with a LoRA A [r, in], B [out, r] beside it: x [..., in] -> [..., out]. W + the change is never made."""
+    """A linear layer W [out, in] with a LoRA A [r, in], B [out, r] beside it: x [..., in] -> [..., out]."""
     raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ def kid(a, b):
 
 
 def precision(real, generated, k):
-    """The share of generated rows that lie inside the ball of some real row, which reaches to its k-th nearest other real row.
+    """The share of generated rows that lie inside (nearer than the radius of) the ball of some real row, which reaches to its k-th nearest other real row.
 
     Hint: all distances at once are fine here.
     """

@@ -29,4 +29,4 @@ def test_best(mine, r):
 
 def test_strength(mine):
     assert mine.strength(8.0, 32.0, 4) == 2 and mine.strength(None, 32.0, 4) == 8 and mine.strength(None, None, 4) == 1
-    assert mine.strength(0.5, None, 1) == 0.5
+    assert mine.strength(0.5, None, 1) == 0.5 and mine.strength(0.0, 32.0, 4) == 0  # 0 is an alpha

@@ -15,6 +15,17 @@ def test_write_whole(mine, tmp_path, monkeypatch, at):
     mine.write_whole(path, b"old")
     assert path.read_bytes() == b"old"
 
+    written, real_sync = [], os.fsync
+
+    def synced(fd):
+        written.append(os.fstat(fd).st_size)
+        real_sync(fd)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", synced)
+        mine.write_whole(path, b"old")
+    assert written and written[0] == 3, "flush before fsync: what Python holds back is not brought to the disk"
+
     def broken(*args):
         raise OSError(5, "the disk")
 
@@ -40,6 +51,7 @@ def test_noise(mine):
     )
     torch.testing.assert_close(mine.noise(3, [2], (2, 5))[0], one[2], rtol=0, atol=0)
     assert not torch.equal(mine.noise(4, [0], (2, 5))[0], one[0])
+    assert not torch.equal(mine.noise(4, [0], (2, 5))[0], one[1])  # seed and index are two things, not their sum
     many = mine.noise(0, range(2000), (8,))
     assert many.mean().item() == pytest.approx(0, abs=0.03) and many.std().item() == pytest.approx(1, abs=0.03)
 
@@ -49,12 +61,14 @@ def test_noise_is_the_same_in_another_process(mine):
         "import sys; from pathlib import Path; exec(Path(sys.argv[1]).read_text()); print(noise(3, [5], (1,)).item())"
     )
     path = getattr(mine, "__file__", None) or __import__("docs.book.solutions").book.solutions.__file__
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", code, path], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": h}
-        ).stdout
-        for h in "12"
-    ]
+
+    def run(h):
+        env = os.environ | {"PYTHONHASHSEED": h}
+        return subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=env)
+
+    done = [run(h) for h in "12"]
+    assert not any(d.returncode for d in done), done[0].stderr
+    said = [d.stdout for d in done]
     assert said[0] == said[1] and float(said[0]) == mine.noise(3, [5], (1,)).item()
 
 
