@@ -10,7 +10,7 @@ Everything comes from a Hub `scheduler_config.json`; its `_class_name` also name
 that class knows are honoured or refused by name; fields of other classes are left alone, as diffusers does (they
 come along when one class is exchanged for another).
 
-Explained in the book (docs/book): chapters 1 and 2.
+Explained in the book (docs/book): chapters 1, 2 and 3.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ def attention(q, k, v):
 def online_softmax(scores, values, block):
     """softmax(scores) @ values for scores [L, S] and values [S, K], looking at `block` keys at a time, from left to right.
 
-    Hint: m, l and o of the chapter, for all rows at once. Begin with m = -∞; e^{-∞ - m'} is 0, as it should be. Scores may be large: 100.
+    Hint: m, l and o of the chapter, for all rows at once. Begin with m = -∞; e^{-∞ - m'} is 0, as it should be. Scores may be large: exp(1000) is no number.
     """
     raise NotImplementedError
 
@@ -24,7 +24,7 @@ def online_softmax(scores, values, block):
 @triton.jit
 def softmax_kernel(p_x, p_y, S, BLOCK: tl.constexpr):
     """One program a row: row tl.program_id(0) of a contiguous [L, S] matrix; BLOCK ≥ S is a power of two."""
-    # Hint: o = tl.arange(0, BLOCK); tl.load(..., mask=o < S, other=-float("inf")); tl.max, tl.exp, tl.sum; tl.store with the same mask
+    # Hint: row = tl.program_id(0), which begins at p_x + row * S; o = tl.arange(0, BLOCK); tl.load(..., mask=o < S, other=-float("inf")); tl.max, tl.exp, tl.sum; tl.store with the same mask
 
 
 def softmax_rows(x):
@@ -32,5 +32,5 @@ def softmax_rows(x):
     y = torch.full_like(x, float("nan"))
     softmax_kernel[(len(x),)](x.contiguous(), y, x.shape[1], triton.next_power_of_2(x.shape[1]))
     if y.isnan().all():
-        raise NotImplementedError
+        raise NotImplementedError("softmax_kernel stored nothing, or nothing but NaN")
     return y
