@@ -27,20 +27,21 @@ $(STAMP): requirements.lock
 	$(PY) -m pip install -q --disable-pip-version-check -r $(VENV)/lock.txt
 	touch $(STAMP)
 
-demo: $(STAMP)  ## 16 pictures from words with the embedded model, on any CPU, without a network
+demo: $(STAMP)  ## pictures from words with both embedded models, on any CPU, without a network
 	$(PY) sample.py --overwrite --prompts-file assets/demo_prompts.txt --seed 7 --batch-size 16 --nrow 4 --labels --resize 128x128 \
 		--output-dir $(OUT)/demo --output $(OUT)/demo/sheet.png
 	@echo "the sheet: $(OUT)/demo/sheet.png"
+	$(PY) -m assets.world.score --demo $(OUT)/demo/world.png
 
 # Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
 WORLD   = $(OUT)/world
-world: $(STAMP)  ## draw 40,000 scenes of shapes and train the model that composes them (an hour on two cores)
+world: $(STAMP)  ## draw 30,000 scenes of shapes and train the model that composes them (two hours on two cores)
 	test -f $(WORLD)/scenes.tar || $(PY) -m assets.world.make $(WORLD)/scenes.tar
 	$(PY) train.py vae --preset world --model assets/nano --data $(WORLD)/scenes.tar --output-dir $(WORLD)/vae --resume auto
 	$(PY) train.py diffusion --preset world --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(WORLD)/model --resume auto
 
-world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (after make world, or MODEL=)
-	$(PY) -m assets.world.score --model $(or $(MODEL),$(WORLD)/model/model) --output-dir $(WORLD)
+world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (ten minutes; MODEL=folder)
+	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
 
 world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
 	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study

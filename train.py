@@ -260,9 +260,9 @@ PRESETS = {
                  "vocab_size": 600, "checkpointing_steps": 10, "log_every": 1, "mixed_precision": "no"},
         "nano": {"model_size": "nano", "max_steps": 13000, "batch_size": 32, "sample_every": 2000, "lr": 1e-3,
                  "lr_warmup_steps": 500, "max_length": 24, "checkpointing_steps": 1000, "save_dtype": "fp16"},
-        "world": {"model_size": "world", "prediction_type": "flow", "timestep_sampling": "logit_normal", "optimizer": "muon", "max_steps": 5500,
+        "world": {"model_size": "world", "prediction_type": "flow", "timestep_sampling": "logit_normal", "timestep_mean": 0.5, "optimizer": "muon", "max_steps": 14200,
                   "batch_size": 64, "lr": 1e-3, "lr_warmup_steps": 200, "max_length": 20, "vocab_size": 700, "sample_every": 1000,
-                  "sample_steps": 20, "sample_guidance": 2.0, "mixed_precision": "no", "checkpointing_steps": 500, "save_dtype": "fp16"},
+                  "sample_steps": 20, "sample_guidance": 4.0, "mixed_precision": "no", "checkpointing_steps": 500, "save_dtype": "fp16"},
         # S2: the Corel document's diffusion, in the latents of its flat VAE
         "corel": _COREL | {"model_size": "flat", "condition": "none", "epochs": 500, "prediction_type": "epsilon",
                            "beta_schedule": "linear", "zero_snr": False, "ema_decay": 0.995, "lr_min": 1e-5,

@@ -1,6 +1,6 @@
 """Draw scenes for training, as a webdataset shard: pictures and captions.
 
-    python -m assets.world.make out/world/scenes.tar --scenes 40000 --seed 1
+    python -m assets.world.make out/world/scenes.tar --scenes 30000 --seed 1
 
 The shard is there as a whole or not at all.
 """
@@ -38,7 +38,7 @@ def write(path, count, seed, task=None, held=False, colour=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--task", choices=scenes.TASKS, help="only these")
     parser.add_argument("--colour", choices=scenes.PAINTS, help="of the first object of each scene")

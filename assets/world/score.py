@@ -159,7 +159,7 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="out/world/model/model")
+    parser.add_argument("--model", default=str(Path(__file__).parent), help="default: the embedded one")
     parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)

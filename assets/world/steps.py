@@ -1,7 +1,7 @@
 """Score against steps, guidance and samplers, of the world's model and of its students.
 
-    python -m assets.world.steps --model teacher=out/world/model/model --model consistency=out/student/model:1 --steps 1,2,4,8,50 --output-dir out/steps
-    python -m assets.world.steps --model out/world/model/model --guidance 1,2,4 --scheduler flow_euler,flow_heun --output-dir out/guidance
+    python -m assets.world.steps --model teacher=assets/world --model consistency=out/student/model:1 --steps 1,2,4,8,50 --output-dir out/steps
+    python -m assets.world.steps --model assets/world --guidance 1,2,4 --scheduler flow_euler,flow_heun --output-dir out/guidance
 
 --model NAME=DIR[:GUIDANCE], again for each; a student's guidance is 1, it was built in. Writes steps.json, a table, a figure (a panel for
 the captions seen and one for those held out) and a sheet: a caption a row, a number of steps a column, for each model.

@@ -1,7 +1,7 @@
 """Does a captioner read scenes?  And does a caption survive being drawn, told and drawn again?
 
     python -m assets.world.telling score --model-file out/world-captioner/model/checkpoints/last_checkpoint --output-dir out/world-captioner
-    python -m assets.world.telling trip --model-file … --output-dir out/world-captioner      # with what make world trained
+    python -m assets.world.telling trip --model-file … --output-dir out/world-captioner
 
 score: real scenes of every task, seen and held out; a sentence is right when scenes.parse() understands it and it is true of the scene. Beside
 that each part alone: colours, shapes, how many, where. trip: held-out captions are drawn, the pictures told, those sentences drawn again.
@@ -79,7 +79,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("score", "trip"))
     parser.add_argument("--model-file", required=True, help="a captioner's checkpoint")
-    parser.add_argument("--model", default="out/world/model/model", help="what draws, for trip")
+    parser.add_argument(
+        "--model", default=str(Path(__file__).parent), help="what draws, for trip; default: the embedded model"
+    )
     parser.add_argument("--captions", type=int, default=200, help="of each task, seen and held out; for trip in all")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()

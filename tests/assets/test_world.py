@@ -270,6 +270,14 @@ def test_score_of_a_colour_and_with_a_lora(tmp_path, monkeypatch, capsys):
     assert set(json.loads((tmp_path / "score.json").read_text())) == {"cyan"}
 
 
+def test_the_embedded_model_draws_single_objects_seen_and_held_out():
+    from assets.world import score
+    from nanodiff import pipeline
+
+    got = score.score(pipeline.load("assets/world"), 6, ("one", "size"))
+    assert sum(s["right"] for group in got.values() for s in group.values()) >= 20, got  # of 24
+
+
 def test_captions_of_the_score_are_different_and_of_their_group():
     from assets.world import score
 
