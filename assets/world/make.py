@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from assets.emoji.make import add
 from assets.world import scenes
-from nanodiff.config import tool
+from nanodiff.config import UserError, tool
 from nanodiff.files import out_dir, write_file
 
 
@@ -46,6 +46,8 @@ def main():
     args = parser.parse_args()
 
     def run():
+        if args.held_out and args.colour in scenes.NINTH:
+            raise UserError(f"--held-out: nothing of {args.colour} is held out, it is in no scene for training")
         out_dir(args.target.parent)
         write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")

@@ -265,6 +265,8 @@ def random_things(rng, task):
 def random_scene(rng, task=None, held=False, colour=None):
     """A scene and a caption of it. task: of TASKS, default any; held: False, for training (nothing held out), True (something
     is), None (as it comes). colour: of PAINTS, that the first object has (each, where they are of a kind); default any."""
+    if held and colour in NINTH:
+        raise ValueError(f"{colour} is in no scene at all, so nothing of it is held out")
     task = task or str(rng.choice(TASKS, p=(0.15, 0.15, 0.2, 0.3, 0.2)))
     while True:
         things, ground = random_things(rng, task)

@@ -36,7 +36,7 @@ def asked(task, held, count, first=0, colour=None):
 
 
 def mixed(count, groups=(True,), colour=None):
-    """[(Scene, is it held out?)] of all tasks in turn. groups: True, False, or both in turn."""
+    """[(Scene, is it held out?)] of all tasks in turn. groups: True, False, or both in turn. colour: see scenes.random_scene."""
     each, n = len(groups), len(scenes.TASKS)
     return [
         (asked(scenes.TASKS[i // each % n], groups[i % each], 1, 10_000 * (i // each + 1), colour)[0], groups[i % each])
@@ -139,7 +139,7 @@ def run(args):
         lora.attach(sd.models(), lora.read(args.lora, sd.models()))
     settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
     if args.demo:
-        picture, wrong = sheet(sd, 32, (False, True), **settings)
+        picture, wrong = sheet(sd, 32, (False,) if args.colour else (False, True), args.colour, **settings)
         images.save_png(picture, args.demo)
         print(f"the small world's sheet: {args.demo} ({sum(w is None for _, w in wrong)} of {len(wrong)} right)")
         return

@@ -178,6 +178,8 @@ def brightness(plt):
             label=f"drawn {name}",
         )
         numbers["zero" if more else "plain"] = f"{grey.std():.2f}"
+        many = made("ddim", 1000, z, bell, prediction_type="v_prediction", **more)[-1] / pixels**0.5
+        numbers["zero-1000" if more else "plain-1000"] = f"{many.std():.2f}"
     x = np.linspace(-2, 2, 200)
     axis.plot(
         x, 4000 * 4 / 60 * np.exp(-2 * x**2) / (0.5 * (2 * np.pi) ** 0.5), color=BLACK, linewidth=1, label="the data"
@@ -256,6 +258,9 @@ def orders(plt):
         )
         key = name if spacing == "linspace" else f"{name}-{spacing}"
         numbers[key], numbers[f"{key}-20"] = f"{np.log2(off[0] / off[2]) / 2:.1f}", f"{off[2]:.3f}"
+    for key, kind in (("last", "EulerDiscreteScheduler"), ("last-dpmpp", "DPMSolverMultistepScheduler")):
+        sched = schedule.Schedule.from_config(SD | {"timestep_spacing": "linspace"}, kind)
+        numbers[key] = f"{samplers.sigma_grid(sched, 20)[1][-2]:.2f}"
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("steps")
@@ -439,7 +444,6 @@ def looks(plt):
     ).pixels[0]
     hook.remove()
     at = shares[len(shares) // 2]
-    ids = sd.tokenizers[0]([words])[0]
     side = int(len(at) ** 0.5)
     figure, axes = plt.subplots(1, 3, figsize=(8, 2.9))
     show(axes[0], picture, words)
@@ -447,7 +451,6 @@ def looks(plt):
         axis.imshow(at[:, place].reshape(side, side), cmap="viridis")
         axis.set_title(f"\u201c{word}\u201d", fontsize=11)
         axis.axis("off")
-    assert ids[0] == sd.tokenizers[0].bos
     return figure, {}
 
 

@@ -409,7 +409,7 @@ def jump(x, x0, a, s, a1, s1):
 
 
 def target(x, end, a, s, a1, s1):
-    """The guess for which the student's error is 0: found from progressive()'s gradient, which is linear in it."""
+    """A line of progressive()."""
     return (end - s1 / s * x) / (a1 - s1 / s * a)
 
 

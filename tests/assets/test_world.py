@@ -249,6 +249,15 @@ def test_a_ninth_colour_is_drawn_and_read_and_in_no_training_scene():
             assert len({t.kind for t in scene.things}) == (2 if task in ("binding", "relation") else 1)
             assert reader.true_of(reader.read(np.asarray(scene.picture())), scene.told) is None, scene.caption
             assert scenes.parse(scene.caption) is None  # no word of the grammar
+    with pytest.raises(ValueError, match="in no scene"):  # it would look for one for ever
+        scenes.random_scene(np.random.default_rng(0), "one", True, "cyan")
+
+
+def test_make_refuses_a_ninth_colour_that_is_held_out(tmp_path, monkeypatch, capsys):
+    from assets.world import make
+
+    monkeypatch.setattr("sys.argv", ["make", str(tmp_path / "a.tar"), "--colour", "cyan", "--held-out"])
+    assert make.main() == 2 and "--held-out: nothing of cyan" in capsys.readouterr().err
 
 
 def test_score_of_a_colour_and_with_a_lora(tmp_path, monkeypatch, capsys):

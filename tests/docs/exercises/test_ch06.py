@@ -31,6 +31,7 @@ def test_online_softmax(mine, block):
     torch.testing.assert_close(got, scores.softmax(1) @ values, **ROUNDED)
 
 
+@interpreted
 def test_online_softmax_takes_a_block_at_a_time(mine):
     """No product is with more values than a block has. (The project's kernel is no PyTorch function, and nothing is seen of it.)"""
     seen = []
@@ -38,11 +39,9 @@ def test_online_softmax_takes_a_block_at_a_time(mine):
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if getattr(func, "__name__", "") in ("matmul", "__matmul__", "mm", "softmax", "einsum"):
-                seen.append(max(t.shape[-1] for t in args if torch.is_tensor(t) and t.shape[-1] > 6))
+                seen.append(max((t.shape[-1] for t in args if torch.is_tensor(t)), default=0))
             return func(*args, **(kwargs or {}))
 
-    if not switch.INTERPRET and hasattr(mine, "SOLUTIONS"):
-        pytest.skip("for the interpreter")
     with Watch():
         mine.online_softmax(drawn(9, 64), drawn(64, 6, seed=9), 16)
     assert all(width <= 16 for width in seen), "more than one block at a time"
