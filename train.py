@@ -189,9 +189,8 @@ class DiffusionConfig(Common, Adapters, Noise):
                              choices=("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"))  # fmt: skip
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule", low=1, high=100000)
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
-    cache: bool = arg(
-        True, "encode pictures and captions once, where nothing about them is random", group="caching and sheets"
-    )
+    cache: bool = arg(True, "encode once what is not random of pictures and captions", group="caching and sheets")
+    cuda_graph: bool = arg(False, "start a pass's kernels by one call: where a GPU would wait for the host")
     aspect_buckets: bool = arg(False, "sizes of about resolution² pixels in place of one square crop")
     sample_prompts: list[str] = arg(
         [], "prompts of the sample sheets, or a text file of them; default: captions of the data", often=True

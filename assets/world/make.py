@@ -1,6 +1,7 @@
 """Draw scenes for training, as a webdataset shard: pictures and captions.
 
     python -m assets.world.make out/world/scenes.tar --scenes 30000 --seed 1
+    for i in 0 1 2 3; do python -m assets.world.make out/world/scenes-$i.tar --scenes 25000 --first $((25000 * i)) & done
 
 The shard is there as a whole or not at all.
 """
@@ -20,12 +21,13 @@ from nanodiff.config import UserError, tool
 from nanodiff.files import out_dir, write_file
 
 
-def write(path, count, seed, task=None, held=False, colour=None):
-    """`count` scenes into a tar: 000000.png, .txt. Scene i is drawn from (seed, i), so that a longer set begins as a shorter one."""
+def write(path, count, seed, task=None, held=False, colour=None, first=0):
+    """`count` scenes into a tar: 000000.png, .txt. Scene i is drawn from (seed, i), so that a longer set begins as a shorter one, and
+    shards with scenes first, first + 1, … are together what one would be."""
 
     def fill(file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in tqdm(range(count), desc="scenes", disable=None):
+            for i in tqdm(range(first, first + count), desc="scenes", disable=None):
                 scene = scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour)
                 data = io.BytesIO()
                 scene.picture().save(data, "PNG")
@@ -39,6 +41,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
     parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first one, where others are in other shards"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--task", choices=scenes.TASKS, help="only these")
     parser.add_argument("--colour", choices=scenes.PAINTS, help="of the first object of each scene")
@@ -49,7 +54,7 @@ def main():
         if args.held_out and args.colour in scenes.NINTH:
             raise UserError(f"--held-out: nothing of {args.colour} is held out, it is in no scene for training")
         out_dir(args.target.parent)
-        write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour)
+        write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour, args.first)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")
 
     return tool(run)

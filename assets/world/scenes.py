@@ -267,7 +267,7 @@ def random_scene(rng, task=None, held=False, colour=None):
     is), None (as it comes). colour: of PAINTS, that the first object has (each, where they are of a kind); default any."""
     if held and colour in NINTH:
         raise ValueError(f"{colour} is in no scene at all, so nothing of it is held out")
-    task = task or str(rng.choice(TASKS, p=(0.15, 0.15, 0.2, 0.3, 0.2)))
+    task = task or str(rng.choice(TASKS, p=(0.1, 0.1, 0.15, 0.4, 0.25)))
     while True:
         things, ground = random_things(rng, task)
         if colour:

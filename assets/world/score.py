@@ -131,10 +131,11 @@ def sheet(sd, count=64, groups=(True,), colour=None, **settings):
 
 def run(args):
     from nanodiff import lora, pipeline
+    from nanodiff.device import choice
 
     if args.output_dir:
         out_dir(args.output_dir)
-    sd = pipeline.load(args.model)
+    sd = pipeline.load(args.model, device=choice.pick_device(args.device))
     if args.lora:
         lora.attach(sd.models(), lora.read(args.lora, sd.models()))
     settings = {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
@@ -163,6 +164,7 @@ def main():
     parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--lora", help="a LoRA's file, drawn with")
     parser.add_argument(
         "--colour", choices=scenes.PAINTS, help="captions of scenes with it, in place of those seen and held out"

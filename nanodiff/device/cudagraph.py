@@ -1,4 +1,4 @@
-"""A denoising step as one CUDA graph: hundreds of kernels started by one call.
+"""A denoising step, or a training step's forward and backward pass, as one CUDA graph: hundreds of kernels started by one call.
 
 At batch 1 the host cannot start kernels as fast as a large GPU finishes them. A graph records them once, with the memory
 they use, and replays them; so everything that changes from step to step, or from prompt to prompt, must arrive in the
@@ -87,3 +87,43 @@ class _Recording:
             self.given = leaves
         self.graph.replay()
         return self.out.clone()  # the next replay writes over it
+
+
+class Learning:
+    """A module in training whose forward and backward passes are a CUDA graph each, recorded at the first call (torch's
+    make_graphed_callables). For networks so small that the host takes longer to start their kernels than a GPU to run them.
+
+    Only calls like the first one (shapes, types, which of them want gradients) with gradients, in training mode, are replayed; all others,
+    such as those of an epoch's last, smaller batch, run as they are. The arguments are tensors, in tuples and lists or not. Between two
+    backward passes the gradients must be taken out, as one update per batch does: the second one writes where the first one wrote.
+    """
+
+    def __init__(self, module):
+        self.module, self.kind, self.graphed = module, None, None
+
+    def __call__(self, *args):
+        if not (torch.is_grad_enabled() and self.module.training):
+            return self.module(*args)
+        leaves = tree_flatten(args)[0]
+        kind = [(a.shape, a.dtype, a.requires_grad) if isinstance(a, torch.Tensor) else a for a in leaves]
+        if self.kind is None:
+            self.kind = kind
+            self._record(args)
+        return self.graphed(*args) if self.graphed and kind == self.kind else self.module(*args)
+
+    def _record(self, args):
+        leaves, shape = tree_flatten(args)
+        try:
+            samples = [a.detach().clone().requires_grad_(a.requires_grad) for a in leaves]
+            kind = leaves[0].device.type
+            with torch.autocast(
+                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+            ):
+                made = torch.cuda.make_graphed_callables(
+                    self.module, tuple(tree_unflatten(samples, shape)), allow_unused_input=True
+                )
+            self.graphed = made.forward
+        except (RuntimeError, AttributeError, AssertionError) as e:
+            said = (str(e).splitlines() or [type(e).__name__])[0]
+            print(f"note: no CUDA graph ({said}); kernels are started one by one", file=sys.stderr)
+        self.module.__dict__.pop("forward", None)  # what it put over the class's

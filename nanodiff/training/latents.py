@@ -11,7 +11,7 @@ from nanodiff.device import dist
 from nanodiff.diffusion import objective
 from nanodiff.training.loader import Cache, content, fingerprint, replacement
 
-BATCH = 16  # pictures or captions encoded at a time
+BATCH = 16  # captions, or pictures of 256 px, encoded at a time; of smaller pictures more, up to 256
 LARGEST = 16 << 30  # bytes of encoded captions beyond which they are not kept
 
 
@@ -44,8 +44,9 @@ class Latents:
         by_size = {}
         for name, (i, flip) in wanted.items():
             by_size.setdefault(decoder.size(i), {})[name] = (i, flip)
-        for some in by_size.values():
-            self.cache.fill(some, lambda inputs: self._encode(decoder, inputs), BATCH, "encoding pictures")
+        for (width, height), some in by_size.items():
+            together = min(max(BATCH, BATCH * 256**2 // (width * height)), 256)
+            self.cache.fill(some, lambda inputs: self._encode(decoder, inputs), together, "encoding pictures")
         empty = [i for i in range(len(decoder.dataset)) if not self.cache[self.names[i, False]].numel()]
         for i in empty:  # pictures that cannot be read: see Feed's policy
             if decoder.policy != "skip":
@@ -81,7 +82,7 @@ class Latents:
         pixels = (torch.stack(good).float() / 127.5 - 1).to(self.device)
         with torch.no_grad():
             mean, logvar = self.vae.encode_moments(pixels)
-        rows = iter(torch.stack([mean, (0.5 * logvar).exp()], dim=1))
+        rows = iter(torch.stack([mean, (0.5 * logvar).exp()], dim=1).cpu())  # one copy for all
         out = [torch.empty(0) if a is None else next(rows) for a in arrays]
         for row, (i, _) in zip(out, inputs, strict=True):
             if not torch.isfinite(row).all():

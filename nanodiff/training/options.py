@@ -141,7 +141,7 @@ class Training:
 
 INDIFFERENT = {  # options that change where and how a training runs, not what comes of it
     "output_dir", "overwrite_output_dir", "device", "kernels", "resume", "checkpointing_steps", "checkpoint_epochs", "checkpoints_total_limit",
-    "log_every", "report_to", "logging_dir", "gradient_checkpointing", "parallel", "dist_timeout", "lora_format",
+    "log_every", "report_to", "logging_dir", "gradient_checkpointing", "cuda_graph", "parallel", "dist_timeout", "lora_format",
 }  # fmt: skip
 
 

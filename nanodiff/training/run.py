@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from nanodiff.config import Stopped, UserError, as_dict, printable, short
-from nanodiff.device import choice, dist
+from nanodiff.device import choice, cudagraph, dist
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import append, claim, link, write_bytes
 from nanodiff.models import layers
@@ -119,9 +119,24 @@ class Run(State):
         if cfg.gradient_checkpointing:
             dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
+        if getattr(cfg, "cuda_graph", False):
+            self.calls = self._graphed()
         self.opt = recipe.optimizer(cfg, self.net)
         self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
         return self.calls
+
+    def _graphed(self):
+        """What to call in place of each net where the passes are CUDA graphs."""
+        cfg = self.cfg
+        for name in ("gradient_checkpointing", "lora_dropout"):
+            if getattr(cfg, name):
+                raise UserError(f"`cuda_graph` records a pass as it is: not with `{name}`")
+        if cfg.grad_accum > 1 or cfg.parallel == "fsdp":
+            raise UserError("`cuda_graph` needs one batch an update and whole weights: not with `grad_accum` or fsdp")
+        if self.device.type != "cuda" or self.world > 1:
+            dist.say("note: --cuda-graph is for one process and a CUDA device; kernels are started one by one")
+            return self.calls
+        return {name: cudagraph.Learning(call) for name, call in self.calls.items()}
 
     def averaged(self):
         """Inside, the nets have the averaged weights (or their own, if none are kept), in evaluation mode, without gradients."""

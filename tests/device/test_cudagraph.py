@@ -153,3 +153,69 @@ def test_memory_is_that_of_the_recordings_own(graphs, monkeypatch):
     segments = [{"total_size": 5, "segment_pool_id": mine}, {"total_size": 7, "segment_pool_id": (0, 0)}]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     assert replayed.memory() == 5
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """torch's make_graphed_callables on a CPU: what it returns computes on the samples' places, as a graph does. Yields
+    [what is recorded and how]; an error in place of that when one was appended to `recorder.failures`."""
+
+    class Made(list):
+        failures = []
+
+    made = Made()
+    made.failures = []
+
+    def graphed(module, samples, allow_unused_input):
+        if made.failures:
+            raise RuntimeError(made.failures[0])
+        made.append((module, samples, torch.is_autocast_cache_enabled()))
+        forward = module.forward
+
+        def replay(*args):
+            made.append("replayed")
+            return forward(*args)
+
+        module.forward = replay
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    return made
+
+
+def test_a_module_that_learns_is_recorded_at_its_first_call(recorder):
+    net = torch.nn.Linear(3, 2)
+    learning = cudagraph.Learning(net)
+    x = torch.randn(4, 3, requires_grad=True)
+    assert torch.equal(learning(x), net(x))
+    (module, (sample,), cached), replayed = recorder
+    assert module is net and replayed == "replayed" and not cached
+    assert sample is not x and sample.requires_grad and sample.shape == x.shape
+    learning(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    assert recorder.count("replayed") == 2 and net.weight.grad is not None
+    assert "forward" not in net.__dict__  # the module itself is called as it was
+
+
+@pytest.mark.parametrize("other", ["shape", "gradient", "no gradients", "evaluation"])
+def test_other_calls_of_it_run_as_they_are(recorder, other):
+    net = torch.nn.Linear(3, 2)
+    learning = cudagraph.Learning(net)
+    learning(torch.randn(4, 3))
+    net.train(other != "evaluation")
+    x = torch.randn(3 if other == "shape" else 4, 3, requires_grad=other == "gradient")
+    with torch.set_grad_enabled(other != "no gradients"):
+        assert torch.equal(learning(x), net(x))
+    assert recorder.count("replayed") == 1
+
+
+def test_what_cannot_be_recorded_learns_all_the_same(recorder, capsys):
+    recorder.failures.append("operation not permitted when stream is capturing\nand more")
+    net = torch.nn.Linear(3, 2)
+    learning = cudagraph.Learning(net)
+    for _ in range(2):
+        learning(torch.randn(4, 3)).sum().backward()
+    said = capsys.readouterr().err
+    assert (
+        said.count("note: no CUDA graph (operation not permitted when stream is capturing); ") == 1
+        and net.weight.grad is not None
+    )

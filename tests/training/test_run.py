@@ -12,7 +12,7 @@ from torch import nn
 from util import rms_ratio
 
 from nanodiff.config import UserError
-from nanodiff.device import choice
+from nanodiff.device import choice, cudagraph
 from nanodiff.files import out_dir
 from nanodiff.models.upsample import Upsample
 from nanodiff.output.record import Record
@@ -52,6 +52,9 @@ class Config:
     overwrite_output_dir: bool = False
     parallel: str = "ddp"
     gradient_checkpointing: bool = False
+    cuda_graph: bool = False
+    grad_accum: int = 1
+    lora_dropout: float = 0.0
     dist_timeout: int = 20
     log_every: int = 1
     report_to: str = "none"
@@ -415,3 +418,26 @@ def test_the_tokenizer_must_be_the_same(tmp_path):
     run.same("tokenizer", "a", must=True)
     with pytest.raises(UserError, match="tokenizer is not what it was"):
         run.same("tokenizer", "b", must=True)
+
+
+@pytest.mark.parametrize(
+    "more", [{"gradient_checkpointing": True}, {"lora_dropout": 0.1}, {"grad_accum": 2}, {"parallel": "fsdp"}], ids=str
+)
+def test_a_graph_is_refused_where_a_pass_is_not_always_the_same(tmp_path, more):
+    run = Run(Config(str(tmp_path), cuda_graph=True, **{k: v for k, v in more.items() if k != "parallel"}))
+    run.cfg.parallel = "ddp"
+    vars(run.cfg).update(more)
+    with pytest.raises(UserError, match=f"cuda_graph.*not with.*{'fsdp' if 'parallel' in more else next(iter(more))}"):
+        run._graphed()
+
+
+def test_without_a_gpu_a_graph_is_said_to_be_none(tmp_path, capsys):
+    _, call = start(tmp_path, cuda_graph=True)
+    assert isinstance(call, nn.Module) and "one process and a CUDA device" in capsys.readouterr().err
+
+
+def test_on_a_gpu_every_net_is_called_through_its_graph(tmp_path):
+    run, call = start(tmp_path)
+    run.cfg.cuda_graph, run.device = True, torch.device("cuda")
+    (learning,) = run._graphed().values()
+    assert isinstance(learning, cudagraph.Learning) and learning.module is call
