@@ -35,10 +35,10 @@ MODELS = {  # what is measured: side in latents, guidance, steps, text tokens
 WARM = (*MODELS, "sd15:float16", "vae", "train")  # what is compiled side by side
 SMOKE = ("40", "64", "80", "160", "512", "rest")  # checked side by side: heads of attention, and the other kernels
 # name: (seconds it may take, seconds it took on an H200 with 16 cores or None)
-PARTS = {"facts": (30, 14), "smoke": (150, 53), "sd15": (60, 23), "profile": (60, 18), "sdxl": (60, 31), "sd35-medium": (60, 35),
+PARTS = {"facts": (30, 10), "smoke": (150, 31), "sd15": (60, 23), "profile": (60, 18), "sdxl": (60, 31), "sd35-medium": (60, 35),
          "sd-turbo": (40, 12), "vae": (40, 12), "tests": (150, 83), "tune": (160, 57), "kernels": (80, None), "peer-sd15": (100, 70),
-         "peer-sdxl": (100, 58), "peer-sd35-medium": (120, None), "peer-train": (120, None), "peer-sd-turbo": (60, None),
-         "small": (60, None), "compiled-sd15": (240, None)}  # fmt: skip
+         "peer-sdxl": (100, 58), "peer-sd35-medium": (120, 60), "peer-train": (120, 69), "peer-sd-turbo": (60, 37),
+         "small": (80, 52), "compiled-sd15": (240, None)}  # fmt: skip
 WORST = {"forward": 1e-2, "again": 1e-2, "gradient": 2e-2}  # relative errors of a bf16 kernel against float64, at most
 
 
@@ -517,7 +517,7 @@ def small(out, device, dry):
             picture(2)
             few, many = picture(2), picture(2 if dry else 10)
             emit(out, "small", label, ms_step=(many - few) / 8 * 1e3, picture_2_steps_s=few, peak_gb=peak())
-            del sd
+            del sd, picture  # which holds it, too
 
 
 def tune(out, device, dry):

@@ -51,7 +51,7 @@ def call_of(net, x, t, text, *more):
         return net(x, encoder_hidden_states=text, pooled_projections=more[0], timestep=t, return_dict=False)[0]
     added = {"text_embeds": more[0][0], "time_ids": more[0][1].to(text.dtype)} if more else None
     return net(
-        x, torch.tensor(t, device=x.device), encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
+        x, torch.tensor(int(t), device=x.device), encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
     )[0]
 
 
