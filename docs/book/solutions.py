@@ -159,7 +159,7 @@ def rescaled(out, with_text, rescale):
 
 
 def guided_bell(x, sigma, means, width, wanted, scale):
-    from docs.book.figures import Mixture
+    from docs.book.drawing import Mixture
 
     guess = lambda some: Mixture(some, width).clean(x[:, None], 1.0, sigma)[:, 0]  # noqa: E731
     without, told = guess(tuple(means.tolist())), guess((means[wanted].item(),))
@@ -486,7 +486,7 @@ SOLUTIONS = {
     4: {
         "guided": (guided, f"{GUIDANCE}: Guidance.denoiser"),
         "rescaled": (rescaled, f"{GUIDANCE}: Guidance.denoiser"),
-        "guided_bell": (guided_bell, "docs/book/figures.py: Mixture"),
+        "guided_bell": (guided_bell, "docs/book/drawing.py: Mixture"),
     },
     5: {
         "time_embedding": (time_embedding, "nanodiff/models/layers.py: timestep_embedding"),

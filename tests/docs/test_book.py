@@ -10,9 +10,10 @@ import sys
 import pytest
 from util import ROOT
 
-from docs.book import exercise, figures, make, markdown, papers
+from docs.book import exercise, figures, make, markdown, papers, wrong
 from docs.book.solutions import SOLUTIONS
 from nanodiff.config import UserError
+from nanodiff.text import tokenizer
 
 FOLDER = ROOT / "docs/book"
 CHAPTERS = markdown.chapters(FOLDER)
@@ -80,6 +81,9 @@ CLOSED = [
     "15-cache",
     "16-formats",
     "16-resume",
+    "04-dropout",
+    "10-joined",
+    "15-place",
 ]
 
 
@@ -93,6 +97,15 @@ def test_figures_in_closed_form_give_the_numbers(name):
     for key, text in numbers.items():  # rounded: the last digit may differ between machines
         digits = len(text.partition(".")[2])
         assert abs(float(text) - float(kept[key])) <= 1.01 * 10**-digits, key
+
+
+def test_pieces_by_the_tables_order_are_the_tokenizers():
+    lines = (ROOT / "assets/clip/merges.txt").read_text(encoding="utf-8").splitlines()
+    ranks = {tuple(line.split()): i for i, line in enumerate(lines) if len(line.split()) == 2 and line[0] != "#"}
+    tok = tokenizer.clip_from_merges("!", 77)
+    for word in ("apples", "butterfly", "telescope", "untranslatable", "x"):
+        assert wrong.merged(word, ranks) == [tok.backend.id_to_token(i).removesuffix("</w>") for i in tok.pieces(word)]
+    assert wrong.merged("apples", ranks, by_rank=False) != wrong.merged("apples", ranks)
 
 
 def test_a_number_or_function_that_is_not_there(tmp_path):
