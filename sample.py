@@ -97,7 +97,7 @@ class Config:
         "sampler, such as ddim, euler or dpmpp_2m_karras (an unknown name lists all); default: the model's own",
         often=True,
     )
-    eta: float = arg(0.0, "DDIM noise, 0 to 1")
+    eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1")
     height: int | None = arg(None, "pixels; default: the model's own", often=True)
     width: int | None = arg(None, "pixels; default: the model's own", often=True)
     num_images: int = arg(1, "pictures per prompt", often=True)

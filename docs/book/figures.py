@@ -164,26 +164,29 @@ def orders(plt):
     """A single bell: the exact way from noise to data is a straight scaling around the mean, so every error is known."""
     mean, width, z = 0.3, 0.5, torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     bell, steps, numbers = Mixture((mean,), width), (5, 10, 20, 40), {}
+
+    def errors_of(name, spacing):
+        off = []
+        for n in steps:
+            path = made(name, n, z, bell, timestep_spacing=spacing)
+            grid = schedule.Schedule.from_config(SD | {"timestep_spacing": spacing}, "EulerDiscreteScheduler")
+            sigma = samplers.sigma_grid(grid, n)[1][0]
+            first = path[0] * ((1 + sigma**2) ** 0.5 if samplers.SAMPLERS[name].scaled else 1)  # X = x0 + sigma * noise
+            exact = mean + width * (first - mean) / (width**2 + sigma**2) ** 0.5
+            off.append((path[-1] - exact).abs().max().item())
+        key = name if spacing == "linspace" else f"{name}-{spacing}"
+        numbers[key], numbers[f"{key}-20"] = f"{np.log2(off[0] / off[2]) / 2:.1f}", f"{off[2]:.3f}"
+        return off
+
     figure, axis = plt.subplots(figsize=(8, 4.4))
     rows = [("ddim", "linspace", RED), ("euler", "linspace", ORANGE), ("dpmpp_2m", "linspace", GREEN), ("heun", "linspace", BLUE),
             ("heun", "trailing", BLACK)]  # fmt: skip
     for (name, spacing, colour), mark in zip(rows, charts.MARKS, strict=False):
-        off = []
-        for n in steps:
-            path = made(name, n, z, bell, timestep_spacing=spacing)
-            row = samplers.SAMPLERS[name]
-            sigma = samplers.sigma_grid(
-                schedule.Schedule.from_config(SD | {"timestep_spacing": spacing}, "EulerDiscreteScheduler"), n
-            )[1][0]
-            first = path[0] * ((1 + sigma**2) ** 0.5 if row.scaled else 1)  # X = x0 + sigma * noise
-            exact = mean + width * (first - mean) / (width**2 + sigma**2) ** 0.5
-            off.append((path[-1] - exact).abs().max().item())
         label = name if (name, spacing) != ("heun", "trailing") else "heun, trailing"
-        axis.loglog(
-            steps, off, color=colour, marker=mark, linestyle="--" if spacing == "trailing" else "-", label=label
-        )
-        key = name if spacing == "linspace" else f"{name}-{spacing}"
-        numbers[key], numbers[f"{key}-20"] = f"{np.log2(off[0] / off[2]) / 2:.1f}", f"{off[2]:.3f}"
+        dash = "--" if spacing == "trailing" else "-"
+        axis.loglog(steps, errors_of(name, spacing), color=colour, marker=mark, linestyle=dash, label=label)
+    for name in ("unipc", "deis", "lms", "kdpm2", "dpmpp_2s"):
+        errors_of(name, "linspace")
     for key, kind in (("last", "EulerDiscreteScheduler"), ("last-dpmpp", "DPMSolverMultistepScheduler")):
         sched = schedule.Schedule.from_config(SD | {"timestep_spacing": "linspace"}, kind)
         numbers[key] = f"{samplers.sigma_grid(sched, 20)[1][-2]:.2f}"

@@ -20,141 +20,24 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.diffusion.schedule import Schedule, leading, split
+from nanodiff.diffusion import solvers
+from nanodiff.diffusion.grids import (
+    Step,
+    ask,
+    clip,
+    flow_sigmas,
+    flow_times,
+    higher_orders,
+    lcm_times,
+    pndm_times,
+    predict,
+    sigma_grid,
+    sigma_times,
+    spaced_times,
+)
+from nanodiff.diffusion.schedule import Schedule, split
 from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES
-
-
-class Step(NamedTuple):
-    x: torch.Tensor  # the sample after this step, in the sampler's own scale
-    x0: torch.Tensor  # the network's estimate of the clean sample
-    t: float  # the timestep at which the network was asked
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Shared pieces
-
-
-def clip(x0, cfg):
-    """Static or dynamic thresholding of x0 as the config says (Saharia et al. 2022, arXiv 2205.11487 §2.3)."""
-    if cfg.get("thresholding"):
-        bound = x0.float().abs().flatten(1).quantile(cfg["dynamic_thresholding_ratio"], dim=1)
-        bound = bound.clamp(1, cfg["sample_max_value"]).view(-1, *[1] * (x0.dim() - 1)).to(x0.dtype)
-        return torch.minimum(torch.maximum(x0, -bound), bound) / bound
-    return x0.clamp(-cfg["clip_sample_range"], cfg["clip_sample_range"]) if cfg.get("clip_sample") else x0
-
-
-def predict(schedule, out, x, abar):
-    """(x0, ε) of a prediction at x = √ᾱ·x0 + √(1-ᾱ)·ε, x0 clipped as the config says."""
-    x0, eps = split(schedule.prediction, out, x, abar**0.5, (1 - abar) ** 0.5)
-    return clip(x0, schedule.cfg), eps
-
-
-def sigma_to_t(sigma, log_sigmas):
-    """The (fractional) timestep whose σ this is, by linear interpolation in ln σ: networks are asked by timestep, σ-space grids lie between."""
-    return np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas)))
-
-
-def sigma_grid(schedule, n):
-    """(timesteps [n], σ [n+1]) of the σ-space samplers, as Python floats, noisy first.
-
-    σ_i is the training's σ at the config's timesteps; log_linear, exponential: even in ln σ, each step takes away the same share of the noise.
-
-    Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5).
-    """
-    cfg, every = schedule.cfg, schedule.all_sigmas()
-    multistep = "solver_order" in cfg
-    t = _multistep_times(schedule, n) if multistep else schedule.spaced(n, np.float32)
-    sigmas = np.interp(t, np.arange(len(every)), every)
-    if cfg.get("interpolation_type") == "log_linear":
-        sigmas = np.exp(np.linspace(np.log(every[-1]), np.log(every[0]), n + 1, dtype=np.float32))
-    span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
-    top = cfg.get("sigma_max") or float(span[0])
-    low = cfg.get("sigma_min") or float(span[1])
-    if cfg.get("use_karras_sigmas"):
-        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
-    elif cfg.get("use_exponential_sigmas"):
-        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
-    if cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas"):
-        t = sigma_to_t(sigmas, np.log(every))
-        rounds = multistep and (cfg["use_karras_sigmas"] and cfg["beta_schedule"] != "squaredcos_cap_v2")
-        t = t.round() if rounds else t.astype(np.int64) if multistep else t
-    last = every[0] if cfg.get("final_sigmas_type") == "sigma_min" else 0.0
-    return t.astype(np.float32).tolist(), np.append(sigmas, last).astype(np.float32).tolist()
-
-
-def _multistep_times(schedule, n):
-    """DPM-Solver++ counts its steps differently: n intervals, the clean end left out."""
-    T, spacing = schedule.T, schedule.cfg["timestep_spacing"]
-    if n >= T and spacing != "trailing":
-        raise UserError(
-            f"DPM-Solver++ has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}"
-        )
-    if spacing == "linspace":
-        return np.linspace(0, T - 1, n + 1).round()[::-1][:-1].astype(np.int64)
-    if spacing == "leading":
-        return leading((np.arange(n + 1) * (T // (n + 1)))[::-1][:-1], schedule.cfg["steps_offset"], T)
-    return schedule.spaced(n)
-
-
-def spaced_times(schedule, n, mu=None):
-    """n of the training's timesteps, by the config's spacing."""
-    return schedule.spaced(n).tolist()
-
-
-def pndm_times(schedule, n, mu=None):
-    """The same, the second one twice where PNDM begins without Runge-Kutta steps."""
-    t = schedule.spaced(n).tolist()
-    return t[:2] + t[1:] if schedule.cfg["skip_prk_steps"] and n > 1 else t
-
-
-def sigma_times(schedule, n, mu=None):
-    return sigma_grid(schedule, n)[0]
-
-
-def flow_times(schedule, n, mu=None):
-    return [sigma * schedule.T for sigma in flow_sigmas(schedule, n, mu)[:-1]]
-
-
-def flow_sigmas(schedule, n, mu=None, grid=None):
-    """σ [n+1] of flow matching from 1 to 0, shifted towards noise for large pictures (Esser et al. 2024 eq. 23).
-
-    The shift is applied to the grid's lower end first and then to the whole grid, as the reference does: with shift 3
-    and 4 steps the last σ before 0 is 0.0089.
-    """
-    cfg, shift = schedule.cfg, schedule.cfg["shift"]
-
-    def shifted(s):
-        if not cfg["use_dynamic_shifting"]:
-            return shift * s / (1 + (shift - 1) * s)
-        power = math.exp(mu) if cfg["time_shift_type"] == "exponential" else mu
-        return power / (power + (1 / s - 1))
-
-    if cfg["use_dynamic_shifting"] and mu is None:
-        raise UserError("this scheduler shifts by picture size (use_dynamic_shifting): mu is needed")
-    low = 1 / schedule.T if cfg["use_dynamic_shifting"] else shifted(1 / schedule.T)
-    sigmas = shifted(np.linspace(1.0, low, n) if grid is None else np.array(grid))
-    if cfg["shift_terminal"]:
-        sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
-    top, low = float(sigmas[0]), float(sigmas[-1])
-    if cfg["use_karras_sigmas"]:
-        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
-    elif cfg["use_exponential_sigmas"]:
-        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
-    return np.append(sigmas, 0.0).astype(np.float32).tolist()
-
-
-def flow_mu(schedule, patches):
-    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture.
-
-    A large picture has more pixels that say the same, so more noise is needed to hide it (Esser et al. 2024 §5.3.2).
-    """
-    cfg = schedule.cfg
-    slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
-    return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
 
 
 def _previous(schedule, timesteps, i, n, quirks=False):
@@ -277,15 +160,6 @@ def _transfer(schedule, x, out, t, prev):
     return (abar_prev / abar) ** 0.5 * x - (abar_prev - abar) / denominator * eps, x0
 
 
-def lcm_times(schedule, n, mu=None):
-    """n of the timesteps that a latent consistency model was distilled on, noisy first: it has only learned to jump from these."""
-    known = schedule.cfg["original_inference_steps"]
-    if n > known:
-        raise UserError(f"LCM was distilled on {known} timesteps and cannot take {n} steps")
-    grid = (np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1]
-    return grid[np.floor(np.linspace(0, known, n, endpoint=False)).astype(np.int64)].tolist()
-
-
 def lcm(model, x, schedule, n, noise, start=0):
     """Latent consistency (Luo et al. 2023, arXiv 2310.04378 Alg. 3): jump to x0, noise back to the next timestep.
 
@@ -307,14 +181,15 @@ def dpmpp_2m(model, x, schedule, n, noise, start=0):
     """DPM-Solver and DPM-Solver++, multistep, orders 1-3, ODE and SDE (Lu et al. 2022, arXiv 2211.01095 Alg. 2, App. D).
 
     With h = λ' - λ and data prediction m:  x' = (s'/s) x - a' (e^-h - 1) (m + ½ D1),  D1 = (m - m_1) h / h_1.
-    Noise prediction ("dpsolver") exchanges a and s and the sign of h.
+    Noise prediction ("dpmsolver") exchanges a and s and the sign of h. The SDE's third order is k-diffusion's (sample_dpmpp_3m_sde): diffusers has
+    the wrong sign before a ½ there, which leaves an error that does not fall with the step.
     """
     cfg = schedule.cfg
     data, sde = cfg["algorithm_type"].endswith("++"), cfg["algorithm_type"].startswith("sde")
     if not data and cfg["final_sigmas_type"] == "zero":
         raise UserError(f"{cfg['algorithm_type']} cannot end at sigma 0; set final_sigmas_type to sigma_min")
-    if sde and cfg["solver_order"] == 3:
-        raise UserError("the SDE variants of DPM-Solver have no third order; set solver_order to 2")
+    if sde and not data and cfg["solver_order"] == 3:
+        raise UserError("the SDE of noise prediction (sde-dpmsolver) has no third order; set solver_order to 2")
     timesteps, sigmas = sigma_grid(schedule, n)
     points = [(1 / (s * s + 1) ** 0.5, s / (s * s + 1) ** 0.5) for s in sigmas]
     lam = [math.log(a) - math.log(s) if s else math.inf for a, s in points]
@@ -348,26 +223,8 @@ def dpmpp_2m(model, x, schedule, n, noise, start=0):
             e1 = -2 * s1 * grow
         x = x + e1 * history[0]
         if order >= 2:
-            x = x + _higher_orders(cfg, history, [lam[i + 1], *lam[i::-1][:3]], order, e1, a1, s1, data, sde)
+            x = x + higher_orders(cfg, history, [lam[i + 1], *lam[i::-1][:3]], order, e1, a1, s1, data, sde)
         yield Step(x, x0, t)
-
-
-def _higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
-    """The D1 (and D2) terms of DPM-Solver(++): lam = [λ', λ, λ_1, λ_2], m = [m, m_1, m_2]."""
-    h, r0 = lam[0] - lam[1], (lam[1] - lam[2]) / (lam[0] - lam[1])
-    d1 = (m[0] - m[1]) / r0
-    if order == 2 and cfg["solver_type"] == "midpoint":
-        return 0.5 * e1 * d1
-    k = -h * (2 if sde else 1) if data else h  # the exponential integrator's exponent
-    scale = -(a1 if data else s1 * (2 if sde else 1))
-    phi1 = (math.exp(k) - 1) / k - 1
-    if order == 2:
-        return scale * phi1 * d1
-    r1 = (lam[2] - lam[3]) / h
-    d11 = (m[1] - m[2]) / r1
-    d2 = (d1 - d11) / (r0 + r1)
-    phi2 = (math.exp(k) - 1 - k) / k**2 - 0.5
-    return scale * phi1 * (d1 + r0 * d2) + scale * phi2 * d2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -375,13 +232,6 @@ def _higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
 #
 # Steps are written from x0, not from X: X' = x0 + σ'/σ (X - x0) and X' = X + (σ' - σ) (X - x0)/σ are equal, but the second is the
 # difference of two numbers of size σ, and σ is 4096 at zero terminal SNR: in fp32 it keeps three digits less.
-
-
-def _ask(model, X, schedule, t, sigma):
-    """x0 from the network at X = x0 + σ ε."""
-    abar = 1 / (sigma**2 + 1)
-    x = X * abar**0.5
-    return clip(split(schedule.prediction, model(x, t), x, abar**0.5, (1 - abar) ** 0.5)[0], schedule.cfg)
 
 
 def euler(model, x, schedule, n, noise, start=0, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
@@ -413,7 +263,7 @@ def euler_a(model, x, schedule, n, noise, start=0):
     timesteps, sigmas = sigma_grid(schedule, n)
     for i in range(start, n):
         t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
-        x0 = _ask(model, x, schedule, t, sigma)
+        x0 = ask(model, x, schedule, t, sigma)
         up = (after**2 * max(sigma**2 - after**2, 0.0) / sigma**2) ** 0.5
         down = max(after**2 - up**2, 0.0) ** 0.5
         x = x0 + down / sigma * (x - x0) + up * noise()
@@ -429,30 +279,10 @@ def heun(model, x, schedule, n, noise, start=0):
     timesteps, sigmas = sigma_grid(schedule, n)
     for i in range(start, n):
         t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
-        x0 = _ask(model, x, schedule, t, sigma)
+        x0 = ask(model, x, schedule, t, sigma)
         x = x0 + after / sigma * (x - x0)
         if after > 0:
-            x = x + (sigma / after - 1) / 2 * (_ask(model, x, schedule, timesteps[i + 1], after) - x0)
-        yield Step(x, x0, t)
-
-
-def midpoint(model, x, schedule, n, noise, start=0):
-    """The midpoint method (Karras et al. 2022, arXiv 2206.00364 Alg. 3 with α = ½): an Euler step to the middle, whose slope serves for the whole.
-
-    With σm = (σ + σ')/2, r = σ'/σ, and xm the estimate of x0 at the middle:  X' = r X + (1 - r) (σ/σm) (xm - (1 - σm/σ) x0).
-    Two network calls a step, one in the last (σ' = 0), whose middle would be below every σ that the network knows.
-    """
-    timesteps, sigmas = sigma_grid(schedule, n)
-    log_sigmas = np.log(schedule.all_sigmas())
-    for i in range(start, n):
-        t, sigma, after = timesteps[i], sigmas[i], sigmas[i + 1]
-        x0, middle, r = _ask(model, x, schedule, t, sigma), (sigma + after) / 2, after / sigma
-        if after > 0:
-            halfway = x0 + middle / sigma * (x - x0)
-            there = _ask(model, halfway, schedule, float(sigma_to_t(middle, log_sigmas)), middle)
-            x = r * x + (1 - r) * sigma / middle * (there - (1 - middle / sigma) * x0)
-        else:
-            x = x0
+            x = x + (sigma / after - 1) / 2 * (ask(model, x, schedule, timesteps[i + 1], after) - x0)
         yield Step(x, x0, t)
 
 
@@ -516,9 +346,28 @@ SAMPLERS = {  # by the name on the command line
     "euler_a": Sampler(euler_a, "EulerAncestralDiscreteScheduler", times=sigma_times, scaled=False),
     "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", times=sigma_times),
     "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, sigma_times),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, sigma_times
+    ),
+    "dpmpp_2m_sde_karras": Sampler(
+        dpmpp_2m,
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        sigma_times,
+    ),
+    "dpmpp_3m_sde": Sampler(
+        dpmpp_2m, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, sigma_times
+    ),
+    "dpmpp_2s": Sampler(solvers.dpmpp_2s, "DPMSolverSinglestepScheduler", times=sigma_times),
+    "unipc": Sampler(solvers.unipc, "UniPCMultistepScheduler", times=sigma_times),
+    "deis": Sampler(solvers.deis, "DEISMultistepScheduler", times=sigma_times),
+    "lms": Sampler(solvers.lms, "LMSDiscreteScheduler", times=sigma_times, scaled=False),
+    "kdpm2": Sampler(solvers.kdpm2, "KDPM2DiscreteScheduler", times=sigma_times, scaled=False),
+    "kdpm2_a": Sampler(solvers.kdpm2_a, "KDPM2AncestralDiscreteScheduler", times=sigma_times, scaled=False),
     "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False),
-    "midpoint": Sampler(midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False),
+    "midpoint": Sampler(solvers.midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False),
     "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
+    "tcd": Sampler(solvers.tcd, "TCDScheduler", times=lcm_times),
     "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
     "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times),
 }
@@ -580,7 +429,7 @@ def check_steps(schedule, n):
     """Raise UserError when a schedule cannot take n steps."""
     if not 1 <= n <= schedule.T:
         raise UserError(f"`steps` {n}: must be between 1 and the {schedule.T} timesteps the model was trained on")
-    if schedule.kind == "LCMScheduler":
+    if schedule.kind in ("LCMScheduler", "TCDScheduler"):
         lcm_times(schedule, n)
 
 
@@ -610,7 +459,7 @@ def begin(schedule, n, noise, image=None, start=0, mu=None):
         scaled = of(schedule).scaled
         if image is None:
             top = max(sigmas)
-            leading = schedule.cfg["timestep_spacing"] == "leading"
+            leading = schedule.cfg.get("timestep_spacing") == "leading"
             return noise if scaled else noise * ((top**2 + 1) ** 0.5 if leading else top)
         scale = 1 / (sigmas[start] ** 2 + 1) ** 0.5 if scaled else 1.0
         return (image + sigmas[start] * noise) * scale

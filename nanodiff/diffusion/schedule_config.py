@@ -96,16 +96,61 @@ DEFAULTS = {
         "stochastic_sampling": False,
     },
 }
+_THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_MULTISTEP = {
+    "solver_order": 2,
+    "lower_order_final": True,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_LINSPACE = _DIFFUSION | _SIGMAS | {"timestep_spacing": "linspace"}
+DEFAULTS |= {
+    # which knows no spacing: always linspace
+    "DPMSolverSinglestepScheduler": {
+        k: v for k, v in _LINSPACE.items() if k not in ("timestep_spacing", "steps_offset")
+    }
+    | _THRESHOLDING
+    | _MULTISTEP
+    | {
+        "lower_order_final": False,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "final_sigmas_type": "zero",
+    }
+    | {"lambda_min_clipped": -math.inf, "variance_type": None},
+    "UniPCMultistepScheduler": _LINSPACE
+    | _THRESHOLDING
+    | _MULTISTEP
+    | {"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None, "final_sigmas_type": "zero"}
+    | {"rescale_betas_zero_snr": False, "sigma_min": None, "sigma_max": None, "shift_terminal": None},
+    "DEISMultistepScheduler": _LINSPACE
+    | _THRESHOLDING
+    | _MULTISTEP
+    | {"algorithm_type": "deis", "solver_type": "logrho"},
+    "LMSDiscreteScheduler": _LINSPACE,
+    "KDPM2DiscreteScheduler": _LINSPACE | _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _LINSPACE | _SD_BETAS,
+    "TCDScheduler": DEFAULTS["LCMScheduler"],
+}
 DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
 SPACES = {  # what each class counts its steps in: timesteps of the training, noise levels σ = s/α of its ODE, or the σ of a flow
     "DDPMScheduler": "timestep",
     "DDIMScheduler": "timestep",
     "PNDMScheduler": "timestep",
     "LCMScheduler": "timestep",
+    "TCDScheduler": "timestep",
     "EulerDiscreteScheduler": "sigma",
     "EulerAncestralDiscreteScheduler": "sigma",
     "HeunDiscreteScheduler": "sigma",
     "DPMSolverMultistepScheduler": "sigma",
+    "DPMSolverSinglestepScheduler": "sigma",
+    "UniPCMultistepScheduler": "sigma",
+    "DEISMultistepScheduler": "sigma",
+    "LMSDiscreteScheduler": "sigma",
+    "KDPM2DiscreteScheduler": "sigma",
+    "KDPM2AncestralDiscreteScheduler": "sigma",
     "FlowMatchEulerDiscreteScheduler": "flow",
     "FlowMatchHeunDiscreteScheduler": "flow",
 }
@@ -132,18 +177,38 @@ NUMBERS = {
 }
 # Fields of diffusers' other samplers, which come along when one class is exchanged for another, and say nothing of the model.
 FOREIGN = {
-    "predict_x0", "solver_p", "disable_corrector", "predictor_order", "corrector_order", "tau_func", "eta", "rho", "sigma_data",
+    "predictor_order", "corrector_order", "tau_func", "eta", "rho", "sigma_data",
     "sigma_schedule", "s_noise", "s_churn", "s_min", "s_max", "clip_denoised", "noise_sampler_seed", "gamma",
 }  # fmt: skip
 FORMER = {
     "tensor_format": ("pt", "np"),
     "predict_epsilon": (True,),
 }  # fields of diffusers < 0.9, and the values that change nothing
+_OTHERS = {
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "deis"),
+}
+
+
+def _taken(solver, own_solvers, algorithm=None, own_algorithms=()):
+    """What a class takes for other classes' values."""
+    same = {"solver_type": {v: solver for v in _OTHERS["solver_type"] if v not in own_solvers}}
+    return same | (
+        {"algorithm_type": {v: algorithm for v in _OTHERS["algorithm_type"] if v not in own_algorithms}}
+        if algorithm
+        else {}
+    )
+
+
 SAME = {  # what a class takes for another class's value, as diffusers does
-    "DPMSolverMultistepScheduler": {
-        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
-        "algorithm_type": {"deis": "dpmsolver++"},
-    }
+    "DPMSolverMultistepScheduler": _taken(
+        "midpoint", ("midpoint", "heun"), "dpmsolver++", ("dpmsolver++", "dpmsolver")
+    ),
+    "DPMSolverSinglestepScheduler": _taken(
+        "midpoint", ("midpoint", "heun"), "dpmsolver++", ("dpmsolver++", "dpmsolver")
+    ),
+    "UniPCMultistepScheduler": _taken("bh2", ("bh1", "bh2")),
+    "DEISMultistepScheduler": _taken("logrho", ("logrho",), "deis", ("deis",)),
 }
 # Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
 CHOICES = {
@@ -154,8 +219,10 @@ CHOICES = {
     "interpolation_type": ("linear", "log_linear"),
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"),
-    "solver_type": ("midpoint", "heun"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
     "solver_order": (1, 2, 3),
     "time_shift_type": ("exponential", "linear"),
     "lambda_min_clipped": (-math.inf, "-inf"),

@@ -19,7 +19,7 @@ import torch
 
 from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
-from nanodiff.diffusion import samplers
+from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.output import images
 from nanodiff.pipeline import families, saving
 from nanodiff.pipeline.conditions import Conditions
@@ -235,13 +235,13 @@ class Pipeline(Conditions, Guidance, LatentSpace):
     def _sampler(self, given, drawing, height, width):
         """(sampler, its options, the shift of a flow's times) of a run."""
         own = samplers.of(self.schedule).run
-        if drawing.eta and own is not samplers.ddim:
-            raise UserError(f"`eta` is DDIM's; {samplers.name_of(self.schedule)} has no such setting")
+        if drawing.eta and own not in (samplers.ddim, solvers.tcd):
+            raise UserError(f"`eta` is DDIM's and TCD's; {samplers.name_of(self.schedule)} has no such setting")
         if drawing.quirks and own not in (samplers.ddim, samplers.pndm):
             raise UserError(f"`quirks` is for ddim and pndm; {samplers.name_of(self.schedule)} has none")
         options = ({"eta": drawing.eta} if drawing.eta else {}) | ({"quirks": True} if drawing.quirks else {})
         if self.schedule.flow and self.schedule.cfg["use_dynamic_shifting"]:
-            options["mu"] = samplers.flow_mu(self.schedule, height * width // self.multiple**2)
+            options["mu"] = grids.flow_mu(self.schedule, height * width // self.multiple**2)
         shift = {"mu": options.get("mu")} if self.schedule.flow else {}
         return given or own, options, shift
 

@@ -48,7 +48,7 @@ class Drawing:
     guidance_rescale: float = 0.0  # 0 to 1
     height: int | None = None  # pixels
     width: int | None = None
-    eta: float = 0.0  # DDIM's noise, 0 to 1
+    eta: float = 0.0  # DDIM's and TCD's noise, 0 to 1
     quirks: bool = False  # see samplers.ddim
     tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
     sizes: dict | None = None  # SDXL's, see SDXL.size_ids

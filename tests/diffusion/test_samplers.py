@@ -10,17 +10,36 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from util import coefficients, double_noise, gaussian_model, golden, max_error, rounding
 
 from nanodiff.config import UserError
-from nanodiff.diffusion import samplers
+from nanodiff.diffusion import samplers, solvers
 from nanodiff.diffusion.samplers import SAMPLERS, begin
 from nanodiff.diffusion.schedule import Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
       "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": True}  # fmt: skip
 FLOWS = ("flow_euler", "flow_heun")
-FAMILIES = ["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp2m", "lcm", "flow", "heun"]
+FAMILIES = [
+    "ddim",
+    "ddpm",
+    "pndm",
+    "euler",
+    "euler_a",
+    "dpmpp2m",
+    "lcm",
+    "flow",
+    "heun",
+    "unipc",
+    "deis",
+    "lms",
+    "kdpm2",
+    "kdpm2_a",
+    "dpmpp2s",
+    "tcd",
+]
+TWICE = ("heun", "kdpm2", "kdpm2_a")  # the reference yields after each network call, we after each step
 
 
 def cases():
@@ -56,7 +75,7 @@ def test_golden(family, case):
     generator.manual_seed(args["generator_seed"])
     exact = list(sampler(fake, first.double(), schedule, n, noise, **options))
     want = data["prev_sample"]
-    if family == "heun":  # the reference yields after each network call, we after each step
+    if family in TWICE:
         want = torch.cat([want[1:-1:2], want[-1:]])
     largest = first.abs().max()
     for step, truth, prev in zip(steps, exact, want, strict=True):
@@ -64,7 +83,7 @@ def test_golden(family, case):
         # The recording adds what is as large as x, which at zero SNR is 4096, in fp32, and carries on what that loses.
         assert (step.x - prev).abs().max() < 1e-5 * prev.abs().max() + rounding(largest, 2)
         largest = max(largest, prev.abs().max())
-    if family != "heun":
+    if family not in TWICE:
         assert [s.t for s in steps] == pytest.approx(data["timesteps"].tolist(), abs=1e-4)
 
 
@@ -91,7 +110,20 @@ def run(schedule, name, n, z, **options):
     return x
 
 
-ODE = ["ddim", "pndm", "euler", "dpmpp_2m", "dpmpp_2m_karras", "heun", "midpoint"]
+ODE = [
+    "ddim",
+    "pndm",
+    "euler",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "heun",
+    "midpoint",
+    "dpmpp_2s",
+    "unipc",
+    "deis",
+    "lms",
+    "kdpm2",
+]
 TOLERANCE = {
     "ddim": 0.05,
     "pndm": 0.03,
@@ -100,6 +132,11 @@ TOLERANCE = {
     "dpmpp_2m_karras": 0.05,
     "heun": 0.03,
     "midpoint": 0.03,
+    "dpmpp_2s": 0.03,
+    "unipc": 0.03,
+    "deis": 0.05,
+    "lms": 0.03,
+    "kdpm2": 0.03,
 }
 
 
@@ -114,7 +151,7 @@ def test_ode_samplers_carry_quantiles(name, spacing, prediction):
     a, s = coefficients(schedule, times[0])
     spread = (a * a * VAR + s * s) ** 0.5
     # begin() starts at z (or σ z); the exact flow carries quantile (x - aμ)/spread to the data's.
-    x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, 100, z) * a
+    x = z if SAMPLERS[name].scaled else begin(schedule, 100, z) * a
     want = MEAN + VAR**0.5 * (x - a * MEAN) / spread
     assert (run(schedule, name, 100, z) - want).abs().max() < TOLERANCE[name]
 
@@ -127,7 +164,7 @@ def test_step_counts_that_do_not_divide_the_timesteps(name, spacing, n):
     schedule = make(name, "v_prediction", spacing)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     a, s = coefficients(schedule, next(run_times(schedule, name, n)))
-    x = z if name in ("ddim", "pndm", "dpmpp_2m", "dpmpp_2m_karras") else begin(schedule, n, z) * a
+    x = z if SAMPLERS[name].scaled else begin(schedule, n, z) * a
     want = MEAN + VAR**0.5 * (x - a * MEAN) / (a * a * VAR + s * s) ** 0.5
     assert (run(schedule, name, n, z) - want).abs().max() < 1.7 * TOLERANCE[name] * 100 / min(n, 100)
 
@@ -145,6 +182,11 @@ ORDER = {
     "dpmpp_2m": 0.9,
     "heun": 0.9,
     "midpoint": 0.9,
+    "dpmpp_2s": 0.9,
+    "unipc": 0.9,
+    "deis": 0.9,
+    "lms": 0.9,
+    "kdpm2": 0.9,
 }  # at least, on these grids
 
 
@@ -153,7 +195,7 @@ def test_order_of_convergence(name):
     """Halving the step divides the error by about 2^order: first-order Euler and DDIM, higher the others."""
     schedule = make(name, "epsilon", "trailing")
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    fine = run(schedule, name, 1000, z)
+    fine = run(schedule, name, 999, z)
     errors = [(run(schedule, name, n, z) - fine).abs().max().item() for n in (10, 20, 40)]
     assert errors[0] > errors[1] > errors[2]
     order = math.log2(errors[0] / errors[2]) / 2
@@ -161,7 +203,8 @@ def test_order_of_convergence(name):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("euler_a", {}), ("ddim", {"eta": 1.0})])
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("euler_a", {}), ("ddim", {"eta": 1.0}), ("kdpm2_a", {}),
+                                              ("dpmpp_2m_sde", {}), ("dpmpp_3m_sde", {})])  # fmt: skip
 def test_stochastic_samplers_have_the_data_variance(name, options, prediction):
     schedule = make(name, prediction, "trailing")
     z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -220,7 +263,13 @@ def test_prediction_types_give_one_picture(name):
     z = torch.randn(4, 1, dtype=torch.float64)
     results = [run(make(name, p, "trailing"), name, 12, z) for p in ("epsilon", "sample", "v_prediction")]
     # karras's timesteps are rounded and midpoint's lie between those of the table, so t and σ disagree a little
-    bound = {"dpmpp_2m_karras": 1e-3, "midpoint": 1e-5}.get(name, 1e-6)
+    bound = {
+        "dpmpp_2m_karras": 1e-3,
+        "dpmpp_2m_sde_karras": 1e-3,
+        "midpoint": 1e-5,
+        "kdpm2": 1e-5,
+        "kdpm2_a": 1e-5,
+    }.get(name, 1e-6)
     assert max_error(results[0], results[1]) < bound and max_error(results[0], results[2]) < bound
 
 
@@ -264,7 +313,7 @@ def test_times_are_the_steps(name):
     assert [s.t for s in steps] == pytest.approx(samplers.times(schedule, 6), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "euler_a", "heun", "ddpm"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "euler_a", "heun", "ddpm", "kdpm2", "kdpm2_a"])
 def test_starting_in_the_middle_is_the_rest_of_the_whole(name):
     """Image-to-image: from step k on, a sampler without history continues as the whole run would."""
     schedule = make(name, "epsilon", "leading")
@@ -273,8 +322,50 @@ def test_starting_in_the_middle_is_the_rest_of_the_whole(name):
     steps = list(SAMPLERS[name][0](model, x, schedule, 10, double_noise(z.shape), start=6))
     assert len(steps) == 4 and torch.isfinite(steps[-1].x).all()
     a, s = coefficients(schedule, steps[0].t)
-    vp = x if name in ("ddim", "ddpm", "dpmpp_2m") else x * a
+    vp = x if SAMPLERS[name].scaled else x * a
     assert max_error(vp, a * 0.4 + s * z) < 1e-6
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("sde", [False, True])
+def test_higher_orders_near_the_integral(order, sde):
+    """The terms of DPM-Solver++ against ∫ e^-(λ'-u) m(u) du, of the SDE ∫ 2 e^-2(λ'-u) m(u) du: exact for a straight m at order 2, an error of
+    h³ for a curved one at order 3. The reference's SDE of third order has another sign before its ½: h²."""
+    m, k = np.polynomial.Polynomial([0.7, -0.4, 0.9][:order]), 2 if sde else 1
+
+    def error(h):
+        lam, after = [0.3, 0.3 - 0.9 * h, 0.3 - 2.1 * h], 0.3 + h
+        e1 = 1 - math.exp(-k * h)
+        known = [torch.tensor(m(u), dtype=torch.float64) for u in lam]
+        cfg = {"solver_order": order, "solver_type": "heun"}
+        got = e1 * known[0] + samplers.higher_orders(cfg, known, [after, *lam], order, e1, 1.0, 0.5, True, sde)
+        return abs(got.item() - quad(lambda u: k * math.exp(-k * (after - u)) * m(u), lam[0], after)[0])
+
+    if order == 2:
+        assert error(0.8) < 1e-12
+    else:
+        assert math.log2(error(0.02) / error(0.01)) > 2.8
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_adams_weights_integrate_polynomials(log):
+    known, after, m = [3.0, 4.5, 7.0], 1.8, np.polynomial.Polynomial([0.7, -0.4, 0.9])
+    u = math.log if log else float
+    want = quad(lambda s: m(u(s)), known[0], after)[0]
+    weights = solvers.adams_weights(known, after, log)
+    assert sum(w * m(u(s)) for w, s in zip(weights, known, strict=True)) == pytest.approx(want, rel=1e-9)
+
+
+def test_tcd_without_noise_is_ddim_on_its_times():
+    tcd, ddim = make("tcd", "epsilon", "leading"), make("ddim", "epsilon", "leading")
+    z, x = torch.randn(5, 1, dtype=torch.float64), None
+    *way, last = samplers.times(tcd, 5)
+    x = z
+    for t, after in itertools.pairwise([*way, last, 0]):
+        bar, bar_after = ddim.alpha_bar(t), ddim.alpha_bar(after)
+        x0, eps = samplers.predict(ddim, gaussian_model(ddim, MEAN, VAR)(x, t), x, bar)
+        x = bar_after**0.5 * x0 + (1 - bar_after) ** 0.5 * eps
+    assert max_error(run(tcd, "tcd", 5, z, eta=0.0), x) < 1e-9
 
 
 def test_refusals():
@@ -284,6 +375,13 @@ def test_refusals():
             samplers.check_steps(schedule, n)
     with pytest.raises(UserError, match="LCM"):
         samplers.check_steps(make("lcm", "epsilon", "leading"), 51)
+    with pytest.raises(UserError, match="second order"):
+        run(make("dpmpp_2s", "epsilon", None, solver_order=3), "dpmpp_2s", 6, torch.zeros(1, 1))
+    with pytest.raises(UserError, match="sigma_min"):
+        run(make("unipc", "epsilon", "linspace", predict_x0=False), "unipc", 6, torch.zeros(1, 1))
+    with pytest.raises(UserError, match="third order"):
+        run(make("dpmpp_2m", "epsilon", "linspace", algorithm_type="sde-dpmsolver", solver_order=3, final_sigmas_type="sigma_min"), "dpmpp_2m",
+            6, torch.zeros(1, 1))  # fmt: skip
     with pytest.raises(UserError, match="flow"):
         samplers.rescheduled(make("flow_euler", None, None), "ddim")
     with pytest.raises(UserError, match="euler"):

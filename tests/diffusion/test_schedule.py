@@ -126,7 +126,7 @@ def test_every_step_count_gives_that_many_timesteps(spacing):
         ({"timestep_spacing": "even"}, "timestep_spacing"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
-        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
+        ({"_class_name": "IPNDMScheduler"}, "IPNDMScheduler"),
         ({"set_alpha_to_won": False}, "set_alpha_to_one"),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}, "variance_type"),
         (

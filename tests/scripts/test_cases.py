@@ -143,8 +143,8 @@ def test_a_class_that_we_lack_is_no_hindrance_to_another(tmp_path):
     assert (
         torch.equal(got.schedule.alphas_cumprod, want.schedule.alphas_cumprod) and got.schedule.prediction == "epsilon"
     )
-    (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}))
-    with pytest.raises(UserError, match=r"'UniPCMultistepScheduler' is not supported.*`scheduler` names another"):
+    (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "IPNDMScheduler"]}))
+    with pytest.raises(UserError, match=r"'IPNDMScheduler' is not supported.*`scheduler` names another"):
         pipeline.load(model)
     for name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler"):
         assert torch.equal(pipeline.load(model, scheduler=name).schedule.alphas_cumprod, want.schedule.alphas_cumprod)

@@ -1,0 +1,182 @@
+"""Where a sampler stops on its way, and what it asks there: timesteps and noise levels, x0 of a prediction.
+
+Shared by samplers.py and solvers.py. Symbols as there: ᾱ = alphas_cumprod, a = √ᾱ, s = √(1-ᾱ), σ = s/a, λ = ln(a/s).
+
+Explained in the book (docs/book): chapters 3 and 11.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanodiff.config import UserError
+from nanodiff.diffusion.schedule import leading, split
+
+UNROUNDED = (
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)  # whose timesteps of Karras's σ lie between the training's
+
+
+class Step(NamedTuple):
+    x: torch.Tensor  # the sample after this step, in the sampler's own scale
+    x0: torch.Tensor  # the network's estimate of the clean sample
+    t: float  # the timestep at which the network was asked
+
+
+def clip(x0, cfg):
+    """Static or dynamic thresholding of x0 as the config says (Saharia et al. 2022, arXiv 2205.11487 §2.3)."""
+    if cfg.get("thresholding"):
+        bound = x0.float().abs().flatten(1).quantile(cfg["dynamic_thresholding_ratio"], dim=1)
+        bound = bound.clamp(1, cfg["sample_max_value"]).view(-1, *[1] * (x0.dim() - 1)).to(x0.dtype)
+        return torch.minimum(torch.maximum(x0, -bound), bound) / bound
+    return x0.clamp(-cfg["clip_sample_range"], cfg["clip_sample_range"]) if cfg.get("clip_sample") else x0
+
+
+def predict(schedule, out, x, abar):
+    """(x0, ε) of a prediction at x = √ᾱ·x0 + √(1-ᾱ)·ε, x0 clipped as the config says."""
+    x0, eps = split(schedule.prediction, out, x, abar**0.5, (1 - abar) ** 0.5)
+    return clip(x0, schedule.cfg), eps
+
+
+def sigma_to_t(sigma, log_sigmas):
+    """The (fractional) timestep whose σ this is, by linear interpolation in ln σ: networks are asked by timestep, σ-space grids lie between."""
+    return np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas)))
+
+
+def sigma_grid(schedule, n):
+    """(timesteps [n], σ [n+1]) of the σ-space samplers, as Python floats, noisy first.
+
+    σ_i is the training's σ at the config's timesteps; log_linear, exponential: even in ln σ, each step takes away the same share of the noise.
+
+    Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5).
+    """
+    cfg, every = schedule.cfg, schedule.all_sigmas()
+    multistep = "solver_order" in cfg
+    t = _multistep_times(schedule, n) if multistep else schedule.spaced(n, np.float32)
+    sigmas = np.interp(t, np.arange(len(every)), every)
+    if cfg.get("interpolation_type") == "log_linear":
+        sigmas = np.exp(np.linspace(np.log(every[-1]), np.log(every[0]), n + 1, dtype=np.float32))
+    span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
+    top = cfg.get("sigma_max") or float(span[0])
+    low = cfg.get("sigma_min") or float(span[1])
+    if cfg.get("use_karras_sigmas"):
+        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
+    elif cfg.get("use_exponential_sigmas"):
+        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
+    if cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas"):
+        t = sigma_to_t(sigmas, np.log(every))
+        cosine = schedule.kind == "DPMSolverMultistepScheduler" and cfg["beta_schedule"] == "squaredcos_cap_v2"
+        rounds = cfg["use_karras_sigmas"] and not cosine and schedule.kind not in UNROUNDED
+        t = t.round() if rounds else t.astype(np.int64) if multistep else t
+    ends = schedule.kind == "DEISMultistepScheduler" or cfg.get("final_sigmas_type") == "sigma_min"
+    last = every[0] if ends else 0.0
+    return t.astype(np.float32).tolist(), np.append(sigmas, last).astype(np.float32).tolist()
+
+
+def _multistep_times(schedule, n):
+    """Multistep samplers count their steps differently: n intervals, the clean end left out."""
+    T, spacing = schedule.T, schedule.cfg.get("timestep_spacing", "linspace")
+    if n >= T and spacing != "trailing":
+        raise UserError(
+            f"a multistep sampler has no {n} distinct steps on {T} timesteps with {spacing} spacing; use fewer than {T}"
+        )
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, n + 1).round()[::-1][:-1].astype(np.int64)
+    if spacing == "leading":
+        return leading((np.arange(n + 1) * (T // (n + 1)))[::-1][:-1], schedule.cfg["steps_offset"], T)
+    return schedule.spaced(n)
+
+
+def spaced_times(schedule, n, mu=None):
+    """n of the training's timesteps, by the config's spacing."""
+    return schedule.spaced(n).tolist()
+
+
+def pndm_times(schedule, n, mu=None):
+    """The same, the second one twice where PNDM begins without Runge-Kutta steps."""
+    t = schedule.spaced(n).tolist()
+    return t[:2] + t[1:] if schedule.cfg["skip_prk_steps"] and n > 1 else t
+
+
+def sigma_times(schedule, n, mu=None):
+    return sigma_grid(schedule, n)[0]
+
+
+def flow_times(schedule, n, mu=None):
+    return [sigma * schedule.T for sigma in flow_sigmas(schedule, n, mu)[:-1]]
+
+
+def flow_sigmas(schedule, n, mu=None, grid=None):
+    """σ [n+1] of flow matching from 1 to 0, shifted towards noise for large pictures (Esser et al. 2024 eq. 23).
+
+    The shift is applied to the grid's lower end first and then to the whole grid, as the reference does: with shift 3
+    and 4 steps the last σ before 0 is 0.0089.
+    """
+    cfg, shift = schedule.cfg, schedule.cfg["shift"]
+
+    def shifted(s):
+        if not cfg["use_dynamic_shifting"]:
+            return shift * s / (1 + (shift - 1) * s)
+        power = math.exp(mu) if cfg["time_shift_type"] == "exponential" else mu
+        return power / (power + (1 / s - 1))
+
+    if cfg["use_dynamic_shifting"] and mu is None:
+        raise UserError("this scheduler shifts by picture size (use_dynamic_shifting): mu is needed")
+    low = 1 / schedule.T if cfg["use_dynamic_shifting"] else shifted(1 / schedule.T)
+    sigmas = shifted(np.linspace(1.0, low, n) if grid is None else np.array(grid))
+    if cfg["shift_terminal"]:
+        sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
+    top, low = float(sigmas[0]), float(sigmas[-1])
+    if cfg["use_karras_sigmas"]:
+        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
+    elif cfg["use_exponential_sigmas"]:
+        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
+    return np.append(sigmas, 0.0).astype(np.float32).tolist()
+
+
+def flow_mu(schedule, patches):
+    """The shift by picture size of use_dynamic_shifting: linear in the number of patches of the picture.
+
+    A large picture has more pixels that say the same, so more noise is needed to hide it (Esser et al. 2024 §5.3.2).
+    """
+    cfg = schedule.cfg
+    slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
+    return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
+
+
+def ask(model, X, schedule, t, sigma):
+    """x0 from the network at X = x0 + σ ε."""
+    abar = 1 / (sigma**2 + 1)
+    x = X * abar**0.5
+    return clip(split(schedule.prediction, model(x, t), x, abar**0.5, (1 - abar) ** 0.5)[0], schedule.cfg)
+
+
+def lcm_times(schedule, n, mu=None):
+    """n of the timesteps that a latent consistency model was distilled on, noisy first: it has only learned to jump from these."""
+    known = schedule.cfg["original_inference_steps"]
+    if n > known:
+        raise UserError(f"LCM was distilled on {known} timesteps and cannot take {n} steps")
+    grid = (np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1]
+    return grid[np.floor(np.linspace(0, known, n, endpoint=False)).astype(np.int64)].tolist()
+
+
+def higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
+    """The D1 (and D2) terms of DPM-Solver(++): lam = [λ', λ, λ_1, λ_2], m = [m, m_1, m_2]."""
+    h, r0 = lam[0] - lam[1], (lam[1] - lam[2]) / (lam[0] - lam[1])
+    d1 = (m[0] - m[1]) / r0
+    if order == 2 and cfg["solver_type"] == "midpoint":
+        return 0.5 * e1 * d1
+    k = -h * (2 if sde else 1) if data else h  # the exponential integrator's exponent
+    scale = -(a1 if data else s1 * (2 if sde else 1))
+    phi1 = (math.exp(k) - 1) / k - 1
+    if order == 2:
+        return scale * phi1 * d1
+    r1 = (lam[2] - lam[3]) / h
+    d11 = (m[1] - m[2]) / r1
+    d2 = (d1 - d11) / (r0 + r1)
+    phi2 = (math.exp(k) - 1 - k) / k**2 - 0.5
+    return scale * phi1 * (d1 + r0 * d2) + scale * phi2 * d2

@@ -1,0 +1,262 @@
+"""More samplers of other programs' menus: linear multistep methods, second-order steps, a predictor with its corrector.
+
+The same kind of generators as samplers.py's, where they have their names. In σ-space, with X = x/a = x0 + σ ε, the path is
+dX/dσ = ε, and the methods differ in how they fill the gap between two σ: by what they saw before (lms, deis, unipc), or by a look
+into its middle (kdpm2, dpmpp_2s).
+
+Explained in the book (docs/book): chapter 3.
+"""
+
+import math
+
+import numpy as np
+
+from nanodiff.config import UserError
+from nanodiff.diffusion.grids import Step, ask, clip, lcm_times, sigma_grid, sigma_to_t
+from nanodiff.diffusion.schedule import split
+
+
+def _levels(sigmas):
+    """[(a, s, λ)] of σ: the signal's and the noise's part of x, and half the logarithm of their ratio's square."""
+    return [
+        (1 / (s * s + 1) ** 0.5, s / (s * s + 1) ** 0.5, -math.log(s) if s else math.inf) for s in map(float, sigmas)
+    ]
+
+
+def _both(model, x, schedule, t, a, s):
+    """(x0, ε) from the network at x = a x0 + s ε; with thresholding ε is what leads from x to the new x0."""
+    x0, eps = split(schedule.prediction, model(x, t), x, a, s)
+    if schedule.cfg["thresholding"]:
+        x0 = clip(x0, schedule.cfg)
+        eps = (x - a * x0) / s
+    return x0, eps
+
+
+# -- linear multistep ----------------------------------------------------------------------------------------
+
+
+def adams_weights(known, after, log=False):
+    """Weights of the slopes at the σ `known`, newest first, for the way from known[0] to `after`:
+
+    w_j = ∫ Π_{k≠j} (u - u_k) / (u_j - u_k) dσ  with u = σ, or ln σ with `log`: the integral of the polynomial through all slopes.
+    """
+    first = known[0]
+    # u is counted from the newest, in whose neighbourhood the integral lies
+    at = [math.log(s / first) if log else s - first for s in known]
+    end = math.log(after / first) if log else after - first
+    weights = []
+    for j, here in enumerate(at):
+        polynomial = np.polynomial.Polynomial([1.0])
+        for k, other in enumerate(at):
+            if k != j:
+                polynomial *= np.polynomial.Polynomial([-other, 1.0]) / (here - other)
+        if log:  # σ = σ₀ eᵘ: ∫ P(u) eᵘ du = eᵘ (P - P' + P'' - …)
+            parts = [polynomial.deriv(m) if m else polynomial for m in range(len(at))]
+            whole = lambda u, parts=parts: math.exp(u) * sum((-1) ** m * part(u) for m, part in enumerate(parts))  # noqa: E731
+            weights.append(first * (whole(end) - whole(0.0)))
+        else:
+            weights.append(polynomial.integ()(end))
+    return [float(w) for w in weights]
+
+
+def lms(model, x, schedule, n, noise, start=0, order=4):
+    """Linear multistep (Katherine Crowson's k-diffusion, sample_lms): X' = X + Σ w_j ε_j, the slope a polynomial in σ through the last four.
+
+    Adams and Bashforth's method on steps of any length. One network call a step.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    history = []
+    for i in range(start, n):
+        x0 = ask(model, x, schedule, timesteps[i], sigmas[i])
+        history = [(x - x0) / sigmas[i], *history[: order - 1]]
+        weights = adams_weights(sigmas[i::-1][: len(history)], sigmas[i + 1])
+        x = x + sum(w * slope for w, slope in zip(weights, history, strict=True))
+        yield Step(x, x0, timesteps[i])
+
+
+def deis(model, x, schedule, n, noise, start=0):
+    """Exponential integrator (Zhang & Chen 2022, arXiv 2204.13902 eq. 15, ρAB): as lms, the slope a polynomial in ln σ, `solver_order` long.
+
+    ε changes evenly in ln σ, not in σ, so few points tell more of it. It ends at the smallest σ of the training, not at 0: ln 0 is no place.
+    """
+    cfg = schedule.cfg
+    timesteps, sigmas = sigma_grid(schedule, n)
+    levels, history = _levels(sigmas), []
+    for i in range(start, n):
+        (a, s, _), (a1, _, _) = levels[i], levels[i + 1]
+        x0, eps = _both(model, x, schedule, timesteps[i], a, s)
+        history = [eps, *history[: cfg["solver_order"] - 1]]
+        order = min(len(history), n - i) if cfg["lower_order_final"] and n < 15 else len(history)
+        if sigmas[i + 1] < sigmas[i]:  # karras's last two are one
+            weights = adams_weights(sigmas[i::-1][:order], sigmas[i + 1], log=True)
+            x = a1 * (x / a + sum(w * e for w, e in zip(weights, history, strict=False)))
+        yield Step(x, x0, timesteps[i])
+
+
+# -- a look into the middle ----------------------------------------------------------------------------------
+
+
+def _across(model, x, x0, schedule, sigma, middle, after, log_sigmas):
+    """X at σ' from X at σ and its x0, by the slope at `middle` between them.
+
+    With r = σ'/σ and xm the estimate there:  X' = r X + (1 - r) (σ/σm) (xm - (1 - σm/σ) x0), which is X + (σ' - σ) εm.
+    """
+    halfway = x0 + middle / sigma * (x - x0)
+    there = ask(model, halfway, schedule, float(sigma_to_t(middle, log_sigmas)), middle)
+    r = after / sigma
+    return r * x + (1 - r) * sigma / middle * (there - (1 - middle / sigma) * x0)
+
+
+def midpoint(model, x, schedule, n, noise, start=0):
+    """The midpoint method (Karras et al. 2022, arXiv 2206.00364 Alg. 3 with α = ½): an Euler step to the middle, whose slope serves for the whole.
+
+    X' = X + (σ' - σ) ε(σm), σm = (σ + σ')/2. Two network calls a step, one in the last (σ' = 0), whose middle would be below every σ that
+    the network knows.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        x = _across(model, x, x0, schedule, sigma, (sigma + after) / 2, after, log_sigmas) if after else x0
+        yield Step(x, x0, timesteps[i])
+
+
+def kdpm2(model, x, schedule, n, noise, start=0):
+    """DPM-Solver-2 in σ-space (k-diffusion, sample_dpm_2; Lu et al. 2022, arXiv 2206.00927 Alg. 1): as midpoint, with the middle in ln σ.
+
+    σm = √(σ σ'). Two network calls a step, one in the last (σ' = 0).
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        x = _across(model, x, x0, schedule, sigma, (sigma * after) ** 0.5, after, log_sigmas) if after else x0
+        yield Step(x, x0, timesteps[i])
+
+
+def kdpm2_a(model, x, schedule, n, noise, start=0):
+    """The same with ancestral noise (k-diffusion, sample_dpm_2_ancestral): down to σ_down = σ'²/σ, then up by fresh noise, as euler_a."""
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        if after:
+            down = after**2 / sigma
+            x = _across(model, x, x0, schedule, sigma, (sigma * down) ** 0.5, down, log_sigmas)
+            x = x + (after**2 - down**2) ** 0.5 * noise()
+        else:
+            x = x0
+        yield Step(x, x0, timesteps[i])
+
+
+def dpmpp_2s(model, x, schedule, n, noise, start=0):
+    """DPM-Solver++, single steps of second order (Lu et al. 2022, arXiv 2211.01095 Alg. 1): every second step goes again from where the one
+    before began, with what that one found on its way.
+
+    From λ over λm to λ', h = λ' - λ, m and mm the estimates of x0:  x' = (s'/s) x - a' (e^-h - 1) (m + (mm - m) h / (2 (λm - λ))).
+    n network calls; n odd, or an end at σ = 0, takes the last step alone.
+    """
+    cfg = schedule.cfg
+    if cfg["solver_order"] == 3 or cfg["solver_type"] != "midpoint" or cfg["algorithm_type"] != "dpmsolver++":
+        raise UserError(
+            "`scheduler` dpmpp_2s: is of second order, by the midpoint, of x0 (solver_order 2, midpoint, dpmsolver++)"
+        )
+    timesteps, sigmas = sigma_grid(schedule, n)
+    levels, before = _levels(sigmas), None  # where the pair began: (x, its level, its x0)
+    apart = cfg["lower_order_final"] or sigmas[-1] == 0 or n % 2  # the last step by itself
+    alone = n - 2 + n % 2 if apart else n
+    for i in range(start, n):
+        a, s, lam = levels[i]
+        x0, _ = _both(model, x, schedule, timesteps[i], a, s)
+        second = cfg["solver_order"] == 2 and i % 2 == 1 and i < alone and before is not None
+        begun, (_, s0, lam0), m = before if second else (x, levels[i], x0)
+        a1, s1, lam1 = levels[i + 1]
+        h = lam1 - lam0
+        slope = (x0 - m) * h / (2 * (lam - lam0)) if second else 0.0
+        before = (x, levels[i], x0)
+        x = s1 / s0 * begun - a1 * math.expm1(-h) * (m + slope)
+        yield Step(x, x0, timesteps[i])
+
+
+# -- predictor and corrector ---------------------------------------------------------------------------------
+
+
+def _united(cfg, x, m, here, there, known, new=None):
+    """UniPC's step (Zhao et al. 2023, arXiv 2302.04867 eq. 3, 8) from `here` to `there`, both (a, s, λ), x and m at `here`.
+
+    known: [(λ_k, m_k)] before; new: m at `there` itself, for the corrector. With h = λ' - λ, r_k = (λ_k - λ)/h and D_k = m_k - m:
+    x' = (s'/s) x - a' (e^-h - 1) m - a' B Σ ρ_k D_k / r_k, where Σ_k ρ_k r_k^{i-1} = b_i makes it exact for polynomials.
+    """
+    (a, s, lam), (a1, s1, lam1) = here, there
+    h, data = lam1 - lam, cfg["predict_x0"]
+    k = -h if data else h
+    grow = math.expm1(k)
+    own, other = (s1 / s, a1) if data else (a1 / a, s1)
+    out = own * x - other * grow * m
+    points = [*known, *([] if new is None else [(lam1, new)])]
+    if not points:
+        return out
+    order, scale = len(points) + (new is None), k if cfg["solver_type"] == "bh1" else grow
+    b, phi, factorial = [], grow / k - 1, 1
+    for i in range(1, order + 1):
+        b.append(phi * factorial / scale)
+        factorial *= i + 1
+        phi = phi / k - 1 / factorial
+    r = [(at - lam) / h for at, _ in points]
+    if order == (2 if new is None else 1):
+        rho = [0.5]  # as the paper's code has it, for any B
+    else:
+        rho = np.linalg.solve(np.vander(r, increasing=True).T, b[: len(r)])
+    for w, r_k, (_, m_k) in zip(rho, r, points, strict=True):
+        out = out - other * scale * float(w) / r_k * (m_k - m)
+    return out
+
+
+def unipc(model, x, schedule, n, noise, start=0):
+    """A predictor and a corrector that ask the network once a step (Zhao et al. 2023, arXiv 2302.04867 Alg. 5-8), of order `solver_order`.
+
+    What the network says at the predicted point is used twice: to correct that point, without asking again there, and to predict the next.
+    """
+    cfg = schedule.cfg
+    if not cfg["predict_x0"] and cfg["final_sigmas_type"] == "zero":
+        raise UserError("`scheduler` unipc: predicting ε it cannot end at sigma 0; set final_sigmas_type to sigma_min")
+    timesteps, sigmas = sigma_grid(schedule, n)
+    levels, history, before = _levels(sigmas), [], None
+    for i in range(start, n):
+        x0, eps = _both(model, x, schedule, timesteps[i], *levels[i][:2])
+        m = x0 if cfg["predict_x0"] else eps
+        if before is not None:
+            began, order = before
+            x = _united(cfg, began, history[0][1], levels[i - 1], levels[i], history[1:order], new=m)
+        history = [(levels[i][2], m), *history[: cfg["solver_order"] - 1]]
+        # the last step is of the first order in any case where it ends at λ = ∞
+        final = cfg["lower_order_final"] or (i == n - 1 and not sigmas[-1])
+        order = min(len(history), n - i if final else len(history))
+        before = (x, order)
+        x = _united(cfg, x, m, levels[i], levels[i + 1], history[1:order])
+        yield Step(x, x0, timesteps[i])
+
+
+# -- trajectory consistency ----------------------------------------------------------------------------------
+
+
+def tcd(model, x, schedule, n, noise, start=0, eta=0.0):
+    """Trajectory consistency (Zheng et al. 2024, arXiv 2402.19159 Alg. 4): jump to s = (1-η) t', short of the next time t', noise up to it.
+
+    x_s = √ᾱ_s x0 + √(1-ᾱ_s) ε,   x' = √(ᾱ'/ᾱ_s) x_s + √(1 - ᾱ'/ᾱ_s) z. η = 0 is DDIM, η = 1 LCM's way; the paper has 0.3. For
+    models and LoRAs distilled by it.
+    """
+    timesteps = lcm_times(schedule, n)
+    for i in range(start, n):
+        t, after = timesteps[i], timesteps[i + 1] if i + 1 < n else 0
+        abar = schedule.alpha_bar(t)
+        x0, eps = split(schedule.prediction, model(x, t), x, abar**0.5, (1 - abar) ** 0.5)
+        short = schedule.alpha_bar(math.floor((1 - eta) * after))
+        x = short**0.5 * x0 + (1 - short) ** 0.5 * eps
+        if eta and i + 1 < n:
+            ratio = schedule.alpha_bar(after) / short
+            x = ratio**0.5 * x + (1 - ratio) ** 0.5 * noise()
+        yield Step(x, x0, t)
