@@ -520,8 +520,8 @@ SOLUTIONS = {
     11: {
         "mix": (mix, f"{SCHEDULE}: Schedule.add_noise"),
         "velocity": (velocity, f"{SCHEDULE}: Schedule.target"),
-        "shifted": (shifted, f"{SAMPLERS}: flow_sigmas"),
-        "unshifted": (unshifted, f"{SAMPLERS}: flow_sigmas"),
+        "shifted": (shifted, "nanodiff/diffusion/grids.py: flow_sigmas"),
+        "unshifted": (unshifted, "nanodiff/diffusion/grids.py: flow_sigmas"),
         "logit_normal_density": (logit_normal_density, "nanodiff/diffusion/objective.py: timesteps"),
     },
     12: {
