@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano world world-score world-study ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -35,8 +35,10 @@ demo: $(STAMP)  ## pictures from words with both embedded models, on any CPU, wi
 
 # Scenes, a VAE that begins with the embedded one, a small MMDiT in its latents (assets/world/TRAINING.md)
 WORLD   = $(OUT)/world
-world: $(STAMP)  ## draw 30,000 scenes of shapes and train the model that composes them (two hours on two cores)
-	test -f $(WORLD)/scenes.tar || $(PY) -m assets.world.make $(WORLD)/scenes.tar
+$(WORLD)/scenes.tar: $(STAMP)
+	test -f $@ || $(PY) -m assets.world.make $@
+
+world: $(WORLD)/scenes.tar  ## draw 30,000 scenes of shapes and train the model that composes them (two hours on two cores)
 	$(PY) train.py vae --preset world --model assets/nano --data $(WORLD)/scenes.tar --output-dir $(WORLD)/vae --resume auto
 	$(PY) train.py diffusion --preset world --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(WORLD)/model --resume auto
 
@@ -45,6 +47,31 @@ world-score: $(STAMP)  ## does it draw what it is told, also what it was never s
 
 world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
 	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study
+
+# What the small world's model is good for, on ground that can give way; a quarter of an hour each
+WFEW     = $(OUT)/world-few-step
+WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WORLD)/scenes.tar --max-samples 6000 --batch-size 32 --lr 5e-4 --no-evaluate \
+	--sample-every 0 --seed 1 --resume auto
+WSTUDENT = $(foreach m,guidance consistency progressive dmd,--model $(m)=$(WFEW)/$(m)/model:1)
+world-few-step: $(WORLD)/scenes.tar  ## four ways to fewer steps on the small world; exact score at 1, 2, 4, 8 and 50 steps
+	$(WFEWSTEP) --method guidance --max-steps 400 --output-dir $(WFEW)/guidance
+	$(WFEWSTEP) --method consistency --max-steps 600 --output-dir $(WFEW)/consistency
+	$(WFEWSTEP) --method progressive --first-steps 8 --max-steps 200 --output-dir $(WFEW)/progressive
+	$(WFEWSTEP) --method dmd --student $(WFEW)/consistency/model --max-steps 400 --output-dir $(WFEW)/dmd
+	$(PY) -m assets.world.steps --model teacher=assets/world $(WSTUDENT) --steps 1,2,4,8,50 --captions 40 --output-dir $(WFEW)
+
+WLORA    = $(OUT)/world-lora
+world-lora: $(STAMP)  ## a ninth colour from 50 pictures, as a LoRA; is the rest forgotten?
+	$(PY) -m assets.world.make $(WLORA)/cyan.tar --scenes 50 --colour cyan --seed 5
+	$(PY) train.py diffusion --lora --model assets/world --data $(WLORA)/cyan.tar --lora-rank 8 --lora-targets "$(WLAYERS)" --max-steps 300 \
+		--batch-size 16 --lr 2e-3 --lr-warmup-steps 20 --sample-every 0 --checkpointing-steps 0 --resume auto --output-dir $(WLORA)/run
+	$(PY) -m assets.world.score --colour cyan --captions 100
+	$(PY) -m assets.world.score --colour cyan --captions 100 --lora $(WLORA)/run/model --output-dir $(WLORA)/cyan
+	$(PY) -m assets.world.score --captions 100 --lora $(WLORA)/run/model --output-dir $(WLORA)/rest
+WLAYERS  = to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2
+
+world-steps: $(STAMP)  ## exact score against steps, for two samplers and three guidance scales
+	$(PY) -m assets.world.steps --model assets/world --scheduler flow_euler,flow_heun --guidance 1,3,6 --steps 2,4,8,16,32 --captions 40 --output-dir $(OUT)/world-steps
 
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score

@@ -1,7 +1,7 @@
 """Draw scenes for training, as a webdataset shard: pictures and captions.
 
     python -m assets.world.make out/world/scenes.tar --scenes 30000 --seed 1
-    for i in 0 1 2 3; do python -m assets.world.make out/world/scenes-$i.tar --scenes 25000 --first $((25000 * i)) & done
+    for i in 0 1 2 3; do python -m assets.world.make out/world/scenes-$i.tar --scenes 25000 --first $((25000 * i)) & done; wait
 
 The shard is there as a whole or not at all.
 """
@@ -53,6 +53,8 @@ def main():
     def run():
         if args.held_out and args.colour in scenes.NINTH:
             raise UserError(f"--held-out: nothing of {args.colour} is held out, it is in no scene for training")
+        if args.first < 0:
+            raise UserError(f"--first {args.first}: the first scene is number 0")
         out_dir(args.target.parent)
         write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour, args.first)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")

@@ -14,7 +14,7 @@ from nanodiff.output import charts
 
 @figure("02-row")
 def row(plt):
-    """The embedded model predicts v; the same weights, read as noise."""
+    """The embedded model predicts v; the same weights, read as noise, which at zero SNR would say nothing: so without it, too."""
     figure, axes = plt.subplots(1, 4, figsize=(9, 2.6))
     right, wrong = nano(), nano()
     wrong.schedule = Schedule.from_config(
@@ -136,6 +136,7 @@ def joined(plt):
         axis.imshow(values.view(6, 256), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("value of 256")
+    axes[1].tick_params(labelleft=False)  # its rows are of all six together
     axes[0].set_yticks(range(6), ["height", "width", "top", "left", "to height", "to width"])
     return figure, {}
 

@@ -90,40 +90,50 @@ class _Recording:
 
 
 class Learning:
-    """A module in training whose forward and backward passes are a CUDA graph each, recorded at the first call (torch's
-    make_graphed_callables). For networks so small that the host takes longer to start their kernels than a GPU to run them.
+    """A module in training whose forward and backward passes are a CUDA graph each (torch's make_graphed_callables). For networks so small that
+    the host takes longer to start their kernels than a GPU to run them.
 
-    Only calls like the first one (shapes, types, which of them want gradients) with gradients, in training mode, are replayed; all others,
-    such as those of an epoch's last, smaller batch, run as they are. The arguments are tensors, in tuples and lists or not. Between two
-    backward passes the gradients must be taken out, as one update per batch does: the second one writes where the first one wrote.
+    A call is recorded when one like it (shapes, types, which arguments want gradients) comes for the second time, with gradients and in
+    training mode; all other calls run as they are. The arguments are tensors, in tuples and lists or not. A recording reads and writes
+    the same places each time: one forward pass, its backward pass, and the gradients taken out, before the next forward pass.
     """
 
     def __init__(self, module):
-        self.module, self.kind, self.graphed = module, None, None
+        self.module, self.kinds, self.places, self.pool = module, {}, None, None
 
     def __call__(self, *args):
         if not (torch.is_grad_enabled() and self.module.training):
             return self.module(*args)
+        places = [p.data_ptr() for p in self.module.parameters()]
+        if places != self.places:  # what was recorded reads where weights were
+            self.kinds, self.places, self.pool = {}, places, None
         leaves = tree_flatten(args)[0]
-        kind = [(a.shape, a.dtype, a.requires_grad) if isinstance(a, torch.Tensor) else a for a in leaves]
-        if self.kind is None:
-            self.kind = kind
-            self._record(args)
-        return self.graphed(*args) if self.graphed and kind == self.kind else self.module(*args)
+        kind = tuple((a.shape, a.dtype, a.requires_grad) if isinstance(a, torch.Tensor) else a for a in leaves)
+        if kind not in self.kinds:
+            if len(self.kinds) < MOST:
+                self.kinds[kind] = None
+        elif self.kinds[kind] is None:
+            self.kinds[kind] = self._record(args) or self.module
+        return (self.kinds.get(kind) or self.module)(*args)
 
     def _record(self, args):
+        """What computes these arguments' kind by graphs, or None, which is said."""
         leaves, shape = tree_flatten(args)
+        own, kind = self.module.__dict__.get("forward"), leaves[0].device.type
         try:
             samples = [a.detach().clone().requires_grad_(a.requires_grad) for a in leaves]
-            kind = leaves[0].device.type
-            with torch.autocast(
-                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-            ):
+            low, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # its recordings never run at the same time
+            # the stream: one that a failed recording leaves behind would stay the current one
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.autocast(kind, low, on, cache_enabled=False):
                 made = torch.cuda.make_graphed_callables(
-                    self.module, tuple(tree_unflatten(samples, shape)), allow_unused_input=True
+                    self.module, tuple(tree_unflatten(samples, shape)), allow_unused_input=True, pool=self.pool
                 )
-            self.graphed = made.forward
-        except (RuntimeError, AttributeError, AssertionError) as e:
+            return made.forward
+        except Exception as e:
             said = (str(e).splitlines() or [type(e).__name__])[0]
             print(f"note: no CUDA graph ({said}); kernels are started one by one", file=sys.stderr)
-        self.module.__dict__.pop("forward", None)  # what it put over the class's
+        finally:
+            self.module.__dict__.pop("forward", None)  # what was put over the class's
+            if own:
+                self.module.forward = own

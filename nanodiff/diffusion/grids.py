@@ -73,7 +73,8 @@ def sigma_grid(schedule, n):
         rounds = cfg["use_karras_sigmas"] and not cosine and schedule.kind not in UNROUNDED
         t = t.round() if rounds else t.astype(np.int64) if multistep else t
     ends = schedule.kind == "DEISMultistepScheduler" or cfg.get("final_sigmas_type") == "sigma_min"
-    last = every[0] if ends else 0.0
+    converted = cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas")
+    last = (sigmas[-1] if converted and schedule.kind == "UniPCMultistepScheduler" else every[0]) if ends else 0.0
     return t.astype(np.float32).tolist(), np.append(sigmas, last).astype(np.float32).tolist()
 
 
@@ -159,24 +160,6 @@ def lcm_times(schedule, n, mu=None):
     """n of the timesteps that a latent consistency model was distilled on, noisy first: it has only learned to jump from these."""
     known = schedule.cfg["original_inference_steps"]
     if n > known:
-        raise UserError(f"LCM was distilled on {known} timesteps and cannot take {n} steps")
+        raise UserError(f"the model was distilled on {known} timesteps and cannot take {n} steps")
     grid = (np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1]
     return grid[np.floor(np.linspace(0, known, n, endpoint=False)).astype(np.int64)].tolist()
-
-
-def higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
-    """The D1 (and D2) terms of DPM-Solver(++): lam = [λ', λ, λ_1, λ_2], m = [m, m_1, m_2]."""
-    h, r0 = lam[0] - lam[1], (lam[1] - lam[2]) / (lam[0] - lam[1])
-    d1 = (m[0] - m[1]) / r0
-    if order == 2 and cfg["solver_type"] == "midpoint":
-        return 0.5 * e1 * d1
-    k = -h * (2 if sde else 1) if data else h  # the exponential integrator's exponent
-    scale = -(a1 if data else s1 * (2 if sde else 1))
-    phi1 = (math.exp(k) - 1) / k - 1
-    if order == 2:
-        return scale * phi1 * d1
-    r1 = (lam[2] - lam[3]) / h
-    d11 = (m[1] - m[2]) / r1
-    d2 = (d1 - d11) / (r0 + r1)
-    phi2 = (math.exp(k) - 1 - k) / k**2 - 0.5
-    return scale * phi1 * (d1 + r0 * d2) + scale * phi2 * d2

@@ -28,7 +28,6 @@ from nanodiff.diffusion.grids import (
     clip,
     flow_sigmas,
     flow_times,
-    higher_orders,
     lcm_times,
     pndm_times,
     predict,
@@ -208,6 +207,7 @@ def dpmpp_2m(model, x, schedule, n, noise, start=0):
         elif i == n - 2 and few:
             order = min(order, 2)
         h = lam[i + 1] - lam[i]
+        order = order if h else 1  # karras's end at σ_min comes twice
         z = noise() if sde else None
         # e1: the factor of D0; data prediction runs on e^-h, noise prediction on e^h; an SDE doubles the exponent.
         sign = -1.0 if data else 1.0
@@ -223,7 +223,7 @@ def dpmpp_2m(model, x, schedule, n, noise, start=0):
             e1 = -2 * s1 * grow
         x = x + e1 * history[0]
         if order >= 2:
-            x = x + higher_orders(cfg, history, [lam[i + 1], *lam[i::-1][:3]], order, e1, a1, s1, data, sde)
+            x = x + solvers.higher_orders(cfg, history, [lam[i + 1], *lam[i::-1][:3]], order, e1, a1, s1, data, sde)
         yield Step(x, x0, t)
 
 
@@ -338,29 +338,24 @@ class Sampler(NamedTuple):
     scaled: bool = True  # x at the variance-preserving scale; False: at σ-space's, x / √ᾱ
 
 
+ODE, SDE, KARRAS = ({"algorithm_type": "dpmsolver++", "solver_order": 2}, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+                    {"use_karras_sigmas": True})  # fmt: skip
 SAMPLERS = {  # by the name on the command line
     "ddpm": Sampler(ddpm, "DDPMScheduler"),
     "ddim": Sampler(ddim, "DDIMScheduler"),
     "pndm": Sampler(pndm, "PNDMScheduler", times=pndm_times),
     "euler": Sampler(euler, "EulerDiscreteScheduler", times=sigma_times, scaled=False),
     "euler_a": Sampler(euler_a, "EulerAncestralDiscreteScheduler", times=sigma_times, scaled=False),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", times=sigma_times),
-    "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, sigma_times),
-    "dpmpp_2m_sde": Sampler(
-        dpmpp_2m, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, sigma_times
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", ODE, sigma_times),
+    "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", ODE | KARRAS, sigma_times),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE, sigma_times),
+    "dpmpp_2m_sde_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE | KARRAS, sigma_times),
+    "dpmpp_3m_sde": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE | {"solver_order": 3}, sigma_times),
+    "dpmpp_2s": Sampler(
+        solvers.dpmpp_2s, "DPMSolverSinglestepScheduler", ODE | {"solver_type": "midpoint"}, sigma_times
     ),
-    "dpmpp_2m_sde_karras": Sampler(
-        dpmpp_2m,
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-        sigma_times,
-    ),
-    "dpmpp_3m_sde": Sampler(
-        dpmpp_2m, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, sigma_times
-    ),
-    "dpmpp_2s": Sampler(solvers.dpmpp_2s, "DPMSolverSinglestepScheduler", times=sigma_times),
     "unipc": Sampler(solvers.unipc, "UniPCMultistepScheduler", times=sigma_times),
-    "deis": Sampler(solvers.deis, "DEISMultistepScheduler", times=sigma_times),
+    "deis": Sampler(solvers.deis, "DEISMultistepScheduler", {"algorithm_type": "deis"}, sigma_times),
     "lms": Sampler(solvers.lms, "LMSDiscreteScheduler", times=sigma_times, scaled=False),
     "kdpm2": Sampler(solvers.kdpm2, "KDPM2DiscreteScheduler", times=sigma_times, scaled=False),
     "kdpm2_a": Sampler(solvers.kdpm2_a, "KDPM2AncestralDiscreteScheduler", times=sigma_times, scaled=False),
@@ -377,12 +372,12 @@ def rescheduled(schedule, name, **more):
     """The model's schedule under another sampler (None: its own) and with `more` fields changed: its betas and
     prediction type stay (see Schedule.from_config)."""
     if name is None:
-        return Schedule.from_config(schedule.raw, schedule.kind, **of(schedule).fields | more)
+        fields = of(schedule).fields if _fits(schedule, of(schedule)) else {}
+        return Schedule.from_config(schedule.raw, schedule.kind, **fields | more)
     check_name(name)
     kind, fields = SAMPLERS[name].kind, SAMPLERS[name].fields
     if schedule.flow != (SPACES[kind] == "flow"):
-        own = "a flow-matching model and uses flow-match Euler" if schedule.flow else "not a flow-matching model"
-        raise UserError(f"`scheduler` {name}: this is {own}")
+        raise UserError(f"`scheduler` {name}: this is {_own(schedule.flow)}")
     if schedule.raw.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in DEFAULTS[kind]:
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
     raw = {k: v for k, v in schedule.raw.items() if k != OWN}
@@ -393,16 +388,23 @@ def rescheduled(schedule, name, **more):
 
 
 def schedule_of(raw, where, name=None):
-    """The Schedule of a scheduler_config.json's dict, under the sampler `name` (None: its own). A class that we do not have is no
-    hindrance when another is asked for: the betas and the prediction type are the model's, not the class's."""
+    """The Schedule of a scheduler_config.json's dict, under the sampler `name` (None: its own). A class or a value that we do not have
+    is no hindrance when another sampler is asked for: the betas and the prediction type are the model's, not the class's."""
     check_name(name)
     kind = raw.get("_class_name")
-    if name is None or kind in DEFAULTS or not isinstance(kind, str):
+    if name is None or not isinstance(kind, str):
         return rescheduled(Schedule.from_config(raw, where=where), name)
     other = SAMPLERS[name].kind
     if kind.startswith("FlowMatch") != (SPACES[other] == "flow"):
-        raise UserError(f"`scheduler` {name}: {where} has {printable(kind)}, which is of another space")
-    return rescheduled(Schedule.from_config(raw | {"_class_name": other}, where=where), name)
+        raise UserError(
+            f"`scheduler` {name}: {where} has {printable(kind)}, which is of another space: {_own(kind.startswith('FlowMatch'))}"
+        )
+    rest = {k: v for k, v in raw.items() if k not in SAMPLERS[name].fields}  # what the sampler sets is not looked at
+    return rescheduled(Schedule.from_config(rest | {"_class_name": other}, where=where), name)
+
+
+def _own(flow):
+    return "a flow-matching model and uses flow-match Euler" if flow else "not a flow-matching model"
 
 
 def check_name(name):
@@ -411,13 +413,15 @@ def check_name(name):
         raise UserError(f"`scheduler` {printable(name)}: is none of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
 
 
-def name_of(schedule):
-    """The command-line name of a schedule's sampler: of those of its class the last one whose fields are set."""
+def _fits(schedule, row):
     said = schedule.raw | schedule.cfg
-    for name, row in reversed(SAMPLERS.items()):
-        if row.kind == schedule.kind and all(said.get(k) == v for k, v in row.fields.items()):
-            return name
-    raise ValueError(schedule.kind)
+    return row.kind == schedule.kind and all(said.get(k) == v for k, v in row.fields.items())
+
+
+def name_of(schedule):
+    """The command-line name of a schedule's sampler: of those of its class the last one whose fields are set, or the first one."""
+    own = [name for name, row in SAMPLERS.items() if row.kind == schedule.kind]
+    return next((name for name in reversed(own) if _fits(schedule, SAMPLERS[name])), own[0])
 
 
 def of(schedule):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest, short, typed
-from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, FOREIGN, FORMER, NUMBERS, SAME, SPACES
+from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, FOREIGN, FORMER, NUMBERS, OWN_CHOICES, SAME, SPACES
 
 
 def betas_of(cfg):
@@ -201,8 +201,8 @@ def _check_values(cfg, kind, where):
     """Every value of a class's fields against its kind and range, in place; UserError says which is wrong."""
     for key, value in cfg.items():
         if key in CHOICES:
-            if value not in CHOICES[key]:
-                names = ", ".join(str(a) for a in CHOICES[key])
+            if value not in (known := OWN_CHOICES.get((kind, key), CHOICES[key])):
+                names = ", ".join(str(a) for a in known)
                 raise UserError(f"{where}: {key} = {short(value)} is not supported for {kind} (only {names})")
         elif key == "trained_betas":
             betas = typed(value, tuple[float, ...] | None, f"{where}: {key}")
@@ -210,6 +210,8 @@ def _check_values(cfg, kind, where):
                 n = cfg["num_train_timesteps"]
                 raise UserError(f"{where}: trained_betas are {len(betas)} numbers; expected {n} between 0 and 1")
             cfg[key] = betas and list(betas)
+        elif key == "disable_corrector":
+            cfg[key] = list(typed(value, tuple[int, ...], f"{where}: {key}"))
         elif key in NUMBERS:
             hint, low, high = NUMBERS[key]
             cfg[key] = typed(value, hint, f"{where}: {key}")

@@ -184,31 +184,18 @@ FORMER = {
     "tensor_format": ("pt", "np"),
     "predict_epsilon": (True,),
 }  # fields of diffusers < 0.9, and the values that change nothing
-_OTHERS = {
-    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "algorithm_type": ("dpmsolver++", "dpmsolver", "deis"),
+_DPM = {
+    "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    "algorithm_type": {"deis": "dpmsolver++"},
 }
-
-
-def _taken(solver, own_solvers, algorithm=None, own_algorithms=()):
-    """What a class takes for other classes' values."""
-    same = {"solver_type": {v: solver for v in _OTHERS["solver_type"] if v not in own_solvers}}
-    return same | (
-        {"algorithm_type": {v: algorithm for v in _OTHERS["algorithm_type"] if v not in own_algorithms}}
-        if algorithm
-        else {}
-    )
-
-
 SAME = {  # what a class takes for another class's value, as diffusers does
-    "DPMSolverMultistepScheduler": _taken(
-        "midpoint", ("midpoint", "heun"), "dpmsolver++", ("dpmsolver++", "dpmsolver")
-    ),
-    "DPMSolverSinglestepScheduler": _taken(
-        "midpoint", ("midpoint", "heun"), "dpmsolver++", ("dpmsolver++", "dpmsolver")
-    ),
-    "UniPCMultistepScheduler": _taken("bh2", ("bh1", "bh2")),
-    "DEISMultistepScheduler": _taken("logrho", ("logrho",), "deis", ("deis",)),
+    "DPMSolverMultistepScheduler": _DPM,
+    "DPMSolverSinglestepScheduler": _DPM,
+    "UniPCMultistepScheduler": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
+    "DEISMultistepScheduler": {
+        "solver_type": {"midpoint": "logrho", "heun": "logrho", "bh1": "logrho", "bh2": "logrho"},
+        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+    },
 }
 # Values that a class accepts. "fixed_large_log" is refused because its formula in diffusers gives NaN.
 CHOICES = {
@@ -221,7 +208,6 @@ CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "disable_corrector": ([],),
     "solver_p": (None,),
     "solver_order": (1, 2, 3),
     "time_shift_type": ("exponential", "linear"),
@@ -231,3 +217,4 @@ CHOICES = {
     "use_flow_sigmas": (False,),
     "invert_sigmas": (False,),
 }
+OWN_CHOICES = {("DEISMultistepScheduler", "algorithm_type"): ("deis",)}  # where one class accepts less than others do

@@ -17,7 +17,7 @@ from nanodiff.diffusion.schedule import split
 
 
 def _levels(sigmas):
-    """[(a, s, λ)] of σ: the signal's and the noise's part of x, and half the logarithm of their ratio's square."""
+    """[(a, s, λ)] of σ: the signal's and the noise's part of x, and λ = ln(a/s)."""
     return [
         (1 / (s * s + 1) ** 0.5, s / (s * s + 1) ** 0.5, -math.log(s) if s else math.inf) for s in map(float, sigmas)
     ]
@@ -75,9 +75,9 @@ def lms(model, x, schedule, n, noise, start=0, order=4):
 
 
 def deis(model, x, schedule, n, noise, start=0):
-    """Exponential integrator (Zhang & Chen 2022, arXiv 2204.13902 eq. 15, ρAB): as lms, the slope a polynomial in ln σ, `solver_order` long.
+    """Exponential integrator (Zhang & Chen 2022, arXiv 2204.13902): as lms, the slope a polynomial in ln σ (diffusers' "logrho"), `solver_order` long.
 
-    ε changes evenly in ln σ, not in σ, so few points tell more of it. It ends at the smallest σ of the training, not at 0: ln 0 is no place.
+    It ends at the smallest σ of the training, not at 0: ln 0 is no place.
     """
     cfg = schedule.cfg
     timesteps, sigmas = sigma_grid(schedule, n)
@@ -157,7 +157,7 @@ def dpmpp_2s(model, x, schedule, n, noise, start=0):
     before began, with what that one found on its way.
 
     From λ over λm to λ', h = λ' - λ, m and mm the estimates of x0:  x' = (s'/s) x - a' (e^-h - 1) (m + (mm - m) h / (2 (λm - λ))).
-    n network calls; n odd, or an end at σ = 0, takes the last step alone.
+    n network calls. The last step is a single one (with an even n the last two) if the end is at σ = 0, `lower_order_final` says so, or n is odd.
     """
     cfg = schedule.cfg
     if cfg["solver_order"] == 3 or cfg["solver_type"] != "midpoint" or cfg["algorithm_type"] != "dpmsolver++":
@@ -185,13 +185,15 @@ def dpmpp_2s(model, x, schedule, n, noise, start=0):
 
 
 def _united(cfg, x, m, here, there, known, new=None):
-    """UniPC's step (Zhao et al. 2023, arXiv 2302.04867 eq. 3, 8) from `here` to `there`, both (a, s, λ), x and m at `here`.
+    """UniPC's step (Zhao et al. 2023, arXiv 2302.04867) from `here` to `there`, both (a, s, λ), x and m at `here`.
 
     known: [(λ_k, m_k)] before; new: m at `there` itself, for the corrector. With h = λ' - λ, r_k = (λ_k - λ)/h and D_k = m_k - m:
     x' = (s'/s) x - a' (e^-h - 1) m - a' B Σ ρ_k D_k / r_k, where Σ_k ρ_k r_k^{i-1} = b_i makes it exact for polynomials.
     """
     (a, s, lam), (a1, s1, lam1) = here, there
     h, data = lam1 - lam, cfg["predict_x0"]
+    if not h:  # karras's end at σ_min comes twice
+        return x
     k = -h if data else h
     grow = math.expm1(k)
     own, other = (s1 / s, a1) if data else (a1 / a, s1)
@@ -216,7 +218,7 @@ def _united(cfg, x, m, here, there, known, new=None):
 
 
 def unipc(model, x, schedule, n, noise, start=0):
-    """A predictor and a corrector that ask the network once a step (Zhao et al. 2023, arXiv 2302.04867 Alg. 5-8), of order `solver_order`.
+    """A predictor and a corrector that ask the network once a step (Zhao et al. 2023, arXiv 2302.04867 Alg. 1-2), of order `solver_order`.
 
     What the network says at the predicted point is used twice: to correct that point, without asking again there, and to predict the next.
     """
@@ -228,7 +230,7 @@ def unipc(model, x, schedule, n, noise, start=0):
     for i in range(start, n):
         x0, eps = _both(model, x, schedule, timesteps[i], *levels[i][:2])
         m = x0 if cfg["predict_x0"] else eps
-        if before is not None:
+        if before is not None and i - 1 not in cfg["disable_corrector"]:
             began, order = before
             x = _united(cfg, began, history[0][1], levels[i - 1], levels[i], history[1:order], new=m)
         history = [(levels[i][2], m), *history[: cfg["solver_order"] - 1]]
@@ -244,9 +246,9 @@ def unipc(model, x, schedule, n, noise, start=0):
 
 
 def tcd(model, x, schedule, n, noise, start=0, eta=0.0):
-    """Trajectory consistency (Zheng et al. 2024, arXiv 2402.19159 Alg. 4): jump to s = (1-η) t', short of the next time t', noise up to it.
+    """Trajectory consistency (Zheng et al. 2024, arXiv 2402.19159, strategic stochastic sampling): jump to s = (1-η) t', short of the next time t', noise up to it.
 
-    x_s = √ᾱ_s x0 + √(1-ᾱ_s) ε,   x' = √(ᾱ'/ᾱ_s) x_s + √(1 - ᾱ'/ᾱ_s) z. η = 0 is DDIM, η = 1 LCM's way; the paper has 0.3. For
+    x_s = √ᾱ_s x0 + √(1-ᾱ_s) ε,   x' = √(ᾱ'/ᾱ_s) x_s + √(1 - ᾱ'/ᾱ_s) z. η = 0 is DDIM (with `set_alpha_to_one` false), η = 1 all but LCM; the paper has 0.3. For
     models and LoRAs distilled by it.
     """
     timesteps = lcm_times(schedule, n)
@@ -260,3 +262,24 @@ def tcd(model, x, schedule, n, noise, start=0, eta=0.0):
             ratio = schedule.alpha_bar(after) / short
             x = ratio**0.5 * x + (1 - ratio) ** 0.5 * noise()
         yield Step(x, x0, t)
+
+
+# -- DPM-Solver's terms ---------------------------------------------------------------------------------------
+
+
+def higher_orders(cfg, m, lam, order, e1, a1, s1, data, sde):
+    """The D1 (and D2) terms of DPM-Solver(++): lam = [λ', λ, λ_1, λ_2], m = [m, m_1, m_2]."""
+    h, r0 = lam[0] - lam[1], (lam[1] - lam[2]) / (lam[0] - lam[1])
+    d1 = (m[0] - m[1]) / r0
+    if order == 2 and cfg["solver_type"] == "midpoint":
+        return 0.5 * e1 * d1
+    k = -h * (2 if sde else 1) if data else h  # the exponential integrator's exponent
+    scale = -(a1 if data else s1 * (2 if sde else 1))
+    phi1 = (math.exp(k) - 1) / k - 1
+    if order == 2:
+        return scale * phi1 * d1
+    r1 = (lam[2] - lam[3]) / h
+    d11 = (m[1] - m[2]) / r1
+    d2 = (d1 - d11) / (r0 + r1)
+    phi2 = (math.exp(k) - 1 - k) / k**2 - 0.5
+    return scale * phi1 * (d1 + r0 * d2) + scale * phi2 * d2

@@ -268,7 +268,7 @@ def test_score_of_a_colour_and_with_a_lora(tmp_path, monkeypatch, capsys):
     known += [s for s, _ in score.mixed(64, (False,), "cyan")]
     painter, given = Painter(known), []
     painter.models = dict
-    monkeypatch.setattr(pipeline, "load", lambda name: painter)
+    monkeypatch.setattr(pipeline, "load", lambda name, device: painter)
     monkeypatch.setattr(lora, "read", lambda path, models: path)
     monkeypatch.setattr(lora, "attach", lambda models, found: given.append(found))
     argv = ["score", "--captions", "4", "--colour", "cyan", "--lora", "a.safetensors", "--output-dir", str(tmp_path)]
@@ -362,6 +362,20 @@ def test_what_is_in_a_folder(tmp_path):
     (tmp_path / "w.tar").unlink()
     found = look.look(data.load(tmp_path))
     assert found["share"] == 0.75 and found["places"] < 1e-6 and found["colours"] == found["kinds"] == 0
+
+
+def test_shards_are_together_what_one_is(tmp_path):
+    from assets.world import make
+
+    make.write(tmp_path / "all.tar", 5, 1)
+    make.write(tmp_path / "a.tar", 2, 1)
+    make.write(tmp_path / "b.tar", 3, 1, first=2)
+
+    def members(name):
+        with tarfile.open(tmp_path / name) as tar:
+            return {m.name: tar.extractfile(m).read() for m in tar}
+
+    assert members("a.tar") | members("b.tar") == members("all.tar") and len(members("all.tar")) == 10
 
 
 def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):

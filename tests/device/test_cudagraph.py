@@ -157,19 +157,19 @@ def test_memory_is_that_of_the_recordings_own(graphs, monkeypatch):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """torch's make_graphed_callables on a CPU: what it returns computes on the samples' places, as a graph does. Yields
-    [what is recorded and how]; an error in place of that when one was appended to `recorder.failures`."""
+    """torch's make_graphed_callables on a CPU: what it returns computes on the arguments' copies, as a graph does. Yields [what was recorded,
+    "replayed" for each replay]; an error in place of that when one was appended to `recorder.failures`."""
 
     class Made(list):
-        failures = []
+        pass
 
     made = Made()
     made.failures = []
 
-    def graphed(module, samples, allow_unused_input):
+    def graphed(module, samples, allow_unused_input, pool):
         if made.failures:
             raise RuntimeError(made.failures[0])
-        made.append((module, samples, torch.is_autocast_cache_enabled()))
+        made.append((samples, torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu"), pool))
         forward = module.forward
 
         def replay(*args):
@@ -180,39 +180,82 @@ def recorder(monkeypatch):
         return module
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return made
 
 
-def test_a_module_that_learns_is_recorded_at_its_first_call(recorder):
+def recordings(recorder):
+    return [made for made in recorder if made != "replayed"]
+
+
+def test_a_module_that_learns_is_recorded_at_the_second_call(recorder):
     net = torch.nn.Linear(3, 2)
     learning = cudagraph.Learning(net)
     x = torch.randn(4, 3, requires_grad=True)
-    assert torch.equal(learning(x), net(x))
-    (module, (sample,), cached), replayed = recorder
-    assert module is net and replayed == "replayed" and not cached
-    assert sample is not x and sample.requires_grad and sample.shape == x.shape
+    assert torch.equal(learning(x), net(x)) and not recorder
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learning(x), net(x))
+    (samples, cached, low, _), replayed = recorder
+    assert replayed == "replayed" and not cached and low
+    assert samples[0] is not x and samples[0].requires_grad and samples[0].shape == x.shape
     learning(torch.randn(4, 3, requires_grad=True)).sum().backward()
     assert recorder.count("replayed") == 2 and net.weight.grad is not None
     assert "forward" not in net.__dict__  # the module itself is called as it was
 
 
-@pytest.mark.parametrize("other", ["shape", "gradient", "no gradients", "evaluation"])
-def test_other_calls_of_it_run_as_they_are(recorder, other):
+def test_arguments_in_tuples(recorder):
+    class Net(torch.nn.Linear):
+        def forward(self, x, added):
+            return super().forward(x + added[0]) + added[1][0]
+
+    net, given = Net(3, 2), (torch.randn(4, 3), (torch.randn(4, 3), [torch.randn(4, 2)]))
+    learning = cudagraph.Learning(net)
+    for _ in range(3):
+        assert torch.equal(learning(*given), net(*given))
+    assert recorder.count("replayed") == 2
+
+
+def test_kinds_are_recorded_apart_in_one_pool_and_not_without_end(recorder):
     net = torch.nn.Linear(3, 2)
     learning = cudagraph.Learning(net)
-    learning(torch.randn(4, 3))
+    for n in (*range(1, 12), *range(1, 12)):
+        learning(torch.randn(n, 3))
+    made = recordings(recorder)
+    assert [m[0][0].shape[0] for m in made] == list(range(1, cudagraph.MOST + 1)) and len({m[3] for m in made}) == 1
+
+
+@pytest.mark.parametrize("other", ["no gradients", "evaluation"])
+def test_a_look_in_between_runs_as_it_is(recorder, other):
+    net = torch.nn.Linear(3, 2)
+    learning = cudagraph.Learning(net)
+    for _ in range(2):
+        learning(torch.randn(4, 3))
     net.train(other != "evaluation")
-    x = torch.randn(3 if other == "shape" else 4, 3, requires_grad=other == "gradient")
+    x = torch.randn(4, 3)
     with torch.set_grad_enabled(other != "no gradients"):
         assert torch.equal(learning(x), net(x))
     assert recorder.count("replayed") == 1
+
+
+def test_weights_elsewhere_are_recorded_again(recorder):
+    """Such as those that layers.join() puts side by side when a sheet is drawn: a graph would read where they were."""
+    net = torch.nn.Linear(3, 2)
+    learning = cudagraph.Learning(net)
+    for _ in range(3):
+        learning(torch.randn(4, 3))
+    net.weight.data = net.weight.data.clone()
+    for _ in range(3):
+        learning(torch.randn(4, 3))
+    assert len(recordings(recorder)) == 2
 
 
 def test_what_cannot_be_recorded_learns_all_the_same(recorder, capsys):
     recorder.failures.append("operation not permitted when stream is capturing\nand more")
     net = torch.nn.Linear(3, 2)
     learning = cudagraph.Learning(net)
-    for _ in range(2):
+    for _ in range(4):
         learning(torch.randn(4, 3)).sum().backward()
     said = capsys.readouterr().err
     assert (

@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 from kernel_cases import compare, normal, poisoned
-from util import TINY, rms_ratio
+from util import ROOT, TINY, rms_ratio
 
 import kernels
 
@@ -292,3 +292,41 @@ def test_channel_slices_fall_back():
     with kernels.backend("auto"):
         got = kernels.group_norm(x, 4, w, w)
     torch.testing.assert_close(got, torch.nn.functional.group_norm(x, 4, w, w))
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_passes_as_graphs_learn_the_same(precision):
+    """A text encoder and a denoiser that learn together, started kernel by kernel and as graphs: gradients and weights of four updates, the averaged
+    weights looked at in between, the last batch smaller."""
+    from nanodiff import pipeline
+    from nanodiff.device.cudagraph import Learning
+
+    def learned(wrap):
+        sd = pipeline.load(ROOT / "assets/world", device="cuda")
+        nets = torch.nn.ModuleDict({"net": sd.net, "text": sd.encoders[0]}).train().requires_grad_(True)
+        net, text = wrap(nets["net"]), wrap(nets["text"])
+        optimizer = torch.optim.SGD(nets.parameters(), lr=1e-2)
+        g, seen = torch.Generator("cuda").manual_seed(0), []
+        for n in (8, 8, 8, 3):
+            x, ids = (
+                torch.randn(n, 4, 16, 16, generator=g, device="cuda"),
+                torch.randint(500, (n, 20), generator=g, device="cuda"),
+            )
+            with torch.autocast("cuda", precision or torch.bfloat16, enabled=precision is not None):
+                states, pooled = text(ids)
+                loss = (net(x, torch.full((n,), 400.0, device="cuda"), states[-1], pooled).float() - x).square().mean()
+            loss.backward()
+            seen += [loss.detach(), nets["net"].pos_embed.proj.weight.grad.clone()]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                nets.eval()
+                seen.append(net(x, torch.full((n,), 10.0, device="cuda"), states[-1].detach(), pooled.detach()).float())
+                nets.train()
+        return seen, net
+
+    want, _ = learned(lambda module: module)
+    got, net = learned(Learning)
+    assert any(net.kinds.values()), "nothing was recorded"
+    for a, b in zip(got, want, strict=True):
+        assert rms_ratio(a, b) < (1e-4 if precision is None else 2e-2)
