@@ -158,7 +158,7 @@ BAD = {
     "more steps than known": ({"student-steps": 60}, "--student-steps 60: the student knows --known-steps 50 times"),
     "a check that the student cannot take": (
         {"known-steps": 4},
-        "LCM was distilled on 4 timesteps and cannot take 8 steps",
+        "the model was distilled on 4 timesteps and cannot take 8 steps",
     ),
     "more than there are": ({"method": "progressive", "student-steps": 600}, "must be between 1 and the 1000"),
     "another's option": ({"method": "guidance", "critic-steps": 3}, "--critic-steps is dmd's, not guidance's"),
