@@ -48,7 +48,7 @@ world-score: $(STAMP)  ## does it draw what it is told, also what it was never s
 world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
 	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study
 
-# What the small world's model is good for, on ground that can give way; a quarter of an hour each
+# What the small world's model is good for, on ground that can give way (how long each takes was not measured)
 WFEW     = $(OUT)/world-few-step
 WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WORLD)/scenes.tar --max-samples 6000 --batch-size 32 --lr 5e-4 --no-evaluate \
 	--sample-every 0 --seed 1 --resume auto

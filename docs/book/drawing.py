@@ -82,6 +82,12 @@ def made(name, n, x, model, raw=SD, **more):
     return path
 
 
+def guided(scale, sched, given, every):
+    """model(x, t) with classifier-free guidance: `given` answers to the caption, `every` to the empty one; both like Mixture."""
+    told, without = given(sched), every(sched)
+    return lambda x, t: without(x, t) + scale * (told(x, t) - without(x, t))
+
+
 def emoji(name):
     """A picture of the embedded set by its caption's words, [3, 64, 64] in [-1, 1]."""
     with tarfile.open(ROOT / "assets/emoji/emoji.tar") as tar:

@@ -35,6 +35,7 @@ from docs.book.drawing import (
     Mixture,
     emoji,
     figure,
+    guided,
     made,
     nano,
     show,
@@ -245,14 +246,6 @@ def no_noise(plt):
 # -- 4 guidance ----------------------------------------------------------------------------------------------
 
 
-def _guided(scale, sched, given, every):
-    def model(x, t):
-        without, told = every(sched)(x, t), given(sched)(x, t)
-        return without + scale * (told - without)
-
-    return model
-
-
 @figure("04-bells")
 def bells(plt):
     """Two bells of which a caption names the right one, and the second is half as often asked for as it is there."""
@@ -261,7 +254,7 @@ def bells(plt):
     figure, axis = plt.subplots(figsize=(8, 3.8))
     numbers = {}
     for scale, colour, dash in zip((0, 1, 3, 7.5), (BLACK, BLUE, ORANGE, RED), charts.DASHES, strict=True):
-        x = made("ddim", 100, z, lambda sched, w=scale: _guided(w, sched, given, every))[-1].flatten()
+        x = made("ddim", 100, z, lambda sched, w=scale: guided(w, sched, given, every))[-1].flatten()
         axis.hist(
             x,
             bins=80,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from docs.book.drawing import BLACK, BLUE, ORANGE, RED, ROOT, Mixture, figure, made, nano, show
+from docs.book.drawing import BLACK, BLUE, ORANGE, RED, ROOT, Mixture, figure, guided, made, nano, show
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.models import layers, llm
 from nanodiff.output import charts
@@ -37,12 +37,7 @@ def dropout(plt):
         axes, ("trained", "never"), (Mixture((-0.4, 0.4), 0.3), Mixture((0.9,), 0.3)), strict=True
     ):
         for scale, colour, dash in zip((1, 3, 7.5), (BLUE, ORANGE, RED), charts.DASHES, strict=False):
-
-            def guided(sched, w=scale, empty=empty):
-                without, given = empty(sched), told(sched)
-                return lambda at, t: without(at, t) + w * (given(at, t) - without(at, t))
-
-            x = made("ddim", 100, z, guided)[-1].flatten()
+            x = made("ddim", 100, z, lambda sched, w=scale, empty=empty: guided(w, sched, told, empty))[-1].flatten()
             axis.hist(
                 x,
                 bins=90,
