@@ -107,6 +107,16 @@ class Config:
     init_image: str | None = arg(None, "start from this picture (image-to-image)", group="from a picture", often=True)
     strength: float | None = arg(None, "how much of --init-image is repainted, above 0 to 1; default 0.8")
     mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
+    control: list[str] = arg(
+        [],
+        "FILE_OR_ID[:SCALE[:START-END]] of a ControlNet, at work from START to END of the steps (0 to 1); repeatable",
+        group="ControlNet",
+    )
+    control_image: list[str] = arg(
+        [],
+        "what the ControlNet is shown, in the order of --control: a picture, or canny:PICTURE for its edges; repeatable",
+    )
+    control_guess: bool = arg(False, "draw what the ControlNet sees, also without a prompt (guess mode)")
     output_dir: str = arg(
         "out", "folder of the pictures 00000.png, 00001.png, … and run.json", group="what is written", often=True
     )
@@ -196,6 +206,14 @@ class Config:
         for name, needs in (*needed, ("lora_scale", "lora")):
             if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, []):
                 raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+        if len(self.control) != len(self.control_image):
+            raise UserError(
+                f"{len(self.control)} --control and {len(self.control_image)} --control-image: one of each makes a pair"
+            )
+        if self.control_guess and not self.control:
+            raise UserError("--control-guess does nothing without --control")
+        if self.cuda_graph == "on" and self.control:
+            raise UserError("--cuda-graph is not for --control")
         if self.cuda_graph == "on" and (self.offload != "none" or self.quantize):
             raise UserError("--cuda-graph is not for --offload or --quantize")
         if self.compile and self.offload == "sequential":

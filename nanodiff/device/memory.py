@@ -260,6 +260,7 @@ class Stage(NamedTuple):
     block: float  # the largest block
     outside: float  # what is outside blocks
     activations: float
+    beside: tuple = ()  # the Stages of models that are at work with it, one after the other
 
 
 def stage(name, model, run, dtype, sizes):
@@ -270,13 +271,21 @@ def stage(name, model, run, dtype, sizes):
 
 def peaks(stages):
     """{offload mode: bytes on the device at the worst moment}"""
+
+    def whole(s):
+        return s.weights
+
+    def in_blocks(s):
+        return min(s.outside + 2 * s.block if s.block else s.weights, s.weights)
+
+    def worst(size):
+        return max(sum(map(size, (s, *s.beside))) + s.activations for s in stages)
+
     everything = sum(s.weights for s in stages)
     return {
         "none": everything + max(s.activations for s in stages),
-        "model": max(s.weights + s.activations for s in stages),
-        "sequential": max(
-            min(s.outside + 2 * s.block if s.block else s.weights, s.weights) + s.activations for s in stages
-        ),
+        "model": worst(whole),
+        "sequential": worst(in_blocks),
     }
 
 

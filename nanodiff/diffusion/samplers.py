@@ -336,6 +336,7 @@ class Sampler(NamedTuple):
     fields: dict = {}  # what it sets of them
     times: Callable = spaced_times  # (schedule, n, mu) -> the timestep of every step that it yields, noisy first
     scaled: bool = True  # x at the variance-preserving scale; False: at σ-space's, x / √ᾱ
+    twice: bool = False  # two network calls a step, but one in the last
 
 
 ODE, SDE, KARRAS = ({"algorithm_type": "dpmsolver++", "solver_order": 2}, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
@@ -357,14 +358,16 @@ SAMPLERS = {  # by the name on the command line
     "unipc": Sampler(solvers.unipc, "UniPCMultistepScheduler", times=sigma_times),
     "deis": Sampler(solvers.deis, "DEISMultistepScheduler", {"algorithm_type": "deis"}, sigma_times),
     "lms": Sampler(solvers.lms, "LMSDiscreteScheduler", times=sigma_times, scaled=False),
-    "kdpm2": Sampler(solvers.kdpm2, "KDPM2DiscreteScheduler", times=sigma_times, scaled=False),
-    "kdpm2_a": Sampler(solvers.kdpm2_a, "KDPM2AncestralDiscreteScheduler", times=sigma_times, scaled=False),
-    "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False),
-    "midpoint": Sampler(solvers.midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False),
+    "kdpm2": Sampler(solvers.kdpm2, "KDPM2DiscreteScheduler", times=sigma_times, scaled=False, twice=True),
+    "kdpm2_a": Sampler(solvers.kdpm2_a, "KDPM2AncestralDiscreteScheduler", times=sigma_times, scaled=False, twice=True),
+    "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False, twice=True),
+    "midpoint": Sampler(
+        solvers.midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False, twice=True
+    ),
     "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
     "tcd": Sampler(solvers.tcd, "TCDScheduler", times=lcm_times),
     "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
-    "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times),
+    "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times, twice=True),
 }
 
 
@@ -445,6 +448,11 @@ def times(schedule, n, mu=None):
 def calls(schedule, n):
     """Steps that a sampler yields: n, and one more for PNDM, which visits its second timestep twice."""
     return len(times(schedule, n, 1.0))  # their number depends on no mu
+
+
+def asked(schedule, steps):
+    """Network calls in the last `steps` steps of a run."""
+    return 2 * steps - 1 if of(schedule).twice else steps
 
 
 def begin(schedule, n, noise, image=None, start=0, mu=None):

@@ -59,7 +59,6 @@ FIXED = {
     "freq_shift": [0],
     "mid_block_only_cross_attention": [None, False],
     "mid_block_scale_factor": [1],
-    "mid_block_type": ["UNetMidBlock2DCrossAttn"],
     "num_class_embeds": [None],
     "only_cross_attention": [False],
     "resnet_out_scale_factor": [1.0],
@@ -77,16 +76,14 @@ HEADS = ("attention_head_dim", "num_attention_heads")
 
 
 @dataclass
-class Config:
-    """Fields of config.json, with the defaults of the original file format; per-level fields are tuples."""
+class DownConfig:
+    """Fields of config.json about the way down, with the defaults of the original file format; per-level fields are tuples."""
 
     in_channels: int = 4
-    out_channels: int = 4
-    sample_size: int | tuple[int, ...] | None = None
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
     cross_attention_dim: int = 1280
     num_heads: int | tuple[int, ...] = 8
     transformer_layers_per_block: int | tuple[int, ...] = 1
@@ -97,6 +94,9 @@ class Config:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+
+    types = {"down_block_types": tuple(DOWN_TYPES)}  # per-level names of classes, and those that there are
+    middles = ("UNetMidBlock2DCrossAttn",)
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -110,11 +110,12 @@ class Config:
         heads = [raw.pop(name, None) for name in HEADS]
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
-        for name in ("down_block_types", "up_block_types", "num_heads", "transformer_layers_per_block"):
+        for name in (*cls.types, "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:
                 raise UserError(f"{where}: {name} has {len(getattr(cfg, name))} entries for {levels} levels")
-        for name, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
-            for kind in getattr(cfg, name):
+        for name, known in (*cls.types.items(), ("mid_block_type", cls.middles)):
+            kinds = getattr(cfg, name)
+            for kind in kinds if isinstance(kinds, tuple) else (kinds,):
                 if kind not in known:
                     raise UserError(f"{where}: {name}: {kind!r} is not supported (only {', '.join(known)})")
         if cfg.addition_embed_type not in (None, "text_time"):
@@ -126,6 +127,17 @@ class Config:
         raw = {k: v for k, v in vars(self).items() if v is not None} | {"act_fn": "silu"}
         raw["attention_head_dim"] = list(raw.pop("num_heads"))
         return raw
+
+
+@dataclass
+class Config(DownConfig):
+    """Fields of a UNet's config.json."""
+
+    out_channels: int = 4
+    sample_size: int | tuple[int, ...] | None = None
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+
+    types = DownConfig.types | {"up_block_types": tuple(UP_TYPES)}
 
 
 class Attention(nn.Module):
@@ -220,40 +232,29 @@ class Transformer2D(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention, residual block; without an attention one residual block."""
+
     def __init__(self, channels, attention, resnet):
         super().__init__()
-        self.attentions = nn.ModuleList([attention])
-        self.resnets = nn.ModuleList([resnet(channels, channels) for _ in range(2)])
+        if attention is not None:
+            self.attentions = nn.ModuleList([attention])
+        self.resnets = nn.ModuleList([resnet(channels, channels) for _ in range(1 if attention is None else 2)])
 
     def forward(self, x, temb, shifts, kvs):
-        x = self.attentions[0](self.resnets[0](x, temb, next(shifts)), kvs)
-        return self.resnets[1](x, temb, next(shifts))
+        x = self.resnets[0](x, temb, next(shifts))
+        if len(self.resnets) == 1:
+            return x
+        return self.resnets[1](self.attentions[0](x, kvs), temb, next(shifts))
 
 
-class UNet2DConditionModel(nn.Module):
-    """See the module docstring."""
-
-    Config = Config
-    class_name = "UNet2DConditionModel"
+class Downward(nn.Module):
+    """The way down and its end: what a UNet and its ControlNet (controlnet.py) have in common."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        widths, L, groups = cfg.block_out_channels, cfg.layers_per_block, cfg.norm_num_groups
+        widths, L = cfg.block_out_channels, cfg.layers_per_block
         temb_dim, last = 4 * widths[0], len(widths) - 1
-
-        def resnet(c_in, c_out):
-            return ResnetBlock(c_in, c_out, groups, cfg.norm_eps, temb_dim)
-
-        def attention(level):
-            return Transformer2D(
-                widths[level],
-                cfg.num_heads[level],
-                cfg.transformer_layers_per_block[level],
-                cfg.cross_attention_dim,
-                groups,
-                cfg.use_linear_projection,
-            )
 
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], temb_dim)
@@ -261,25 +262,34 @@ class UNet2DConditionModel(nn.Module):
             self.add_embedding = TimeEmbedding(cfg.projection_class_embeddings_input_dim, temb_dim)
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of every tensor that the way down hands to the way up
+        self.widths = [widths[0]]  # channels of every tensor that the way down hands to the way up
         for i, c in enumerate(widths):
-            resnets = [resnet(skips[-1] if j == 0 else c, c) for j in range(L)]
-            attentions = [attention(i) for _ in range(L)] if DOWN_TYPES[cfg.down_block_types[i]] else ()
+            resnets = [self.resnet(self.widths[-1] if j == 0 else c, c) for j in range(L)]
+            attentions = [self.attention(i) for _ in range(L)] if DOWN_TYPES[cfg.down_block_types[i]] else ()
             self.down_blocks.append(Stage(resnets, attentions, down=Downsample(c) if i < last else None))
-            skips += [c] * (L + (i < last))
+            self.widths += [c] * (L + (i < last))
 
-        self.mid_block = MidBlock(widths[-1], attention(last), resnet)
+        attends = cfg.mid_block_type == "UNetMidBlock2DCrossAttn"
+        self.mid_block = MidBlock(widths[-1], self.attention(last) if attends else None, self.resnet)
 
-        self.up_blocks = nn.ModuleList()
-        c_in = widths[-1]
-        for i, c in enumerate(reversed(widths)):
-            resnets = [resnet((c_in if j == 0 else c) + skips.pop(), c) for j in range(L + 1)]
-            attentions = [attention(last - i) for _ in range(L + 1)] if UP_TYPES[cfg.up_block_types[i]] else ()
-            self.up_blocks.append(Stage(resnets, attentions, up=Upsample(c) if i < last else None))
-            c_in = c
+    def resnet(self, c_in, c_out):
+        cfg = self.cfg
+        return ResnetBlock(c_in, c_out, cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0])
 
-        self.conv_norm_out = GroupNorm(groups, widths[0], cfg.norm_eps, silu=True)
-        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
+    def attention(self, level):
+        cfg = self.cfg
+        return Transformer2D(
+            cfg.block_out_channels[level],
+            cfg.num_heads[level],
+            cfg.transformer_layers_per_block[level],
+            cfg.cross_attention_dim,
+            cfg.norm_num_groups,
+            cfg.use_linear_projection,
+        )
+
+    def parts(self):
+        """The stages in the order of forward()."""
+        return (*self.down_blocks, self.mid_block)
 
     def text_kv(self, context):
         """Keys and values of every cross-attention for a text [B, S, D], in the order of forward().
@@ -289,7 +299,7 @@ class UNet2DConditionModel(nn.Module):
         """
         return [
             block.attn2.kv(context)
-            for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
+            for part in self.parts()
             for transformer in getattr(part, "attentions", ())
             for block in transformer.transformer_blocks
         ]
@@ -309,7 +319,7 @@ class UNet2DConditionModel(nn.Module):
 
     def resnets(self):
         """Every residual block in the order of forward()."""
-        return [r for part in (*self.down_blocks, self.mid_block, *self.up_blocks) for r in part.resnets]
+        return [r for part in self.parts() for r in part.resnets]
 
     def shifts(self, t, added=None):
         """What every residual block adds to its channels at the times t [T], side by side: [T, ΣC], or [T · B, ΣC] with an
@@ -321,16 +331,17 @@ class UNet2DConditionModel(nn.Module):
         temb = self.embed(t, added)
         return torch.cat([resnet.shift(temb) for resnet in self.resnets()], dim=1)
 
-    def forward(self, x, t, context, added=None):
-        """x [B, C, H, W], t [B], a scalar, or 1 or B rows of shifts(), context [B, S, D] or text_kv(context) -> [B, C, H, W]."""
+    def conditioned(self, x, t, context, added):
+        """(temb, shifts, kvs): the time and the text as blocks take them, from what forward() is given."""
         if isinstance(t, torch.Tensor) and t.dim() == 2:
-            temb, widths = None, [resnet.conv1.out_channels for resnet in self.resnets()]
-            shifts = iter(t.expand(len(x), -1).split(widths, dim=1))
+            widths = [resnet.conv1.out_channels for resnet in self.resnets()]
+            temb, shifts = None, iter(t.expand(len(x), -1).split(widths, dim=1))
         else:
             temb, shifts = self.embed(timesteps(t, x), added), itertools.repeat(None)
-        kvs = itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)
+        return temb, shifts, itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)
 
-        x = self.conv_in(x)  # [B, C₁, H, W]
+    def down(self, x, temb, shifts, kvs):
+        """x after its first convolution [B, C₁, H, W] -> (the smallest [B, Cₙ, h, w], the skips, the largest first)."""
         skips = [x]
         for stage in self.down_blocks:
             for resnet, attention in stage.layers():
@@ -340,8 +351,44 @@ class UNet2DConditionModel(nn.Module):
             if (down := stage.resample(x)) is not None:
                 x = down  # [B, Cᵢ, h/2, w/2]
                 skips.append(x)
+        return self.mid_block(x, temb, shifts, kvs), skips
 
-        x = self.mid_block(x, temb, shifts, kvs)  # [B, Cₙ, h, w], the smallest
+
+class UNet2DConditionModel(Downward):
+    """See the module docstring."""
+
+    Config = Config
+    class_name = "UNet2DConditionModel"
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        widths, L, last = cfg.block_out_channels, cfg.layers_per_block, len(cfg.block_out_channels) - 1
+        self.up_blocks = nn.ModuleList()
+        c_in, skips = widths[-1], list(self.widths)
+        for i, c in enumerate(reversed(widths)):
+            resnets = [self.resnet((c_in if j == 0 else c) + skips.pop(), c) for j in range(L + 1)]
+            attentions = [self.attention(last - i) for _ in range(L + 1)] if UP_TYPES[cfg.up_block_types[i]] else ()
+            self.up_blocks.append(Stage(resnets, attentions, up=Upsample(c) if i < last else None))
+            c_in = c
+
+        self.conv_norm_out = GroupNorm(cfg.norm_num_groups, widths[0], cfg.norm_eps, silu=True)
+        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
+
+    def parts(self):
+        return (*super().parts(), *self.up_blocks)
+
+    def forward(self, x, t, context, added=None, control=None):
+        """x [B, C, H, W], t [B], a scalar, or 1 or B rows of shifts(), context [B, S, D] or text_kv(context) -> [B, C, H, W].
+
+        control: what ControlNets add (controlnet.Residuals): to each skip, and to the middle.
+        """
+        temb, shifts, kvs = self.conditioned(x, t, context, added)
+
+        x = self.conv_in(x)  # [B, C₁, H, W]
+        x, skips = self.down(x, temb, shifts, kvs)  # [B, Cₙ, h, w], the smallest
+        if control is not None:
+            skips = [skip + more for skip, more in zip(skips, control.skips, strict=True)]
+            x = x + control.middle
 
         for stage in self.up_blocks:
             for resnet, attention in stage.layers():

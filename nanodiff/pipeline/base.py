@@ -12,6 +12,7 @@ A model without a VAE works in pixels: its "latents" are the picture.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -21,7 +22,7 @@ from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.output import images
-from nanodiff.pipeline import families, saving
+from nanodiff.pipeline import control, families, saving
 from nanodiff.pipeline.conditions import Conditions
 from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
@@ -203,6 +204,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 raise UserError(f"`{name}` {side} must be a positive multiple of {self.multiple}")
         self.check_size(height, width)
         self.check_options(drawing, start, words)
+        for one in drawing.controls:
+            control.check(one, self, height, width)
         samplers.check_steps(self.schedule, steps)
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
@@ -214,9 +217,17 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         times = samplers.times(self.schedule, steps, **shift)
         total = self._until(drawing.denoising_end, times, first)
         self.ready(self.net, self.packs and total >= onednn.FEWEST_STEPS)
+        nets = [c.net for c in drawing.controls]
+        for net in nets:
+            self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
         step, history = None, []
-        with memory.at_work(self.net):
-            model = self.denoiser(text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times)
+        with memory.at_work(self.net), ExitStack() as beside:
+            for net in nets:
+                beside.enter_context(memory.at_work(net))
+            controls = (drawing.controls, samplers.asked(self.schedule, total)) if nets else None
+            model = self.denoiser(
+                text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times, controls
+            )
             for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
                 if known:  # inpainting, in place: the sampler continues from what is written here
                     step.x.copy_(known(step.x, first + done))

@@ -9,8 +9,8 @@ from nanodiff.pipeline.loading import FAMILIES
 from nanodiff.pipeline.sdxl import SDXL
 
 
-def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled):
-    """[memory.Stage] of a run, predicted on the meta device."""
+def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled, controls=()):
+    """[memory.Stage] of a run, predicted on the meta device. controls: ControlNets, on the meta device too."""
     family, stages = FAMILIES[src.kind], []
     meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in BUILDERS if n in src.parts}
     if not with_t5:
@@ -33,15 +33,26 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
         if name == "vae":
             size = (min(h, 64), min(w, 64)) if tiled else (h, w)
             return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size, of=own))
-        x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
         if name == "transformer":
+            x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
             text = empty(rows, 77 + length, model.cfg.joint_attention_dim)
             return lambda: model(x, t, text, empty(rows, model.cfg.pooled_projection_dim))
+        x, t, text, added = inputs(model)
+        return lambda: model(x, t, model.text_kv(text), added)
+
+    def inputs(model):
+        """(x, t, text, added) of a UNet or ControlNet."""
+        x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
         text, added = empty(rows, 77, model.cfg.cross_attention_dim), None
         if model.cfg.addition_embed_type:
             pooled = model.cfg.projection_class_embeddings_input_dim - 6 * model.cfg.addition_time_embed_dim
             added = empty(rows, pooled), empty(rows, 6, of=torch.float32)
-        return lambda: model(x, t, model.text_kv(text), added)
+        return x, t, text, added
+
+    def looking(net):
+        x, t, text, added = inputs(net)
+        picture = empty(rows, net.cfg.conditioning_channels, h * scale, w * scale)
+        return lambda: net(x, t, net.text_kv(text), net.look(picture), added)
 
     for name in (*family.encoder_names, family.denoiser_name, "vae"):
         if model := meta.get(name):
@@ -52,4 +63,11 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
             sizes = quantize.sizes(model, small) if small else {}
             stage = memory.stage(name, model.to(own), run(name, model, own), own, sizes)
             stages.append(stage._replace(block=0.0) if name == "vae" else stage)  # it moves as a whole
+    if controls:
+        at = next(i for i, s in enumerate(stages) if s.name == family.denoiser_name)
+        beside = [memory.stage(f"control {i}", c.to(dtype), looking(c), dtype, {}) for i, c in enumerate(controls, 1)]
+        stages[at] = stages[at]._replace(beside=tuple(beside))
+        stages[at + 1 : at + 1] = [
+            s._replace(beside=(stages[at]._replace(beside=()), *(o for o in beside if o is not s))) for s in beside
+        ]
     return stages

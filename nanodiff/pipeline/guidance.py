@@ -7,6 +7,7 @@ import torch
 
 from nanodiff.device import cudagraph, memory, onednn
 from nanodiff.models.layers import computed_by, join
+from nanodiff.pipeline.control import Controls
 
 MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
 LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
@@ -27,27 +28,31 @@ class Guidance:
         """The type in which the denoiser computes."""
         return memory.dtype_of(self.net)
 
-    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=()):
+    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=(), controls=None):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
-        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`.
+        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`. controls: (ControlNets at
+        work, model calls of the run).
         """
         if self.device.type == "cuda" and memory.whole(self.net):
             join(self.net)
         both = text if negative is None else self.joined([negative, text])
         condition = self.condition(both, sizes, negative is not None)
-        net = self.replayed(len(both.states)) or self.net
+        steered = Controls(self, *controls, both, sizes, negative is not None) if controls else None
+        # what a ControlNet adds comes from other tensors at every step, which a recording would not see
+        net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
 
-        def predict(x, t):
-            return net(x, known.get(float(t), t), *condition)
+        def predict(x, t, more):
+            return net(x, known.get(float(t), t), *condition, **more)
 
         def model(x, t):
             x = x.to(self.dtype)
+            more = {"control": steered.at(x, t)} if steered else {}
             if negative is None:
-                return predict(x, t).float()
-            without, with_text = predict(torch.cat([x, x]), t).float().chunk(2)
+                return predict(x, t, more).float()
+            without, with_text = predict(torch.cat([x, x]), t, more).float().chunk(2)
             out = without + scale * (with_text - without)
             if skip and skip.active(sum(u > t for u in times), len(times)):
                 blind = self.net(x, t, text.states, text.pooled, skip.layers).float()
@@ -60,9 +65,10 @@ class Guidance:
 
         return model
 
-    def condition(self, text, sizes, guided):
-        """What the denoiser takes after x and t for `text`; its keys and values are computed here, once a run."""
-        return (self.net.text_kv(text.states) if memory.whole(self.net) else text.states,)
+    def condition(self, text, sizes, guided, net=None):
+        """What the denoiser (or the ControlNet `net`) takes after x and t for `text`; its keys and values are computed here, once a run."""
+        net = net or self.net
+        return (net.text_kv(text.states) if memory.whole(net) else text.states,)
 
     def denoise(self, net, x, t, states, pooled):
         """One call of the denoiser, or of what training put in its place, without guidance."""

@@ -53,6 +53,7 @@ class Drawing:
     tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
     sizes: dict | None = None  # SDXL's, see SDXL.size_ids
     skip_layers: SkipLayers | None = None  # SD 3's
+    controls: tuple = ()  # ControlNets at work, control.Control
     denoising_end: float | None = None  # stop when this part of the noise is gone, between 0 and 1
 
 

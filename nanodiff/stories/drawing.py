@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields
-from nanodiff.data import tables
+from nanodiff.data import edges, tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
 from nanodiff.output import images
 from nanodiff.output.images import read_record, slug
-from nanodiff.pipeline import SkipLayers, Words, single, sources
+from nanodiff.pipeline import SkipLayers, Words, control, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
 from nanodiff.weights import hub
@@ -31,11 +31,11 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
-              "negative_crop", "denoising_end", "quantize", "fast_vae")  # fmt: skip
+              "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess")  # fmt: skip
 PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
-           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae")  # fmt: skip
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control")  # fmt: skip
 
 
 def prompts_of(cfg, optional=False):
@@ -104,11 +104,13 @@ def skip_layers(cfg):
 
 
 def inputs(cfg, sd):
-    """({height, width}, {image, strength, mask} for generate()), resized as diffusers does: an --init-image alone sets
-    the size (down to a multiple of the VAE's), a mask or SD 3 brings the model's own size; --height and --width win."""
+    """({height, width}, {image, strength, mask, controls} for generate()), resized as diffusers does: an --init-image, else the first
+    --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3 brings the model's own size; --height and --width win."""
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
-    if picture and not cfg.mask and sd.keeps_size:
-        height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (picture.height, picture.width))
+    shown = [control_image(text) for text in cfg.control_image]
+    sizing = picture or next(iter(shown), None)
+    if sizing and not cfg.mask and sd.keeps_size:
+        height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (sizing.height, sizing.width))
     else:
         height, width = sd.size
     height, width = cfg.height or height, cfg.width or width
@@ -129,7 +131,29 @@ def inputs(cfg, sd):
         start["mask"] = (
             torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, 1, height, width) >= 128
         ).float()
+    if shown:
+        start["controls"] = controls(
+            cfg, sd, [p.resize((width, height), images.Image.Resampling.LANCZOS) for p in shown]
+        )
     return {"height": height, "width": width}, start
+
+
+def control_image(text):
+    """A picture for a ControlNet, as --control-image names it: a file, or canny:FILE for its edges."""
+    kind, _, path = text.partition(":")
+    if kind != "canny" or Path(text).exists():
+        return images.open_image(text)
+    return images.Image.fromarray(edges.canny(images.open_image(path))).convert("RGB")
+
+
+def controls(cfg, sd, pictures):
+    """The ControlNets of --control at work, as generate() takes them."""
+    said = [control.parse(text)[1:] for text in cfg.control]
+    shown = [images.to_pixels(p)[None] / 2 + 0.5 for p in pictures]
+    return tuple(
+        control.Control(net, picture, *how, cfg.control_guess)
+        for net, picture, how in zip(sd.controls, shown, said, strict=True)
+    )
 
 
 def load(cfg, record, device, src=None):
@@ -178,6 +202,7 @@ def load(cfg, record, device, src=None):
             else:
                 sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
+        sd.controls = [load_control(text, cfg, sd, dtype, device) for text in cfg.control]
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
     moves = cfg.offload != "none" or cfg.quantize  # weights that come and go, or are made again at every call
@@ -186,6 +211,23 @@ def load(cfg, record, device, src=None):
     if cfg.compile:
         sd.net.compile()
     return sd
+
+
+def load_control(text, cfg, sd, dtype, device):
+    """The ControlNet that a --control names, where and as the denoiser computes."""
+    stays = cfg.offload == "none"
+    net = control.load(
+        control.parse(text)[0],
+        sd.net.cfg,
+        dtype if stays else None,
+        device if stays else "cpu",
+        cfg.token,
+        cfg.allow_pickle,
+    )
+    if not stays:
+        memory.Resident(net, dtype, device, blocks=cfg.offload == "sequential")
+    print(f"control: {printable(text)}, {memory.count(net) / 1e6:g} M parameters")
+    return net
 
 
 def pick_dtype(cfg, device, src):
@@ -221,7 +263,7 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    sd.loras, sd.decoder, sd.preview = base.loras, base.decoder, base.preview
+    sd.loras, sd.decoder, sd.preview, sd.controls = base.loras, base.decoder, base.preview, base.controls
     return sd
 
 
@@ -363,10 +405,12 @@ def recall(cfg):
             setattr(cfg, key, value)
     if cfg.model == "embedded":
         cfg.model = None
-    for name in ("model", "vae_checkpoint", "components", "fast_vae", "lora", "embedding"):
+    for name in ("model", "vae_checkpoint", "components", "fast_vae", "lora", "embedding", "control", "control_image"):
         value = getattr(cfg, name)
         for path in value if isinstance(value, list) else [value]:
             path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path
+            path = control.parse(path)[0] if name == "control" else path
+            path = path.removeprefix("canny:") if name == "control_image" and not Path(path).exists() else path
             if path and name not in given and not Path(path).exists():
                 flag = name.replace("_", "-")
                 raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")

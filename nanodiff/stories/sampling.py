@@ -18,7 +18,7 @@ from nanodiff.diffusion import samplers
 from nanodiff.files import ASSETS, out_dir, write_bytes
 from nanodiff.output import images
 from nanodiff.output.record import Record
-from nanodiff.pipeline import sources
+from nanodiff.pipeline import control, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.stories import study as grid
 from nanodiff.stories.drawing import (
@@ -71,7 +71,7 @@ def main(cfg):
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
     sd = under(cfg, load(cfg, record, device))
-    if not prompts and not sd.unconditional:
+    if not prompts and not sd.unconditional and not cfg.control_guess:
         raise UserError('--prompt is required, such as --prompt "red apple"')
     prompts = prompts or [""]
     if not cfg.model and not cfg.components:
@@ -270,9 +270,13 @@ def dry_run(cfg, device):
     turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
     guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
     prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
+    unet = src.config("unet") if cfg.control and "unet" in src.parts else None
+    if cfg.control and unet is None:
+        raise UserError("--control: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+    controls = [control.plan(control.parse(text)[0], unet, cfg.token, cfg.allow_pickle) for text in cfg.control]
     plan = pipeline.plan(
         src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * prompts), guided,
-        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling,
+        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
     )  # fmt: skip
     for line in memory.table(plan, cfg.offload):
         print(line)

@@ -151,9 +151,20 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     return folder
 
 
-def whole(name, token=None, cached=False):
-    """The folder of a Hub repository that is one model with its tokenizer, such as a CLIP: from the cache, else downloaded (unless
-    `cached`)."""
+def component(name, token=None):
+    """A local path (file or folder) of one model without a pipeline around it, such as a ControlNet. Raises UserError."""
+    path = trained(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{path}: a folder without config.json")
+    if path.exists():
+        return path
+    stem = "diffusion_pytorch_model"
+    return whole(name, token, wanted=("config.json", f"{stem}.safetensors", f"{stem}-*", f"{stem}.*.json"))
+
+
+def whole(name, token=None, cached=False, wanted=("*.json", "merges.txt", "model*.safetensors")):
+    """The folder of a Hub repository that is one model, such as a CLIP with its tokenizer: from the cache, else downloaded (unless
+    `cached`). wanted: the names of its files."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -162,10 +173,9 @@ def whole(name, token=None, cached=False):
         raise UserError(
             f"model {printable(name)!r} not found: give a folder with config.json, or a Hub id org/name[@revision]"
         )
-    wanted = ["*.json", "merges.txt", "model*.safetensors"]
     for offline in (True, False):
         try:
-            folder = Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted,
+            folder = Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(wanted),
                                                 local_files_only=offline, token=token or None))  # fmt: skip
         except Exception as e:  # the HTTP library's own errors differ between versions of huggingface_hub
             if cached or not offline or constants.HF_HUB_OFFLINE:

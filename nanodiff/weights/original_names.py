@@ -64,6 +64,18 @@ def _unet_module(name, cfg):
     return f"{block}.{inner[rest] if kind == 'resnets' else rest}"
 
 
+def _control_module(name, cfg):
+    """Our ControlNet module path -> the original one, without the prefix."""
+    last = 2 * (2 * len(cfg.conditioning_embedding_out_channels) - 1)
+    fixed = {"conv_in": "input_hint_block.0", "conv_out": f"input_hint_block.{last}"}  # in turn with their SiLU
+    part, _, path = name.partition(".")
+    if part == "controlnet_cond_embedding":
+        return fixed.get(path) or f"input_hint_block.{2 * (int(path.removeprefix('blocks.')) + 1)}"
+    if part == "controlnet_down_blocks":
+        return f"zero_convs.{path}.0"
+    return "middle_block_out.0" if part == "controlnet_mid_block" else _unet_module(name, cfg)
+
+
 def _vae_module(name, cfg):
     """Our VAE module path -> (the original one, is it an attention's 1×1 convolution)."""
     levels = len(cfg.block_out_channels)
@@ -165,8 +177,8 @@ def original(name, component, family, cfg):
     """(original name without prefix, form) of our tensor `name`. form: None, 0 1 2 (which third of a fused q-k-v),
     "transposed", "swapped" (halves exchanged) or "conv" (a linear layer stored as a 1×1 convolution)."""
     module, _, kind = name.rpartition(".")
-    if component == "unet":
-        return f"{_unet_module(module, cfg)}.{kind}", None
+    if component in ("unet", "controlnet"):
+        return f"{(_unet_module if component == 'unet' else _control_module)(module, cfg)}.{kind}", None
     if component == "transformer":
         return _mmdit(name, cfg)
     if component == "vae":

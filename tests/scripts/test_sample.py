@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -10,9 +11,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from util import TINY, copy_model, error_line, run, start
+from util import TINY, copy_model, error_line, golden, recipe, run, start
 
-from nanodiff import files
+from nanodiff import files, weights
+from nanodiff.models.controlnet import ControlNetModel
 from nanodiff.stories import drawing
 from nanodiff.weights import load_tensors
 
@@ -165,6 +167,72 @@ def test_image_to_image_and_inpainting(tmp_path):
     assert done.returncode == 0, done.stderr
     b = pixels(tmp_path / "b" / "00000.png")
     assert b.shape == (128, 128, 3), "with a mask: the model's own size"
+
+
+def control_folder(path):
+    """A ControlNet for the tiny sd15 with made-up weights, and a picture to show it."""
+    facts = golden("control.pipe")[1]["args"]["sd15_pndm"]
+    net = ControlNetModel(ControlNetModel.Config.from_json(facts["config"]))
+    net.load_state_dict(recipe(net, facts["tags"][0]))
+    weights.save(net, path / "net")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((50, 66))
+    picture.save(path / "photo.png")
+    return path / "net", path / "photo.png"
+
+
+def test_control(tmp_path):
+    """The first picture sets the size; edges are made here; the settings come back out of the picture."""
+    net, photo = control_folder(tmp_path)
+    shown = ("--prompt", "a cat", "--control-image")
+    done = sample(tmp_path / "a", *shown, f"canny:{photo}", "--control", f"{net}:0.7:0-0.9")
+    assert done.returncode == 0, done.stderr
+    assert f"control: {net}:0.7:0-0.9, " in done.stdout
+    a = pixels(tmp_path / "a" / "00000.png")
+    assert a.shape == (64, 48, 3)
+    plain = sample(tmp_path / "b", *shown, photo, "--control", f"{net}:0.7:0-0.9")
+    off = sample(tmp_path / "c", *shown, photo, "--control", f"{net}:0")
+    bare = sample(tmp_path / "d", "--prompt", "a cat", "--height", "64", "--width", "48")
+    assert plain.returncode == off.returncode == bare.returncode == 0, plain.stderr + off.stderr + bare.stderr
+    b, c, d = (pixels(tmp_path / name / "00000.png") for name in "bcd")
+    assert (a != b).any() and (b != c).any() and abs(c - d).max() <= 1
+    again = run("sample.py", "--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "e")
+    assert again.returncode == 0, again.stderr
+    assert np.array_equal(pixels(tmp_path / "e" / "00000.png"), a)
+    photo.unlink()
+    lost = run("sample.py", "--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "f")
+    assert f"was made with {photo}; name it with --control-image" in error_line(lost)
+
+
+def test_two_controls_guess_without_a_prompt_and_are_counted(tmp_path):
+    net, photo = control_folder(tmp_path)
+    two = ("--control", net, "--control-image", photo, "--control", f"{net}:0.5", "--control-image", f"canny:{photo}")
+    done = sample(tmp_path / "a", *two, "--control-guess", "--offload", "model")
+    assert done.returncode == 0, done.stderr
+    assert pixels(tmp_path / "a" / "00000.png").std() > 0
+    plan = sample(tmp_path / "b", *two, "--dry-run", "--prompt", "x")
+    bare = sample(tmp_path / "b", "--dry-run", "--prompt", "x")
+    assert plan.returncode == 0 and "control 1" in plan.stdout and "control 2" in plan.stdout, plan.stderr
+    peaks = [{k: float(v) for k, v in re.findall(r"--offload (\w+): +([\d.]+)", d.stdout)} for d in (plan, bare)]
+    assert peaks[0].keys() == peaks[1].keys() and len(peaks[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--control", "NET"], "1 --control and 0 --control-image"),
+        (["--control-guess"], "--control-guess does nothing without --control"),
+        (["--control", "NET:strong", "--control-image", "PHOTO"], "use FILE_OR_ID"),
+        (["--control", "NET", "--control-image", "canny:nowhere.png"], "nowhere.png"),
+        (["--control", "PHOTO", "--control-image", "PHOTO"], "photo.png"),
+        (["--control", "NET:1:0.5-0.2", "--control-image", "PHOTO"], "from 0.5 to 0.2 of the steps"),
+        (["--control", "NET", "--control-image", "PHOTO", "--model", "TINY/sdxl"], "they are not of one model"),
+        (["--control", "NET", "--control-image", "PHOTO", "--model", "TINY/sd35-medium"], "has a transformer"),
+    ],
+)
+def test_controls_that_cannot_be(tmp_path, argv, says):
+    net, photo = control_folder(tmp_path)
+    argv = [a.replace("NET", str(net)).replace("PHOTO", str(photo)).replace("TINY", str(TINY)) for a in argv]
+    assert says in error_line(sample(tmp_path / "out", "--prompt", "x", *argv))
 
 
 @pytest.mark.slow

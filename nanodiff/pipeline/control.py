@@ -1,0 +1,196 @@
+"""ControlNets beside the denoiser: from a folder, a file or the Hub, and what they add at every step (models/controlnet.py)."""
+
+import re
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+
+from nanodiff import weights
+from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.device import memory
+from nanodiff.models.controlnet import Config, ControlNetModel, guessed
+from nanodiff.models.unet import UNet2DConditionModel
+from nanodiff.pipeline.single import placed
+from nanodiff.weights import hub, original_names
+
+# the first word of tensors by which files of other kinds are told
+OTHERS = (
+    ("lora_controlnet", "a Control-LoRA"),
+    ("lllite", "a ControlNet-LLLite"),
+    ("task_embedding", "a ControlNet Union"),
+    ("control_add_embedding", "a ControlNet Union"),
+    ("adapter.", "a T2I-Adapter"),
+    ("body.", "a T2I-Adapter"),
+    ("transformer_blocks.", "a ControlNet for a transformer (SD 3)"),
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet at work: what it is shown, how strongly it speaks, and when."""
+
+    net: ControlNetModel
+    picture: torch.Tensor  # [B or 1, 3, H, W] in [0, 1], as large as what is drawn
+    scale: float = 1.0  # of what it adds
+    start: float = 0.0  # the part of the steps after which it begins, and that at which it ends
+    end: float = 1.0
+    guess: bool = False  # as diffusers' guess_mode: for the prompt's pass alone, more at smaller sizes
+
+
+class Controls:
+    """What `controls` add in a run of `steps` model calls: at(x, t) is asked once a call.
+
+    sd: the pipeline. text, sizes, guided: as for its condition(); with `guided` the text's first half is the unconditional one.
+    """
+
+    def __init__(self, sd, controls, steps, text, sizes, guided):
+        self.guided, self.steps, self.made, self.each = guided, steps, 0, []
+        for control in controls:
+            net, alone = control.net, guided and (control.guess or control.net.cfg.global_pool_conditions)
+            mine = type(text)(*(None if part is None else part.chunk(2)[1] for part in text)) if alone else text
+            picture = control.picture.to(sd.device, memory.dtype_of(net))
+            condition = sd.condition(mine, sizes, guided and not alone, net)
+            self.each.append((control, alone, condition, net.look(picture)))
+
+    def at(self, x, t):
+        """Residuals for the UNet's batch at this call, or None where none speaks. x: [B, C, H, W], without its double."""
+        i, n, said = self.made, self.steps, []
+        self.made += 1
+        for control, alone, (text, *added), seen in self.each:
+            if control.scale == 0 or i / n < control.start or (i + 1) / n > control.end:
+                continue
+            both = torch.cat([x, x]) if self.guided and not alone else x
+            seen = seen.repeat(len(both) // len(seen), 1, 1, 1)
+            found = control.net(both, t, text, seen, *added)
+            if control.guess and not control.net.cfg.global_pool_conditions:
+                found = guessed(found)
+            found = found.map(lambda r, scale=control.scale: scale * r)
+            said.append(found.map(lambda r: torch.cat([torch.zeros_like(r), r])) if alone else found)
+        return reduce(add, said) if said else None
+
+
+def check(control, sd, height, width):
+    """Raise UserError for a ControlNet that is not for this model, and for a picture of another size than what is drawn."""
+    unet, net = sd.net, control.net
+    if not isinstance(unet, UNet2DConditionModel):
+        raise UserError("`controls`: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+    for what, mine, theirs in (
+        ("text of width", net.cfg.cross_attention_dim, unet.cfg.cross_attention_dim),
+        ("widths", net.widths, unet.widths),
+        ("latent channels", net.cfg.in_channels, sd.vae.cfg.latent_channels if sd.vae else unet.cfg.in_channels),
+        ("an added condition of", net.cfg.projection_class_embeddings_input_dim, unet.cfg.projection_class_embeddings_input_dim),
+        ("pixels a latent", net.cfg.downscale, sd.downscale),
+    ):  # fmt: skip
+        if mine != theirs:
+            raise UserError(
+                f"`controls`: a ControlNet for {what} {mine}, the UNet has {theirs}: they are not of one model"
+            )
+    got = tuple(control.picture.shape[-2:])
+    if got != (height, width):
+        raise UserError(f"`controls`: a picture of {got[1]}x{got[0]} for one of {width}x{height}")
+    if not 0 <= control.start < control.end <= 1:
+        raise UserError(
+            f"`controls`: from {control.start:g} to {control.end:g} of the steps is no part of them (0 to 1)"
+        )
+
+
+def parse(text):
+    """ "FILE_OR_ID[:SCALE[:START-END]]" of the command line -> (file or id, scale, start, end). Raises UserError."""
+    number = r"\d*\.?\d+"
+    match = re.fullmatch(rf"(.+?)(?::(-?{number})(?::({number})-({number}))?)?", text)
+    name, scale, start, end = match.groups() if match and not Path(text).exists() else (text, None, None, None)
+    if ":" in re.sub(r"^[A-Za-z]:[\\/]", "", name) and not Path(text).exists():
+        raise UserError(
+            f"`control` {printable(text)}: use FILE_OR_ID, FILE_OR_ID:SCALE or FILE_OR_ID:SCALE:START-END, such as canny:0.8:0-0.5"
+        )
+    return name, float(scale or 1), float(start or 0), float(end or 1)
+
+
+def load(name, unet, dtype, device, token=None, allow_pickle=False):
+    """The ControlNet in a folder, a file (diffusers' or the original names) or a Hub id. unet: the UNet that it is for, whose
+    configuration is also that of a file, which has none. Raises UserError."""
+    path = hub.component(name, token)
+    if path.is_dir():
+        return weights.load(ControlNetModel, path, dtype, device, cfg=_folder(path))
+    return from_file(path, unet, dtype, device, allow_pickle)
+
+
+def plan(name, unet, token=None, allow_pickle=False):
+    """The ControlNet of load() on the meta device, without weights."""
+    path = hub.component(name, token)
+    if path.is_dir():
+        return weights.skeleton(ControlNetModel, _folder(path))
+    shapes, _ = _read(path, allow_pickle)
+    return weights.skeleton(ControlNetModel, _config(shapes, unet, _prefix(shapes, path)))
+
+
+def _folder(path):
+    """The Config of a folder's ControlNet."""
+    raw = read_json(path / "config.json")
+    if (kind := raw.get("_class_name", ControlNetModel.class_name)) != ControlNetModel.class_name:
+        raise UserError(f"{path}: {printable(kind)} is no ControlNet (only {ControlNetModel.class_name})")
+    return Config.from_json(raw, str(path / "config.json"))
+
+
+def _read(path, allow_pickle):
+    """({name: shape}, name -> tensor) of a file."""
+    if path.suffix not in weights.PICKLES:
+        return weights.header([path]), weights.open_file(path).get_tensor
+    if not allow_pickle:
+        raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
+    state = weights.load_pickle(path)
+    return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
+
+
+def _prefix(shapes, path):
+    """What stands before a file's original names; None where they are diffusers'. Raises UserError for what is no ControlNet."""
+    prefix = next((p for p in ("control_model.", "") if f"{p}input_hint_block.0.weight" in shapes), None)
+    first = "controlnet_cond_embedding.conv_in.weight"
+    for word, what in OTHERS:
+        if any(k.startswith(word) for k in shapes):
+            raise UserError(f"{path}: is {what}, which is not supported (only ControlNets)")
+    if prefix is None and first not in shapes:
+        raise UserError(f"{path}: is no ControlNet (no {first} and no input_hint_block among {len(shapes)} tensors)")
+    return prefix
+
+
+def from_file(path, unet, dtype, device, allow_pickle=False):
+    """load() of one file. Every tensor in it must be the ControlNet's."""
+    shapes, get = _read(path, allow_pickle)
+    prefix = _prefix(shapes, path)
+    model = weights.skeleton(ControlNetModel, _config(shapes, unet, prefix))
+    state, known = {}, set()
+    for key, want in model.state_dict().items():
+        where = key if prefix is None else prefix + original_names.original(key, "controlnet", "", model.cfg)[0]
+        if where not in shapes:
+            raise UserError(
+                f"{path}: misses tensor {where}{nearest(where, shapes)}; is it for another family of models?"
+            )
+        if shapes[where] != tuple(want.shape):
+            raise UserError(
+                f"{path}: {where} has shape {list(shapes[where])}, a ControlNet for this model has {list(want.shape)}: "
+                "they are not of one model"
+            )
+        known.add(where)
+        state[key] = placed(weights.as_weight(get(where), where, path), device, dtype)
+    for key in shapes:
+        if key not in known and not original_names.LEFT_OUT.match(key):
+            raise UserError(f"{path}: has unknown tensor {printable(key)}{nearest(key, known)}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _config(shapes, unet, prefix):
+    """The Config of a file's ControlNet: its UNet's, and the widths of its own eye."""
+    if prefix is None:
+        eye = "controlnet_cond_embedding."
+        names = [f"{eye}conv_in.weight", *(f"{eye}blocks.{i}.weight" for i in range(1, 99, 2))]
+    else:
+        names = [f"{prefix}input_hint_block.{i}.weight" for i in range(0, 99, 4)]
+    found = [shapes[n] for n in names if n in shapes]
+    return Config.of(
+        unet, conditioning_channels=found[0][1], conditioning_embedding_out_channels=tuple(s[0] for s in found)
+    )
