@@ -105,8 +105,19 @@ class Config:
     seed: int | None = arg(None, "picture i uses seed + i; default: random, printed", often=True)
     clip_skip: int = arg(0, "leave out the last N layers of the text encoder")
     init_image: str | None = arg(None, "start from this picture (image-to-image)", group="from a picture", often=True)
-    strength: float | None = arg(None, "how much of --init-image is repainted, above 0 to 1; default 0.8")
+    strength: float | None = arg(
+        None, "how much of --init-image is repainted, above 0 to 1; default 0.8, of an inpainting model 1"
+    )
     mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
+    mask_blur: int = arg(
+        0, "pixels over which the mask's edge is softened; what is outside stays --init-image's", low=0, high=256
+    )
+    mask_padding: int | None = arg(
+        None,
+        "repaint only the masked part and so many pixels around it, enlarged to the model's size",
+        low=0,
+        high=4096,
+    )
     control: list[str] = arg(
         [],
         "FILE_OR_ID[:SCALE[:START-END]] of a ControlNet, at work from START to END of the steps (0 to 1); repeatable",
@@ -193,9 +204,17 @@ class Config:
             raise UserError("--eta and --guidance-rescale must be between 0 and 1")
         if self.mask and not self.init_image:
             raise UserError("--mask needs --init-image")
+        if self.mask_padding is not None and not self.mask:
+            raise UserError("--mask-padding does nothing without --mask")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
-        needed = (("strength", "init_image"), ("nrow", "output"), ("labels", "output"), ("lora_fuse", "lora"))
+        needed = (
+            ("strength", "init_image"),
+            ("mask_blur", "mask"),
+            ("nrow", "output"),
+            ("labels", "output"),
+            ("lora_fuse", "lora"),
+        )
         needed += (
             ("allow_partial", "lora"),
             ("negative_prompt_2", "negative_prompt"),

@@ -208,12 +208,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             control.check(one, self, height, width)
         samplers.check_steps(self.schedule, steps)
         run, options, shift = self._sampler(sampler, drawing, height, width)
-        shape = (len(prompts), self.net.cfg.in_channels, height // self.downscale, width // self.downscale)
+        shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
         sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
 
         text, negative = self.conditions(prompts, negative_prompt, words, guided=scale > 1)
-        x, first, known = begin(self, start, steps, noise, shift)
+        x, first, known, beside = begin(self, start, steps, noise, shift)
         times = samplers.times(self.schedule, steps, **shift)
         total = self._until(drawing.denoising_end, times, first)
         self.ready(self.net, self.packs and total >= onednn.FEWEST_STEPS)
@@ -221,12 +221,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         for net in nets:
             self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
         step, history = None, []
-        with memory.at_work(self.net), ExitStack() as beside:
+        with memory.at_work(self.net), ExitStack() as working:
             for net in nets:
-                beside.enter_context(memory.at_work(net))
+                working.enter_context(memory.at_work(net))
             controls = (drawing.controls, samplers.asked(self.schedule, total)) if nets else None
             model = self.denoiser(
-                text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times, controls
+                text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times, controls, beside
             )
             for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
                 if known:  # inpainting, in place: the sampler continues from what is written here
@@ -286,6 +286,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
         if start.mask is not None and start.image is None:
             raise UserError("`mask` needs `image`")
+        if self.inpaints and start.mask is None:
+            raise UserError(
+                "this is an inpainting model, which repaints a picture under a mask: give `image` and `mask`"
+            )
 
     def size_ids(self, n, height, width, sizes):
         """SDXL's size condition; None for the others."""

@@ -80,7 +80,7 @@ def check(control, sd, height, width):
     for what, mine, theirs in (
         ("text of width", net.cfg.cross_attention_dim, unet.cfg.cross_attention_dim),
         ("widths", net.widths, unet.widths),
-        ("latent channels", net.cfg.in_channels, sd.vae.cfg.latent_channels if sd.vae else unet.cfg.in_channels),
+        ("latent channels", net.cfg.in_channels, sd.channels),
         ("an added condition of", net.cfg.projection_class_embeddings_input_dim, unet.cfg.projection_class_embeddings_input_dim),
         ("pixels a latent", net.cfg.downscale, sd.downscale),
     ):  # fmt: skip

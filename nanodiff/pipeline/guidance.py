@@ -5,6 +5,7 @@ Explained in the book (docs/book): chapter 4.
 
 import torch
 
+from nanodiff.config import UserError
 from nanodiff.device import cudagraph, memory, onednn
 from nanodiff.models.layers import computed_by, join
 from nanodiff.pipeline.control import Controls
@@ -28,12 +29,12 @@ class Guidance:
         """The type in which the denoiser computes."""
         return memory.dtype_of(self.net)
 
-    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=(), controls=None):
+    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=(), controls=None, beside=None):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
         correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`. controls: (ControlNets at
-        work, model calls of the run).
+        work, model calls of the run). beside: what an inpainting model is given with x (start.Beginning).
         """
         if self.device.type == "cuda" and memory.whole(self.net):
             join(self.net)
@@ -43,8 +44,11 @@ class Guidance:
         # what a ControlNet adds comes from other tensors at every step, which a recording would not see
         net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
+        shown = None if beside is None else beside.to(self.dtype)
 
         def predict(x, t, more):
+            if shown is not None:
+                x = torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], dim=1)
             return net(x, known.get(float(t), t), *condition, **more)
 
         def model(x, t):
@@ -72,7 +76,15 @@ class Guidance:
 
     def denoise(self, net, x, t, states, pooled):
         """One call of the denoiser, or of what training put in its place, without guidance."""
+        self.check_trainable()
         return net(x, t, states)
+
+    def check_trainable(self):
+        """Raise UserError for an inpainting model: what trains here has no masks."""
+        if self.inpaints:
+            raise UserError(
+                "an inpainting model is only drawn with here, not trained or distilled; take an ordinary one"
+            )
 
     def shifts(self, times, added=None):
         """{time: what the UNet takes in its place} for a run over `times` on a GPU, where the products that make these are too

@@ -12,8 +12,9 @@ def save(sd, folder, dtype=None, states=None):
     """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler. states: {component: state_dict} in
     place of the components' own."""
     folder = Path(folder)
-    index = {"_class_name": sd.class_name, "_diffusers_version": "0.31.0", **sd.index}
-    if sd.class_name == "StableDiffusionPipeline":
+    kind = next(k for k in sd.family.kinds if "Inpaint" in k) if sd.inpaints else sd.class_name
+    index = {"_class_name": kind, "_diffusers_version": "0.31.0", **sd.index}
+    if sd.family.name == "SD":
         index |= {
             "feature_extractor": [None, None],
             "safety_checker": [None, None],

@@ -73,6 +73,7 @@ class SDXL(Pipeline):
 
     def denoise(self, net, x, t, states, pooled):
         """The sizes are the picture's own, uncropped."""
+        self.check_trainable()
         height, width = (s * self.downscale for s in x.shape[-2:])
         return net(x, t, states, (pooled, self.size_ids(1, height, width, None)[1:].expand(len(x), -1)))
 

@@ -14,7 +14,7 @@ import torch
 
 from nanodiff import weights
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.pipeline.families import CLIP_LENGTH, KNOWN, TURBO_SCHEDULERS
+from nanodiff.pipeline.families import CLIP_LENGTH, FAMILIES, KNOWN, TURBO_SCHEDULERS
 from nanodiff.text.tokenizer import END, clip_from_merges
 from nanodiff.weights.original_names import DENOISER, EMA, LEFT_OUT, family_of, original, ours, prefixes
 
@@ -22,9 +22,11 @@ V_STD = 0.09  # SD 2: the last attention's norm biases spread more than this in 
 
 
 class Known:
-    """The configurations of a released model, without its files. family: a key of KNOWN, "SD 2 base", "SD 2 turbo" or "SDXL turbo"."""
+    """The configurations of a released model, without its files. family: a key of KNOWN, "SD 2 base", "SD 2 turbo" or "SDXL turbo", and
+    " inpainting" behind it."""
 
     def __init__(self, family, builders):
+        self.inpaints, family = family.endswith(" inpainting"), family.removesuffix(" inpainting")
         base = family.removesuffix(" base").removesuffix(" turbo")
         self.kind, self.configs, self.defaults = KNOWN[base]
         if family.endswith(" turbo"):
@@ -37,6 +39,7 @@ class Known:
 
     def config(self, name):
         raw = self.configs[name] | ({"sample_size": self.side} if self.side and name == "unet" else {})
+        raw = raw | {"in_channels": 9} if self.inpaints and name == "unet" else raw
         return self.builders[name].Config.from_json(raw, name)
 
     def builder(self, name):
@@ -89,7 +92,7 @@ class Single:
         wanted = set(self.configs)
         missing = wanted - self.here
         if self.rest is not None:
-            if self.rest.kind != self.kind:
+            if FAMILIES[self.rest.kind] is not FAMILIES[self.kind]:
                 raise UserError(f"`components`: {self.rest.kind}, but {self.path} is a {self.kind}")
             found = self.here | (missing & self.rest.parts)
             return found | {p for p in self.rest.parts if p.startswith("tokenizer")}
@@ -143,6 +146,9 @@ class Single:
             raw = raw | {"sample_size": 96}
         if name == "unet" and self.turbo:
             raw = raw | {"sample_size": 64}
+        if name == "unet":  # 9 of an inpainting model
+            first, _ = self._where("conv_in.weight", name, self.builders[name].Config.from_json(raw))
+            raw = raw | {"in_channels": self.shapes[first][1]} if first in self.shapes else raw
         return self.builders[name].Config.from_json(raw, self.family)
 
     def tokenizer(self, name):

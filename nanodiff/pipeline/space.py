@@ -32,14 +32,21 @@ class LatentSpace:
         h, w = (size, size) if isinstance(size, int) else size
         return h * self.downscale, w * self.downscale
 
+    @property
+    def channels(self):
+        """Of the latents."""
+        return self.vae.cfg.latent_channels if self.vae else self.net.cfg.out_channels
+
+    @property
+    def inpaints(self):
+        """Is it an inpainting model, whose UNet is given the mask and the masked picture's latents beside x?"""
+        return self.vae is not None and self.net.cfg.in_channels == 2 * self.channels + 1
+
     def check_latents(self):
-        net, name = self.net.cfg, self.denoiser_name
-        channels = self.vae.cfg.latent_channels if self.vae else net.out_channels
-        if net.in_channels == 9:
-            raise UserError(
-                "unet: 9 input channels: inpainting models are not supported; use an ordinary one with `mask`"
-            )
-        if (net.in_channels, net.out_channels) != (channels, channels):
+        net, name, channels = self.net.cfg, self.denoiser_name, self.channels
+        if (net.in_channels, net.out_channels) != (channels, channels) and not (
+            self.inpaints and net.out_channels == channels
+        ):
             got = f"{net.in_channels} channels in and {net.out_channels} out"
             raise UserError(f"{name} has {got}, the VAE's latents have {channels}: they are not of one model")
 

@@ -1,5 +1,8 @@
 """What the first step of a run begins with: noise, or a picture with noise on it (SDEdit: Meng et al. 2021, arXiv 2108.01073)."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -7,33 +10,51 @@ from nanodiff.config import UserError
 from nanodiff.diffusion import samplers
 
 
+class Beginning(NamedTuple):
+    """Where a run begins, and what of the picture it keeps."""
+
+    x: torch.Tensor  # [B, C, h, w], before the first step
+    first: int = 0  # the first step
+    known: Callable | None = (
+        None  # known(x, i): x before step i, what is outside the mask replaced by the original at that noise level
+    )
+    beside: torch.Tensor | None = (
+        None  # [B, 1 + C, h, w], what an inpainting model is given with x: the mask and what is outside it
+    )
+
+
 def begin(sd, start, steps, noise, shift):
-    """(first x, first step, known) of a run of `sd` from a settings.Start. known(x, i), or None: x before step i with everything outside
-    the mask replaced by the original at that noise level, which is inpainting with an ordinary model."""
+    """The Beginning of a run of `sd` from a settings.Start. With a mask: an ordinary model repaints under it by `known`, an
+    inpainting model is told by `beside`. Noise is drawn in diffusers' order."""
     schedule, strength = sd.schedule, start.strength
     if start.image is None:
-        return samplers.begin(schedule, steps, noise(), **shift), 0, None
+        return Beginning(samplers.begin(schedule, steps, noise(), **shift))
     if not 0 < strength <= 1:
         raise UserError(f"`strength` {strength} must be above 0 and at most 1")
     first = sd.first_step(steps, strength)
     if first >= steps:
         raise UserError(f"`strength` {strength} with {steps} steps leaves no step to take; raise one of them")
     pixels = start.image.expand(noise.shape[0], *start.image.shape[1:])
-    clean = sd.encode_pixels(pixels, noise).float()
+    # an inpainting model begins with noise alone at full strength, without a look at the picture
+    clean = None if sd.inpaints and strength == 1 else sd.encode_pixels(pixels, noise).float()
     drawn = noise()
     if start.mask is None:
-        return samplers.begin(schedule, steps, drawn, clean, first, **shift), first, None
+        return Beginning(samplers.begin(schedule, steps, drawn, clean, first, **shift), first)
+    mask = start.mask.to(sd.device, torch.float32)
+    # at full strength nothing of the picture is kept under the mask
+    x = samplers.begin(schedule, steps, drawn, None if strength == 1 else clean, first, **shift)
+    small = F.interpolate(mask, size=drawn.shape[-2:])
+    if sd.inpaints:
+        outside = sd.encode_pixels(pixels.to(sd.device) * (mask < 0.5), noise).float()
+        return Beginning(x, first, None, torch.cat([small.expand(len(x), -1, -1, -1), outside], dim=1))
     if sd.vae is not None:
         # diffusers samples the posterior of the masked picture here; a 4-channel UNet does not use it, but the
         # generator moves on, and with it every later draw.
         noise()
-    mask = F.interpolate(start.mask.to(sd.device, torch.float32), size=clean.shape[-2:])
 
     def known(x, i):
         done = i >= samplers.calls(schedule, steps)
         original = clean if done else samplers.begin(schedule, steps, drawn, clean, i, **shift)
-        return (1 - mask) * original + mask * x
+        return (1 - small) * original + small * x
 
-    # at full strength nothing of the picture is kept under the mask
-    begun = samplers.begin(schedule, steps, drawn, None if strength == 1 else clean, first, **shift)
-    return begun, first, known
+    return Beginning(x, first, known)

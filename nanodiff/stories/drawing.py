@@ -14,8 +14,9 @@ from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fi
 from nanodiff.data import edges, tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
-from nanodiff.output import images
+from nanodiff.output import images, repaint
 from nanodiff.output.images import read_record, slug
+from nanodiff.output.repaint import LANCZOS
 from nanodiff.pipeline import SkipLayers, Words, control, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
@@ -104,8 +105,11 @@ def skip_layers(cfg):
 
 
 def inputs(cfg, sd):
-    """({height, width}, {image, strength, mask, controls} for generate()), resized as diffusers does: an --init-image, else the first
-    --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3 brings the model's own size; --height and --width win."""
+    """({height, width}, {image, strength, mask, controls} for generate(), what is to be done with each picture that was drawn).
+
+    Sizes as in diffusers: an --init-image, else the first --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3
+    brings the model's own size; --height and --width win.
+    """
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
     shown = [control_image(text) for text in cfg.control_image]
     sizing = picture or next(iter(shown), None)
@@ -114,28 +118,45 @@ def inputs(cfg, sd):
     else:
         height, width = sd.size
     height, width = cfg.height or height, cfg.width or width
-    start = {}
+    mask, box, start = opened_mask(cfg, picture), None, {}
+    if cfg.mask_padding is not None:
+        box = repaint.region(mask, width, height, cfg.mask_padding)
+
+    def fitted(image):
+        return repaint.enlarged(image, box, width, height) if box else image.resize((width, height), LANCZOS)
+
     if picture:
-        resized = picture.resize((width, height), images.Image.Resampling.LANCZOS)
-        start = {
-            "image": images.to_pixels(resized)[None].to(sd.device),
-            "strength": 0.8 if cfg.strength is None else cfg.strength,
-        }
-    if cfg.mask:
-        mask = images.open_image(cfg.mask, background="black").convert("L")  # what is transparent is not masked
-        if mask.size != picture.size:
-            raise UserError(
-                f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
-            )
-        mask = mask.resize((width, height), images.Image.Resampling.LANCZOS)
-        start["mask"] = (
-            torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, 1, height, width) >= 128
-        ).float()
+        own = 1.0 if sd.inpaints else 0.8
+        start["image"] = images.to_pixels(fitted(picture))[None].to(sd.device)
+        start["strength"] = own if cfg.strength is None else cfg.strength
+    if mask:
+        pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
+        start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
     if shown:
         start["controls"] = controls(
-            cfg, sd, [p.resize((width, height), images.Image.Resampling.LANCZOS) for p in shown]
+            cfg,
+            sd,
+            [fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS) for p in shown],
         )
-    return {"height": height, "width": width}, start
+    if box:
+        return {"height": height, "width": width}, start, lambda drawn: repaint.pasted(drawn, picture, mask, box)
+    if cfg.mask_blur:
+        whole = (0, 0, width, height)
+        kept, soft = fitted(picture), fitted(mask)
+        return {"height": height, "width": width}, start, lambda drawn: repaint.pasted(drawn, kept, soft, whole)
+    return {"height": height, "width": width}, start, lambda drawn: drawn
+
+
+def opened_mask(cfg, picture):
+    """--mask as a PIL picture ("L"), with the edge that --mask-blur asks for; None without."""
+    if not cfg.mask:
+        return None
+    mask = images.open_image(cfg.mask, background="black").convert("L")  # what is transparent is not masked
+    if mask.size != picture.size:
+        raise UserError(
+            f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
+        )
+    return repaint.blurred(mask, cfg.mask_blur) if cfg.mask_blur else mask
 
 
 def control_image(text):
@@ -249,7 +270,7 @@ def tiny_decoder(path, sd, device):
     path = Path(path)
     file = weights.find_files(path)[0] if path.is_dir() else path
     model = taesd.from_state(weights.load_weights(file), "decoder", file)
-    channels, wanted = model[1].in_channels, sd.net.cfg.in_channels
+    channels, wanted = model[1].in_channels, sd.channels
     if channels != wanted:
         raise UserError(f"{file}: TAESD for latents of {channels} channels, this model's have {wanted}")
     model = model.to(device).float()

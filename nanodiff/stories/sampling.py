@@ -80,7 +80,7 @@ def main(cfg):
     samplers.check_steps(sd.schedule, steps)
     settings = described(sd, steps, scale, negative)
 
-    size, start = inputs(cfg, sd)
+    size, start, finished = inputs(cfg, sd)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
     jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
     if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
@@ -100,6 +100,7 @@ def main(cfg):
                 if cfg.save_latents:
                     latents.append(result.latents.cpu().float())
                 for k, picture in enumerate(images.to_pil(result.pixels)):
+                    picture = finished(picture)
                     picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
                     facts = settings | size | {"prompt": batch[k][0], "seed": seeds[k]}
                     path = (
@@ -247,12 +248,12 @@ def study(cfg, device):
 def one_picture(cfg, sd, prompt, seed, path, progress):
     """Make and write one picture of a study."""
     steps, scale, negative = defaults(cfg, sd)
-    size, start = inputs(cfg, sd)
+    size, start, finished = inputs(cfg, sd)
     result = sd.generate(
         [prompt], negative, steps=steps, guidance_scale=scale, seeds=[seed], **size, **start, **options(cfg), on_step=progress.step,
         decode=sd.decoder,
     )  # fmt: skip
-    (picture,) = images.to_pil(result.pixels)
+    picture = finished(images.to_pil(result.pixels)[0])
     if cfg.resize:
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
     facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size

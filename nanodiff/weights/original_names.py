@@ -228,9 +228,8 @@ def family_of(shapes, where):
         )
     if "edm_mean" in short or "edm_vpred.sigma_max" in short:
         refuse("an EDM model (Playground 2.5)")
-    kinds = {9: "an inpainting model (9 input channels)", 8: "an instruct-pix2pix model (8 input channels)"}
-    if first[1] in kinds:
-        refuse(kinds[first[1]])
+    if first[1] == 8:
+        refuse("an instruct-pix2pix model (8 input channels)")
     if first[1] == 7 or first[0] == 256:
         refuse("an upscaler")
     vector = short.get("label_emb.0.0.weight")

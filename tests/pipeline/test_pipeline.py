@@ -150,7 +150,7 @@ def test_no_black_picture_is_made_of_nan(models):
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
-        ("unet", {"in_channels": 9}, "9 input channels"),
+        ("unet", {"in_channels": 8}, "8 channels in and 4 out"),
         ("unet", {"cross_attention_dim": 48}, "text of width 48"),
         ("vae", {"latent_channels": 16}, "latents have 16"),
         ("text_encoder", {"max_position_embeddings": 20}, "77 tokens"),
