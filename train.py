@@ -5,6 +5,7 @@
     python train.py diffusion --data my/pictures --preset tiny --max-steps 100 --output-dir out/tiny
     torchrun --standalone --nproc-per-node 2 train.py diffusion --data my/pictures --preset tiny --output-dir out/two
     python train.py diffusion --model stable-diffusion-v1-5/stable-diffusion-v1-5 --lora --data my/pictures --output-dir out/lora
+    python train.py controlnet --model FOLDER --data my/pictures --output-dir out/control      # edges -> picture
     python train.py diffusion --preset sd15 --world-size 1024 --gpu h100 --batch-size 4 --dry-run
 
 `--resume auto` continues a run that was stopped; on a CPU the result is the same, byte for byte.
@@ -57,13 +58,8 @@ class Common(Training):
     enable_xformers_memory_efficient_attention: bool = arg(
         False, "memory-efficient attention: what --kernels auto has anyway"
     )
-    save_model_epochs: int = arg(
-        0,
-        "epochs between model folders model-epoch-N; 0 = only the final one",
-        low=0,
-        high=1 << 30,
-        group="what is written",
-    )
+    save_model_epochs: int = arg(0, "epochs between model folders model-epoch-N; 0 = only the final one", low=0, high=1 << 30,
+                                 group="what is written")  # fmt: skip
     keep_best: bool = arg(False, "write best_model after every epoch whose loss is the best so far")
     save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
     sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40, often=True)
@@ -84,10 +80,8 @@ class Common(Training):
     mfu: float = arg(0.4, "share of the GPU's peak that --dry-run expects", low=0.001, high=1)
 
     def check(self):
-        for name in ("output_dir",) if self.dry_run else ("data", "output_dir"):
+        for name in () if self.dry_run else ("data", "output_dir"):
             if not getattr(self, name):
-                if name == "output_dir" and self.dry_run:
-                    continue
                 raise UserError(f"--{name.replace('_', '-')} is required")
         self.check_ranges()
         self.resolution = self.resolution or (None if getattr(self, "model", None) else 64)
@@ -152,19 +146,10 @@ class VAEConfig(Common):
 
 @dataclass
 class DiffusionConfig(Common, Adapters, Noise):
-    vae: str | None = arg(
-        None,
-        "folder of a trained VAE: diffusion in its latents; without: in pixels",
-        "vae-checkpoint",
-        group="the model",
-        often=True,
-    )
-    model: str | None = arg(
-        None,
-        "pipeline to go on from (folder or Hub id), in place of a new one",
-        "pretrained-model-name-or-path",
-        often=True,
-    )
+    vae: str | None = arg(None, "folder of a trained VAE: diffusion in its latents; without: in pixels",
+                          "vae-checkpoint", group="the model", often=True)  # fmt: skip
+    model: str | None = arg(None, "pipeline to go on from (folder or Hub id), in place of a new one",
+                            "pretrained-model-name-or-path", often=True)  # fmt: skip
     lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is", often=True)
     model_config: str | None = arg(
         None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
@@ -201,6 +186,27 @@ class DiffusionConfig(Common, Adapters, Noise):
 
 
 @dataclass
+class ControlConfig(DiffusionConfig):
+    conditioning: str = arg("canny", "what the ControlNet is shown of a picture: its edges", choices=("canny",),
+                            group="ControlNet", often=True)  # fmt: skip
+    control: str | None = arg(None, "ControlNet to go on from, in place of a copy of --model's UNet", often=True)
+
+    def check(self):
+        if (
+            not self.model
+            or self.lora
+            or self.train_text_encoder
+            or self.condition != "text"
+            or self.parallel == "fsdp"
+        ):
+            raise UserError(
+                "train.py controlnet needs a --model with a UNet and text, which stays as it is: no --lora, "
+                "--train-text-encoder, --condition or --parallel fsdp"
+            )
+        super().check()
+
+
+@dataclass
 class CorelVAE(VAEConfig):
     """The first step of the Corel document (S2): its flags, defaults and file names."""
 
@@ -227,17 +233,8 @@ class CorelDiffusion(DiffusionConfig):
         super().check()
 
 
-PATHS = (
-    "data",
-    "output_dir",
-    "cache_dir",
-    "vae",
-    "model_config",
-    "text_config",
-    "vgg_weights",
-    "lpips_weights",
-    "logging_dir",
-)
+PATHS = ("data", "output_dir", "cache_dir", "vae", "model_config", "text_config", "vgg_weights", "lpips_weights",
+         "logging_dir")  # fmt: skip
 
 
 _COREL = {"resolution": 128, "batch_size": 16, "lr": 1e-4, "lr_warmup_steps": 0, "random_flip": True, "seed": 42, "num_workers": 4,
@@ -288,6 +285,7 @@ PRESETS = {
         "sd15": {"model_size": "sd15", "resolution": 512, "max_steps": 500_000, "mixed_precision": "bf16"},
         "sd35-medium": {"model_size": "sd35-medium", "resolution": 1024, "max_steps": 500_000, "mixed_precision": "bf16"},
     },
+    "controlnet": {"nano": {"max_steps": 1500, "batch_size": 16, "lr": 2e-4, "sample_every": 500, "eval_batch_size": 12}},
 }  # fmt: skip
 
 
@@ -442,12 +440,13 @@ def train_diffusion(cfg):
     texts_of = lambda some: build.conditions(cfg, some)  # noqa: E731
     kept = {"folder": folder, "cached": cfg.cache}
     low = run.precision or torch.float32
-    x0_of = latents.Latents(sd.vae, feed, cfg.seed, run.device, **kept)
+    seen = {"pictures": "controlnet" in nets}  # which is shown each of them
+    x0_of = latents.Latents(sd.vae, feed, cfg.seed, run.device, **kept, **seen)
     text_of = latents.Texts(sd, texts_of(dataset), cfg.seed, run.device, cfg.caption_dropout, calls.get("text_encoder"),
                             dtype=low, **kept)  # fmt: skip
     if held:
         check_feed = make_feed(cfg, held, training=False, multiple=sd.multiple)
-        held_x0 = latents.Latents(sd.vae, check_feed, cfg.seed + 1, run.device, **kept)
+        held_x0 = latents.Latents(sd.vae, check_feed, cfg.seed + 1, run.device, **kept, **seen)
         held_text = latents.Texts(
             sd, texts_of(held), cfg.seed + 1, run.device, 0.0, calls.get("text_encoder"), dtype=low, **kept
         )
@@ -475,7 +474,8 @@ def train_diffusion(cfg):
     if cfg.sample_every or cfg.save_images_epochs:
         diffusion.sheet(run, sd, cfg, dataset, run.out / "samples" / "denoising.png", strip=True)
     advice_loss(run)
-    drawn_by = f"--model {cfg.model} --lora {run.out / 'model'}" if cfg.lora else f"--model {run.out / 'model'}"
+    made, kind = run.out / "model", "lora" if cfg.lora else "control" if "controlnet" in nets else None
+    drawn_by = f"--model {cfg.model} --{kind} {made}" if kind else f"--model {made}"
     finish(
         run,
         cfg,
@@ -488,6 +488,7 @@ def train_diffusion(cfg):
 STAGES = {
     "vae": (VAEConfig, train_vae),
     "diffusion": (DiffusionConfig, train_diffusion),
+    "controlnet": (ControlConfig, train_diffusion),
     # the source documents' commands, with their flags, defaults and names of files
     "corel-vae": (CorelVAE, train_vae),
     "corel-diffusion": (CorelDiffusion, train_diffusion),

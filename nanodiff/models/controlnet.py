@@ -108,8 +108,10 @@ class ControlNetModel(Downward):
         return self.controlnet_cond_embedding(picture)
 
     def forward(self, x, t, context, seen, added=None):
-        """x, t, context, added: as the UNet's forward() takes them. seen: look(picture), [B or 1, C, H, W] -> Residuals."""
+        """x, t, context, added: as the UNet's forward() takes them. seen: look(picture) [B or 1, C, H, W], or the picture -> Residuals."""
         temb, shifts, kvs = self.conditioned(x, t, context, added)
+        if seen.shape[1] == self.cfg.conditioning_channels:  # in training, where each picture is seen once
+            seen = self.look(seen)
 
         x = self.conv_in(x) + seen  # [B, C₁, H, W]
         x, skips = self.down(x, temb, shifts, kvs)  # [B, Cₙ, h, w], the smallest
@@ -128,13 +130,23 @@ def guessed(residuals):
     return Residuals(skips, residuals.middle * scales[-1])
 
 
+def steered(control, unet, picture):
+    """f(x, t, context, added=None) -> the prediction of `unet` with what the ControlNet says of the picture [B, 3, 8H, 8W] in [0, 1]."""
+
+    def predict(x, t, context, added=None):
+        return unet(x, t, context, added, control(x, t, context, picture, added))
+
+    return predict
+
+
 def copy_of(unet, **fields):
     """A ControlNet to be trained for `unet`: a copy of its way down, an eye with weights drawn anew, and zeros between them and the UNet.
 
     fields: of the Config. Its weights are in the type and on the device of the UNet's.
     """
     weight = unet.conv_in.weight
-    net = ControlNetModel(Config.of(unet.cfg, **fields)).to(weight.device, weight.dtype)
+    with torch.device(weight.device):
+        net = ControlNetModel(Config.of(unet.cfg, **fields)).to(weight.dtype)
     own = net.state_dict()
     net.load_state_dict({k: v for k, v in unet.state_dict().items() if k in own}, strict=False)
     for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):

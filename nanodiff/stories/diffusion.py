@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-from nanodiff import lora, pipeline
+import torch
+
+from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.data import tables
-from nanodiff.device import choice, dist
-from nanodiff.pipeline import sources
+from nanodiff.device import choice, dist, onednn
+from nanodiff.output import images
+from nanodiff.pipeline import control, sources
 from nanodiff.training import build, teach
 from nanodiff.training.options import under
 
 
 def sheet(run, sd, cfg, dataset, path, strip=False):
     """Sample pictures with the averaged weights and fixed noise. strip: x_t at some of the steps instead, a row a prompt."""
+    if "controlnet" in run.net:
+        return control_sheet(run, sd, cfg, dataset, path, 4 if strip else cfg.eval_batch_size)
     prompts = prompts_of(cfg, sd, dataset)[: 4 if strip else cfg.eval_batch_size]
     guidance = 1.0 if sd.unconditional else cfg.sample_guidance
     teach.sheet(
@@ -26,6 +31,29 @@ def sheet(run, sd, cfg, dataset, path, strip=False):
         strip,
         not sd.unconditional,
     )
+
+
+def control_sheet(run, sd, cfg, dataset, path, count):
+    """Pictures spread over the data: what the ControlNet is shown, and below it what is drawn to it and the picture's caption."""
+    some = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    side, net = cfg.resolution, run.net["controlnet"]
+    real = torch.stack([images.to_pixels(images.fit(dataset.image(i), side, side)) for i in some])
+    seen = build.shown(cfg.conditioning, real)
+    prompts = [dataset.texts[i][0] for i in some]
+
+    def draw():
+        made = sd.generate(
+            prompts, steps=cfg.sample_steps, guidance_scale=cfg.sample_guidance, height=side, width=side,
+            controls=(control.Control(net, seen),),
+        )  # fmt: skip
+        for module in (*sd.models().values(), net):
+            onednn.undo(module)  # training goes on with the layers it had
+        images.save_grid(torch.cat([seen * 2 - 1, made.pixels.cpu()]), path, nrow=len(some))
+
+    with run.averaged():
+        dist.on_main(draw)
+    if dist.is_main():
+        run.watch.picture(run.step + 1, "samples", images.open_image(path))
 
 
 def prompts_of(cfg, sd, dataset):
@@ -62,7 +90,9 @@ def write_model(run, sd, cfg, name, updates):
     with run.averaged():
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = choice.DTYPES[cfg.save_dtype]
-        if cfg.lora:
+        if "controlnet" in run.net:
+            dist.on_main(weights.save, run.net["controlnet"], run.out / name, kind, states["controlnet"])
+        elif cfg.lora:
             form = lora.form_for(cfg.lora_format, sd.models())
             folder = run.out / name
             path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for

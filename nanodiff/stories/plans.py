@@ -3,6 +3,7 @@
 import torch
 
 from nanodiff import data, lora, pipeline, weights
+from nanodiff.models import controlnet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.pipeline import sources
 from nanodiff.stories.vae import latent_shape
@@ -63,6 +64,12 @@ def plan_diffusion(cfg):
         with torch.device("meta"):
             lora.adapt(net, **build.lora_settings(cfg))
     x, t, given = build.outline(net, rows, cfg.resolution // scale, length)
+    trained, call = {"denoiser": net}, net
+    if getattr(cfg, "conditioning", None):
+        steering = controlnet.copy_of(net).requires_grad_(True)
+        picture = torch.empty(rows, 3, cfg.resolution, cfg.resolution, device="meta")
+        trained, call = {"controlnet": steering}, controlnet.steered(steering, net.requires_grad_(False), picture)
+        frozen["denoiser"] = net
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
 
     def loss():
@@ -70,8 +77,8 @@ def plan_diffusion(cfg):
         if encoder := along.get("text_encoder"):
             states, pooled = encoder(ids)
             condition = (encoder.final_norm(states[-1]), pooled)[: len(given)]
-        return net(x, t, *condition).float().pow(2).mean()
+        return call(x, t, *condition).float().pow(2).mean()
 
-    estimate = plan.estimate({"denoiser": net, **along}, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
+    estimate = plan.estimate(trained | along, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
                              cfg.gradient_checkpointing, cfg.optimizer)  # fmt: skip
     say_plan(cfg, estimate, counted(cfg))

@@ -11,10 +11,11 @@ from torch import nn
 
 from nanodiff import lora, pipeline
 from nanodiff.config import UserError, printable, read_json
+from nanodiff.data import edges
 from nanodiff.device import memory
 from nanodiff.diffusion import objective
 from nanodiff.diffusion.schedule import Schedule
-from nanodiff.models import mmdit, unet
+from nanodiff.models import controlnet, mmdit, unet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.clip import Config as TextConfig
 from nanodiff.models.flatvae import FlatVAE
@@ -22,7 +23,8 @@ from nanodiff.models.labels import Config as LabelConfig
 from nanodiff.models.labels import LabelEncoder
 from nanodiff.models.layers import ResnetBlock
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.pipeline import sources
+from nanodiff.output import images
+from nanodiff.pipeline import control, sources
 from nanodiff.text.tokenizer import LabelTokenizer, train_bpe
 from nanodiff.weights import hub
 
@@ -107,9 +109,9 @@ def make_model(cfg, dataset, device):
     sd, nets = go_on(cfg) if cfg.model else begin(cfg, dataset, device)
     if cfg.resolution % sd.multiple:
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
-    for frozen in (sd.vae, *sd.encoders):
-        if frozen is not None:
-            frozen.to(device)
+    for module in (sd.vae, sd.net, *sd.encoders):
+        if module is not None and module not in nets.values():  # it is frozen
+            module.to(device, memory_format=torch.channels_last)
     return sd, nets
 
 
@@ -122,6 +124,8 @@ def go_on(cfg):
     sd = pipeline.load(cfg.model, torch.float32, "cpu")
     if cfg.prediction_type not in (None, sd.schedule.prediction):
         raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
+    if getattr(cfg, "conditioning", None):
+        return sd, {"controlnet": begin_control(cfg, sd)}
     nets = {sd.denoiser_name: sd.net}
     if cfg.train_text_encoder:
         if len([e for e in sd.encoders if e is not None]) > 1:
@@ -133,6 +137,26 @@ def go_on(cfg):
         else:
             net.requires_grad_(True)
     return sd, nets
+
+
+def begin_control(cfg, sd):
+    """The ControlNet that is trained for a pipeline's UNet, which is frozen: cfg.control's, or a copy of the UNet's way down."""
+    if not isinstance(sd.net, unet.UNet2DConditionModel):
+        raise UserError(f"`model` {cfg.model}: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL)")
+    sd.check_trainable()
+    if cfg.control:
+        return control.load(cfg.control, sd.net.cfg, torch.float32, "cpu", cfg.hub_token).requires_grad_(True)
+    halvings = sd.downscale.bit_length() - 1
+    widths = (*(16, 32, 96)[:halvings], 256)  # as many strides of 2 as the VAE has
+    return controlnet.copy_of(sd.net, conditioning_embedding_out_channels=widths).requires_grad_(True)
+
+
+def shown(conditioning, pixels):
+    """What a ControlNet is shown of pictures [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1]."""
+    if conditioning == "canny":
+        drawn = [torch.from_numpy(edges.canny(picture)) for picture in images.to_uint8(pixels).numpy()]
+        return torch.stack(drawn)[:, None].expand(-1, 3, -1, -1).float() / 255
+    raise ValueError(f"unknown conditioning {conditioning!r}")
 
 
 NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
@@ -204,6 +228,8 @@ def losses(cfg, sd, calls, device):
                                 shift).to(device)  # fmt: skip
         states, pooled = text_of(batch)
         net = calls.get(sd.denoiser_name, sd.net)  # it may be frozen, and the text encoder trained
+        if "controlnet" in calls:
+            net = controlnet.steered(calls["controlnet"], net, shown(cfg.conditioning, batch.pixels).to(x0))
         denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
         return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma, cfg.loss)
 

@@ -19,10 +19,10 @@ class Latents:
     """x0 of a batch: pixels in [-1, 1], or with a VAE its scaled latents, a sample of the posterior for every use.
 
     The posterior's mean and deviation are cached where a picture is cut the same way every time (mirrored ones beside the
-    plain ones); random crops, jitter and rotation are encoded as they come.
+    plain ones); random crops, jitter and rotation are encoded as they come. pictures: the feed's batches have them even so.
     """
 
-    def __init__(self, vae, feed, seed, device, folder=None, cached=True):
+    def __init__(self, vae, feed, seed, device, folder=None, cached=True, pictures=False):
         self.vae, self.feed, self.seed, self.device = vae, feed, seed, device
         decoder = feed.decoder
         self.cached = vae is not None and cached and decoder.transform.fixed
@@ -32,7 +32,7 @@ class Latents:
             self.cache = Cache(folder, "latents", fingerprint(vae))
             self.names = {}
             self._fill(decoder)
-            decoder.pictures = False
+            decoder.pictures = pictures
 
     def _fill(self, decoder):
         wanted, flips = {}, (False, True) if decoder.transform.flip else (False,)

@@ -12,10 +12,11 @@ import chaos
 import pytest
 import torch
 from PIL import Image
-from util import ROOT, error_line, in_process, recipe, run, start
+from util import ROOT, TINY, error_line, in_process, recipe, run, start
 
 import train
 from nanodiff import config, lora, pipeline, weights
+from nanodiff.pipeline import control
 from nanodiff.stories import training, vae
 from nanodiff.training import build
 
@@ -604,3 +605,72 @@ def test_killed_again_and_again(tmp_path):
 def test_killed_at_three_moments(tmp_path, capsys):
     assert chaos.main(["--kills", "3", "--updates", "40", "--output-dir", str(tmp_path / "o")], run) == 0
     assert "3 kills" in (out := capsys.readouterr().out) and "the same bytes" in out
+
+
+# -- ControlNets ---------------------------------------------------------------------------------------------
+
+
+def control_(data, out, *argv, model=TINY / "sd15"):
+    return run("train.py", "controlnet", "--model", model, "--data", data, "--resolution", "32", "--batch-size", "3", "--lr-warmup-steps", "0",
+               "--output-dir", out, "--seed", "3", "--mixed-precision", "no", *argv)  # fmt: skip
+
+
+def test_a_controlnet_is_trained_resumed_and_drawn_with(tmp_path, pictures):
+    """It begins as a copy that says nothing; the UNet stays as it is; a run that was stopped ends as the whole one."""
+    whole = control_(pictures, tmp_path / "whole", "--max-steps", "4", "--sample-every", "4", "--eval-batch-size", "2",
+                     "--sample-steps", "2", "--checkpointing-steps", "2")  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    assert f"--control {tmp_path / 'whole' / 'model'}" in whole.stdout
+    sheet = Image.open(tmp_path / "whole" / "samples" / "000004.png")
+    assert sheet.width < sheet.height * 2  # edges above, pictures below
+    half = control_(
+        pictures, tmp_path / "half", "--max-steps", "2", "--checkpointing-steps", "2", "--lr-scheduler", "constant"
+    )
+    again = control_(pictures, tmp_path / "half", "--max-steps", "4", "--checkpointing-steps", "2", "--lr-scheduler", "constant",
+                     "--resume", "auto")  # fmt: skip
+    straight = control_(pictures, tmp_path / "straight", "--max-steps", "4", "--lr-scheduler", "constant")
+    assert half.returncode == again.returncode == straight.returncode == 0, half.stderr + again.stderr
+    assert same_tree(tmp_path / "half" / "model", tmp_path / "straight" / "model")
+    unet = pipeline.load(TINY / "sd15").net
+    net = control.load(tmp_path / "whole" / "model", unet.cfg, torch.float32, "cpu")
+    assert net.cfg.downscale == 8 and net.controlnet_mid_block.weight.any()  # it has begun to speak
+    shown = next(pictures.glob("*.png"))
+    drawn = run("sample.py", "--model", TINY / "sd15", "--control", tmp_path / "whole" / "model", "--control-image", f"canny:{shown}",
+                "--height", "32", "--width", "32", "--prompt", "a red square", "--steps", "2", "--output-dir", tmp_path / "drawn")  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+
+
+def test_a_controlnet_goes_on_from_a_controlnet(tmp_path, pictures):
+    first = control_(pictures, tmp_path / "a", "--max-steps", "1")
+    second = control_(pictures, tmp_path / "b", "--max-steps", "1", "--control", tmp_path / "a" / "model", "--lr", "0")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    a, b = (weights.load_tensors(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--lora"], "needs a --model with a UNet and text"),
+        (["--condition", "none"], "needs a --model with a UNet and text"),
+        (["--parallel", "fsdp"], "needs a --model with a UNet and text"),
+        (["--control", "nowhere"], "nowhere"),
+        (["--model", TINY / "sd35-medium"], "ControlNets are for UNets"),
+    ],
+)
+def test_controlnets_that_cannot_be_trained(tmp_path, pictures, argv, says):
+    assert says in error_line(control_(pictures, tmp_path / "x", "--max-steps", "1", *argv))
+
+
+def test_a_controlnet_is_planned(tmp_path):
+    done = run(
+        "train.py",
+        "controlnet",
+        "--model",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "--dry-run",
+        "--resolution",
+        "512",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "361" in done.stdout and "controlnet" in done.stdout, done.stdout
