@@ -56,8 +56,15 @@ class Config:
     prompt_weights: bool = arg(
         False, "(word:1.2), ((word)) and [word] weigh words; BREAK begins a chunk of --long-prompts"
     )
+    prompt_syntax: str | None = arg(
+        None,
+        "read prompts as that program does: a1111 (weights, [a:b:0.5], [a|b], AND, BREAK, {a|b}, __name__, <lora:name:0.8>), comfyui (weights, {a|b})",
+        choices=("a1111", "comfyui"),
+    )
+    wildcards: str | None = arg(None, "folder of NAME.txt, a line of which stands for __NAME__ in a prompt")
     embedding: list[str] = arg([], "file of a learned word (textual inversion), used by its name; repeatable")
     lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable", group="LoRA", often=True)
+    lora_dir: str | None = arg(None, "folder of the LoRAs that <lora:name:scale> in a prompt names")
     lora_scale: float = arg(1.0, "multiplies the scale of every --lora")
     lora_fuse: bool = arg(False, "add LoRAs into the weights: no cost per step, but not for --quantize")
     allow_partial: bool = arg(False, "use a LoRA although layers of it are not in this model")
@@ -220,6 +227,11 @@ class Config:
             ("negative_prompt_2", "negative_prompt"),
             ("negative_prompt_3", "negative_prompt"),
         )
+        if self.prompt_weights and self.prompt_syntax:
+            raise UserError("--prompt-weights is part of --prompt-syntax; do not give them together")
+        for name in ("wildcards", "lora_dir"):
+            if getattr(self, name) and self.prompt_syntax != "a1111":
+                raise UserError(f"--{name.replace('_', '-')} does nothing without --prompt-syntax a1111")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         needed += tuple((f"skip_layer_{part}", "skip_layers") for part in ("scale", "start", "stop"))
         for name, needs in (*needed, ("lora_scale", "lora")):

@@ -10,6 +10,7 @@ the CPU in fp32, one generator per image, in diffusers' order (posterior sample,
 A model without a VAE works in pixels: its "latents" are the picture.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
 from nanodiff.pipeline.settings import Drawing, Start, Words, grouped
 from nanodiff.pipeline.space import LatentSpace
+from nanodiff.pipeline.spoken import spoken
 from nanodiff.pipeline.start import begin
 
 
@@ -212,22 +214,28 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         noise = Noise(generators, shape, self.device, torch.float32)
         sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
 
-        text, negative = self.conditions(prompts, negative_prompt, words, guided=scale > 1)
+        guided = scale > 1
+        texts = None if words.syntax else self.conditions(prompts, negative_prompt, words, guided)
         x, first, known, beside = begin(self, start, steps, noise, shift)
         times = samplers.times(self.schedule, steps, **shift)
         total = self._until(drawing.denoising_end, times, first)
-        self.ready(self.net, self.packs and total >= onednn.FEWEST_STEPS)
-        nets = [c.net for c in drawing.controls]
-        for net in nets:
-            self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
-        step, history = None, []
-        with memory.at_work(self.net), ExitStack() as working:
-            for net in nets:
-                working.enter_context(memory.at_work(net))
-            controls = (drawing.controls, samplers.asked(self.schedule, total)) if nets else None
-            model = self.denoiser(
+        nets = [self.net, *(c.net for c in drawing.controls)]
+        controls = (drawing.controls, samplers.asked(self.schedule, total), itertools.count()) if nets[1:] else None
+
+        def make(text, negative):
+            return self.denoiser(
                 text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times, controls, beside
             )
+
+        step, history = None, []
+        with ExitStack() as working:
+            for net in nets:
+                self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
+                working.enter_context(memory.at_work(net))
+            if texts:
+                model = make(*texts)
+            else:
+                model = spoken(self, prompts, negative_prompt, words, guided, steps, times, make)
             for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
                 if known:  # inpainting, in place: the sampler continues from what is written here
                     step.x.copy_(known(step.x, first + done))

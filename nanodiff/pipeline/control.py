@@ -41,34 +41,36 @@ class Control:
 
 
 class Controls:
-    """What `controls` add in a run of `steps` model calls: at(x, t) is asked once a call.
+    """What `controls` add in a run of `steps` model calls: at(x, t) is asked once a call. count: which call it is.
 
-    sd: the pipeline. text, sizes, guided: as for its condition(); with `guided` the text's first half is the unconditional one.
+    sd: the pipeline. text, sizes, groups: as for its condition().
     """
 
-    def __init__(self, sd, controls, steps, text, sizes, guided):
-        self.guided, self.steps, self.made, self.each = guided, steps, 0, []
+    def __init__(self, sd, controls, steps, count, text, sizes, groups):
+        self.groups, self.steps, self.count, self.each = groups, steps, count, []
         for control in controls:
-            net, alone = control.net, guided and (control.guess or control.net.cfg.global_pool_conditions)
-            mine = type(text)(*(None if part is None else part.chunk(2)[1] for part in text)) if alone else text
+            net, alone = control.net, groups > 1 and (control.guess or control.net.cfg.global_pool_conditions)
+            n = len(text.states) // groups
+            mine = type(text)(*(None if part is None else part[n:] for part in text)) if alone else text
             picture = control.picture.to(sd.device, memory.dtype_of(net))
-            condition = sd.condition(mine, sizes, guided and not alone, net)
+            # the prompt's pass alone has the sizes of the prompt, as a run without guidance has
+            condition = sd.condition(mine, sizes, 1 if alone else groups, net)
             self.each.append((control, alone, condition, net.look(picture)))
 
     def at(self, x, t):
-        """Residuals for the UNet's batch at this call, or None where none speaks. x: [B, C, H, W], without its double."""
-        i, n, said = self.made, self.steps, []
-        self.made += 1
+        """Residuals for the UNet's batch at this call, or None where none speaks. x: [B, C, H, W], without its doubles."""
+        i, n, said = next(self.count), self.steps, []
         for control, alone, (text, *added), seen in self.each:
             if control.scale == 0 or i / n < control.start or (i + 1) / n > control.end:
                 continue
-            both = torch.cat([x, x]) if self.guided and not alone else x
-            seen = seen.repeat(len(both) // len(seen), 1, 1, 1)
-            found = control.net(both, t, text, seen, *added)
+            rows = torch.cat([x] * (self.groups - alone))
+            found = control.net(rows, t, text, seen.repeat(len(rows) // len(seen), 1, 1, 1), *added)
             if control.guess and not control.net.cfg.global_pool_conditions:
                 found = guessed(found)
             found = found.map(lambda r, scale=control.scale: scale * r)
-            said.append(found.map(lambda r: torch.cat([torch.zeros_like(r), r])) if alone else found)
+            if alone:  # nothing for the unconditional pass
+                found = found.map(lambda r: torch.cat([torch.zeros_like(r[: len(x)]), r]))
+            said.append(found)
         return reduce(add, said) if said else None
 
 

@@ -32,15 +32,18 @@ class Guidance:
     def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=(), controls=None, beside=None):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
-        text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. rescale: std
+        text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. Of several texts, [(Text, its
+        weights [B])], each is guided to by its weight (Liu et al. 2022, arXiv 2206.01714 eq. 11). rescale: std
         correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`. controls: (ControlNets at
-        work, model calls of the run). beside: what an inpainting model is given with x (start.Beginning).
+        work, model calls of the run, a count of them). beside: what an inpainting model is given with x (start.Beginning).
         """
         if self.device.type == "cuda" and memory.whole(self.net):
             join(self.net)
-        both = text if negative is None else self.joined([negative, text])
-        condition = self.condition(both, sizes, negative is not None)
-        steered = Controls(self, *controls, both, sizes, negative is not None) if controls else None
+        parts = text if isinstance(text, list) else [(text, None)]
+        groups = 1 if negative is None else 1 + len(parts)
+        both = text if negative is None else self.joined([negative, *(part for part, _ in parts)])
+        condition = self.condition(both, sizes, groups)
+        steered = Controls(self, *controls, both, sizes, groups) if controls else None
         # what a ControlNet adds comes from other tensors at every step, which a recording would not see
         net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
@@ -56,10 +59,13 @@ class Guidance:
             more = {"control": steered.at(x, t)} if steered else {}
             if negative is None:
                 return predict(x, t, more).float()
-            without, with_text = predict(torch.cat([x, x]), t, more).float().chunk(2)
+            without, with_text, *others = predict(torch.cat([x] * groups), t, more).float().chunk(groups)
+            if parts[0][1] is not None:
+                each = zip((with_text, *others), (w for _, w in parts), strict=True)
+                with_text = without + sum(w.to(x.device).view(-1, 1, 1, 1) * (p - without) for p, w in each)
             out = without + scale * (with_text - without)
             if skip and skip.active(sum(u > t for u in times), len(times)):
-                blind = self.net(x, t, text.states, text.pooled, skip.layers).float()
+                blind = self.net(x, t, parts[0][0].states, parts[0][0].pooled, skip.layers).float()
                 out = out + skip.scale * (with_text - blind)
             if rescale:
                 dims = list(range(1, out.dim()))
@@ -69,8 +75,9 @@ class Guidance:
 
         return model
 
-    def condition(self, text, sizes, guided, net=None):
-        """What the denoiser (or the ControlNet `net`) takes after x and t for `text`; its keys and values are computed here, once a run."""
+    def condition(self, text, sizes, groups, net=None):
+        """What the denoiser (or the ControlNet `net`) takes after x and t for `text`; its keys and values are computed here, once a run.
+        groups: 1, or with guidance how many texts a picture has, the unconditional one among them."""
         net = net or self.net
         return (net.text_kv(text.states) if memory.whole(net) else text.states,)
 

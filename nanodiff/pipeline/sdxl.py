@@ -66,10 +66,12 @@ class SDXL(Pipeline):
             negative = ids
         return torch.tensor([negative, ids], dtype=torch.float32, device=self.device)
 
-    def condition(self, text, sizes, guided, net=None):
-        n = len(text.states) // (2 if guided else 1)
-        ids = sizes.repeat_interleave(n, dim=0) if guided else sizes[1:].repeat(n, 1)
-        return *super().condition(text, sizes, guided, net), (text.pooled, ids)
+    def condition(self, text, sizes, groups, net=None):
+        n = len(text.states) // groups
+        ids = sizes[1:].expand(n * groups, -1)
+        if groups > 1:  # the unconditional first
+            ids = torch.cat([sizes[:1].expand(n, -1), ids[n:]])
+        return *super().condition(text, sizes, groups, net), (text.pooled, ids)
 
     def denoise(self, net, x, t, states, pooled):
         """The sizes are the picture's own, uncropped."""

@@ -34,7 +34,8 @@ class Words:
     negative_prompt_2: str | list[str] | None = None
     negative_prompt_3: str | list[str] | None = None
     long_prompts: bool = False  # no limit of 75 tokens: chunks
-    weighted: bool = False  # (word:1.2) and the like mean something
+    weighted: bool | str = False  # (word:1.2) and the like mean something; "comfyui": by ComfyUI's rule
+    syntax: bool = False  # [a:b:0.5], [a|b] and AND mean something (text/syntax.py), as in AUTOMATIC1111's web UI
     max_sequence_length: int | None = None  # tokens of T5, 1 to 512; None: 256
     clip_skip: int = 0  # layers of the CLIPs that are left out, counted from the end
 

@@ -29,13 +29,13 @@ LARGE = 1024  # channels of a denoiser from which --dtype auto takes bf16 on a C
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
               "scheduler", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
               "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
-              "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "embedding",
+              "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess")  # fmt: skip
 PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
-LOADING = ("model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
+LOADING = ("lora_dir", "model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
            "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control")  # fmt: skip
 
 
@@ -290,8 +290,13 @@ def under(cfg, base):
 
 def words(cfg):
     """pipeline.Words as it stands on the command line."""
-    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "long_prompts", "max_sequence_length")
-    return Words(**{name: getattr(cfg, name) for name in (*names, "clip_skip")}, weighted=cfg.prompt_weights)
+    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "clip_skip")
+    return Words(
+        **{name: getattr(cfg, name) for name in names},
+        long_prompts=cfg.long_prompts or cfg.prompt_syntax is not None,  # as those programs do
+        weighted="comfyui" if cfg.prompt_syntax == "comfyui" else cfg.prompt_weights or cfg.prompt_syntax == "a1111",
+        syntax=cfg.prompt_syntax == "a1111",
+    )
 
 
 def options(cfg):

@@ -20,6 +20,7 @@ from nanodiff.output import images
 from nanodiff.output.record import Record
 from nanodiff.pipeline import control, sources
 from nanodiff.pipeline.sources import EMBEDDED
+from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
 from nanodiff.stories.drawing import (
     LOADING,
@@ -42,6 +43,7 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
+from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of
 from nanodiff.training.options import parse_size
 
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
@@ -82,19 +84,22 @@ def main(cfg):
 
     size, start, finished = inputs(cfg, sd)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
-    jobs = [(prompt, i) for prompt in prompts for i in range(cfg.num_images)]
-    if cfg.offload != "none":  # the text encoders come once, for all prompts, and leave before the denoiser
-        with record.timed("encode"):
-            sd.prepare(prompts, negative, words(cfg), guided=scale > 1)
+    jobs, tagged = jobs_of(cfg, prompts, negative), Tagged(cfg.lora_dir, cfg.allow_partial)
+    batches = batches_of(jobs, cfg, sd, steps)
+    for _, batch in batches:  # a file that is not there shows now
+        tagged.obey(sd, batch[0].loras)
+    if cfg.offload != "none" and not any(job.loras for job in jobs):
+        with record.timed("encode"):  # the text encoders come once, for all prompts, and leave before the denoiser
+            prepare(cfg, sd, jobs, steps, scale > 1)
     sheet, latents, made = [], [], 0
     try:
-        batches = batches_of(jobs, cfg, sd)
         with Progress(len(batches), sd.preview and (sd.preview, out / "preview.png")) as progress:
             for first, batch in batches:
-                seeds = [cfg.seed + first + k for k in range(len(batch))]
+                seeds = [job.seed for job in batch]
+                tagged.obey(sd, batch[0].loras)
                 with record.timed("sample"):
                     result = sd.generate(
-                        [prompt for prompt, _ in batch], negative, steps=steps, guidance_scale=scale, seeds=seeds, **size, **start, **more,
+                        [job.text for job in batch], against(batch), steps=steps, guidance_scale=scale, seeds=seeds, **size, **start, **more,
                         keep_steps=cfg.progress_strip, on_step=progress.step, decode=sd.decoder,
                     )  # fmt: skip
                 if cfg.save_latents:
@@ -102,22 +107,26 @@ def main(cfg):
                 for k, picture in enumerate(images.to_pil(result.pixels)):
                     picture = finished(picture)
                     picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
-                    facts = settings | size | {"prompt": batch[k][0], "seed": seeds[k]}
+                    facts = (
+                        settings
+                        | size
+                        | {"prompt": batch[k].prompt, "negative_prompt": batch[k].negative, "seed": seeds[k]}
+                    )
                     path = (
                         unused(out / file_name(cfg, facts, sd), cfg) if named else out / f"{number + first + k:05d}.png"
                     )
                     images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
-                    record.file(path, seed=seeds[k], prompt=batch[k][0])
+                    record.file(path, seed=seeds[k], prompt=batch[k].prompt)
                     if cfg.txt:
                         beside = images.a1111_parameters(remembered(cfg, facts, sd)) + "\n"
                         write_bytes(path.with_suffix(".txt"), beside.encode("utf-8", "replace"))
                         record.file(path.with_suffix(".txt"))
                     made += 1
                     if cfg.output:
-                        sheet.append((picture, batch[k][0]))
+                        sheet.append((picture, batch[k].prompt))
                     if cfg.progress_strip:
                         strip(cfg, sd, result.history, k, path.with_name(path.stem + "_steps.png"))
-                        record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k][0])
+                        record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k].prompt)
     finally:  # what was finished is kept and listed, also after Ctrl-C
         if sheet and cfg.output:
             pictures, labels = zip(*sheet, strict=True)
@@ -158,17 +167,20 @@ def known_words(prompts):
                   "(--model names another model)", file=sys.stderr)  # fmt: skip
 
 
-def batches_of(jobs, cfg, sd):
-    """[(index of the first, jobs)] of up to --batch-size neighbours whose prompts have one length in chunks: a longer
-    neighbour (--long-prompts) would change what a picture attends to."""
-    batches = []
-    for i, job in enumerate(jobs):
-        words = (job[0], cfg.prompt_2, cfg.prompt_3)[: len(sd.encoder_names)]
-        length = sd.chunks(words, cfg.long_prompts, cfg.prompt_weights)
-        if not batches or len(batches[-1][1]) == cfg.batch_size or length != batches[-1][2]:
-            batches.append((i, [], length))
-        batches[-1][1].append(job)
-    return [(first, batch) for first, batch, _ in batches]
+def against(batch):
+    """The negative prompts of a batch of Jobs: None where there are none."""
+    return None if batch[0].negative is None else [job.negative for job in batch]
+
+
+def prepare(cfg, sd, jobs, steps, guided):
+    """Encode all texts of the Jobs and keep them."""
+    changing = cfg.prompt_syntax == "a1111"
+    pairs = []
+    for one in jobs:
+        negatives = texts_of(one.negative, steps) if changing and one.negative is not None else [one.negative]
+        pairs += [(t, n) for t in (texts_of(one.text, steps) if changing else [one.text]) for n in negatives]
+    pairs = list(dict.fromkeys(pairs))
+    sd.prepare([t for t, _ in pairs], None if pairs[0][1] is None else [n for _, n in pairs], words(cfg), guided=guided)
 
 
 def described(sd, steps, scale, negative):
@@ -226,8 +238,10 @@ def study(cfg, device):
                         if device.type == "cuda":
                             torch.cuda.empty_cache()
                         base, loaded = load(variant, record, device), wanted
+                        base.tagged = Tagged(variant.lora_dir, variant.allow_partial)
                     path, began = record.out / finished.name(key), time.perf_counter()
                     sd = under(variant, base)
+                    sd.tagged = base.tagged
                     with record.timed("sample"):
                         one_picture(variant, sd, prompt, seed, path, progress)
                     seconds = round(time.perf_counter() - began, 3)
@@ -249,15 +263,17 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
     """Make and write one picture of a study."""
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
+    one = job(cfg, prompt, negative, seed)
+    sd.tagged.obey(sd, one.loras)
     result = sd.generate(
-        [prompt], negative, steps=steps, guidance_scale=scale, seeds=[seed], **size, **start, **options(cfg), on_step=progress.step,
+        [one.text], against([one]), steps=steps, guidance_scale=scale, seeds=[seed], **size, **start, **options(cfg), on_step=progress.step,
         decode=sd.decoder,
     )  # fmt: skip
     picture = finished(images.to_pil(result.pixels)[0])
     if cfg.resize:
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
     facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
-    facts |= {"negative_prompt": negative, "prompt": prompt, "seed": seed}
+    facts |= {"negative_prompt": one.negative, "prompt": one.prompt, "seed": seed}
     images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
 
 

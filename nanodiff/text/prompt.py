@@ -2,7 +2,8 @@
 
 All three are off unless asked for, because with them a picture is no longer the one that diffusers makes from the same
 prompt. The weight syntax and the chunk rule are those of AUTOMATIC1111's web UI (its modules prompt_parser and
-sd_hijack_clip), which most prompts that people exchange were written for.
+sd_hijack_clip), which most prompts that people exchange were written for; `weighted` "comfyui" is ComfyUI's (its sd1_clip).
+What else a prompt may hold there: syntax.py.
 
 Explained in the book (docs/book): chapter 9.
 """
@@ -62,6 +63,45 @@ def weighted_parts(prompt):
     return joined
 
 
+def comfyui_parts(prompt, weight=1.0):
+    """[(text, weight)] by ComfyUI's rule: (x) is 1.1 times what is around it, (x:1.3) is 1.3 whatever is around it, \\( is a bracket, and
+    [x] means nothing."""
+    hidden = prompt.replace("\\(", "\0\1").replace("\\)", "\0\2")
+    parts = []
+    for item in _bracketed(hidden):
+        if not (item.startswith("(") and item.endswith(")") and len(item) > 1):
+            parts.append((item.replace("\0\1", "(").replace("\0\2", ")"), weight))
+            continue
+        inner, own = item[1:-1], weight * ROUND
+        text, colon, number = inner.rpartition(":")
+        if colon and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", number):
+            inner, own = text, float(number)
+        parts += comfyui_parts(inner, own)
+    return parts
+
+
+def _bracketed(text):
+    """The parts of a text that are in round brackets, with them, and those between, in order."""
+    found, start, depth = [], 0, 0
+    for i, c in enumerate(text):
+        if c == "(":
+            if depth == 0:
+                found, start = [*found, text[start:i]], i
+            depth += 1
+        elif c == ")" and depth:
+            depth -= 1
+            if depth == 0:
+                found, start = [*found, text[start : i + 1]], i + 1
+    return [part for part in (*found, text[start:]) if part]
+
+
+def parts_of(text, weighted):
+    """[(text, weight)] of a prompt. weighted: False (all of it, at 1), True (the web UI's rule) or "comfyui"."""
+    if weighted == "comfyui":
+        return comfyui_parts(text)
+    return weighted_parts(text) if weighted else [(text, 1.0)]
+
+
 def chunks(tokenizer, prompt, long=False, weighted=False):
     """[(ids, weights)] of a prompt, each `tokenizer.length` long with start, end and padding; weights are 1 there.
 
@@ -69,7 +109,7 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
     """
     room, comma = tokenizer.length - 2, tokenizer.pieces(",")[-1]
     rows, row, at_comma = [], [], 0
-    for text, weight in weighted_parts(prompt) if weighted else [(prompt, 1.0)]:
+    for text, weight in parts_of(prompt, weighted):
         if weight is None:  # BREAK
             rows, row, at_comma = [*rows, row], [], 0
             continue
@@ -92,11 +132,14 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
     return filled
 
 
-def weigh(states, weights):
-    """Scale each token's vector by its weight and bring the mean back to what it was: states [S, D], weights [S]."""
+def weigh(states, weights, empty=None):
+    """Scale each token's vector by its weight and bring the mean back to what it was: states [S, D], weights [S]. With the states of the
+    `empty` prompt [S, D], ComfyUI's rule: each token's way from there times its weight."""
     weights = torch.tensor(weights, device=states.device)
     if bool((weights == 1).all()):
         return states
+    if empty is not None:
+        return torch.where(weights[:, None] == 1, states, empty + (states - empty) * weights[:, None].to(states.dtype))
     scaled = states.float() * weights[:, None]
     return (scaled * (states.float().mean() / scaled.mean())).to(states.dtype)
 
@@ -115,7 +158,10 @@ def encode_clip(tokenizer, model, texts, pick, long=False, weighted=False):
     states = pick(states)
     if weighted:
         weights = [w for row in rows for _, w in row]
-        states = torch.stack([weigh(s, w) for s, w in zip(states, weights, strict=True)])
+        blank = None
+        if weighted == "comfyui":
+            blank = pick(model(torch.tensor([ids for ids, _ in empty], device=device))[0])[0]
+        states = torch.stack([weigh(s, w, blank) for s, w in zip(states, weights, strict=True)])
     return states.reshape(len(texts), -1, states.shape[-1]), pooled[::n]
 
 
@@ -123,20 +169,23 @@ def encode_t5(tokenizer, model, texts, length, weighted=False):
     """texts -> [B, length, D]."""
     rows = []
     for text in texts:
-        parts = [p for p in weighted_parts(text) if p[1] is not None] if weighted else [(text, 1.0)]
+        parts = [p for p in parts_of(text, weighted) if p[1] is not None]
         pieces = [(i, w) for part, w in parts for i in tokenizer.pieces(part)][: length - 1]
         rest = length - len(pieces) - 1
         ids = [i for i, _ in pieces] + [tokenizer.eos] + [tokenizer.pad] * rest
         rows.append((ids, [w for _, w in pieces] + [1.0] * (rest + 1)))
-    states = model(torch.tensor([ids for ids, _ in rows], device=model.shared.weight.device))
+    device, blank = model.shared.weight.device, None
+    states = model(torch.tensor([ids for ids, _ in rows], device=device))
+    if weighted == "comfyui":
+        blank = model(torch.tensor([[tokenizer.eos] + [tokenizer.pad] * (length - 1)], device=device))[0]
     if weighted:
-        states = torch.stack([weigh(s, w) for s, (_, w) in zip(states, rows, strict=True)])
+        states = torch.stack([weigh(s, w, blank) for s, (_, w) in zip(states, rows, strict=True)])
     return states
 
 
 def warn_cut(tokenizer, text, room, what, weighted=False):
     """One line when a text has more than `room` tokens (brackets and weights are none)."""
-    parts = [p for p, w in weighted_parts(text) if w is not None] if weighted else [text]
+    parts = [p for p, w in parts_of(text, weighted) if w is not None]
     pieces = [i for part in parts for i in tokenizer.pieces(part)]
     if cut := tokenizer.decode(pieces[room:]):
         print(f"warning: the prompt is over {what}; cut off: {printable(cut)!r}", file=sys.stderr)

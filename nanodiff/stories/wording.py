@@ -1,0 +1,94 @@
+"""The prompts of a run as they are drawn: choices made by each picture's seed, LoRAs' tags taken out and obeyed (text/syntax.py)."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from nanodiff import lora
+from nanodiff.config import UserError, nearest, printable
+from nanodiff.pipeline.spoken import texts_of
+from nanodiff.text import syntax
+
+
+class Job(NamedTuple):
+    """One picture."""
+
+    prompt: str  # its choices made, its tags there: what it remembers
+    text: str  # what is drawn
+    seed: int
+    loras: tuple = ()  # ((name, scale), …) of its tags
+    negative: str | None = None
+
+
+def jobs_of(cfg, prompts, negative, first=0):
+    """A Job for each of --num-images pictures of each prompt, the first with the seed --seed + first."""
+    typed = [prompt for prompt in prompts for _ in range(cfg.num_images)]
+    jobs = [job(cfg, prompt, negative, cfg.seed + first + i) for i, prompt in enumerate(typed)]
+    if not cfg.prompt_syntax:
+        for prompt in dict.fromkeys([*prompts, negative or ""]):
+            if found := syntax.marks(prompt, cfg.prompt_weights):
+                print(
+                    f"note: {printable(prompt)!r} holds {found}, which is plain words without --prompt-syntax",
+                    file=sys.stderr,
+                )
+    return jobs
+
+
+def job(cfg, prompt, negative, seed):
+    """The Job of one picture. Raises UserError for marks that cannot be obeyed."""
+    if not cfg.prompt_syntax:
+        return Job(prompt, prompt, seed, (), negative)
+    folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
+    prompt = syntax.chosen(prompt, seed, folder)
+    negative = None if negative is None else syntax.chosen(negative, seed, folder)
+    if cfg.prompt_syntax != "a1111":
+        return Job(prompt, prompt, seed, (), negative)
+    text, tags = syntax.networks(prompt)
+    return Job(prompt, text, seed, tuple(tags), negative)
+
+
+def batches_of(jobs, cfg, sd, steps):
+    """[(index of the first, jobs)] of up to --batch-size neighbours with the same LoRAs whose prompts have one length in chunks: a longer
+    neighbour (--long-prompts) would change what a picture attends to."""
+    batches = []
+    for i, one in enumerate(jobs):
+        texts = texts_of(one.text, steps) if cfg.prompt_syntax == "a1111" else [one.text]
+        long, weighted = cfg.long_prompts or bool(cfg.prompt_syntax), cfg.prompt_weights or bool(cfg.prompt_syntax)
+        weighted = "comfyui" if cfg.prompt_syntax == "comfyui" else weighted
+        beside = (cfg.prompt_2, cfg.prompt_3)
+        lengths = [sd.chunks((text, *beside)[: len(sd.encoder_names)], long, weighted) for text in texts]
+        alike = max(lengths), one.loras
+        if not batches or len(batches[-1][1]) == cfg.batch_size or alike != batches[-1][2]:
+            batches.append((i, [], alike))
+        batches[-1][1].append(one)
+    return [(first, batch) for first, batch, _ in batches]
+
+
+class Tagged:
+    """The LoRAs of tags: read from a folder when they are first asked for, silent until obey()."""
+
+    def __init__(self, folder, partial=False):
+        self.folder, self.partial, self.attached = folder, partial, {}
+
+    def obey(self, sd, tags):
+        """Let the pipeline draw with `tags` ((name, scale), …) and no others. Raises UserError for a name that is no file's."""
+        wanted = {}
+        for name, scale in tags:
+            wanted[name] = wanted.get(name, 0.0) + scale
+        for name in wanted:
+            if name not in self.attached:
+                found = lora.read(self._file(name), sd.models(), self.partial)
+                self.attached[name] = lora.attach(sd.models(), found, 0.0)
+                print(f"lora: {found.name}, {len(found.deltas)} layers, by its tag in a prompt")
+        for name, attached in self.attached.items():
+            if attached.scale != wanted.get(name, 0.0):
+                attached.scale = wanted.get(name, 0.0)
+                sd.kept.clear()  # the text encoders may have changed
+
+    def _file(self, name):
+        if self.folder is None:
+            raise UserError(f"<lora:{printable(name)}:…> needs --lora-dir, the folder it is in")
+        there = {p.stem: p for p in sorted(Path(self.folder).rglob("*.safetensors"))}
+        if name not in there:
+            raise UserError(f"{self.folder}: has no LoRA {printable(name)}{nearest(name, there)}")
+        return there[name]

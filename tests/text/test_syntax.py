@@ -1,0 +1,149 @@
+"""Prompts as other programs write them: AUTOMATIC1111's own examples, choices, tags, what is no mark at all."""
+
+from collections import Counter
+
+import pytest
+
+from nanodiff.config import UserError
+from nanodiff.text import syntax
+
+STEPS = 10
+
+
+def schedule(prompt, steps=STEPS):
+    return [(part.until, part.text) for part in syntax.scheduled(prompt, steps)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [  # the examples of the web UI's modules/prompt_parser.py
+        ("test", [(10, "test")]),
+        ("a [b:3]", [(3, "a "), (10, "a b")]),
+        ("a [b: 3]", [(3, "a "), (10, "a b")]),
+        ("a [[[b]]:2]", [(2, "a "), (10, "a [[b]]")]),
+        ("[(a:2):3]", [(3, ""), (10, "(a:2)")]),
+        ("a [b : c : 1] d", [(1, "a b  d"), (10, "a  c  d")]),
+        ("a[b:[c:d:2]:1]e", [(1, "abe"), (2, "ace"), (10, "ade")]),
+        ("a [unbalanced", [(10, "a [unbalanced")]),
+        ("a [b:.5] c", [(5, "a  c"), (10, "a b c")]),
+        ("a [{b|d{:.5] c", [(5, "a  c"), (10, "a {b|d{ c")]),
+        ("((a][:b:c [d:3]", [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
+    ],
+)
+def test_examples(prompt, want):
+    assert schedule(prompt) == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("[a|(b:1.1)]", ["a", "(b:1.1)"]),
+        ("[fe|]male", ["female", "male"]),
+        ("[a|b|c]", ["a", "b", "c"]),
+    ],
+)
+def test_turns(prompt, want):
+    texts = dict(schedule(prompt))
+    assert [texts[i + 1] for i in range(STEPS)] == [want[i % len(want)] for i in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("[cat::3] b", [(3, "cat b"), (10, " b")]),
+        ("[cat:dog:0]", [(10, "dog")]),
+        ("[cat:dog:40]", [(10, "cat")]),
+        ("[cat:dog:1.0]", [(10, "cat")]),
+        ("a (b [c:d:0.2]:1.2)", [(2, "a (b c:1.2)"), (10, "a (b d:1.2)")]),
+        (r"a \[b:c:0.5\]", [(10, r"a \[b:c:0.5\]")]),
+        ("at 12:30", [(10, "at 12:30")]),
+        ("[a:b]", [(10, "[a:b]")]),
+        ("[a|b", [(10, "[a|b")]),
+        ("", [(10, "")]),
+    ],
+)
+def test_edges(prompt, want):
+    assert schedule(prompt) == want
+
+
+def test_every_step_has_one_text():
+    for prompt in ("[a|b] [c:d:0.3] [e:2] [[f|g]:h:7]", "[[a:b:2]|c]", "((([x:y:0.99"):
+        for steps in (1, 2, 7, 50):
+            untils = [until for until, _ in schedule(prompt, steps)]
+            assert untils == sorted(set(untils)) and untils[-1] == steps and untils[0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("a cat", [("a cat", 1.0)]),
+        ("a cat AND a dog", [("a cat", 1.0), (" a dog", 1.0)]),
+        ("a :0.5 AND b:-1.25 AND c", [("a", 0.5), (" b", -1.25), (" c", 1.0)]),
+        ("BRAND ANDES", [("BRAND ANDES", 1.0)]),
+        ("(a:1.2) AND b", [("(a:1.2)", 1.0), (" b", 1.0)]),
+    ],
+)
+def test_compositions(prompt, want):
+    assert syntax.composed(prompt) == want
+
+
+def test_tags():
+    assert syntax.networks("a <lora:x:0.5>b<lora:y y>") == ("a b", [("x", 0.5), ("y y", 1.0)])
+    assert syntax.networks("a < b > c") == ("a < b > c", [])
+    with pytest.raises(UserError, match="'strong' is no scale"):
+        syntax.networks("<lora:x:strong>")
+    with pytest.raises(UserError, match="only <lora:name:scale>"):
+        syntax.networks("<hypernet:x:1>")
+
+
+def test_choices_are_the_seeds(tmp_path):
+    (tmp_path / "animals").mkdir()
+    (tmp_path / "animals" / "small.txt").write_text("# comment\nmouse\n\n{vole|shrew}\n")
+    prompt = "{red|green} {{a|b} c|d} __animals/small__"
+    texts = [syntax.chosen(prompt, seed, tmp_path) for seed in range(300)]
+    assert texts == [syntax.chosen(prompt, seed, tmp_path) for seed in range(300)]
+    parts = [Counter(words) for words in zip(*(t.replace(" c", "c").split() for t in texts), strict=True)]
+    assert [sorted(p) for p in parts] == [["green", "red"], ["ac", "bc", "d"], ["mouse", "shrew", "vole"]]
+    assert 100 < parts[0]["red"] < 200 and 100 < parts[1]["d"] < 200 and 100 < parts[2]["mouse"] < 200
+
+
+def test_weights_and_numbers_of_choices():
+    counted = Counter(syntax.chosen("{3::a|b}", seed) for seed in range(400))
+    assert 260 < counted["a"] < 340
+    assert {syntax.chosen("{2$$a|b}", seed) for seed in range(40)} == {"a, b", "b, a"}
+    assert syntax.chosen("{2$$ and $$a|a}", 0) == "a and a"
+    assert syntax.chosen("{}", 0) == "" and syntax.chosen("a } b {", 0) == "a } b {"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [("__colou__", "no such wildcard; did you mean colour"), ("__empty__", "is empty"), ("__me__", "holds __me__ itself"), ("__../x__", "no such wildcard")],
+)  # fmt: skip
+def test_wildcards_that_cannot_be(tmp_path, prompt, says):
+    for name, text in (("colour", "red"), ("empty", "\n#x\n"), ("me", "a __me__")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    with pytest.raises(UserError, match=says):
+        syntax.chosen(prompt, 0, tmp_path)
+    with pytest.raises(UserError, match="needs a folder"):
+        syntax.chosen(prompt, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("a red apple", ""),
+        ("a (small) [grey] cat, 16:9, {x}", ""),
+        ("a (cat:1.2)", "a weight (a:1.2)"),
+        ("<lora:x:1> {a|b}", "a LoRA's tag, a choice {a|b}"),
+        (
+            "[a:b:0.5] [c|d] AND BREAK __x__",
+            "a wildcard, prompt editing [a:b:0.5], alternating words [a|b], AND, BREAK",
+        ),
+    ],
+)
+def test_marks_are_noticed(prompt, want):
+    assert syntax.marks(prompt) == want
+
+
+def test_known_marks_are_not_named():
+    assert syntax.marks("(a:1.2) BREAK b", weighted=True) == ""
