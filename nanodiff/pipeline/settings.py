@@ -65,6 +65,7 @@ class Start:
     image: torch.Tensor | None = None  # [B or 1, 3, H, W] in [-1, 1]
     strength: float = 0.8  # how much of it is repainted, above 0 to 1
     mask: torch.Tensor | None = None  # [1, 1, H, W] in {0, 1}: repaint where 1
+    latents: torch.Tensor | None = None  # [B, C, h, w], in place of an image
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg_scale": "guidance_scale"}  # other programs' names

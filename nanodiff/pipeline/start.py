@@ -27,13 +27,18 @@ def begin(sd, start, steps, noise, shift):
     """The Beginning of a run of `sd` from a settings.Start. With a mask: an ordinary model repaints under it by `known`, an
     inpainting model is told by `beside`. Noise is drawn in diffusers' order."""
     schedule, strength = sd.schedule, start.strength
-    if start.image is None:
+    if start.image is None and start.latents is None:
         return Beginning(samplers.begin(schedule, steps, noise(), **shift))
     if not 0 < strength <= 1:
         raise UserError(f"`strength` {strength} must be above 0 and at most 1")
     first = sd.first_step(steps, strength)
     if first >= steps:
         raise UserError(f"`strength` {strength} with {steps} steps leaves no step to take; raise one of them")
+    if start.latents is not None:
+        if tuple(start.latents.shape) != tuple(noise.shape):
+            raise UserError(f"`latents` of {list(start.latents.shape)}, this run's are {list(noise.shape)}")
+        clean = start.latents.to(sd.device, torch.float32)
+        return Beginning(samplers.begin(schedule, steps, noise(), clean, first, **shift), first)
     pixels = start.image.expand(noise.shape[0], *start.image.shape[1:])
     # an inpainting model begins with noise alone at full strength, without a look at the picture
     clean = None if sd.inpaints and strength == 1 else sd.encode_pixels(pixels, noise).float()

@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields
-from nanodiff.data import edges, tables
+from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
-from nanodiff.output import images, repaint
+from nanodiff.output import images
 from nanodiff.output.images import read_record, slug
-from nanodiff.output.repaint import LANCZOS
 from nanodiff.pipeline import SkipLayers, Words, control, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
@@ -32,7 +31,8 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
-              "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess")  # fmt: skip
+              "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
+              "hires_steps", "hires_latent")  # fmt: skip
 PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("lora_dir", "model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
@@ -102,79 +102,6 @@ def skip_layers(cfg):
     except ValueError:
         raise UserError(f"--skip-layers {printable(cfg.skip_layers)!r}: expected numbers, such as 7,8,9") from None
     return SkipLayers(layers, cfg.skip_layer_scale, cfg.skip_layer_start, cfg.skip_layer_stop)
-
-
-def inputs(cfg, sd):
-    """({height, width}, {image, strength, mask, controls} for generate(), what is to be done with each picture that was drawn).
-
-    Sizes as in diffusers: an --init-image, else the first --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3
-    brings the model's own size; --height and --width win.
-    """
-    picture = images.open_image(cfg.init_image) if cfg.init_image else None
-    shown = [control_image(text) for text in cfg.control_image]
-    sizing = picture or next(iter(shown), None)
-    if sizing and not cfg.mask and sd.keeps_size:
-        height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (sizing.height, sizing.width))
-    else:
-        height, width = sd.size
-    height, width = cfg.height or height, cfg.width or width
-    mask, box, start = opened_mask(cfg, picture), None, {}
-    if cfg.mask_padding is not None:
-        box = repaint.region(mask, width, height, cfg.mask_padding)
-
-    def fitted(image):
-        return repaint.enlarged(image, box, width, height) if box else image.resize((width, height), LANCZOS)
-
-    if picture:
-        own = 1.0 if sd.inpaints else 0.8
-        start["image"] = images.to_pixels(fitted(picture))[None].to(sd.device)
-        start["strength"] = own if cfg.strength is None else cfg.strength
-    if mask:
-        pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
-        start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
-    if shown:
-        start["controls"] = controls(
-            cfg,
-            sd,
-            [fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS) for p in shown],
-        )
-    if box:
-        return {"height": height, "width": width}, start, lambda drawn: repaint.pasted(drawn, picture, mask, box)
-    if cfg.mask_blur:
-        whole = (0, 0, width, height)
-        kept, soft = fitted(picture), fitted(mask)
-        return {"height": height, "width": width}, start, lambda drawn: repaint.pasted(drawn, kept, soft, whole)
-    return {"height": height, "width": width}, start, lambda drawn: drawn
-
-
-def opened_mask(cfg, picture):
-    """--mask as a PIL picture ("L"), with the edge that --mask-blur asks for; None without."""
-    if not cfg.mask:
-        return None
-    mask = images.open_image(cfg.mask, background="black").convert("L")  # what is transparent is not masked
-    if mask.size != picture.size:
-        raise UserError(
-            f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
-        )
-    return repaint.blurred(mask, cfg.mask_blur) if cfg.mask_blur else mask
-
-
-def control_image(text):
-    """A picture for a ControlNet, as --control-image names it: a file, or canny:FILE for its edges."""
-    kind, _, path = text.partition(":")
-    if kind != "canny" or Path(text).exists():
-        return images.open_image(text)
-    return images.Image.fromarray(edges.canny(images.open_image(path))).convert("RGB")
-
-
-def controls(cfg, sd, pictures):
-    """The ControlNets of --control at work, as generate() takes them."""
-    said = [control.parse(text)[1:] for text in cfg.control]
-    shown = [images.to_pixels(p)[None] / 2 + 0.5 for p in pictures]
-    return tuple(
-        control.Control(net, picture, *how, cfg.control_guess)
-        for net, picture, how in zip(sd.controls, shown, said, strict=True)
-    )
 
 
 def load(cfg, record, device, src=None):

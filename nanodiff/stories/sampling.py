@@ -30,7 +30,6 @@ from nanodiff.stories.drawing import (
     defaults,
     documented,
     file_name,
-    inputs,
     load,
     options,
     pick_dtype,
@@ -43,6 +42,7 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
+from nanodiff.stories.inputs import draw, inputs
 from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of
 from nanodiff.training.options import parse_size
 
@@ -62,7 +62,7 @@ def main(cfg):
     if cfg.study:
         return study(cfg, device)
     prompts, resize = prompts_of(cfg, optional=True), parse_size(cfg.resize) if cfg.resize else None
-    more = options(cfg)
+    options(cfg)  # what cannot be shows now
 
     record = Record(cfg, device)
     out = record.out
@@ -93,15 +93,16 @@ def main(cfg):
             prepare(cfg, sd, jobs, steps, scale > 1)
     sheet, latents, made = [], [], 0
     try:
-        with Progress(len(batches), sd.preview and (sd.preview, out / "preview.png")) as progress:
+        with Progress(
+            len(batches) * (2 if cfg.hires else 1), sd.preview and (sd.preview, out / "preview.png")
+        ) as progress:
             for first, batch in batches:
                 seeds = [job.seed for job in batch]
                 tagged.obey(sd, batch[0].loras)
                 with record.timed("sample"):
-                    result = sd.generate(
-                        [job.text for job in batch], against(batch), steps=steps, guidance_scale=scale, seeds=seeds, **size, **start, **more,
-                        keep_steps=cfg.progress_strip, on_step=progress.step, decode=sd.decoder,
-                    )  # fmt: skip
+                    texts, negatives = [job.text for job in batch], against(batch)
+                    result = draw(cfg, sd, texts, negatives, steps, scale, seeds, size, start,
+                                  keep_steps=cfg.progress_strip, on_step=progress.step)  # fmt: skip
                 if cfg.save_latents:
                     latents.append(result.latents.cpu().float())
                 for k, picture in enumerate(images.to_pil(result.pixels)):
@@ -265,10 +266,7 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
     size, start, finished = inputs(cfg, sd)
     one = job(cfg, prompt, negative, seed)
     sd.tagged.obey(sd, one.loras)
-    result = sd.generate(
-        [one.text], against([one]), steps=steps, guidance_scale=scale, seeds=[seed], **size, **start, **options(cfg), on_step=progress.step,
-        decode=sd.decoder,
-    )  # fmt: skip
+    result = draw(cfg, sd, [one.text], against([one]), steps, scale, [seed], size, start, on_step=progress.step)
     picture = finished(images.to_pil(result.pixels)[0])
     if cfg.resize:
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)

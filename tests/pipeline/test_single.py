@@ -303,7 +303,6 @@ LABEL = "model.diffusion_model.label_emb.0.0.weight"
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("sd15", lambda s: s | {IN: torch.zeros(16, 9, 3, 3)}, "inpainting"),
         ("sd15", lambda s: s | {IN: torch.zeros(16, 8, 3, 3)}, "pix2pix"),
         ("sd15", lambda s: s | {IN: torch.zeros(256, 7, 3, 3)}, "upscaler"),
         ("sdxl", lambda s: s | {LABEL: torch.zeros(64, 2560)}, "refiner"),

@@ -1,5 +1,6 @@
 """sample.py as people type it: files, names, metadata, seeds, and every bad input in one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from util import TINY, copy_model, error_line, golden, recipe, run, start
 
-from nanodiff import files, weights
+from nanodiff import files, pipeline, weights
 from nanodiff.models.controlnet import ControlNetModel
 from nanodiff.stories import drawing
 from nanodiff.weights import load_tensors
@@ -233,6 +234,166 @@ def test_controls_that_cannot_be(tmp_path, argv, says):
     net, photo = control_folder(tmp_path)
     argv = [a.replace("NET", str(net)).replace("PHOTO", str(photo)).replace("TINY", str(TINY)) for a in argv]
     assert says in error_line(sample(tmp_path / "out", "--prompt", "x", *argv))
+
+
+def test_drawn_again_larger(tmp_path):
+    """The second pass is image-to-image over the first picture, from the same seed; settings come back out of the picture."""
+    plain = sample(tmp_path / "a", "--prompt", "a cat", "--height", "64", "--width", "48")
+    twice = sample(
+        tmp_path / "b",
+        "--prompt",
+        "a cat",
+        "--height",
+        "64",
+        "--width",
+        "48",
+        "--hires",
+        "1.5",
+        "--hires-strength",
+        "0.5",
+    )
+    byhand = sample(tmp_path / "c", "--prompt", "a cat", "--height", "96", "--width", "72", "--init-image", tmp_path / "a" / "00000.png",
+                    "--strength", "0.5")  # fmt: skip
+    assert plain.returncode == twice.returncode == byhand.returncode == 0, plain.stderr + twice.stderr + byhand.stderr
+    b = pixels(tmp_path / "b" / "00000.png")
+    assert b.shape == (96, 72, 3) and np.array_equal(b, pixels(tmp_path / "c" / "00000.png"))
+    again = run("sample.py", "--from-image", tmp_path / "b" / "00000.png", "--output-dir", tmp_path / "d")
+    assert again.returncode == 0 and np.array_equal(pixels(tmp_path / "d" / "00000.png"), b), again.stderr
+    latent = sample(tmp_path / "e", "--prompt", "a cat", "--height", "64", "--width", "48", "--hires", "1.5", "--hires-strength", "0.5",
+                    "--hires-latent", "--hires-steps", "4")  # fmt: skip
+    assert latent.returncode == 0, latent.stderr
+    e = pixels(tmp_path / "e" / "00000.png")
+    assert e.shape == b.shape and (e != b).any()
+
+
+def test_hires_with_a_controlnet(tmp_path):
+    net, photo = control_folder(tmp_path)
+    done = sample(tmp_path / "a", "--prompt", "a cat", "--control", net, "--control-image", photo, "--hires", "2")
+    assert done.returncode == 0, done.stderr
+    assert pixels(tmp_path / "a" / "00000.png").shape == (128, 96, 3)
+    assert "--hires is not for --mask" in error_line(
+        sample(tmp_path / "b", "--prompt", "x", "--hires", "2", "--init-image", photo, "--mask", photo)
+    )
+    assert "--hires-steps does nothing without --hires" in error_line(
+        sample(tmp_path / "c", "--prompt", "x", "--hires-steps", "2")
+    )
+
+
+def test_an_inpainting_model_and_only_the_masked_part(tmp_path):
+    sd = pipeline.load(TINY / "sd15")
+    unet = type(sd.net)(dataclasses.replace(sd.net.cfg, in_channels=9))
+    unet.load_state_dict(recipe(unet, "inpaint-sd15"))
+    type(sd)(unet, sd.vae, sd.encoders, sd.tokenizers, sd.schedule).save(tmp_path / "model")
+    picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "in.png")
+    mask = np.zeros((90, 120), np.uint8)
+    mask[20:50, 30:60] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = (
+        "--prompt",
+        "a cat",
+        "--init-image",
+        tmp_path / "in.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--height",
+        "64",
+        "--width",
+        "64",
+    )
+    model = ("--model", tmp_path / "model", "--steps", "2", "--seed", "5")
+    for name, more in (
+        ("a", ("--mask-padding", "8")),
+        ("b", ("--mask-padding", "8", "--mask-blur", "3")),
+        ("c", ("--mask-blur", "2")),
+    ):
+        done = sample(tmp_path / name, *given, *more, model=model)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (pixels(tmp_path / name / "00000.png") for name in "abc")
+    assert a.shape == b.shape == (90, 120, 3) and c.shape == (64, 64, 3)
+    assert np.array_equal(a[mask == 0], picture[mask == 0]) and (a[mask > 0] != picture[mask > 0]).any()
+    soft = (b != picture).any(-1) & (mask == 0)
+    assert soft.any() and not soft[:10].any()  # beyond the mask, but not far
+    for name in ("--mask-padding", "--mask-blur"):
+        assert f"{name} does nothing without --mask" in error_line(
+            sample(tmp_path / "d", "--prompt", "x", name, "0" if "pad" in name else "3")
+        )
+    assert "inpainting model" in error_line(sample(tmp_path / "e", "--prompt", "x", model=model))
+
+
+LORAS = TINY.parent / "lora"
+
+
+def test_prompts_as_other_programs_write_them(tmp_path):
+    """A tag is --lora, and only for its own prompt; a choice is the seed's; what was chosen is remembered and repeats."""
+    syntax = ("--prompt-syntax", "a1111", "--lora-dir", LORAS)
+    done = sample(
+        tmp_path / "a", *syntax, "--prompt", "a {cat|cat} <lora:sd15.kohya:0.7>", "--prompt", "a [cat:cat:0.5]"
+    )
+    assert done.returncode == 0, done.stderr
+    plain = sample(tmp_path / "b", "--prompt", "a cat", "--lora", f"{LORAS / 'sd15.kohya.safetensors'}:0.7")
+    bare = sample(tmp_path / "c", "--prompt", "a cat", "--num-images", "2")
+    assert plain.returncode == bare.returncode == 0, plain.stderr + bare.stderr
+    tagged, untagged = (pixels(tmp_path / "a" / f"0000{i}.png") for i in range(2))
+    assert abs(tagged - pixels(tmp_path / "b" / "00000.png")).max() <= 1
+    assert abs(untagged - pixels(tmp_path / "c" / "00001.png")).max() <= 1
+    assert (tagged != pixels(tmp_path / "c" / "00000.png")).any()
+    again = run("sample.py", "--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "d")
+    assert again.returncode == 0, again.stderr
+    assert np.array_equal(pixels(tmp_path / "d" / "00000.png"), tagged)
+
+
+def test_wildcards_are_drawn_by_seed(tmp_path):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "colour.txt").write_text("\n".join(f"colour{i}" for i in range(50)))
+    more = (
+        "--prompt-syntax",
+        "a1111",
+        "--wildcards",
+        tmp_path / "words",
+        "--prompt",
+        "a __colour__ cup",
+        "--num-images",
+        "3",
+        "--txt",
+    )
+    found = []
+    for name in "ab":
+        done = sample(tmp_path / name, *more, "--negative-prompt", "{red|blue}", "--offload", "model")
+        assert done.returncode == 0, done.stderr
+        found.append(
+            [f["prompt"] for f in json.loads((tmp_path / name / "run.json").read_text())["files"] if "prompt" in f]
+        )
+    assert found[0] == found[1] and len(set(found[0])) == 3 and all(p.startswith("a colour") for p in found[0])
+    assert (tmp_path / "a" / "00000.txt").read_text().startswith(found[0][0])
+
+
+def test_marks_without_the_flag_are_said(tmp_path):
+    done = sample(tmp_path, "--prompt", "a (cat:1.2) <lora:x:1>", "--prompt", "a cat")
+    lines = [line for line in done.stderr.splitlines() if "plain words" in line]
+    assert done.returncode == 0 and len(lines) == 1 and "a LoRA's tag, a weight (a:1.2)" in lines[0], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--prompt", "<lora:nobody:1>", "--prompt-syntax", "a1111", "--lora-dir", str(LORAS)], "has no LoRA nobody"),
+        (["--prompt", "<lora:nobody:1>", "--prompt-syntax", "a1111"], "needs --lora-dir"),
+        (["--prompt", "x", "--lora-dir", str(LORAS)], "--lora-dir does nothing without --prompt-syntax a1111"),
+        (["--prompt", "x", "--wildcards", ".", "--prompt-syntax", "comfyui"], "--wildcards does nothing without"),
+        (["--prompt", "__x__", "--prompt-syntax", "a1111"], "needs a folder of wildcards (--wildcards)"),
+        (
+            ["--prompt", "x", "--prompt-weights", "--prompt-syntax", "a1111"],
+            "--prompt-weights is part of --prompt-syntax",
+        ),
+        (
+            ["--prompt", "a AND b", "--prompt-syntax", "a1111", "--guidance-scale", "1"],
+            "AND in a prompt needs guidance",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be(tmp_path, argv, says):
+    assert says in error_line(sample(tmp_path / "out", *argv))
 
 
 @pytest.mark.slow

@@ -642,10 +642,12 @@ def test_a_controlnet_is_trained_resumed_and_drawn_with(tmp_path, pictures):
 
 def test_a_controlnet_goes_on_from_a_controlnet(tmp_path, pictures):
     first = control_(pictures, tmp_path / "a", "--max-steps", "1")
-    second = control_(pictures, tmp_path / "b", "--max-steps", "1", "--control", tmp_path / "a" / "model", "--lr", "0")
+    second = control_(
+        pictures, tmp_path / "b", "--max-steps", "1", "--control", tmp_path / "a" / "model", "--lr", "1e-12"
+    )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     a, b = (weights.load_tensors(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
 
 
 @pytest.mark.parametrize(
@@ -673,4 +675,4 @@ def test_a_controlnet_is_planned(tmp_path):
         "512",
     )
     assert done.returncode == 0, done.stderr
-    assert "361" in done.stdout and "controlnet" in done.stdout, done.stdout
+    assert "361.28 M trained, 1066.24 M frozen" in done.stdout, done.stdout

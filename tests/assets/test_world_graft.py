@@ -1,0 +1,84 @@
+"""A text encoder in another network: what is fitted, what stays the same, and that it learns."""
+
+import copy
+
+import pytest
+import torch
+from util import TINY, error_line, max_error, run
+
+from assets.world import graft, make
+from nanodiff import pipeline
+
+
+@pytest.fixture(scope="module")
+def world():
+    return pipeline.load("assets/world")
+
+
+CAPTIONS = [
+    "a red heart",
+    "a small blue star above a large red heart",
+    "three yellow moons",
+    "a red heart below a blue star",
+] * 16
+
+
+def test_a_layer_says_what_it_said():
+    """What is read is turned and moved: nothing is lost, so nothing changes."""
+    torch.manual_seed(0)
+    old = torch.randn(500, 12)
+    new = old @ torch.linalg.qr(torch.randn(12, 12))[0] * 3 + torch.randn(12)
+    layer = torch.nn.Linear(12, 7)
+    before = layer(old).detach()
+    assert graft.refit(layer, old, new) < 1e-3
+    assert max_error(layer(new), before) < 0.02
+
+
+def test_what_is_not_there_is_left():
+    torch.manual_seed(0)
+    old = torch.randn(800, 6)
+    layer = torch.nn.Linear(6, 4, bias=False)
+    layer.bias = torch.nn.Parameter(torch.zeros(4))
+    left = graft.refit(layer, old, torch.randn(800, 6))
+    assert 0.9 < left < 1.1
+
+
+def test_its_own_encoder_changes_nearly_nothing(world):
+    sd, ids = copy.deepcopy(world), torch.tensor(world.tokenizer(CAPTIONS))
+    plain = world.generate("a red heart", steps=2, seeds=[0]).latents
+    assert max(graft.graft(sd, world, ids)) < 0.05
+    assert sd.text_encoder is not world.text_encoder
+    sd.kept.clear()
+    assert max_error(sd.generate("a red heart", steps=2, seeds=[0]).latents, plain) < 0.5
+
+
+def test_it_learns_what_the_teacher_says(world):
+    sd, ids = copy.deepcopy(world), torch.tensor(world.tokenizer(CAPTIONS))
+    with torch.no_grad():
+        sd.net.proj_out.weight.mul_(0.5)
+    latents = torch.randn(len(ids), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    first = graft.learn(copy.deepcopy(sd), world, latents, ids, 1, 8, 1e-3)
+    last = graft.learn(sd, world, latents, ids, 25, 8, 1e-3)
+    assert last < 0.9 * first
+    assert not sd.net.training and not any(p.requires_grad for p in sd.net.parameters())
+
+
+def test_the_command(tmp_path):
+    make.write(tmp_path / "s.tar", 8, 1, "relation")
+    argv = (
+        "-m",
+        "assets.world.graft",
+        "--model",
+        "assets/world",
+        "--data",
+        tmp_path / "s.tar",
+        "--updates",
+        "1",
+        "--batch-size",
+        "4",
+    )
+    done = run(*argv, "--teacher", "assets/world", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0 and "refitted: " in done.stdout, done.stderr
+    pipeline.load(tmp_path / "out")
+    other = run(*argv, "--teacher", TINY / "sd15", "--output-dir", tmp_path / "other")
+    assert "have different tokenizers" in error_line(other)
