@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 
 from nanodiff.config import UserError, check_regular, printable
 from nanodiff.files import write_bytes
+from nanodiff.output import infotext
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold; beyond it an image is a decompression bomb
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else [])]
@@ -142,33 +143,11 @@ def slug(text, limit=80):
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:limit].strip("_") or "empty"
 
 
-def a1111_parameters(record):
-    """The `parameters` text that A1111, Civitai and others show. Display only: see CHUNK for the truth."""
-
-    def quote(value):
-        text = printable(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
-
-    lines = [record["prompt"]]
-    if record.get("negative_prompt"):
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
-    last = {
-        "Steps": record["steps"],
-        "Sampler": record["scheduler"],
-        "CFG scale": f"{record['guidance_scale']:g}",
-        "Seed": record["seed"],
-        "Size": f"{record['width']}x{record['height']}",
-        "Model": record["model"],
-        "RNG": "CPU",
-    }
-    return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items())])
-
-
 def save_png(image, path, record=None):
     """Write a PNG with the record of how it was made: `parameters` for people, CHUNK (JSON) as the truth."""
     info = PngImagePlugin.PngInfo()
     if record is not None:
-        clean = a1111_parameters(record).encode("utf-8", errors="replace").decode()
+        clean = infotext.written(record).encode("utf-8", errors="replace").decode()
         info.add_itxt("parameters", clean)
         info.add_text(CHUNK, json.dumps(record))  # ASCII: lone surrogates survive as escapes
     save(image, path, "PNG", pnginfo=info)

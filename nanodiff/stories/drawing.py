@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import lora, pipeline, weights
-from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields
+from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields, short
 from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
-from nanodiff.output import images
+from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record, slug
 from nanodiff.pipeline import SkipLayers, Words, control, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
@@ -139,9 +139,10 @@ def load(cfg, record, device, src=None):
             sd.check_fit()
         for path in cfg.embedding:
             print(f"learned word: {printable(sd.learn(path, cfg.allow_pickle))}")
-        sd.loras = []
+        sd.loras, sd.hashes = [], {}
         for text in cfg.lora:
             path, scale = lora.parse(text)
+            sd.hashes |= hashes(path)
             found = lora.read(path, sd.models(), cfg.allow_partial, words=True)
             for word, vectors in found.words.items():
                 print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
@@ -159,6 +160,12 @@ def load(cfg, record, device, src=None):
     if cfg.compile:
         sd.net.compile()
     return sd
+
+
+def hashes(path):
+    """{name: hash} of a LoRA's file as A1111 writes it: the SHA-256 of its tensors' bytes, 12 digits; nothing for what is no safetensors file."""
+    path = Path(path)
+    return {path.stem: weights.tensor_hash(path)[:12]} if path.suffix == ".safetensors" and path.is_file() else {}
 
 
 def load_control(text, cfg, sd, dtype, device):
@@ -211,7 +218,8 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    sd.loras, sd.decoder, sd.preview, sd.controls = base.loras, base.decoder, base.preview, base.controls
+    for name in ("loras", "hashes", "decoder", "preview", "controls"):
+        setattr(sd, name, getattr(base, name))
     return sd
 
 
@@ -341,11 +349,18 @@ def remembered(cfg, facts, sd):
     """Everything that --from-image needs, as JSON values."""
     dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(sd.dtype).removeprefix("torch.")]
     values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
-    return {k: values[k] for k in REMEMBERED} | {"init_image": bool(cfg.init_image)}
+    shown = {"lora_hashes": sd.hashes, "strength": cfg.strength, "mask_blur": cfg.mask_blur}  # for other programs' eyes
+    return (
+        {k: values[k] for k in REMEMBERED}
+        | {"init_image": bool(cfg.init_image)}
+        | {k: v for k, v in shown.items() if v}
+    )
 
 
 def recall(cfg):
     """Fill cfg from the settings inside a picture; flags given on the command line win."""
+    if images.recorded(cfg.from_image) is None and (other := foreign.read(cfg.from_image)):
+        return adopt(cfg, *other)
     record = read_record(cfg.from_image)
     if record.get("init_image"):
         raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")
@@ -367,3 +382,20 @@ def recall(cfg):
             if path and name not in given and not Path(path).exists():
                 flag = name.replace("_", "-")
                 raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
+
+
+def adopt(cfg, program, found, unused):
+    """Fill cfg from what another program's picture says; says what is taken and what is not."""
+    given = getattr(cfg, "given", frozenset())
+    model = found.pop("model", None)
+    if model is not None and "model" not in given:
+        raise UserError(
+            f"{cfg.from_image}: was made by {program} with the model {printable(model)}; name its file with --model"
+        )
+    for key, value in from_mapping(type(cfg), found, cfg.from_image).items():
+        if key not in given:
+            setattr(cfg, key, value)
+    taken = ", ".join(f"{k}={short(v, 40)}" for k, v in found.items())
+    print(f"{cfg.from_image}: {program}'s: {taken}")
+    if unused:
+        print(f"note: not used: {'; '.join(unused)}", file=sys.stderr)

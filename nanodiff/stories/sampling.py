@@ -16,7 +16,7 @@ from nanodiff.config import UserError, as_dict, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
 from nanodiff.files import ASSETS, out_dir, write_bytes
-from nanodiff.output import images
+from nanodiff.output import images, infotext
 from nanodiff.output.record import Record
 from nanodiff.pipeline import control, sources
 from nanodiff.pipeline.sources import EMBEDDED
@@ -119,7 +119,7 @@ def main(cfg):
                     images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
                     record.file(path, seed=seeds[k], prompt=batch[k].prompt)
                     if cfg.txt:
-                        beside = images.a1111_parameters(remembered(cfg, facts, sd)) + "\n"
+                        beside = infotext.written(remembered(cfg, facts, sd)) + "\n"
                         write_bytes(path.with_suffix(".txt"), beside.encode("utf-8", "replace"))
                         record.file(path.with_suffix(".txt"))
                     made += 1

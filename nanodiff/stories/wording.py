@@ -7,6 +7,7 @@ from typing import NamedTuple
 from nanodiff import lora
 from nanodiff.config import UserError, nearest, printable
 from nanodiff.pipeline.spoken import texts_of
+from nanodiff.stories.drawing import hashes
 from nanodiff.text import syntax
 
 
@@ -77,7 +78,9 @@ class Tagged:
             wanted[name] = wanted.get(name, 0.0) + scale
         for name in wanted:
             if name not in self.attached:
-                found = lora.read(self._file(name), sd.models(), self.partial)
+                path = self._file(name)
+                found = lora.read(path, sd.models(), self.partial)
+                sd.hashes |= hashes(path)
                 self.attached[name] = lora.attach(sd.models(), found, 0.0)
                 print(f"lora: {found.name}, {len(found.deltas)} layers, by its tag in a prompt")
         for name, attached in self.attached.items():

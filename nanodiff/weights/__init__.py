@@ -15,7 +15,8 @@ from nanodiff.weights.safetensors import (
     metadata,
     open_file,
     save_tensors,
+    tensor_hash,
 )
 
 __all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata",
-           "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton"]  # fmt: skip
+           "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip

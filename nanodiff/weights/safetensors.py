@@ -4,6 +4,7 @@ File format: 8 bytes little-endian header length, a JSON header {name: {dtype, s
 tensors' bytes (https://github.com/huggingface/safetensors, README "Format").
 """
 
+import hashlib
 import json
 import os
 import re
@@ -183,6 +184,14 @@ def _table(path):
         if entry["dtype"] not in STORED:
             raise UserError(f"{path}: {printable(key)} is stored as {entry['dtype']}, which is not supported")
     return 8 + length, table
+
+
+def tensor_hash(path):
+    """The SHA-256 of a file's tensors, whatever its metadata say: what A1111 and Civitai call AutoV3, and kohya sshs_model_hash."""
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        f.seek(8 + length)
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def check_kind(wanted, stored, key, path):

@@ -43,7 +43,7 @@ def test_a1111_parameters(tmp_path):
     assert text.splitlines() == [
         "a cat",
         "Negative prompt: dog",
-        'Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 8x8, Model: "a, b", RNG: CPU',
+        'Steps: 5, Sampler: DDIM, Schedule type: Uniform, CFG scale: 7.5, Seed: 3, Size: 8x8, Model: "a, b", RNG: CPU',
     ]
 
 

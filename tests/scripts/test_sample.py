@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from util import TINY, copy_model, error_line, golden, recipe, run, start
 
 from nanodiff import files, pipeline, weights
@@ -234,6 +235,31 @@ def test_controls_that_cannot_be(tmp_path, argv, says):
     net, photo = control_folder(tmp_path)
     argv = [a.replace("NET", str(net)).replace("PHOTO", str(photo)).replace("TINY", str(TINY)) for a in argv]
     assert says in error_line(sample(tmp_path / "out", "--prompt", "x", *argv))
+
+
+def test_a_picture_of_another_program_is_repeated(tmp_path):
+    info = PngInfo()
+    info.add_itxt(
+        "parameters",
+        "a (cat:1.2)\nNegative prompt: dog\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 9, Size: 64x48, Model: sd, ENSD: 31337",
+    )
+    Image.new("RGB", (4, 4)).save(tmp_path / "theirs.png", pnginfo=info)
+    unnamed = run("sample.py", "--from-image", tmp_path / "theirs.png", "--output-dir", tmp_path / "x")
+    assert "was made by AUTOMATIC1111 with the model sd; name its file with --model" in error_line(unnamed)
+    done = run(
+        "sample.py", "--from-image", tmp_path / "theirs.png", "--model", TINY / "sd15", "--output-dir", tmp_path / "a"
+    )
+    assert done.returncode == 0 and "not used: ENSD: '31337'; RNG: 'GPU" in done.stderr, done.stderr
+    same = run("sample.py", "--model", TINY / "sd15", "--prompt", "a (cat:1.2)", "--negative-prompt", "dog", "--steps", "3", "--scheduler", "euler",
+               "--guidance-scale", "5", "--seed", "9", "--width", "64", "--height", "48", "--prompt-syntax", "a1111", "--output-dir", tmp_path / "b")  # fmt: skip
+    assert same.returncode == 0, same.stderr
+    assert np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "b" / "00000.png"))
+    info = PngInfo()
+    info.add_text("parameters", "hello")
+    Image.new("RGB", (4, 4)).save(tmp_path / "no.png", pnginfo=info)
+    assert "carries no settings of ours" in error_line(
+        run("sample.py", "--from-image", tmp_path / "no.png", "--output-dir", tmp_path / "c")
+    )
 
 
 def test_drawn_again_larger(tmp_path):

@@ -1,0 +1,133 @@
+"""Pictures of other programs: what AUTOMATIC1111's `parameters` (infotext.py) and ComfyUI's graph say, in our words.
+
+ComfyUI's PNGs have a chunk `prompt` with the graph that was run, {id: {"class_type", "inputs"}}, where an input is a value or [id of another
+node, its output].
+"""
+
+import json
+
+from PIL import Image
+
+from nanodiff.config import UserError, short
+from nanodiff.output import infotext
+from nanodiff.output.images import FAULTS, FORMATS
+
+# (ComfyUI's sampler_name, its schedulers in which it is ours, ours)
+COMFYUI = (
+    ("euler", ("normal",), "euler"),
+    ("euler_ancestral", ("normal",), "euler_a"),
+    ("heun", ("normal",), "heun"),
+    ("lms", ("normal",), "lms"),
+    ("dpm_2", ("normal",), "kdpm2"),
+    ("dpm_2_ancestral", ("normal",), "kdpm2_a"),
+    ("dpmpp_2m", ("normal",), "dpmpp_2m"),
+    ("dpmpp_2m", ("karras",), "dpmpp_2m_karras"),
+    ("dpmpp_2m_sde", ("normal",), "dpmpp_2m_sde"),
+    ("dpmpp_2m_sde", ("karras",), "dpmpp_2m_sde_karras"),
+    ("dpmpp_3m_sde", ("normal",), "dpmpp_3m_sde"),
+    ("ddim", ("normal", "ddim_uniform"), "ddim"),
+    ("uni_pc", ("normal",), "unipc"),
+    ("deis", ("normal",), "deis"),
+    ("lcm", ("normal", "sgm_uniform"), "lcm"),
+    ("euler", ("simple", "sgm_uniform"), "flow_euler"),
+)
+SAMPLING = ("KSampler", "KSamplerAdvanced")
+LOADERS = {"CheckpointLoaderSimple": "ckpt_name", "CheckpointLoader": "ckpt_name", "UNETLoader": "unet_name"}
+
+
+def read(path):
+    """(program, {our setting: value}, [what is there and not used]) of a picture of A1111's or ComfyUI's; None for a picture of neither.
+
+    "model" is a name, not a file. Raises UserError for what is no readable picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            info = {k: v for k, v in image.info.items() if isinstance(v, str)}
+            exif = image.getexif().get_ifd(0x8769).get(0x9286)  # UserComment, where A1111's JPEGs have it
+    except FAULTS as e:
+        raise UserError(f"{path}: not a readable image: {e}") from None
+    text = info.get("parameters") or _comment(exif)
+    if text and "Steps:" in text:
+        return ("AUTOMATIC1111", *infotext.parameters(text))
+    if "prompt" in info:
+        try:
+            graph = json.loads(info["prompt"])
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}: its `prompt` is no JSON") from None
+        return ("ComfyUI", *comfyui(graph, path))
+    return None
+
+
+def _comment(value):
+    if not isinstance(value, bytes) or value[:8] not in (b"UNICODE\0", b"ASCII\0\0\0"):
+        return None
+    return value[8:].decode("utf-16-be" if value[:1] == b"U" else "ascii", "replace")
+
+
+def comfyui(graph, path="the graph"):
+    """({our setting: value}, [what is not used]) of ComfyUI's graph. Raises UserError for one without a sampler, or with several."""
+    nodes = {str(k): v for k, v in graph.items() if isinstance(v, dict)} if isinstance(graph, dict) else {}
+    mine = [k for k, v in nodes.items() if v.get("class_type") in SAMPLING]
+    if len(mine) != 1:
+        raise UserError(f"{path}: a graph of ComfyUI's with {len(mine)} KSampler nodes; only one can be repeated")
+    used = {mine[0]}
+
+    def inputs(key):
+        found = nodes.get(key, {}).get("inputs", {})
+        return found if isinstance(found, dict) else {}
+
+    def behind(key, name):
+        """The id of the node that gives an input, or None."""
+        link = inputs(key).get(name)
+        return str(link[0]) if isinstance(link, list) and link and str(link[0]) in nodes else None
+
+    def value(key, name):
+        """An input's value, also where another node (a primitive, a text) gives it."""
+        got = inputs(key).get(name)
+        if isinstance(got, list):
+            other = behind(key, name)
+            used.add(other)
+            plain = [v for v in inputs(other).values() if not isinstance(v, list | dict)]
+            return plain[0] if len(plain) == 1 else None
+        return got
+
+    sampler, found = mine[0], {"prompt_syntax": "comfyui"}
+    for name, keys, kind in (
+        ("steps", ("steps",), int),
+        ("guidance_scale", ("cfg",), float),
+        ("seed", ("seed", "noise_seed"), int),
+    ):
+        got = next((v for v in (value(sampler, key) for key in keys) if v is not None), None)
+        if isinstance(got, int | float) and not isinstance(got, bool):
+            found[name] = kind(got)
+    for name, key in (("prompt", "positive"), ("negative_prompt", "negative")):
+        text = behind(sampler, key)
+        if text and isinstance(said := value(text, "text"), str):
+            used.add(text)
+            found[name] = [said] if name == "prompt" else said
+    latent = behind(sampler, "latent_image")
+    if latent and {"width", "height"} <= inputs(latent).keys():
+        used.add(latent)
+        found |= {side: value(latent, side) for side in ("width", "height") if isinstance(value(latent, side), int)}
+    model, loras = behind(sampler, "model"), []
+    while model and model not in used and "lora_name" in inputs(model):  # a graph may lead back to itself
+        used.add(model)
+        loras.append(f"{value(model, 'lora_name')} at {value(model, 'strength_model')}")
+        model = behind(model, "model")
+    if model and (key := LOADERS.get(nodes[model].get("class_type"))):
+        used.add(model)
+        found["model"] = str(value(model, key))
+    left = [f"LoRA {short(lora)} (give it with --lora)" for lora in reversed(loras)]
+    pair = value(sampler, "sampler_name"), value(sampler, "scheduler")
+    if ours := infotext.sampler_of(COMFYUI, *pair):
+        found["scheduler"] = ours
+    else:
+        left.append(f"sampler {short(pair[0])} with scheduler {short(pair[1])}")
+    if (denoise := value(sampler, "denoise")) not in (None, 1, 1.0):
+        left.append(f"denoise: {short(denoise)}")
+    quiet = ("VAEDecode", "SaveImage", "PreviewImage", "Note")
+    left += [
+        f"{short(v.get('class_type'))} (node {k})"
+        for k, v in nodes.items()
+        if k not in used and v.get("class_type") not in quiet
+    ]
+    return found, left

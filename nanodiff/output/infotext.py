@@ -1,0 +1,142 @@
+"""A picture's settings as AUTOMATIC1111 writes and reads them (modules/infotext_utils.py): the prompt, "Negative prompt: …", and a last line
+"Steps: 20, Sampler: Euler a, Schedule type: Automatic, …"."""
+
+import json
+import re
+
+from nanodiff.config import printable, short
+
+# (A1111's menu, its schedule types in which it is ours, ours)
+MENU = (
+    ("Euler", ("", "Automatic", "Uniform"), "euler"),
+    ("Euler a", ("", "Automatic", "Uniform"), "euler_a"),
+    ("Heun", ("", "Automatic", "Uniform"), "heun"),
+    ("LMS", ("", "Automatic", "Uniform"), "lms"),
+    ("DPM2", ("Uniform",), "kdpm2"),
+    ("DPM2 a", ("Uniform",), "kdpm2_a"),
+    ("DPM++ 2M", ("Uniform",), "dpmpp_2m"),
+    ("DPM++ 2M", ("", "Automatic", "Karras"), "dpmpp_2m_karras"),
+    ("DPM++ 2M SDE", ("Uniform",), "dpmpp_2m_sde"),
+    ("DPM++ 2M SDE", ("Karras",), "dpmpp_2m_sde_karras"),
+    ("DPM++ 3M SDE", ("Uniform",), "dpmpp_3m_sde"),
+    ("DDIM", ("", "Automatic", "Uniform"), "ddim"),
+    ("PLMS", ("", "Automatic", "Uniform"), "pndm"),
+    ("UniPC", ("", "Automatic", "Uniform"), "unipc"),
+    ("LCM", ("", "Automatic", "Uniform"), "lcm"),
+)
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def written(record):
+    """The text that A1111, Civitai and others show for a record of ours. Display only: the truth is images.CHUNK."""
+
+    def quote(value):
+        text = printable(value)
+        return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+    lines = [record["prompt"]]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    sampler, kind = named(record["scheduler"])
+    hires = record.get("hires")
+    strength = record.get("strength") or (record.get("hires_strength") if hires else None)
+    last = {
+        "Steps": record["steps"],
+        "Sampler": sampler,
+        "Schedule type": kind,
+        "CFG scale": f"{record['guidance_scale']:g}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model": record["model"],
+        "Clip skip": record["clip_skip"] + 1 if record.get("clip_skip") else "",
+        "Denoising strength": "" if strength is None else f"{strength:g}",
+        "Mask blur": record.get("mask_blur") or "",
+        "Hires upscale": f"{hires:g}" if hires else "",
+        "Hires steps": (record.get("hires_steps") or "") if hires else "",
+        "Hires upscaler": ("Latent (bicubic)" if record.get("hires_latent") else "Lanczos") if hires else "",
+        "Lora hashes": ", ".join(f"{k}: {v}" for k, v in (record.get("lora_hashes") or {}).items()),
+        "Eta": f"{record['eta']:g}" if record.get("eta") else "",
+        "RNG": "CPU",
+    }
+    return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items() if v != "")])
+
+
+def parameters(text):
+    """({our setting: value}, [what is not used]) of A1111's text."""
+    *lines, last = text.strip().split("\n")
+    pairs = PAIR.findall(last)
+    if len(pairs) < 3:  # a picture's text without settings
+        lines, pairs = [*lines, last], []
+    facts = {}
+    for key, value in pairs:
+        facts[key.strip()] = json.loads(value) if re.fullmatch(r'"(?:\\.|[^\\"])*"', value) else value.strip()
+    negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    found = {"prompt": ["\n".join(lines[:negative]).strip()], "prompt_syntax": "a1111"}
+    if negative < len(lines):
+        found["negative_prompt"] = "\n".join([lines[negative][16:], *lines[negative + 1 :]]).strip()
+    take = facts.pop
+    for name, key, kind in (
+        ("steps", "Steps", int),
+        ("guidance_scale", "CFG scale", float),
+        ("seed", "Seed", int),
+        ("eta", "Eta", float),
+    ):
+        if (value := _number(facts.get(key), kind)) is not None:
+            found[name] = value
+            take(key)
+    if size := re.fullmatch(r"(\d+)x(\d+)", facts.get("Size", "")):
+        found["width"], found["height"] = map(int, size.groups())
+        take("Size")
+    if sampler := sampler_of(MENU, *_spoken(facts)):
+        found["scheduler"] = sampler
+        take("Sampler")
+        facts.pop("Schedule type", None)
+    if (skip := _number(facts.get("Clip skip"), int)) is not None:
+        found["clip_skip"] = max(skip - 1, 0)  # 1 leaves out none
+        take("Clip skip")
+    if "Model" in facts:
+        found["model"] = take("Model")
+    if (times := _number(facts.get("Hires upscale"), float)) is not None:
+        strength = _number(facts.get("Denoising strength"), float)
+        found |= {"hires": times, "hires_latent": facts.get("Hires upscaler", "").startswith("Latent")}
+        found |= {} if strength is None else {"hires_strength": strength}
+        steps = _number(facts.get("Hires steps"), int)
+        found |= {"hires_steps": steps} if steps else {}
+        for key in ("Hires upscale", "Hires upscaler", "Hires steps", "Denoising strength"):
+            facts.pop(key, None)
+    if facts.get("RNG") == "CPU":
+        take("RNG")
+    elif pairs:  # its default is the graphics card's, which draws other numbers
+        facts["RNG"] = facts.get("RNG", "GPU") + " (noise is drawn on the CPU here: another picture)"
+    facts.pop("Version", None)
+    return found, [f"{k}: {short(v)}" for k, v in facts.items()]
+
+
+def _number(text, kind):
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _spoken(facts):
+    """(sampler, schedule type); before version 1.9 they were one name."""
+    name, kind = facts.get("Sampler", ""), facts.get("Schedule type", "")
+    for old in ("Karras", "Exponential"):
+        if not kind and name.endswith(f" {old}"):
+            return name.removesuffix(f" {old}"), old
+    # a sampler without a schedule type in a text without "Schedule type" is of a version that had none
+    return name, kind or ("Uniform" if name.startswith("DPM") and "Schedule type" not in facts else "")
+
+
+def sampler_of(table, name, kind):
+    """Our name of a sampler and schedule in a table such as MENU, or None."""
+    return next((ours for theirs, kinds, ours in table if theirs == name and kind in kinds), None)
+
+
+def named(scheduler):
+    """(sampler, schedule type) in A1111's menus of a sampler of ours; its own name and "" where A1111 has none."""
+    for name, kinds, ours in MENU:
+        if ours == scheduler:
+            return name, next((k for k in kinds if k not in ("", "Automatic")), "")
+    return scheduler, ""

@@ -1,0 +1,107 @@
+"""Other programs' pictures: ComfyUI's graphs, A1111's PNGs and JPEGs, what is neither."""
+
+import json
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from nanodiff.config import UserError
+from nanodiff.diffusion import samplers
+from nanodiff.output import foreign
+
+GRAPH = {
+    "3": {"class_type": "KSampler", "inputs": {"seed": 42, "steps": 20, "cfg": 8, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1,
+                                               "model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.safetensors"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 384, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (cat:1.2)", "clip": ["10", 1]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["4", 1]}},
+    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0]}},
+    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "ink.safetensors", "strength_model": 0.8, "strength_clip": 1, "model": ["4", 0],
+                                                  "clip": ["4", 1]}},
+}  # fmt: skip
+
+
+def changed(node, **inputs):
+    return GRAPH | {node: GRAPH[node] | {"inputs": GRAPH[node]["inputs"] | inputs}}
+
+
+def test_a_graph():
+    found, unused = foreign.comfyui(GRAPH)
+    assert found == {
+        "prompt": ["a (cat:1.2)"], "negative_prompt": "blurry", "prompt_syntax": "comfyui", "steps": 20, "guidance_scale": 8.0, "seed": 42,
+        "width": 512, "height": 384, "scheduler": "dpmpp_2m_karras", "model": "v1-5.safetensors",
+    }  # fmt: skip
+    assert unused == ["LoRA 'ink.safetensors at 0.8' (give it with --lora)"]
+
+
+def test_values_that_other_nodes_give():
+    graph = changed("3", seed=["20", 0]) | changed("6", text=["21", 0]) | {
+        "20": {"class_type": "PrimitiveNode", "inputs": {"value": 7}}, "21": {"class_type": "Text", "inputs": {"text": "a dog"}},
+    }  # fmt: skip
+    graph["3"] = changed("3", seed=["20", 0])["3"]
+    found, _ = foreign.comfyui(graph)
+    assert found["seed"] == 7 and found["prompt"] == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [
+        (changed("3", sampler_name="dpmpp_sde"), "sampler 'dpmpp_sde' with scheduler 'karras'"),
+        (changed("3", denoise=0.5), "denoise: 0.5"),
+        (GRAPH | {"30": {"class_type": "ControlNetApply", "inputs": {}}}, "'ControlNetApply' (node 30)"),
+    ],
+)
+def test_what_is_not_used_is_named(graph, says):
+    assert says in foreign.comfyui(graph)[1]
+
+
+@pytest.mark.parametrize("graph", [{}, [], {"1": 5}, GRAPH | {"40": GRAPH["3"]}, {"3": {"class_type": "Note"}}])
+def test_graphs_that_are_none(graph):
+    with pytest.raises(UserError, match="only one can be repeated"):
+        foreign.comfyui(graph)
+
+
+def test_broken_inputs_are_no_fault():
+    """Links to nowhere and to themselves, inputs of other kinds: what is left is read."""
+    graph = {"3": {"class_type": "KSampler", "inputs": {"seed": True, "steps": "x", "positive": ["3", 0], "negative": ["99", 0], "model": [],
+                                                        "latent_image": 5, "cfg": 2}}}  # fmt: skip
+    found, _ = foreign.comfyui(graph)
+    assert found == {"prompt_syntax": "comfyui", "guidance_scale": 2.0}
+    loop = {
+        "3": {"class_type": "KSampler", "inputs": {"model": ["4", 0]}},
+        "4": {"class_type": "LoraLoader", "inputs": {"lora_name": "x", "model": ["4", 0]}},
+    }
+    assert len(foreign.comfyui(loop)[1]) >= 1
+
+
+def test_every_sampler_is_ours():
+    assert {ours for _, _, ours in foreign.COMFYUI} <= set(samplers.SAMPLERS)
+
+
+def test_files(tmp_path):
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(GRAPH))
+    Image.new("RGB", (4, 4)).save(tmp_path / "comfy.png", pnginfo=info)
+    assert foreign.read(tmp_path / "comfy.png")[0] == "ComfyUI"
+    text = "a cat\nSteps: 5, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"
+    info = PngInfo()
+    info.add_itxt("parameters", text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
+    png, jpeg = (foreign.read(tmp_path / f"a.{kind}") for kind in ("png", "jpg"))
+    assert png == jpeg and png[0] == "AUTOMATIC1111" and png[1]["seed"] == 1
+    Image.new("RGB", (4, 4)).save(tmp_path / "bare.png")
+    assert foreign.read(tmp_path / "bare.png") is None
+    (tmp_path / "text.png").write_text("x")
+    with pytest.raises(UserError, match="not a readable image"):
+        foreign.read(tmp_path / "text.png")
+    info = PngInfo()
+    info.add_text("prompt", "{" * 100_000)
+    Image.new("RGB", (4, 4)).save(tmp_path / "deep.png", pnginfo=info)
+    with pytest.raises(UserError, match="is no JSON"):
+        foreign.read(tmp_path / "deep.png")
