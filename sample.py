@@ -88,6 +88,13 @@ class Config:
     skip_layer_scale: float = arg(2.8, "strength of --skip-layers")
     skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins")
     skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends")
+    perturbed_scale: float = arg(
+        0.0, "perturbed-attention guidance of a UNet; 3 is usual, 0 = none", "pag-scale", low=0, high=100
+    )
+    perturbed_layers: str = arg(
+        "mid", "its self-attentions: parts of their names, such as mid,up_blocks.1", "pag-applied-layers"
+    )
+    freeu: str | None = arg(None, "B1,B2,S1,S2 of FreeU, such as 1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL)")
     original_size: str | None = arg(
         None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own", group="SDXL's sizes"
     )
@@ -253,6 +260,8 @@ class Config:
         for name, needs in (*needed, ("lora_scale", "lora")):
             if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, []):
                 raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+        if self.perturbed_layers != "mid" and not self.perturbed_scale:
+            raise UserError("--perturbed-layers does nothing without --perturbed-scale")
         if len(self.control) != len(self.control_image):
             raise UserError(
                 f"{len(self.control)} --control and {len(self.control_image)} --control-image: one of each makes a pair"

@@ -10,14 +10,16 @@ vector condition (pooled text and image sizes) added to the time embedding.
 Explained in the book (docs/book): chapters 5 and 6.
 """
 
+import contextlib
 import itertools
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.config import UserError, from_json
+from nanodiff.config import UserError, from_json, printable
 from nanodiff.models.layers import (
     Downsample,
     GroupNorm,
@@ -143,6 +145,8 @@ class Config(DownConfig):
 class Attention(nn.Module):
     """Multi-head attention; q from x, k and v from x (self) or from the text (cross)."""
 
+    perturbed = False  # everything looks at itself alone (Ahn et al. 2024, arXiv 2403.17377 eq. 15)
+
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()
         self.heads = heads
@@ -159,8 +163,32 @@ class Attention(nn.Module):
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x, kv=None):
+        if self.perturbed:
+            return self.to_out[0](self.to_v(x))
         q, k, v = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
         return self.to_out[0](attend(q, k, v, self.heads))  # [B, L, D], over L or S keys
+
+
+@contextlib.contextmanager
+def perturbed(unet, layers):
+    """Inside, the self-attentions of a UNet whose names have one of the patterns `layers` in them let everything look at itself alone.
+    Raises UserError for a pattern that is in none."""
+    names = {name: m for name, m in unet.named_modules() if name.endswith("attn1")}
+    chosen = []
+    for layer in layers:
+        mine = [m for name, m in names.items() if re.search(layer, name)]
+        if not mine:
+            raise UserError(
+                f"`perturbed`: no self-attention's name has {printable(layer)!r} in it; they are {', '.join(names)}"
+            )
+        chosen += mine
+    try:
+        for attention in chosen:
+            attention.perturbed = True
+        yield
+    finally:
+        for attention in chosen:
+            attention.perturbed = False
 
 
 class GEGLU(nn.Module):
@@ -359,6 +387,7 @@ class UNet2DConditionModel(Downward):
 
     Config = Config
     class_name = "UNet2DConditionModel"
+    freeu = None  # freeu.FreeU of a run
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -390,9 +419,12 @@ class UNet2DConditionModel(Downward):
             skips = [skip + more for skip, more in zip(skips, control.skips, strict=True)]
             x = x + control.middle
 
-        for stage in self.up_blocks:
+        for i, stage in enumerate(self.up_blocks):
             for resnet, attention in stage.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), temb, next(shifts))  # [B, Cᵢ, h, w]
+                skip = skips.pop()
+                if self.freeu is not None:
+                    x, skip = self.freeu(x, skip, i)
+                x = resnet(torch.cat([x, skip], dim=1), temb, next(shifts))  # [B, Cᵢ, h, w]
                 x = attention(x, kvs) if attention is not None else x
             # An odd size was rounded up on the way down: come back to the size of the waiting skip.
             size = skips[-1].shape[-2:] if skips else None

@@ -7,8 +7,8 @@ from nanodiff.pipeline.footprint import plan
 from nanodiff.pipeline.loading import FAMILIES, convert, load
 from nanodiff.pipeline.sd3 import SD3, Joint
 from nanodiff.pipeline.sdxl import SDXL
-from nanodiff.pipeline.settings import Drawing, SkipLayers, Start, Words
+from nanodiff.pipeline.settings import Drawing, Perturbed, SkipLayers, Start, Words
 from nanodiff.pipeline.sources import Folder, source
 
-__all__ = ["BUILDERS", "FAMILIES", "SAMPLING", "SD3", "SDXL", "Drawing", "Folder", "Joint", "Noise", "Pipeline", "Result", "SkipLayers", "Start", "Text", "Words", "convert",
+__all__ = ["BUILDERS", "FAMILIES", "SAMPLING", "SD3", "SDXL", "Drawing", "Folder", "Joint", "Noise", "Perturbed", "Pipeline", "Result", "SkipLayers", "Start", "Text", "Words", "convert",
            "is_turbo", "load", "plan", "source"]  # fmt: skip

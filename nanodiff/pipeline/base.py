@@ -22,6 +22,7 @@ import torch
 from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
+from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.output import images
 from nanodiff.pipeline import control, families, saving
 from nanodiff.pipeline.conditions import Conditions
@@ -223,12 +224,16 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         controls = (drawing.controls, samplers.asked(self.schedule, total), itertools.count()) if nets[1:] else None
 
         def make(text, negative):
+            weaker = drawing.skip_layers or drawing.perturbed
             return self.denoiser(
-                text, negative, scale, drawing.guidance_rescale, sizes, drawing.skip_layers, times, controls, beside
+                text, negative, scale, drawing.guidance_rescale, sizes, weaker, times, controls, beside
             )
 
         step, history = None, []
         with ExitStack() as working:
+            if drawing.freeu:
+                self.net.freeu = drawing.freeu
+                working.callback(setattr, self.net, "freeu", None)
             for net in nets:
                 self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
                 working.enter_context(memory.at_work(net))
@@ -292,6 +297,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError("`skip_layers`: only SD 3 models take it")
         if drawing.skip_layers and not set(drawing.skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
             raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
+        for name in ("perturbed", "freeu"):
+            if getattr(drawing, name) and not isinstance(self.net, UNet2DConditionModel):
+                raise UserError(f"`{name}` is for UNets (SD 1.x, SD 2.x, SDXL)")
         if start.mask is not None and start.image is None:
             raise UserError("`mask` needs `image`")
         if start.latents is not None and start.image is not None:

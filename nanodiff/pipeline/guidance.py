@@ -8,7 +8,9 @@ import torch
 from nanodiff.config import UserError
 from nanodiff.device import cudagraph, memory, onednn
 from nanodiff.models.layers import computed_by, join
+from nanodiff.models.unet import perturbed
 from nanodiff.pipeline.control import Controls
+from nanodiff.pipeline.settings import Perturbed, SkipLayers
 
 MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
 LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
@@ -29,44 +31,60 @@ class Guidance:
         """The type in which the denoiser computes."""
         return memory.dtype_of(self.net)
 
-    def denoiser(self, text, negative, scale, rescale=0.0, sizes=None, skip=None, times=(), controls=None, beside=None):
+    def denoiser(
+        self, text, negative, scale, rescale=0.0, sizes=None, weaker=None, times=(), controls=None, beside=None
+    ):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. Of several texts, [(Text, its
         weights [B])], each is guided to by its weight (Liu et al. 2022, arXiv 2206.01714 eq. 11). rescale: std
-        correction (Lin et al. 2024 §3.4). skip: a SkipLayers or None, on a run over the timesteps `times`. controls: (ControlNets at
+        correction (Lin et al. 2024 §3.4). weaker: a SkipLayers, a Perturbed or None, on a run over the timesteps `times`. controls: (ControlNets at
         work, model calls of the run, a count of them). beside: what an inpainting model is given with x (start.Beginning).
         """
         if self.device.type == "cuda" and memory.whole(self.net):
             join(self.net)
         parts = text if isinstance(text, list) else [(text, None)]
         groups = 1 if negative is None else 1 + len(parts)
+        if weaker and len(parts) > 1:
+            raise UserError("AND in a prompt is not for `skip_layers` or `perturbed`")
         both = text if negative is None else self.joined([negative, *(part for part, _ in parts)])
         condition = self.condition(both, sizes, groups)
+        # the prompt's pass alone, with the prompt's sizes
+        alone = self.condition(parts[0][0], sizes, 1) if isinstance(weaker, Perturbed) else None
         steered = Controls(self, *controls, both, sizes, groups) if controls else None
         # what a ControlNet adds comes from other tensors at every step, which a recording would not see
         net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
         shown = None if beside is None else beside.to(self.dtype)
 
-        def predict(x, t, more):
+        def predict(x, t, more, condition=condition, net=net):
             if shown is not None:
                 x = torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], dim=1)
-            return net(x, known.get(float(t), t), *condition, **more)
+            return net(x, known.get(float(t), t), *condition, **more).float()
+
+        def led(out, with_text, x, t, more):
+            """`out`, away from what a weaker model says."""
+            if not weaker or not weaker.active(sum(u > t for u in times), len(times)):
+                return out
+            if isinstance(weaker, SkipLayers):
+                blind = self.net(x, t, text.states, text.pooled, weaker.layers).float()
+            else:
+                own = {k: v and v.map(lambda r: r[-len(x) :]) for k, v in more.items()}
+                with perturbed(self.net, weaker.layers):
+                    blind = predict(x, t, own, alone, self.net)
+            return out + weaker.scale * (with_text - blind)
 
         def model(x, t):
             x = x.to(self.dtype)
             more = {"control": steered.at(x, t)} if steered else {}
             if negative is None:
-                return predict(x, t, more).float()
-            without, with_text, *others = predict(torch.cat([x] * groups), t, more).float().chunk(groups)
+                out = predict(x, t, more)
+                return led(out, out, x, t, more)
+            without, with_text, *others = predict(torch.cat([x] * groups), t, more).chunk(groups)
             if parts[0][1] is not None:
                 each = zip((with_text, *others), (w for _, w in parts), strict=True)
                 with_text = without + sum(w.to(x.device).view(-1, 1, 1, 1) * (p - without) for p, w in each)
-            out = without + scale * (with_text - without)
-            if skip and skip.active(sum(u > t for u in times), len(times)):
-                blind = self.net(x, t, parts[0][0].states, parts[0][0].pooled, skip.layers).float()
-                out = out + skip.scale * (with_text - blind)
+            out = led(without + scale * (with_text - without), with_text, x, t, more)
             if rescale:
                 dims = list(range(1, out.dim()))
                 matched = out * (with_text.std(dims, keepdim=True) / out.std(dims, keepdim=True))
@@ -113,7 +131,12 @@ class Guidance:
         hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
         owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
         weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
-        state = (weights, tuple((o, getattr(o, "scale", None)) for o in owners), computed_by())
+        state = (
+            weights,
+            getattr(self.net, "freeu", None),
+            tuple((o, getattr(o, "scale", None)) for o in owners),
+            computed_by(),
+        )
         if state not in self.recorded:  # what was recorded before reads other weights
             self.recorded.clear()
             self.recorded[state] = cudagraph.Replayed(self.net)

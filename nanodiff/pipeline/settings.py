@@ -25,6 +25,17 @@ class SkipLayers(NamedTuple):
         return n * self.start < i < n * self.stop
 
 
+class Perturbed(NamedTuple):
+    """Perturbed-attention guidance, for UNets (Ahn et al. 2024, arXiv 2403.17377): out += scale · (out with text - out of the model whose
+    self-attentions in `layers` let everything look at itself alone). layers: patterns of modules' names, such as "mid" or "up_blocks.1"."""
+
+    scale: float = 3.0
+    layers: tuple = ("mid",)
+
+    def active(self, i: int, n: int) -> bool:
+        return self.scale != 0
+
+
 @dataclass(frozen=True)
 class Words:
     """How prompts become a condition. A text for all pictures, or a list of as many as there are prompts."""
@@ -54,6 +65,8 @@ class Drawing:
     tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
     sizes: dict | None = None  # SDXL's, see SDXL.size_ids
     skip_layers: SkipLayers | None = None  # SD 3's
+    perturbed: Perturbed | None = None
+    freeu: object | None = None  # models.freeu.FreeU, for UNets
     controls: tuple = ()  # ControlNets at work, control.Control
     denoising_end: float | None = None  # stop when this part of the noise is gone, between 0 and 1
 

@@ -14,9 +14,10 @@ from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fi
 from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.models import layers, taesd
+from nanodiff.models.freeu import FreeU
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record, slug
-from nanodiff.pipeline import SkipLayers, Words, control, single, sources
+from nanodiff.pipeline import Perturbed, SkipLayers, Words, control, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
 from nanodiff.weights import hub
@@ -30,7 +31,7 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
-              "skip_layer_stop", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
+              "skip_layer_stop", "perturbed_scale", "perturbed_layers", "freeu", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
               "hires_steps", "hires_latent")  # fmt: skip
 PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
@@ -102,6 +103,16 @@ def skip_layers(cfg):
     except ValueError:
         raise UserError(f"--skip-layers {printable(cfg.skip_layers)!r}: expected numbers, such as 7,8,9") from None
     return SkipLayers(layers, cfg.skip_layer_scale, cfg.skip_layer_start, cfg.skip_layer_stop)
+
+
+def freeu(cfg):
+    """--freeu as generate() takes it, or None."""
+    if not cfg.freeu:
+        return None
+    try:
+        return FreeU(*(float(v) for v in cfg.freeu.split(",")))
+    except (ValueError, TypeError):
+        raise UserError(f"--freeu {printable(cfg.freeu)!r}: expected B1,B2,S1,S2, such as 1.5,1.6,0.9,0.2") from None
 
 
 def load(cfg, record, device, src=None):
@@ -243,6 +254,10 @@ def options(cfg):
         "denoising_end": cfg.denoising_end,
         "sizes": sizes(cfg),
         "skip_layers": skip_layers(cfg),
+        "perturbed": Perturbed(cfg.perturbed_scale, tuple(cfg.perturbed_layers.split(",")))
+        if cfg.perturbed_scale
+        else None,
+        "freeu": freeu(cfg),
         "tiled": cfg.vae_tiling,
         "quirks": cfg.diffusers_quirks,
     }
