@@ -111,6 +111,11 @@ class Config:
         "sampler, such as ddim, euler or dpmpp_2m_karras (an unknown name lists all); default: the model's own",
         often=True,
     )
+    sigmas: str | None = arg(
+        None,
+        "grid of noise levels: karras, exponential, beta, lu, sgm_uniform or ays (Align Your Steps); default: the sampler's own",
+        "schedule-type",
+    )
     eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1")
     height: int | None = arg(None, "pixels; default: the model's own", often=True)
     width: int | None = arg(None, "pixels; default: the model's own", often=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import special
 
 from nanodiff.config import UserError
 from nanodiff.diffusion.schedule import leading, split
@@ -52,7 +53,7 @@ def sigma_grid(schedule, n):
 
     σ_i is the training's σ at the config's timesteps; log_linear, exponential: even in ln σ, each step takes away the same share of the noise.
 
-    Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5).
+    Other grids between the same ends: respaced(); a grid of TABLES: its own ends.
     """
     cfg, every = schedule.cfg, schedule.all_sigmas()
     multistep = "solver_order" in cfg
@@ -63,19 +64,78 @@ def sigma_grid(schedule, n):
     span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
     top = cfg.get("sigma_max") or float(span[0])
     low = cfg.get("sigma_min") or float(span[1])
-    if cfg.get("use_karras_sigmas"):
-        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
-    elif cfg.get("use_exponential_sigmas"):
-        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
-    if cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas"):
+    other = respaced(cfg, top, low, n)
+    if table := schedule.raw.get(GRID):
+        other = TABLES[table](schedule, n)
+    if converted := other is not None:
+        sigmas = other
         t = sigma_to_t(sigmas, np.log(every))
-        cosine = schedule.kind == "DPMSolverMultistepScheduler" and cfg["beta_schedule"] == "squaredcos_cap_v2"
-        rounds = cfg["use_karras_sigmas"] and not cosine and schedule.kind not in UNROUNDED
-        t = t.round() if rounds else t.astype(np.int64) if multistep else t
+        cosine = schedule.kind.startswith("DPMSolver") and cfg["beta_schedule"] == "squaredcos_cap_v2"
+        rounds = (
+            (cfg.get("use_karras_sigmas") or cfg.get("use_lu_lambdas"))
+            and not cosine
+            and schedule.kind not in UNROUNDED
+        )
+        t = t.round() if rounds or table else t.astype(np.int64) if multistep else t
     ends = schedule.kind == "DEISMultistepScheduler" or cfg.get("final_sigmas_type") == "sigma_min"
-    converted = cfg.get("use_karras_sigmas") or cfg.get("use_exponential_sigmas")
     last = (sigmas[-1] if converted and schedule.kind == "UniPCMultistepScheduler" else every[0]) if ends else 0.0
     return t.astype(np.float32).tolist(), np.append(sigmas, last).astype(np.float32).tolist()
+
+
+def respaced(cfg, top, low, n):
+    """σ [n] from `top` down to `low` in the spacing that a config asks for; None where it asks for none.
+
+    Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5). Exponential, and Lu's even λ
+    (Lu et al. 2022, arXiv 2206.00927 §3.4): even in ln σ. Beta: σ_min + (σ_max - σ_min) q_i with the quantiles of B(0.6, 0.6), which lie close
+    together at both ends (Lee et al. 2024, arXiv 2407.12173 eq. 10).
+    """
+    share = np.linspace(0, 1, n)
+    if cfg.get("use_karras_sigmas"):
+        return (top ** (1 / 7) + share * (low ** (1 / 7) - top ** (1 / 7))) ** 7
+    if cfg.get("use_exponential_sigmas") or cfg.get("use_lu_lambdas"):
+        return np.exp(np.linspace(math.log(top), math.log(low), n))
+    if cfg.get("use_beta_sigmas"):
+        return low + (top - low) * special.betaincinv(0.6, 0.6, 1 - share)
+    return None
+
+
+GRID = "_grid"  # the field in which a grid of ours that no class of the Hub has says its name
+# σ of eleven levels for ten steps and the end, optimised for each model (Sabour et al. 2024, arXiv 2404.14507, "Align Your Steps";
+# https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html)
+ALIGNED = {
+    "ays": (14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092, 0.9642583904, 0.6523686016,
+            0.3977456272, 0.1515232662, 0.0291671582),
+    "ays_xl": (14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141, 0.5550693289, 0.3798540708,
+               0.2332364134, 0.1114188177, 0.0291671582),
+}  # fmt: skip
+
+
+def aligned(name):
+    """f(schedule, n) -> the σ of ALIGNED for n steps: between the published levels even in ln σ, as the authors interpolate."""
+
+    def grid(schedule, n):
+        levels = np.log(ALIGNED[name])
+        return np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(levels)), levels))[:-1]
+
+    return grid
+
+
+def sgm_uniform(schedule, n):
+    """σ at n of n + 1 even times, the clean end left out: Stability's generative-models, as the web UI and ComfyUI name it."""
+    every = schedule.all_sigmas()
+    return np.interp(np.linspace(schedule.T - 1, 0, n + 1)[:-1], np.arange(len(every)), every)
+
+
+TABLES = {"ays": aligned("ays"), "ays_xl": aligned("ays_xl"), "sgm_uniform": sgm_uniform}
+# by the name on the command line: fields of scheduler_config.json
+SIGMAS = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "lu": {"use_lu_lambdas": True},
+    "sgm_uniform": {GRID: "sgm_uniform"},
+    "ays": {GRID: "ays"},
+}
 
 
 def _multistep_times(schedule, n):
@@ -132,11 +192,8 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     if cfg["shift_terminal"]:
         sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
     top, low = float(sigmas[0]), float(sigmas[-1])
-    if cfg["use_karras_sigmas"]:
-        sigmas = (top ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - top ** (1 / 7))) ** 7
-    elif cfg["use_exponential_sigmas"]:
-        sigmas = np.exp(np.linspace(math.log(top), math.log(low), n))
-    return np.append(sigmas, 0.0).astype(np.float32).tolist()
+    other = respaced(cfg, top, low, n)
+    return np.append(sigmas if other is None else other, 0.0).astype(np.float32).tolist()
 
 
 def flow_mu(schedule, patches):

@@ -23,6 +23,9 @@ from typing import NamedTuple
 from nanodiff.config import UserError, nearest, printable
 from nanodiff.diffusion import solvers
 from nanodiff.diffusion.grids import (
+    GRID,
+    SIGMAS,
+    TABLES,
     Step,
     ask,
     clip,
@@ -388,6 +391,19 @@ def rescheduled(schedule, name, **more):
     # what a sampler sets is its own: the next one has other fields
     found.raw = raw | more | {k: v for k, v in fields.items() if k == OWN}
     return found
+
+
+def spaced_by(schedule, name, sigmas, large=False):
+    """rescheduled() with the grid of σ that `sigmas` names (grids.SIGMAS). large: of SDXL, for which some are others. Raises UserError for a
+    sampler that cannot have it."""
+    if sigmas not in SIGMAS:
+        raise UserError(f"`sigmas` {printable(sigmas)}: is none of {', '.join(SIGMAS)}{nearest(sigmas, SIGMAS)}")
+    found = rescheduled(schedule, name)
+    (field, value), *_ = SIGMAS[sigmas].items()
+    if found.space != "sigma" if field == GRID else field not in DEFAULTS[found.kind]:
+        raise UserError(f"`sigmas` {sigmas}: {name_of(found)} has no such grid")
+    value = f"{value}_xl" if large and f"{value}_xl" in TABLES else value
+    return rescheduled(schedule, name, **{field: value})
 
 
 def schedule_of(raw, where, name=None):

@@ -21,7 +21,17 @@ import numpy as np
 import torch
 
 from nanodiff.config import UserError, nearest, short, typed
-from nanodiff.diffusion.schedule_config import CHOICES, DEFAULTS, FOREIGN, FORMER, NUMBERS, OWN_CHOICES, SAME, SPACES
+from nanodiff.diffusion.schedule_config import (
+    CHOICES,
+    DEFAULTS,
+    FOREIGN,
+    FORMER,
+    NUMBERS,
+    OWN_CHOICES,
+    SAME,
+    SPACES,
+    SPACINGS,
+)
 
 
 def betas_of(cfg):
@@ -89,8 +99,9 @@ class Schedule:
         for key, values in SAME.get(kind, {}).items():
             cfg[key] = values.get(cfg[key], cfg[key]) if isinstance(cfg[key], str) else cfg[key]
         _check_values(cfg, kind, where)
-        if sum(bool(cfg.get(f"use_{k}_sigmas")) for k in ("karras", "exponential", "beta")) > 1:
-            raise UserError(f"{where}: only one of use_karras_sigmas and use_exponential_sigmas can be set")
+        spacings = [k for k in SPACINGS if cfg.get(k)]
+        if len(spacings) > 1:
+            raise UserError(f"{where}: only one of {' and '.join(spacings)} can be set")
         self = cls(kind, cfg, raw)
         if cfg.get("rescale_betas_zero_snr") and cfg["prediction_type"] == "epsilon":
             raise UserError(

@@ -26,6 +26,7 @@ _CLIPPING = {
     "rescale_betas_zero_snr": False,
 }
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SPACINGS = (*_SIGMAS, "use_lu_lambdas")  # of which at most one is true
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 DEFAULTS = {
     "DDPMScheduler": _DIFFUSION | _CLIPPING | {"variance_type": "fixed_small"},
@@ -212,8 +213,6 @@ CHOICES = {
     "solver_order": (1, 2, 3),
     "time_shift_type": ("exponential", "linear"),
     "lambda_min_clipped": (-math.inf, "-inf"),
-    "use_beta_sigmas": (False,),
-    "use_lu_lambdas": (False,),
     "use_flow_sigmas": (False,),
     "invert_sigmas": (False,),
 }

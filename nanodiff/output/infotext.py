@@ -24,6 +24,15 @@ MENU = (
     ("UniPC", ("", "Automatic", "Uniform"), "unipc"),
     ("LCM", ("", "Automatic", "Uniform"), "lcm"),
 )
+# A1111's schedule types that are grids of ours (sample.py --sigmas), for the samplers that can have them
+SPACINGS = {
+    "Karras": "karras",
+    "Exponential": "exponential",
+    "SGM Uniform": "sgm_uniform",
+    "Beta": "beta",
+    "Align Your Steps": "ays",
+}
+UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -38,6 +47,9 @@ def written(record):
     if record.get("negative_prompt"):
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     sampler, kind = named(record["scheduler"])
+    kind = next(
+        (theirs for theirs, ours in SPACINGS.items() if ours == record.get("sigmas")), record.get("sigmas") or kind
+    )
     hires = record.get("hires")
     strength = record.get("strength") or (record.get("hires_strength") if hires else None)
     last = {
@@ -87,7 +99,11 @@ def parameters(text):
     if size := re.fullmatch(r"(\d+)x(\d+)", facts.get("Size", "")):
         found["width"], found["height"] = map(int, size.groups())
         take("Size")
-    if sampler := sampler_of(MENU, *_spoken(facts)):
+    name, kind = _spoken(facts)
+    sampler = sampler_of(MENU, name, kind)
+    if sampler is None and kind in SPACINGS and (plain := sampler_of(MENU, name, "Uniform")) not in (None, *UNSPACED):
+        sampler, found["sigmas"] = plain, SPACINGS[kind]
+    if sampler:
         found["scheduler"] = sampler
         take("Sampler")
         facts.pop("Schedule type", None)

@@ -151,11 +151,14 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """{component: millions of parameters}"""
         return {k: round(memory.count(m) / 1e6, 2) for k, m in self.models().items()}
 
-    def with_scheduler(self, name: str | None, **fields) -> "Pipeline":
-        """The same models under another sampler; None keeps the model's own. fields: of scheduler_config.json."""
-        if name is None and not fields:
+    def with_scheduler(self, name: str | None, sigmas: str | None = None, **fields) -> "Pipeline":
+        """The same models under another sampler; None keeps the model's own. sigmas: of another grid (grids.SIGMAS). fields: of
+        scheduler_config.json."""
+        if name is None and not fields and sigmas is None:
             return self
         schedule = samplers.rescheduled(self.schedule, name, **fields)
+        if sigmas is not None:
+            schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.takes_sizes)
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
         other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
         other.packs, other.replays = self.packs, self.replays

@@ -27,7 +27,7 @@ LARGE = 1024  # channels of a denoiser from which --dtype auto takes bf16 on a C
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
-              "scheduler", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
+              "scheduler", "sigmas", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
               "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
@@ -224,7 +224,7 @@ def tiny_decoder(path, sd, device):
 
 def under(cfg, base):
     """The loaded pipeline under the sampler and LoRA scale that cfg asks for."""
-    sd = base.with_scheduler(cfg.scheduler)
+    sd = base.with_scheduler(cfg.scheduler, cfg.sigmas)
     for attached, scale in base.loras:
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale

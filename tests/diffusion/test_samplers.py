@@ -14,7 +14,7 @@ from scipy.integrate import quad
 from util import coefficients, double_noise, gaussian_model, golden, max_error, rounding
 
 from nanodiff.config import UserError
-from nanodiff.diffusion import samplers, solvers
+from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.diffusion.samplers import SAMPLERS, begin
 from nanodiff.diffusion.schedule import Schedule
 
@@ -38,6 +38,7 @@ FAMILIES = [
     "kdpm2_a",
     "dpmpp2s",
     "tcd",
+    "spacings",
 ]
 TWICE = ("heun", "kdpm2", "kdpm2_a")  # the reference yields after each network call, we after each step
 
@@ -493,3 +494,60 @@ def test_karras_grid():
     ends = every[-1] ** (1 / 7), every[0] ** (1 / 7)
     want = [(ends[0] + i / 6 * (ends[1] - ends[0])) ** 7 for i in range(7)]
     assert np.allclose(sigmas[:-1], want, rtol=1e-6) and sigmas[-1] == 0
+
+
+# -- grids of σ ----------------------------------------------------------------------------------------------
+
+
+def ordinary(kind="EulerDiscreteScheduler", **more):
+    return Schedule.from_config(
+        {"_class_name": kind, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} | more
+    )
+
+
+@pytest.mark.parametrize("name", grids.SIGMAS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc", "kdpm2"])
+def test_grids_go_down_and_the_exact_network_ends_at_its_data(name, sampler):
+    """However a grid is spaced, more steps bring the sample nearer to the closed form; and it goes from noise to 0."""
+    if name == "lu" and sampler != "dpmpp_2m":
+        with pytest.raises(UserError, match=f"`sigmas` lu: {sampler} has no such grid"):
+            samplers.spaced_by(ordinary(), sampler, name)
+        return
+    schedule = samplers.spaced_by(ordinary(), sampler, name)
+    errors = []
+    for n in (8, 32):
+        times, sigmas = grids.sigma_grid(schedule, n)
+        assert len(times) == n and len(sigmas) == n + 1 and sigmas[-1] == 0
+        assert all(a > b for a, b in itertools.pairwise(sigmas)) and all(a >= b for a, b in itertools.pairwise(times))
+        first = begin(schedule, n, torch.linspace(-2, 2, 9, dtype=torch.float64))
+        *_, last = samplers.of(schedule).run(gaussian_model(schedule, MEAN, VAR), first, schedule, n, None)
+        scaled = first / (1 if not samplers.of(schedule).scaled else (1 / (sigmas[0] ** 2 + 1)) ** 0.5)
+        want = MEAN + (scaled - MEAN) * (VAR / (VAR + sigmas[0] ** 2)) ** 0.5
+        errors.append((last.x - want).abs().max().item())
+    # beta's levels lie far apart where there is little noise left, and multistep samplers take its times as whole numbers
+    assert errors[1] < max((0.95 if name == "beta" else 0.5) * errors[0], 2e-3)
+
+
+def test_published_levels_are_met():
+    """Ten steps of Align Your Steps are the table's; more lie between, even in ln σ."""
+    for large, name in ((False, "ays"), (True, "ays_xl")):
+        schedule = samplers.spaced_by(ordinary(), None, "ays", large)
+        _, ten = grids.sigma_grid(schedule, 10)
+        assert ten[:-1] == pytest.approx(grids.ALIGNED[name][:-1], rel=1e-6)
+        _, twenty = grids.sigma_grid(schedule, 20)
+        assert twenty[:-1:2] == pytest.approx(ten[:-1], rel=1e-6)
+        assert twenty[1] == pytest.approx((ten[0] * ten[1]) ** 0.5, rel=1e-6)
+
+
+def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
+    with pytest.raises(UserError, match="is none of karras"):
+        samplers.spaced_by(ordinary(), None, "even")
+    for name, sigmas in (("ddim", "ays"), ("euler_a", "karras"), ("ddim", "beta")):
+        with pytest.raises(UserError, match=f"{name} has no such grid"):
+            samplers.spaced_by(ordinary(), name, sigmas)
+    with pytest.raises(UserError, match="only one of use_karras_sigmas and use_beta_sigmas"):
+        samplers.spaced_by(ordinary(), "dpmpp_2m_karras", "beta")
+    flow = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert samplers.spaced_by(flow, None, "beta").cfg["use_beta_sigmas"]
+    with pytest.raises(UserError, match="has no such grid"):
+        samplers.spaced_by(flow, None, "ays")

@@ -35,7 +35,10 @@ def test_a_real_one():
         ("DPM++ 2M", "Automatic", "dpmpp_2m_karras"),
         ("DPM++ 2M SDE", "Karras", "dpmpp_2m_sde_karras"),
         ("DPM++ SDE", "Karras", None),
-        ("Euler", "Karras", None),
+        ("Euler", "Karras", "euler"),
+        ("Euler a", "Karras", None),
+        ("DPM2", "Align Your Steps", "kdpm2"),
+        ("Euler", "KL Optimal", None),
         ("UniPC", "Automatic", "unipc"),
     ],
 )
@@ -63,7 +66,7 @@ RECORD = {"prompt": "a cat", "negative_prompt": "dog", "steps": 5, "scheduler": 
 @pytest.mark.parametrize(
     "more",
     [{}, {"clip_skip": 2}, {"hires": 2.0, "hires_strength": 0.5, "hires_steps": None, "hires_latent": False}, {"eta": 0.5},
-     {"scheduler": "dpmpp_2m_karras"}, {"scheduler": "euler_a", "negative_prompt": None}],
+     {"scheduler": "dpmpp_2m_karras"}, {"scheduler": "euler", "sigmas": "beta"}, {"scheduler": "euler_a", "negative_prompt": None}],
 )  # fmt: skip
 def test_what_is_written_is_read_back(more):
     record = RECORD | more
