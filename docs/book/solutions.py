@@ -389,7 +389,7 @@ def sizes(original, crop, target):
 
 
 def added(pooled, six, embed):
-    """UNet2DConditionModel.embed's lines."""
+    """Downward.embed's lines."""
     return torch.cat([pooled, embed(six.flatten()).view(len(pooled), -1)], dim=-1)
 
 
@@ -532,7 +532,7 @@ SOLUTIONS = {
     },
     10: {
         "sizes": (sizes, "nanodiff/pipeline/sdxl.py: SDXL.size_ids"),
-        "added": (added, "nanodiff/models/unet.py: UNet2DConditionModel.embed"),
+        "added": (added, "nanodiff/models/unet.py: Downward.embed"),
         "states": (states, "nanodiff/pipeline/sdxl.py: SDXL.encode_uniques"),
     },
     13: {
