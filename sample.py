@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, script
+from nanodiff.config import UserError, arg, check_bounds, script
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -223,6 +223,7 @@ class Config:
 
     def check(self):
         """Settings that make no sense are refused before anything is loaded."""
+        check_bounds(self)  # also of those that a picture or a study brought
         if self.ddim_steps is not None:
             if self.steps is not None or self.scheduler not in (None, "ddim"):
                 raise UserError("--ddim-steps is --scheduler ddim --steps N; do not give them together")
@@ -251,7 +252,6 @@ class Config:
         )
         needed += (("hires_strength", "hires"), ("hires_steps", "hires"), ("hires_latent", "hires"))
         needed += (
-            ("allow_partial", "lora"),
             ("negative_prompt_2", "negative_prompt"),
             ("negative_prompt_3", "negative_prompt"),
         )
@@ -265,6 +265,13 @@ class Config:
         for name, needs in (*needed, ("lora_scale", "lora")):
             if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, []):
                 raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
+        if self.allow_partial and not self.lora and not self.lora_dir:
+            raise UserError("--allow-partial does nothing without --lora or --lora-dir")
+        for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"):
+            if self.prompt_syntax == "a1111" and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is not for --prompt-syntax a1111, which has one prompt for all text encoders"
+                )
         if self.perturbed_layers != "mid" and not self.perturbed_scale:
             raise UserError("--perturbed-layers does nothing without --perturbed-scale")
         if len(self.control) != len(self.control_image):

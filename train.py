@@ -192,16 +192,17 @@ class ControlConfig(DiffusionConfig):
     control: str | None = arg(None, "ControlNet to go on from, in place of a copy of --model's UNet", often=True)
 
     def check(self):
-        if (
-            not self.model
-            or self.lora
-            or self.train_text_encoder
-            or self.condition != "text"
-            or self.parallel == "fsdp"
-        ):
+        others = (
+            self.lora,
+            self.train_text_encoder,
+            self.condition != "text",
+            self.parallel == "fsdp",
+            self.sample_prompts,
+        )
+        if not self.model or any(others):
             raise UserError(
                 "train.py controlnet needs a --model with a UNet and text, which stays as it is: no --lora, "
-                "--train-text-encoder, --condition or --parallel fsdp"
+                "--train-text-encoder, --condition, --parallel fsdp or --sample-prompts (sheets show the data's pictures)"
             )
         super().check()
 

@@ -5,6 +5,7 @@ Shared by samplers.py and solvers.py. Symbols as there: ᾱ = alphas_cumprod, a 
 Explained in the book (docs/book): chapters 3 and 11.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from scipy import special
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, short
 from nanodiff.diffusion.schedule import leading, split
 
 UNROUNDED = (
@@ -66,6 +67,8 @@ def sigma_grid(schedule, n):
     low = cfg.get("sigma_min") or float(span[1])
     other = respaced(cfg, top, low, n)
     if table := schedule.raw.get(GRID):
+        if table not in TABLES:
+            raise UserError(f"scheduler_config.json: {GRID} = {short(table)} is none of {', '.join(TABLES)}")
         other = TABLES[table](schedule, n)
     if converted := other is not None:
         sigmas = other
@@ -158,9 +161,12 @@ def spaced_times(schedule, n, mu=None):
 
 
 def pndm_times(schedule, n, mu=None):
-    """The same, the second one twice where PNDM begins without Runge-Kutta steps."""
+    """The same, the second one twice where PNDM begins without Runge-Kutta steps; with them, four for each of the first three."""
     t = schedule.spaced(n).tolist()
-    return t[:2] + t[1:] if schedule.cfg["skip_prk_steps"] and n > 1 else t
+    if schedule.cfg["skip_prk_steps"]:
+        return t[:2] + t[1:] if n > 1 else t
+    begun = [[u, v + (u - v) // 2, v + (u - v) // 2, v] for u, v in itertools.pairwise(t[:4])]
+    return [*itertools.chain.from_iterable(begun), *t[3:]]
 
 
 def sigma_times(schedule, n, mu=None):

@@ -39,7 +39,7 @@ from nanodiff.diffusion.grids import (
     spaced_times,
 )
 from nanodiff.diffusion.schedule import Schedule, split
-from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES
+from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES, SPACINGS
 
 
 def _previous(schedule, timesteps, i, n, quirks=False):
@@ -105,7 +105,8 @@ def pndm(model, x, schedule, n, noise, start=0, quirks=False):
     steps. With the skip, the second timestep is visited twice (n + 1 network calls): the first visit is a guess.
     quirks: the timestep after t is t - T // n, as in diffusers, not the list's next entry.
     """
-    times, ratio, history = pndm_times(schedule, n), schedule.T // n, []
+    ratio, history = schedule.T // n, []
+    times = pndm_times(schedule, n) if schedule.cfg["skip_prk_steps"] else schedule.spaced(n).tolist()
     if not schedule.cfg["skip_prk_steps"]:
         if n < 4 or start:
             raise UserError("PNDM with Runge-Kutta steps needs at least 4 steps and cannot start in the middle")
@@ -403,7 +404,8 @@ def spaced_by(schedule, name, sigmas, large=False):
     if found.space != "sigma" if field == GRID else field not in DEFAULTS[found.kind]:
         raise UserError(f"`sigmas` {sigmas}: {name_of(found)} has no such grid")
     value = f"{value}_xl" if large and f"{value}_xl" in TABLES else value
-    return rescheduled(schedule, name, **{field: value})
+    none = {k: False for k in SPACINGS if k in DEFAULTS[found.kind]} | {GRID: None}  # the model's own makes room
+    return rescheduled(schedule, name, **none | {field: value})
 
 
 def schedule_of(raw, where, name=None):

@@ -139,11 +139,14 @@ def steered(control, unet, picture):
     return predict
 
 
-def copy_of(unet, **fields):
+def copy_of(unet, downscale=8, **fields):
     """A ControlNet to be trained for `unet`: a copy of its way down, an eye with weights drawn anew, and zeros between them and the UNet.
 
-    fields: of the Config. Its weights are in the type and on the device of the UNet's.
+    downscale: pixels a latent, a power of 2. fields: of the Config. Its weights are in the type and on the device of the UNet's.
     """
+    strides = downscale.bit_length() - 1
+    widths = (*(16, 32, 96)[:strides], *[256] * (strides - 3), 256)  # the released ones' for 8
+    fields = {"conditioning_embedding_out_channels": widths} | fields
     weight = unet.conv_in.weight
     with torch.device(weight.device):
         net = ControlNetModel(Config.of(unet.cfg, **fields)).to(weight.dtype)

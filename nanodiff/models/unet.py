@@ -176,10 +176,13 @@ def perturbed(unet, layers):
     names = {name: m for name, m in unet.named_modules() if name.endswith("attn1")}
     chosen = []
     for layer in layers:
-        mine = [m for name, m in names.items() if re.search(layer, name)]
+        try:
+            mine = [m for name, m in names.items() if layer and re.search(layer, name)]
+        except re.error as e:
+            raise UserError(f"`perturbed_layers` {printable(layer)!r} is no pattern: {e}") from None
         if not mine:
             raise UserError(
-                f"`perturbed`: no self-attention's name has {printable(layer)!r} in it; they are {', '.join(names)}"
+                f"`perturbed_layers`: no self-attention's name has {printable(layer)!r} in it; they are {', '.join(names)}"
             )
         chosen += mine
     try:

@@ -5,6 +5,7 @@ node, its output].
 """
 
 import json
+import math
 
 from PIL import Image
 
@@ -32,7 +33,7 @@ COMFYUI = (
     ("euler", ("simple", "sgm_uniform"), "flow_euler"),
 )
 SAMPLING = ("KSampler", "KSamplerAdvanced")
-LOADERS = {"CheckpointLoaderSimple": "ckpt_name", "CheckpointLoader": "ckpt_name", "UNETLoader": "unet_name"}
+NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model
 
 
 def read(path):
@@ -81,42 +82,78 @@ def comfyui(graph, path="the graph"):
         return str(link[0]) if isinstance(link, list) and link and str(link[0]) in nodes else None
 
     def value(key, name):
-        """An input's value, also where another node (a primitive, a text) gives it."""
+        """An input's value, also where another node (a primitive, a text) gives it; None where none can be told."""
         got = inputs(key).get(name)
         if isinstance(got, list):
             other = behind(key, name)
-            used.add(other)
-            plain = [v for v in inputs(other).values() if not isinstance(v, list | dict)]
-            return plain[0] if len(plain) == 1 else None
+            plain = {k: v for k, v in inputs(other).items() if isinstance(v, int | float | str)}
+            # a node of one value, or one that is called as what it is for
+            named = [
+                plain[k] for k in (name, "seed" if "seed" in name else name, "value", "text", "string") if k in plain
+            ]
+            got = next(iter(plain.values())) if len(plain) == 1 else named[0] if named else None
+            if got is not None:
+                used.add(other)
         return got
 
     sampler, found = mine[0], {"prompt_syntax": "comfyui"}
+    left = []
     for name, keys, kind in (
         ("steps", ("steps",), int),
         ("guidance_scale", ("cfg",), float),
         ("seed", ("seed", "noise_seed"), int),
     ):
         got = next((v for v in (value(sampler, key) for key in keys) if v is not None), None)
-        if isinstance(got, int | float) and not isinstance(got, bool):
+        if isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got):
             found[name] = kind(got)
+        else:
+            left.append(f"{name}, which no node gives as a number")
     for name, key in (("prompt", "positive"), ("negative_prompt", "negative")):
         text = behind(sampler, key)
-        if text and isinstance(said := value(text, "text"), str):
-            used.add(text)
-            found[name] = [said] if name == "prompt" else said
+        said = next(
+            (v for v in (value(text, k) for k in ("text", "text_g", "clip_g") if text) if isinstance(v, str)), None
+        )
+        if said is None:
+            left.append(
+                f"{name}, which no text node gives" + (f" ({short(nodes[text].get('class_type'))})" if text else "")
+            )
+            continue
+        used.add(text)
+        found[name] = [said] if name == "prompt" else said
+        second = next((v for v in (value(text, k) for k in ("text_l", "clip_l")) if isinstance(v, str)), said)
+        if second != said:  # the two CLIPs' own texts; ours names the first one's first
+            first = [second] if name == "prompt" else second
+            found |= {name: first, f"{name}_2": said}
     latent = behind(sampler, "latent_image")
-    if latent and {"width", "height"} <= inputs(latent).keys():
+    if latent and str(nodes[latent].get("class_type")).startswith("Empty"):
         used.add(latent)
         found |= {side: value(latent, side) for side in ("width", "height") if isinstance(value(latent, side), int)}
-    model, loras = behind(sampler, "model"), []
-    while model and model not in used and "lora_name" in inputs(model):  # a graph may lead back to itself
-        used.add(model)
-        loras.append(f"{value(model, 'lora_name')} at {value(model, 'strength_model')}")
+        if isinstance(n := value(latent, "batch_size"), int) and n > 1:
+            left.append(f"batch_size: {n} (the first picture is drawn; the others' noise follows it)")
+    elif latent:
+        left.append("the picture that it began with")
+    model, behind_it = behind(sampler, "model"), set()
+    while model and model not in behind_it and not any(name in inputs(model) for name in NAMES):
+        behind_it.add(model)  # LoRAs and what else changes a model on its way; a graph may lead back to itself
+        if "lora_name" in inputs(model):
+            used.add(model)
+            lora = f"{value(model, 'lora_name')} at {value(model, 'strength_model')}"
+            left.append(f"LoRA {short(lora)} (give it with --lora)")
         model = behind(model, "model")
-    if model and (key := LOADERS.get(nodes[model].get("class_type"))):
+    if model and (key := next((name for name in NAMES if name in inputs(model)), None)):
         used.add(model)
         found["model"] = str(value(model, key))
-    left = [f"LoRA {short(lora)} (give it with --lora)" for lora in reversed(loras)]
+    for name, usual in (
+        ("add_noise", "enable"),
+        ("start_at_step", 0),
+        ("return_with_leftover_noise", "disable"),
+        ("end_at_step", 10_000),
+    ):
+        got = value(sampler, name)
+        if got not in (None, usual) and not (
+            name == "end_at_step" and isinstance(got, int) and got >= found.get("steps", 0)
+        ):
+            left.append(f"{name}: {short(got)}")
     pair = value(sampler, "sampler_name"), value(sampler, "scheduler")
     if ours := infotext.sampler_of(COMFYUI, *pair):
         found["scheduler"] = ours

@@ -2,6 +2,7 @@
 "Steps: 20, Sampler: Euler a, Schedule type: Automatic, …"."""
 
 import json
+import math
 import re
 
 from nanodiff.config import printable, short
@@ -32,6 +33,7 @@ SPACINGS = {
     "Beta": "beta",
     "Align Your Steps": "ays",
 }
+UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
 UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -51,6 +53,7 @@ def written(record):
         (theirs for theirs, ours in SPACINGS.items() if ours == record.get("sigmas")), record.get("sigmas") or kind
     )
     hires = record.get("hires")
+    taken = int((record.get("hires_steps") or record["steps"]) * record.get("hires_strength", 0)) if hires else ""
     strength = record.get("strength") or (record.get("hires_strength") if hires else None)
     last = {
         "Steps": record["steps"],
@@ -64,10 +67,10 @@ def written(record):
         "Denoising strength": "" if strength is None else f"{strength:g}",
         "Mask blur": record.get("mask_blur") or "",
         "Hires upscale": f"{hires:g}" if hires else "",
-        "Hires steps": (record.get("hires_steps") or "") if hires else "",
-        "Hires upscaler": ("Latent (bicubic)" if record.get("hires_latent") else "Lanczos") if hires else "",
+        "Hires steps": taken,
+        "Hires upscaler": UPSCALERS[bool(record.get("hires_latent"))] if hires else "",
         "Lora hashes": ", ".join(f"{k}: {v}" for k, v in (record.get("lora_hashes") or {}).items()),
-        "Eta": f"{record['eta']:g}" if record.get("eta") else "",
+        "Eta DDIM": f"{record['eta']:g}" if record.get("eta") else "",
         "RNG": "CPU",
     }
     return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items() if v != "")])
@@ -81,7 +84,7 @@ def parameters(text):
         lines, pairs = [*lines, last], []
     facts = {}
     for key, value in pairs:
-        facts[key.strip()] = json.loads(value) if re.fullmatch(r'"(?:\\.|[^\\"])*"', value) else value.strip()
+        facts[key.strip()] = _unquoted(value.strip())
     negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
     found = {"prompt": ["\n".join(lines[:negative]).strip()], "prompt_syntax": "a1111"}
     if negative < len(lines):
@@ -91,7 +94,7 @@ def parameters(text):
         ("steps", "Steps", int),
         ("guidance_scale", "CFG scale", float),
         ("seed", "Seed", int),
-        ("eta", "Eta", float),
+        ("eta", "Eta DDIM", float),
     ):
         if (value := _number(facts.get(key), kind)) is not None:
             found[name] = value
@@ -113,13 +116,20 @@ def parameters(text):
     if "Model" in facts:
         found["model"] = take("Model")
     if (times := _number(facts.get("Hires upscale"), float)) is not None:
-        strength = _number(facts.get("Denoising strength"), float)
-        found |= {"hires": times, "hires_latent": facts.get("Hires upscaler", "").startswith("Latent")}
-        found |= {} if strength is None else {"hires_strength": strength}
-        steps = _number(facts.get("Hires steps"), int)
-        found |= {"hires_steps": steps} if steps else {}
-        for key in ("Hires upscale", "Hires upscaler", "Hires steps", "Denoising strength"):
+        strength, upscaler = _number(facts.get("Denoising strength"), float), facts.get("Hires upscaler", "")
+        found |= {"hires": times, "hires_latent": upscaler.startswith("Latent")}
+        if strength:
+            # there all steps of the second pass are taken, here the part `hires_strength` of them
+            taken = _number(facts.get("Hires steps"), int) or found.get("steps")
+            found |= {"hires_strength": strength} | (
+                {"hires_steps": int(taken / min(strength, 0.999))} if taken else {}
+            )
+        for key in ("Hires upscale", "Hires steps", "Denoising strength"):
             facts.pop(key, None)
+        if upscaler in UPSCALERS.values():
+            take("Hires upscaler")
+        elif upscaler:
+            facts["Hires upscaler"] += f" ({UPSCALERS[found['hires_latent']]} is used)"
     if facts.get("RNG") == "CPU":
         take("RNG")
     elif pairs:  # its default is the graphics card's, which draws other numbers
@@ -129,10 +139,19 @@ def parameters(text):
 
 
 def _number(text, kind):
+    """A text as a number; None for what is none, and for what is not finite."""
     try:
-        return kind(text)
+        return kind(text) if math.isfinite(float(text)) else None
     except (TypeError, ValueError):
         return None
+
+
+def _unquoted(value):
+    try:
+        found = json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        return value
+    return found if isinstance(found, str) else value
 
 
 def _spoken(facts):

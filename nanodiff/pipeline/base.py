@@ -22,7 +22,7 @@ import torch
 from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
-from nanodiff.models.unet import UNet2DConditionModel
+from nanodiff.models.unet import UNet2DConditionModel, perturbed
 from nanodiff.output import images
 from nanodiff.pipeline import control, families, saving
 from nanodiff.pipeline.conditions import Conditions
@@ -30,7 +30,7 @@ from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
 from nanodiff.pipeline.settings import Drawing, Start, Words, grouped
 from nanodiff.pipeline.space import LatentSpace
-from nanodiff.pipeline.spoken import spoken
+from nanodiff.pipeline.spoken import Spoken
 from nanodiff.pipeline.start import begin
 
 
@@ -211,7 +211,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         self.check_size(height, width)
         self.check_options(drawing, start, words)
         for one in drawing.controls:
-            control.check(one, self, height, width)
+            control.check(one, self, len(prompts), height, width)
         samplers.check_steps(self.schedule, steps)
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
@@ -224,7 +224,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         times = samplers.times(self.schedule, steps, **shift)
         total = self._until(drawing.denoising_end, times, first)
         nets = [self.net, *(c.net for c in drawing.controls)]
-        controls = (drawing.controls, samplers.asked(self.schedule, total), itertools.count()) if nets[1:] else None
+        # parts of the steps are of all of them, also where `denoising_end` leaves some out
+        asked = samplers.asked(self.schedule, len(times) - first)
+        controls = (drawing.controls, asked, itertools.count()) if nets[1:] else None
 
         def make(text, negative):
             weaker = drawing.skip_layers or drawing.perturbed
@@ -232,6 +234,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 text, negative, scale, drawing.guidance_rescale, sizes, weaker, times, controls, beside
             )
 
+        if words.syntax:
+            texts = Spoken(self, prompts, negative_prompt, words, guided, times[first : first + total])
         step, history = None, []
         with ExitStack() as working:
             if drawing.freeu:
@@ -240,10 +244,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             for net in nets:
                 self.ready(net, self.packs and total >= onednn.FEWEST_STEPS)
                 working.enter_context(memory.at_work(net))
-            if texts:
-                model = make(*texts)
-            else:
-                model = spoken(self, prompts, negative_prompt, words, guided, steps, times, make)
+            model = texts.model(make) if words.syntax else make(*texts)
             for done, step in enumerate(run(model, x, self.schedule, steps, noise, first, **options), 1):
                 if known:  # inpainting, in place: the sampler continues from what is written here
                     step.x.copy_(known(step.x, first + done))
@@ -303,6 +304,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         for name in ("perturbed", "freeu"):
             if getattr(drawing, name) and not isinstance(self.net, UNet2DConditionModel):
                 raise UserError(f"`{name}` is for UNets (SD 1.x, SD 2.x, SDXL)")
+        if drawing.perturbed:
+            with perturbed(self.net, drawing.perturbed.layers):  # names that are none show now
+                pass
         if start.mask is not None and start.image is None:
             raise UserError("`mask` needs `image`")
         if start.latents is not None and start.image is not None:

@@ -204,10 +204,11 @@ class Conditions:
         return self.filled(text, longest, words.clip_skip), self.filled(negative, longest, 0)
 
     @torch.no_grad()
-    def prepare(self, prompts, *args, **options):
+    def prepare(self, prompts, negative_prompt=None, *args, **options):
         """Encode what generate() will need and keep it, so that the text encoders work once. Arguments of conditions()."""
         for i in range(0, len(prompts), GROUP):
-            self.conditions(prompts[i : i + GROUP], *args, **options)
+            some = negative_prompt if isinstance(negative_prompt, str | None) else negative_prompt[i : i + GROUP]
+            self.conditions(prompts[i : i + GROUP], some, *args, **options)
 
     def learn(self, path, allow_pickle=False):
         """Teach the text encoders the word of a textual-inversion file; returns the word. Raises UserError."""

@@ -1,5 +1,6 @@
 """ControlNets beside the denoiser: from a folder, a file or the Hub, and what they add at every step (models/controlnet.py)."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from functools import reduce
@@ -74,29 +75,43 @@ class Controls:
         return reduce(add, said) if said else None
 
 
-def check(control, sd, height, width):
-    """Raise UserError for a ControlNet that is not for this model, and for a picture of another size than what is drawn."""
-    unet, net = sd.net, control.net
-    if not isinstance(unet, UNet2DConditionModel):
-        raise UserError("`controls`: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
-    for what, mine, theirs in (
-        ("text of width", net.cfg.cross_attention_dim, unet.cfg.cross_attention_dim),
-        ("widths", net.widths, unet.widths),
-        ("latent channels", net.cfg.in_channels, sd.channels),
-        ("an added condition of", net.cfg.projection_class_embeddings_input_dim, unet.cfg.projection_class_embeddings_input_dim),
-        ("pixels a latent", net.cfg.downscale, sd.downscale),
-    ):  # fmt: skip
-        if mine != theirs:
-            raise UserError(
-                f"`controls`: a ControlNet for {what} {mine}, the UNet has {theirs}: they are not of one model"
-            )
-    got = tuple(control.picture.shape[-2:])
-    if got != (height, width):
+def check_fit(net, sd):
+    """Raise UserError for a ControlNet that is not for a pipeline's UNet."""
+    if not isinstance(sd.net, UNet2DConditionModel):
+        raise UserError("ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+    unet, mine = sd.net.cfg, net.cfg
+    for what, own, theirs in (
+        ("text of width", mine.cross_attention_dim, unet.cross_attention_dim),
+        ("widths", net.widths, sd.net.widths),
+        ("latent channels", mine.in_channels, sd.channels),
+        (
+            "an added condition of",
+            mine.projection_class_embeddings_input_dim,
+            unet.projection_class_embeddings_input_dim,
+        ),
+        ("pixels a latent", mine.downscale, sd.downscale),
+    ):
+        if own != theirs:
+            raise UserError(f"a ControlNet for {what} {own}, the UNet has {theirs}: they are not of one model")
+
+
+def check(control, sd, pictures, height, width):
+    """Raise UserError for a ControlNet that is not for this model, and for what cannot be shown to it."""
+    check_fit(control.net, sd)
+    n, channels, *got = control.picture.shape
+    if tuple(got) != (height, width):
         raise UserError(f"`controls`: a picture of {got[1]}x{got[0]} for one of {width}x{height}")
+    if n not in (1, pictures) or channels != control.net.cfg.conditioning_channels:
+        wanted = control.net.cfg.conditioning_channels
+        raise UserError(
+            f"`controls`: {n} pictures of {channels} channels for {pictures}: one for all, or one for each, of {wanted} channels"
+        )
     if not 0 <= control.start < control.end <= 1:
         raise UserError(
             f"`controls`: from {control.start:g} to {control.end:g} of the steps is no part of them (0 to 1)"
         )
+    if (own := memory.dtype_of(control.net)) != sd.dtype:
+        raise UserError(f"`controls`: a ControlNet in {own} beside a denoiser in {sd.dtype}: load it in the same type")
 
 
 def parse(text):
@@ -193,6 +208,8 @@ def _config(shapes, unet, prefix):
     else:
         names = [f"{prefix}input_hint_block.{i}.weight" for i in range(0, 99, 4)]
     found = [shapes[n] for n in names if n in shapes]
-    return Config.of(
+    first = shapes.get("conv_in.weight" if prefix is None else f"{prefix}input_blocks.0.0.weight")
+    cfg = Config.of(
         unet, conditioning_channels=found[0][1], conditioning_embedding_out_channels=tuple(s[0] for s in found)
     )
+    return cfg if first is None else dataclasses.replace(cfg, in_channels=first[1])  # an inpainting UNet has more

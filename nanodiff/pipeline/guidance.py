@@ -55,9 +55,10 @@ class Guidance:
         # what a ControlNet adds comes from other tensors at every step, which a recording would not see
         net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
+        known_alone = self.shifts(times, *alone[1:]) if alone else {}
         shown = None if beside is None else beside.to(self.dtype)
 
-        def predict(x, t, more, condition=condition, net=net):
+        def predict(x, t, more, condition=condition, net=net, known=known):
             if shown is not None:
                 x = torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], dim=1)
             return net(x, known.get(float(t), t), *condition, **more).float()
@@ -67,11 +68,11 @@ class Guidance:
             if not weaker or not weaker.active(sum(u > t for u in times), len(times)):
                 return out
             if isinstance(weaker, SkipLayers):
-                blind = self.net(x, t, text.states, text.pooled, weaker.layers).float()
+                blind = self.net(x, t, parts[0][0].states, parts[0][0].pooled, weaker.layers).float()
             else:
                 own = {k: v and v.map(lambda r: r[-len(x) :]) for k, v in more.items()}
                 with perturbed(self.net, weaker.layers):
-                    blind = predict(x, t, own, alone, self.net)
+                    blind = predict(x, t, own, alone, self.net, known_alone)
             return out + weaker.scale * (with_text - blind)
 
         def model(x, t):

@@ -289,9 +289,9 @@ class Progress:
             print(f"sampling: step {self.done} of {n * self.batches}, {rate:.2f} it/s", file=sys.stderr)
             self.said = now
 
-    def skip(self):
-        """One batch less to do."""
-        self.batches -= 1
+    def skip(self, passes=1):
+        """A batch of so many passes less to do."""
+        self.batches -= passes
 
     def __exit__(self, *exc):
         self.bar.close()
@@ -360,11 +360,15 @@ def file_name(cfg, facts, sd):
     return f"{slug(facts['prompt'])}_{model}{scheduler}_cfg{scale}_steps{facts['steps']}{seed}.png"
 
 
-def remembered(cfg, facts, sd):
-    """Everything that --from-image needs, as JSON values."""
+def remembered(cfg, facts, sd, tagged=None):
+    """Everything that --from-image needs, as JSON values. tagged: {name: hash} of the picture's own LoRAs."""
     dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(sd.dtype).removeprefix("torch.")]
     values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
-    shown = {"lora_hashes": sd.hashes, "strength": cfg.strength, "mask_blur": cfg.mask_blur}  # for other programs' eyes
+    shown = {
+        "lora_hashes": sd.hashes | (tagged or {}),
+        "strength": cfg.strength,
+        "mask_blur": cfg.mask_blur,
+    }  # for other programs' eyes
     return (
         {k: values[k] for k in REMEMBERED}
         | {"init_image": bool(cfg.init_image)}
@@ -379,8 +383,7 @@ def recall(cfg):
     record = read_record(cfg.from_image)
     if record.get("init_image"):
         raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")
-    given = getattr(cfg, "given", frozenset())
-    given |= {"steps", "scheduler"} if "ddim_steps" in given else set()
+    given = given_in(cfg)
     known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
     known["prompt"] = [known.get("prompt")]
     for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
@@ -399,11 +402,17 @@ def recall(cfg):
                 raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
 
 
+def given_in(cfg):
+    """The settings that the command line names, which win over a picture's."""
+    given = getattr(cfg, "given", frozenset())
+    return given | ({"steps", "scheduler"} if "ddim_steps" in given else set())
+
+
 def adopt(cfg, program, found, unused):
     """Fill cfg from what another program's picture says; says what is taken and what is not."""
-    given = getattr(cfg, "given", frozenset())
-    model = found.pop("model", None)
-    if model is not None and "model" not in given:
+    given, cfg.adopted = given_in(cfg), True
+    model = found.pop("model", "(it does not say which)")
+    if "model" not in given:
         raise UserError(
             f"{cfg.from_image}: was made by {program} with the model {printable(model)}; name its file with --model"
         )

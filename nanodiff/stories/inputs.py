@@ -1,6 +1,5 @@
 """What a picture is drawn from: its size, a picture and a mask to begin with, what ControlNets are shown; and the drawing itself, once or twice."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 
 from nanodiff.config import UserError
 from nanodiff.data import edges
+from nanodiff.diffusion import samplers
 from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
 from nanodiff.pipeline import control
@@ -21,8 +21,7 @@ def inputs(cfg, sd):
     brings the model's own size; --height and --width win.
     """
     picture = images.open_image(cfg.init_image) if cfg.init_image else None
-    shown = [control_image(text) for text in cfg.control_image]
-    sizing = picture or next(iter(shown), None)
+    sizing = picture or (control_image(cfg.control_image[0])[0] if cfg.control_image else None)
     if sizing and not cfg.mask and sd.keeps_size:
         height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (sizing.height, sizing.width))
     else:
@@ -42,12 +41,9 @@ def inputs(cfg, sd):
     if mask:
         pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
         start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
-    if shown:
-        start["controls"] = controls(
-            cfg,
-            sd,
-            [fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS) for p in shown],
-        )
+    if cfg.control:
+        same = lambda p: fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS)  # noqa: E731
+        start["controls"] = controls(cfg, sd, same)
     if box:
         return {"height": height, "width": width}, start, lambda drawn: repaint.pasted(drawn, picture, mask, box)
     if cfg.mask_blur:
@@ -70,21 +66,24 @@ def opened_mask(cfg, picture):
 
 
 def control_image(text):
-    """A picture for a ControlNet, as --control-image names it: a file, or canny:FILE for its edges."""
+    """(picture, are its edges meant?) that --control-image names: a file, or canny:FILE."""
     kind, _, path = text.partition(":")
     if kind != "canny" or Path(text).exists():
-        return images.open_image(text)
-    return images.Image.fromarray(edges.canny(images.open_image(path))).convert("RGB")
+        return images.open_image(text), False
+    return images.open_image(path), True
 
 
-def controls(cfg, sd, pictures):
-    """The ControlNets of --control at work, as generate() takes them."""
-    said = [control.parse(text)[1:] for text in cfg.control]
-    shown = [images.to_pixels(p)[None] / 2 + 0.5 for p in pictures]
-    return tuple(
-        control.Control(net, picture, *how, cfg.control_guess)
-        for net, picture, how in zip(sd.controls, shown, said, strict=True)
-    )
+def controls(cfg, sd, fitted):
+    """The ControlNets of --control at work, as generate() takes them. fitted(picture): in the size of what is drawn, in which edges are looked for,
+    as in training."""
+    found = []
+    for net, text, shown in zip(sd.controls, cfg.control, cfg.control_image, strict=True):
+        picture, outlined = control_image(shown)
+        picture = fitted(picture)
+        picture = images.Image.fromarray(edges.canny(picture)).convert("RGB") if outlined else picture
+        pixels = images.to_pixels(picture)[None] / 2 + 0.5
+        found.append(control.Control(net, pixels, *control.parse(text)[1:], cfg.control_guess))
+    return tuple(found)
 
 
 def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
@@ -100,11 +99,8 @@ def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     else:
         pictures = [p.resize((width, height), LANCZOS) for p in images.to_pil(result.pixels)]
         again = {"image": torch.stack([images.to_pixels(p) for p in pictures]).to(sd.device)}
-    if "controls" in start:
-        again["controls"] = tuple(
-            dataclasses.replace(c, picture=F.interpolate(c.picture, size=(height, width), mode="bicubic").clamp(0, 1))
-            for c in start["controls"]
-        )
+    if cfg.control:
+        again["controls"] = controls(cfg, sd, lambda p: p.resize((width, height), LANCZOS))
     steps = cfg.hires_steps or steps
     return sd.generate(
         texts,
@@ -122,3 +118,16 @@ def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
 def larger(cfg, sd, size):
     """(height, width) of the second pass."""
     return tuple(max(round(size[side] * cfg.hires / sd.multiple), 1) * sd.multiple for side in ("height", "width"))
+
+
+def check_hires(cfg, sd, steps, size):
+    """Raise UserError for a second pass that cannot be, before the first is drawn."""
+    if not cfg.hires:
+        return
+    steps = cfg.hires_steps or steps
+    samplers.check_steps(sd.schedule, steps)
+    if sd.first_step(steps, cfg.hires_strength) >= steps:
+        raise UserError(
+            f"--hires-strength {cfg.hires_strength:g} of {steps} steps leaves none to take; raise it or --hires-steps"
+        )
+    sd.check_size(*larger(cfg, sd, size))

@@ -66,7 +66,7 @@ def plan_diffusion(cfg):
     x, t, given = build.outline(net, rows, cfg.resolution // scale, length)
     trained, call = {"denoiser": net}, net
     if getattr(cfg, "conditioning", None):
-        steering = controlnet.copy_of(net).requires_grad_(True)
+        steering = controlnet.copy_of(net, scale).requires_grad_(True)
         picture = torch.empty(rows, 3, cfg.resolution, cfg.resolution, device="meta")
         trained, call = {"controlnet": steering}, controlnet.steered(steering, net.requires_grad_(False), picture)
         frozen["denoiser"] = net

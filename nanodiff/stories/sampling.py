@@ -42,8 +42,8 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
-from nanodiff.stories.inputs import draw, inputs
-from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of
+from nanodiff.stories.inputs import check_hires, draw, inputs
+from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks
 from nanodiff.training.options import parse_size
 
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
@@ -78,11 +78,15 @@ def main(cfg):
     prompts = prompts or [""]
     if not cfg.model and not cfg.components:
         known_words(prompts)
+    if cfg.clip_skip and getattr(cfg, "adopted", False) and len(sd.encoder_names) > 1:
+        print("note: not used: Clip skip, which the web UI has for one text encoder only", file=sys.stderr)
+        cfg.clip_skip = 0
     steps, scale, negative = defaults(cfg, sd)
     samplers.check_steps(sd.schedule, steps)
     settings = described(sd, steps, scale, negative)
 
     size, start, finished = inputs(cfg, sd)
+    check_hires(cfg, sd, steps, size)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
     jobs, tagged = jobs_of(cfg, prompts, negative), Tagged(cfg.lora_dir, cfg.allow_partial)
     batches = batches_of(jobs, cfg, sd, steps)
@@ -116,10 +120,11 @@ def main(cfg):
                     path = (
                         unused(out / file_name(cfg, facts, sd), cfg) if named else out / f"{number + first + k:05d}.png"
                     )
-                    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
+                    known = remembered(cfg, facts, sd, tagged.hashes_of(batch[k]))
+                    images.save_png(picture, path, known if cfg.metadata else None)
                     record.file(path, seed=seeds[k], prompt=batch[k].prompt)
                     if cfg.txt:
-                        beside = infotext.written(remembered(cfg, facts, sd)) + "\n"
+                        beside = infotext.written(known) + "\n"
                         write_bytes(path.with_suffix(".txt"), beside.encode("utf-8", "replace"))
                         record.file(path.with_suffix(".txt"))
                     made += 1
@@ -206,7 +211,7 @@ def study(cfg, device):
         rebase(variant, [name for name in PATHS if name in cell])
     for variant in variants:  # all of them, before any work
         variant.check()
-        prompts_of(variant)
+        note_marks(variant, prompts_of(variant), variant.negative_prompt)
         options(variant)
     record = Record(cfg, device)
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
@@ -215,7 +220,7 @@ def study(cfg, device):
     print(f"seed: {finished.seed}")
     cfg.seed = finished.seed
     rows, base, sd, loaded, skipped = {}, None, None, None, 0  # rows: {(cell, picture): row of study.csv}
-    total = sum(len(prompts_of(variant)) * cfg.num_images for variant in variants)
+    total = sum(len(prompts_of(variant)) * cfg.num_images * (2 if variant.hires else 1) for variant in variants)
     try:
         with Progress(total) as progress:
             for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
@@ -230,7 +235,7 @@ def study(cfg, device):
                     if row := finished.get(key):
                         rows[c, j] = row | cell
                         skipped += 1
-                        progress.skip()
+                        progress.skip(2 if variant.hires else 1)
                         continue
                     wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
                     if loaded != wanted:
@@ -264,6 +269,7 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
     """Make and write one picture of a study."""
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
+    check_hires(cfg, sd, steps, size)
     one = job(cfg, prompt, negative, seed)
     sd.tagged.obey(sd, one.loras)
     result = draw(cfg, sd, [one.text], against([one]), steps, scale, [seed], size, start, on_step=progress.step)
@@ -272,7 +278,7 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
     facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
     facts |= {"negative_prompt": one.negative, "prompt": one.prompt, "seed": seed}
-    images.save_png(picture, path, remembered(cfg, facts, sd) if cfg.metadata else None)
+    images.save_png(picture, path, remembered(cfg, facts, sd, sd.tagged.hashes_of(one)) if cfg.metadata else None)
 
 
 def dry_run(cfg, device):
@@ -289,8 +295,16 @@ def dry_run(cfg, device):
     if cfg.control and unet is None:
         raise UserError("--control: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
     controls = [control.plan(control.parse(text)[0], unet, cfg.token, cfg.allow_pickle) for text in cfg.control]
+    height, width = cfg.height, cfg.width
+    if cfg.hires:  # the second pass is the larger one
+        net, scale = (
+            src.config("unet" if "unet" in src.parts else "transformer"),
+            src.config("vae").downscale if "vae" in src.parts else 1,
+        )
+        own = (net.sample_size or 64) * scale
+        height, width = (round((side or own) * cfg.hires / scale) * scale for side in (height, width))
     plan = pipeline.plan(
-        src, dtype, cfg.height, cfg.width, min(cfg.batch_size, cfg.num_images * prompts), guided,
+        src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
     )  # fmt: skip
     for line in memory.table(plan, cfg.offload):

@@ -1,12 +1,12 @@
 """The prompts of a run as they are drawn: choices made by each picture's seed, LoRAs' tags taken out and obeyed (text/syntax.py)."""
 
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from nanodiff import lora
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories.drawing import hashes
 from nanodiff.text import syntax
 
@@ -24,7 +24,12 @@ class Job(NamedTuple):
 def jobs_of(cfg, prompts, negative, first=0):
     """A Job for each of --num-images pictures of each prompt, the first with the seed --seed + first."""
     typed = [prompt for prompt in prompts for _ in range(cfg.num_images)]
-    jobs = [job(cfg, prompt, negative, cfg.seed + first + i) for i, prompt in enumerate(typed)]
+    note_marks(cfg, prompts, negative)
+    return [job(cfg, prompt, negative, cfg.seed + first + i) for i, prompt in enumerate(typed)]
+
+
+def note_marks(cfg, prompts, negative):
+    """A line for each prompt with marks of other programs, where none are read."""
     if not cfg.prompt_syntax:
         for prompt in dict.fromkeys([*prompts, negative or ""]):
             if found := syntax.marks(prompt, cfg.prompt_weights):
@@ -32,7 +37,6 @@ def jobs_of(cfg, prompts, negative, first=0):
                     f"note: {printable(prompt)!r} holds {found}, which is plain words without --prompt-syntax",
                     file=sys.stderr,
                 )
-    return jobs
 
 
 def job(cfg, prompt, negative, seed):
@@ -42,23 +46,43 @@ def job(cfg, prompt, negative, seed):
     folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
     prompt = syntax.chosen(prompt, seed, folder)
     negative = None if negative is None else syntax.chosen(negative, seed, folder)
-    if cfg.prompt_syntax != "a1111":
+    if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
+        prompt, negative = (text and re.sub(r"\bembedding:(?=[\w.-])", "", text) for text in (prompt, negative))
         return Job(prompt, prompt, seed, (), negative)
+    if negative and syntax.NETWORK.search(negative):
+        raise UserError(
+            f"{syntax.NETWORK.search(negative)[0]} in a negative prompt: a LoRA is for the whole picture; put it into the prompt"
+        )
     text, tags = syntax.networks(prompt)
     return Job(prompt, text, seed, tuple(tags), negative)
 
 
 def batches_of(jobs, cfg, sd, steps):
-    """[(index of the first, jobs)] of up to --batch-size neighbours with the same LoRAs whose prompts have one length in chunks: a longer
-    neighbour (--long-prompts) would change what a picture attends to."""
+    """[(index of the first, jobs)] of up to --batch-size neighbours with the same LoRAs whose texts, the negative ones among them, have one length in
+    chunks at every step: a longer neighbour (--long-prompts) would change what a picture attends to."""
+    long, weighted = cfg.long_prompts or bool(cfg.prompt_syntax), cfg.prompt_weights or bool(cfg.prompt_syntax)
+    weighted = "comfyui" if cfg.prompt_syntax == "comfyui" else weighted
+
+    def lengths(text, *beside):
+        """A number where all texts that a prompt is have one length, else when it has which."""
+        if text is None:
+            return None
+        chunks = lambda some: sd.chunks((some, *beside)[: len(sd.encoder_names)], long, weighted)  # noqa: E731
+        if cfg.prompt_syntax != "a1111":
+            return chunks(text)
+        found = [
+            [(p.until, chunks(p.text)) for p in syntax.scheduled(part, steps)] for part, _ in syntax.composed(text)
+        ]
+        alone = {n for part in found for _, n in part}
+        return alone.pop() if len(alone) == 1 else str(found)
+
     batches = []
     for i, one in enumerate(jobs):
-        texts = texts_of(one.text, steps) if cfg.prompt_syntax == "a1111" else [one.text]
-        long, weighted = cfg.long_prompts or bool(cfg.prompt_syntax), cfg.prompt_weights or bool(cfg.prompt_syntax)
-        weighted = "comfyui" if cfg.prompt_syntax == "comfyui" else weighted
-        beside = (cfg.prompt_2, cfg.prompt_3)
-        lengths = [sd.chunks((text, *beside)[: len(sd.encoder_names)], long, weighted) for text in texts]
-        alike = max(lengths), one.loras
+        alike = (
+            lengths(one.text, cfg.prompt_2, cfg.prompt_3),
+            lengths(one.negative, cfg.negative_prompt_2, cfg.negative_prompt_3),
+            one.loras,
+        )
         if not batches or len(batches[-1][1]) == cfg.batch_size or alike != batches[-1][2]:
             batches.append((i, [], alike))
         batches[-1][1].append(one)
@@ -69,7 +93,7 @@ class Tagged:
     """The LoRAs of tags: read from a folder when they are first asked for, silent until obey()."""
 
     def __init__(self, folder, partial=False):
-        self.folder, self.partial, self.attached = folder, partial, {}
+        self.folder, self.partial, self.attached, self.hashes = folder, partial, {}, {}
 
     def obey(self, sd, tags):
         """Let the pipeline draw with `tags` ((name, scale), …) and no others. Raises UserError for a name that is no file's."""
@@ -80,13 +104,17 @@ class Tagged:
             if name not in self.attached:
                 path = self._file(name)
                 found = lora.read(path, sd.models(), self.partial)
-                sd.hashes |= hashes(path)
+                self.hashes[name] = hashes(path)
                 self.attached[name] = lora.attach(sd.models(), found, 0.0)
                 print(f"lora: {found.name}, {len(found.deltas)} layers, by its tag in a prompt")
         for name, attached in self.attached.items():
             if attached.scale != wanted.get(name, 0.0):
                 attached.scale = wanted.get(name, 0.0)
                 sd.kept.clear()  # the text encoders may have changed
+
+    def hashes_of(self, job):
+        """{file: hash} of a Job's LoRAs."""
+        return {k: v for name, _ in job.loras for k, v in self.hashes[name].items()}
 
     def _file(self, name):
         if self.folder is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from nanodiff.config import UserError, printable
+from nanodiff.text.syntax import check_depth
 from nanodiff.weights import as_weights, load_pickle, load_weights
 
 BACKTRACK = 20  # a chunk ends at its last comma when that is at most so many tokens back
@@ -98,6 +99,7 @@ def _bracketed(text):
 def parts_of(text, weighted):
     """[(text, weight)] of a prompt. weighted: False (all of it, at 1), True (the web UI's rule) or "comfyui"."""
     if weighted == "comfyui":
+        check_depth(text)
         return comfyui_parts(text)
     return weighted_parts(text) if weighted else [(text, 1.0)]
 

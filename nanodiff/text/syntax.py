@@ -7,6 +7,7 @@ ComfyUI's prompts only weights mean something, by its own rule (prompt.py).
 Explained in the book (docs/book): chapter 9.
 """
 
+import math
 import random
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from nanodiff.config import UserError, nearest, printable
 
+DEEPEST = 150  # brackets in a prompt; each is a call that waits for those inside
 NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*")
 PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
@@ -46,7 +48,7 @@ class Part(NamedTuple):
 def chosen(prompt, seed, folder=None):
     """A prompt with one of each {a|b} and __name__ chosen, by `seed` alone.
 
-    {3::red|blue} is red three times in four, {2$$a|b|c} two of them with a comma between, {2$$ and $$a|b|c} with " and ". __name__ is a line of
+    {3::red|blue} is red three times in four, {2$$a|b|c} two of them with a comma between ({1-2$$…} one or two), {2$$ and $$a|b|c} with " and ". __name__ is a line of
     folder/name.txt, in which there may be choices again. Raises UserError for a file that is not there, and for one that holds itself.
     """
     rng = random.Random(seed)
@@ -64,10 +66,10 @@ def _chosen(text, rng, folder, inside):
         if name in inside:
             raise UserError(f"{folder / name}.txt: holds __{printable(name)}__ itself")
         path = folder / f"{name}.txt"
-        if ".." in name.split("/") or not path.is_file():
+        if ".." in name.split("/") or name.startswith("/") or not path.is_file():
             there = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.txt"))
             raise UserError(f"{path}: no such wildcard{nearest(name, there)}")
-        lines = [s for s in map(str.strip, path.read_text("utf-8").splitlines()) if s and not s.startswith("#")]
+        lines = [s for s in _lines(path) if not s.startswith("#")]
         if not lines:
             raise UserError(f"{path}: is empty")
         return _chosen(rng.choice(lines), rng, folder, (*inside, name))
@@ -75,11 +77,22 @@ def _chosen(text, rng, folder, inside):
     return WILDCARD.sub(line, text)
 
 
+def _lines(path):
+    """A file's lines that are not empty. Raises UserError for one that is no UTF-8."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: is no text in UTF-8: {e}") from None
+    return [s for s in map(str.strip, text.split("\n")) if s]
+
+
 def _one_of(body, rng):
     """What becomes of the inside of {…}."""
     count, between = 1, ", "
-    if match := re.match(r"(\d+)\$\$(?:([^|$]*)\$\$)?", body):
-        count, between, body = int(match[1]), match[2] if match[2] is not None else between, body[match.end() :]
+    if match := re.match(r"(\d+)(?:-(\d+))?\$\$(?:([^|$]*)\$\$)?", body):
+        least, most = int(match[1]), int(match[2] or match[1])
+        count = rng.randint(min(least, most), max(least, most)) if match[2] else least
+        between, body = match[3] if match[3] is not None else between, body[match.end() :]
     options, weights = [], []
     for option in body.split("|"):
         match = re.match(r"\s*(\d+\.?\d*|\.\d+)::", option)
@@ -106,6 +119,8 @@ def networks(prompt):
             raise UserError(f"<{kind}:…> in a prompt: only <lora:name:scale> is supported")
         try:
             found.append((name.strip(), float(scale or 1)))
+            if not math.isfinite(found[-1][1]):
+                raise ValueError
         except ValueError:
             raise UserError(f"<lora:{printable(body)}>: {printable(scale)!r} is no scale") from None
     return NETWORK.sub("", prompt), found
@@ -130,6 +145,7 @@ def scheduled(prompt, steps):
     unclosed bracket or [a] alone, stays in the text. (The web UI itself counts from one, so that its first text holds a step longer.)
     """
     tree, marks, at = [], {steps}, 0
+    check_depth(prompt)
     while at < len(prompt):
         node, after = _node(prompt, at, steps, marks)
         tree.append(prompt[at] if node is None else node)  # a bracket that begins nothing is itself
@@ -141,6 +157,12 @@ def scheduled(prompt, steps):
             parts.pop()
         parts.append(Part(text, until))
     return parts
+
+
+def check_depth(prompt):
+    """Raise UserError for brackets in brackets without end."""
+    if max(prompt.count("("), prompt.count("[")) > DEEPEST:
+        raise UserError(f"a prompt with more than {DEEPEST} opening brackets")
 
 
 def _at(node, until):

@@ -145,10 +145,10 @@ def begin_control(cfg, sd):
         raise UserError(f"`model` {cfg.model}: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL)")
     sd.check_trainable()
     if cfg.control:
-        return control.load(cfg.control, sd.net.cfg, torch.float32, "cpu", cfg.hub_token).requires_grad_(True)
-    halvings = sd.downscale.bit_length() - 1
-    widths = (*(16, 32, 96)[:halvings], 256)  # as many strides of 2 as the VAE has
-    return controlnet.copy_of(sd.net, conditioning_embedding_out_channels=widths).requires_grad_(True)
+        net = control.load(cfg.control, sd.net.cfg, torch.float32, "cpu", cfg.hub_token)
+        control.check_fit(net, sd)
+        return net.requires_grad_(True)
+    return controlnet.copy_of(sd.net, sd.downscale).requires_grad_(True)
 
 
 def shown(conditioning, pixels):

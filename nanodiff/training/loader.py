@@ -335,10 +335,11 @@ class Decoder(torch.utils.data.Dataset):
         for index, position in zip(indices, positions, strict=True):
             rng = generator(self.seed, index)
             flips.append(bool(self.transform.flip and rng.uniform() < 0.5))
+            position = self.known_bad.get(position, position)
             if self.pictures:
                 position, array = self.some(position, rng, bad, self.size(position))
                 arrays.append(array[:, :, ::-1] if flips[-1] else array)
-            used.append(self.known_bad.get(position, position) if not self.pictures else position)
+            used.append(position)
         pixels = torch.from_numpy(np.stack(arrays)) if arrays else None
         return used, torch.tensor(flips), pixels, bad
 

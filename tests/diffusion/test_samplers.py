@@ -551,3 +551,23 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     assert samplers.spaced_by(flow, None, "beta").cfg["use_beta_sigmas"]
     with pytest.raises(UserError, match="has no such grid"):
         samplers.spaced_by(flow, None, "ays")
+
+
+def test_a_models_own_grid_makes_room():
+    own = ordinary(use_karras_sigmas=True)
+    assert samplers.spaced_by(own, None, "beta").cfg["use_karras_sigmas"] is False
+    aligned = samplers.spaced_by(own, None, "ays")
+    assert grids.sigma_grid(aligned, 10)[1][:-1] == pytest.approx(grids.ALIGNED["ays"][:-1], rel=1e-6)
+    again = samplers.spaced_by(aligned, None, "karras")
+    assert grids.sigma_grid(again, 10) == grids.sigma_grid(own, 10)
+    with pytest.raises(UserError, match="_grid = 'even' is none of ays"):
+        grids.sigma_grid(ordinary(_grid="even"), 10)
+
+
+@pytest.mark.parametrize("n", [4, 10, 50])
+@pytest.mark.parametrize("skip", [True, False])
+def test_pndm_says_all_its_times(n, skip):
+    """Also with Runge-Kutta steps, of which each asks four times: a run that is counted by them ends at its end."""
+    schedule = ordinary("PNDMScheduler", skip_prk_steps=skip)
+    steps = list(samplers.pndm(fake, torch.ones(1, 1), schedule, n, None))
+    assert [step.t for step in steps] == samplers.times(schedule, n)

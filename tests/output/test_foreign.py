@@ -37,6 +37,33 @@ def test_a_graph():
     assert unused == ["LoRA 'ink.safetensors at 0.8' (give it with --lora)"]
 
 
+def test_a_model_behind_other_nodes_is_found():
+    """ComfyUI's own graph for SD 3 has one between."""
+    graph = changed("3", model=["30", 0]) | {
+        "30": {"class_type": "ModelSamplingSD3", "inputs": {"shift": 3.0, "model": ["10", 0]}}
+    }
+    found, unused = foreign.comfyui(graph)
+    assert found["model"] == "v1-5.safetensors" and "'ModelSamplingSD3' (node 30)" in unused
+
+
+def test_two_texts_of_sdxl():
+    graph = GRAPH | {
+        "6": {
+            "class_type": "CLIPTextEncodeSDXL",
+            "inputs": {"text_g": "a cat", "text_l": "ink", "width": 64, "clip": ["4", 1]},
+        }
+    }
+    found, _ = foreign.comfyui(graph)
+    assert found["prompt"] == ["ink"] and found["prompt_2"] == "a cat"
+
+
+def test_a_seed_node():
+    graph = changed("3", seed=["20", 0]) | {
+        "20": {"class_type": "Seed", "inputs": {"seed": 77, "control_after_generate": "fixed"}}
+    }
+    assert foreign.comfyui(graph)[0]["seed"] == 77
+
+
 def test_values_that_other_nodes_give():
     graph = changed("3", seed=["20", 0]) | changed("6", text=["21", 0]) | {
         "20": {"class_type": "PrimitiveNode", "inputs": {"value": 7}}, "21": {"class_type": "Text", "inputs": {"text": "a dog"}},
@@ -51,11 +78,23 @@ def test_values_that_other_nodes_give():
     [
         (changed("3", sampler_name="dpmpp_sde"), "sampler 'dpmpp_sde' with scheduler 'karras'"),
         (changed("3", denoise=0.5), "denoise: 0.5"),
+        (changed("3", start_at_step=10, add_noise="disable"), "start_at_step: 10"),
+        (changed("3", end_at_step=5), "end_at_step: 5"),
+        (changed("5", batch_size=4), "batch_size: 4"),
+        (
+            GRAPH | {"5": {"class_type": "LatentUpscale", "inputs": {"width": 64, "height": 64}}},
+            "the picture that it began with",
+        ),
+        (
+            changed("3", seed=["20", 0]) | {"20": {"class_type": "X", "inputs": {"a": 1, "b": 2}}},
+            "seed, which no node gives",
+        ),
+        (GRAPH | {"6": {"class_type": "Odd", "inputs": {}}}, "prompt, which no text node gives ('Odd')"),
         (GRAPH | {"30": {"class_type": "ControlNetApply", "inputs": {}}}, "'ControlNetApply' (node 30)"),
     ],
 )
 def test_what_is_not_used_is_named(graph, says):
-    assert says in foreign.comfyui(graph)[1]
+    assert any(says in one for one in foreign.comfyui(graph)[1])
 
 
 @pytest.mark.parametrize("graph", [{}, [], {"1": 5}, GRAPH | {"40": GRAPH["3"]}, {"3": {"class_type": "Note"}}])
@@ -70,6 +109,9 @@ def test_broken_inputs_are_no_fault():
                                                         "latent_image": 5, "cfg": 2}}}  # fmt: skip
     found, _ = foreign.comfyui(graph)
     assert found == {"prompt_syntax": "comfyui", "guidance_scale": 2.0}
+    assert not foreign.comfyui({"3": {"class_type": "KSampler", "inputs": {"steps": 1e999, "seed": 1e999}}})[
+        0
+    ].keys() & {"steps", "seed"}
     loop = {
         "3": {"class_type": "KSampler", "inputs": {"model": ["4", 0]}},
         "4": {"class_type": "LoraLoader", "inputs": {"lora_name": "x", "model": ["4", 0]}},

@@ -19,10 +19,10 @@ def test_a_real_one():
     assert found == {
         "prompt": ["masterpiece, (a cat:1.2), <lora:ink:0.6>\non two lines"], "prompt_syntax": "a1111",
         "negative_prompt": "blurry,\nlow quality", "steps": 28, "guidance_scale": 6.5, "seed": 1234567890, "width": 512, "height": 768,
-        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "hires": 1.5, "hires_strength": 0.45, "hires_steps": 12,
+        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "hires": 1.5, "hires_strength": 0.45, "hires_steps": 26,
         "hires_latent": True,
     }  # fmt: skip
-    assert [u.split(":")[0] for u in unused] == ["Model hash", "VAE", "Lora hashes", "RNG"]
+    assert [u.split(":")[0] for u in unused] == ["Model hash", "VAE", "Hires upscaler", "Lora hashes", "RNG"]
     assert "another picture" in unused[-1]
 
 
@@ -65,7 +65,7 @@ RECORD = {"prompt": "a cat", "negative_prompt": "dog", "steps": 5, "scheduler": 
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"clip_skip": 2}, {"hires": 2.0, "hires_strength": 0.5, "hires_steps": None, "hires_latent": False}, {"eta": 0.5},
+    [{}, {"clip_skip": 2}, {"hires": 2.0, "hires_strength": 0.5, "hires_steps": 8, "hires_latent": False}, {"eta": 0.5},
      {"scheduler": "dpmpp_2m_karras"}, {"scheduler": "euler", "sigmas": "beta"}, {"scheduler": "euler_a", "negative_prompt": None}],
 )  # fmt: skip
 def test_what_is_written_is_read_back(more):
@@ -89,3 +89,15 @@ def test_every_name_in_the_menu_is_a_sampler():
 def test_hashes_and_image_to_image_are_shown():
     text = infotext.written(RECORD | {"lora_hashes": {"ink": "0123456789ab"}, "strength": 0.7, "mask_blur": 4})
     assert 'Lora hashes: "ink: 0123456789ab"' in text and "Denoising strength: 0.7, Mask blur: 4" in text
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        'Steps: 5, TI hashes: "a\\_b: 12", Seed: 1, Size: 64x64',
+        "Steps: 5, CFG scale: inf, Hires upscale: nan, Seed: 1e999",
+    ],
+)
+def test_odd_values_are_left(last):
+    found, unused = infotext.parameters(f"x\n{last}")
+    assert found["steps"] == 5 and "hires" not in found and "guidance_scale" not in found and len(unused) >= 2

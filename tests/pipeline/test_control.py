@@ -72,7 +72,8 @@ def picture(height=64, width=64):
 
 
 def drawn(sd, *controls, **more):
-    return sd.generate("red apple", steps=2, seeds=[0], height=64, width=64, controls=controls, **more).latents
+    settings = {"steps": 2, "seeds": [0], "height": 64, "width": 64, "controls": controls} | more
+    return sd.generate("red apple", **settings).latents
 
 
 def test_a_silent_one_changes_nothing(models, net):
@@ -150,6 +151,18 @@ def test_every_form_of_file(models, net, tmp_path, form):
     assert {k: v.shape for k, v in planned.state_dict().items()} == {k: v.shape for k, v in got.state_dict().items()}
 
 
+@pytest.mark.parametrize("form", ["original", "own names"])
+def test_beside_an_inpainting_unet(models, net, tmp_path, form):
+    """Whose nine channels are not the ControlNet's."""
+    weights.save_tensors(tmp_path / "net.safetensors", theirs(net) if form == "original" else net.state_dict())
+    unet = dataclasses.replace(models["sd15"].net.cfg, in_channels=9)
+    for got in (
+        control.load(tmp_path / "net.safetensors", unet, torch.float32, "cpu"),
+        control.plan(tmp_path / "net.safetensors", unet),
+    ):
+        assert got.cfg.in_channels == 4
+
+
 def one(name, value=None):
     return {name: torch.zeros(2, 2) if value is None else value}
 
@@ -195,6 +208,8 @@ def test_a_folder_of_another_class(models, tmp_path):
         ("sd15", {"picture": picture(64, 32)}, "a picture of 32x64 for one of 64x64"),
         ("sd15", {"start": 0.5, "end": 0.5}, "from 0.5 to 0.5 of the steps"),
         ("sd15", {"end": 1.5}, "from 0 to 1.5"),
+        ("sd15", {"picture": picture().expand(2, -1, -1, -1)}, "2 pictures of 3 channels for 1"),
+        ("sd15", {"picture": picture()[:, :1]}, "1 pictures of 1 channels for 1"),
     ],
 )
 def test_refusals(models, net, name, change, says):
@@ -241,3 +256,30 @@ def test_offloaded(models, net, blocks):
     other = net_of(FACTS["args"]["sd15_pndm"]["config"], "control-sd15")
     memory.Resident(other, torch.float32, "cpu", blocks=blocks)
     assert max_error(drawn(sd, Control(other, picture())), want) < PIPELINE
+
+
+def test_another_type_is_refused(models):
+    half = net_of(FACTS["args"]["sd15_pndm"]["config"], "control-sd15").half()
+    with pytest.raises(UserError, match=r"in torch\.float16 beside a denoiser in torch\.float32"):
+        drawn(models["sd15"], Control(half, picture()))
+
+
+def test_parts_are_of_all_steps_where_a_run_ends_early(models, net):
+    """Heun asks twice a step; with half of the noise left the last call is none of the second half's."""
+    asked = []
+    hook = net.register_forward_hook(lambda *_: asked.append(1))
+    try:
+        drawn(
+            models["sd15"].with_scheduler("heun"),
+            Control(net, picture()),
+            steps=6,
+            denoising_end=0.5,
+            guidance_scale=1.0,
+        )
+    finally:
+        hook.remove()
+    calls = []
+    hook = models["sd15"].net.register_forward_hook(lambda *_: calls.append(1))
+    drawn(models["sd15"].with_scheduler("heun"), steps=6, denoising_end=0.5, guidance_scale=1.0)
+    hook.remove()
+    assert len(asked) == len(calls) > 3

@@ -46,6 +46,21 @@ def test_without_strength_they_are_nothing_and_leave_nothing(models, name):
     assert torch.equal(drawn(sd), plain)  # and the next run is as before
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_with_times_made_beforehand(models, name, monkeypatch):
+    """As on a GPU, where what times add is computed once: also for the perturbed pass, which has half of the rows."""
+    sd = models[name]
+    plain = drawn(sd, perturbed=Perturbed(2.0), guidance_scale=5.0)
+
+    def shifts(times, added=None):
+        times = sorted({float(t) for t in times})
+        made = sd.net.shifts(torch.tensor(times), added)
+        return dict(zip(times, made.split(len(made) // len(times)), strict=True))
+
+    monkeypatch.setattr(sd, "shifts", shifts, raising=False)
+    assert max_error(drawn(sd, perturbed=Perturbed(2.0), guidance_scale=5.0), plain) < PIPELINE
+
+
 def test_the_lowest_frequencies_are_damped():
     """A constant goes down by the factor; what changes from pixel to pixel stays."""
     flat, checks = torch.ones(1, 1, 8, 8), (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8))[None, None]
@@ -61,6 +76,8 @@ def test_the_lowest_frequencies_are_damped():
             {"perturbed": Perturbed(1.0, ("nowhere",))},
             "no self-attention's name has 'nowhere' in it; they are down_blocks",
         ),
+        ({"perturbed": Perturbed(1.0, ("mid", ""))}, "no self-attention's name has ''"),
+        ({"perturbed": Perturbed(1.0, ("(mid",))}, r"'\(mid' is no pattern"),
         ({"perturbed": Perturbed(1.0), "syntax": True}, "AND in a prompt is not for"),
     ],
 )

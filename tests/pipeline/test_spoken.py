@@ -65,15 +65,50 @@ def test_a_text_holds_in_its_steps(models, name):
         assert max_error(drawn(sd, prompt), last.x) < PIPELINE
 
 
-def test_turns_are_taken(models, monkeypatch):
-    sd, held = models["sd15"], []
+def run_of(sd, prompts, times, monkeypatch):
+    """[(time, texts)] that a run over `times` asks for."""
+    held = []
     monkeypatch.setattr(sd, "conditions", lambda texts, *_: (texts, None), raising=False)
-    model = spoken.spoken(
-        sd, ["[a|b]", "c"], None, None, True, 4, [900, 600, 300, 0], lambda text, _: lambda x, t: held.append((t, text))
+    model = spoken.Spoken(sd, prompts, None, None, True, times).model(
+        lambda text, _: lambda x, t: held.append((t, text))
     )
-    for t in (900, 600, 300, 0):
+    for t in times:
         model(None, t)
+    return held
+
+
+def test_turns_are_taken(models, monkeypatch):
+    held = run_of(models["sd15"], ["[a|b]", "c"], [900, 600, 300, 0], monkeypatch)
     assert held == [(900, ["a", "c"]), (600, ["b", "c"]), (300, ["a", "c"]), (0, ["b", "c"])]
+
+
+def test_a_time_that_comes_twice_is_one_step(models, monkeypatch):
+    """PNDM visits its second timestep twice."""
+    held = run_of(models["sd15"], ["[a|b]"], [900, 600, 600, 300], monkeypatch)
+    assert [text for _, (text,) in held] == ["a", "b", "b", "a"]
+
+
+def test_a_run_that_begins_late_counts_from_there(models):
+    """Of six steps at a strength of 0.5 three are taken: the first text has the first of them."""
+    sd, image = models["sd15"], torch.zeros(1, 3, 64, 64)
+    more = {"image": image, "strength": 0.5, "steps": 6}
+    both, first, second = (drawn(sd, text, **more) for text in ("[a cat:a dog:1]", "a cat", "a dog"))
+    assert not torch.equal(both, first) and not torch.equal(both, second)
+    assert max_error(drawn(sd, "[a cat:a dog:3]", **more), first) < PIPELINE
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35-medium"])
+def test_all_texts_are_encoded_before_the_denoiser_works(models, name, monkeypatch):
+    sd, working = models[name], []
+    hook = sd.net.register_forward_pre_hook(lambda *_: working.append(1))
+    encode = sd.encode_uniques
+    monkeypatch.setattr(sd, "encode_uniques", lambda *a: (working and pytest.fail("too late")) or encode(*a))
+    sd.kept.clear()
+    try:
+        drawn(sd, "[one|two] AND [three:four:0.5]")
+    finally:
+        hook.remove()
+    assert working
 
 
 def test_the_negative_prompt_changes_too(models):

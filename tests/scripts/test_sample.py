@@ -213,6 +213,8 @@ def test_two_controls_guess_without_a_prompt_and_are_counted(tmp_path):
     assert pixels(tmp_path / "a" / "00000.png").std() > 0
     plan = sample(tmp_path / "b", *two, "--dry-run", "--prompt", "x")
     bare = sample(tmp_path / "b", "--dry-run", "--prompt", "x")
+    larger = sample(tmp_path / "b", "--dry-run", "--prompt", "x", "--hires", "2")
+    assert larger.returncode == 0 and larger.stdout != bare.stdout, larger.stderr
     assert plan.returncode == 0 and "control 1" in plan.stdout and "control 2" in plan.stdout, plan.stderr
     peaks = [{k: float(v) for k, v in re.findall(r"--offload (\w+): +([\d.]+)", d.stdout)} for d in (plan, bare)]
     assert peaks[0].keys() == peaks[1].keys() and len(peaks[0]) == 3
@@ -246,6 +248,12 @@ def test_a_picture_of_another_program_is_repeated(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "theirs.png", pnginfo=info)
     unnamed = run("sample.py", "--from-image", tmp_path / "theirs.png", "--output-dir", tmp_path / "x")
     assert "was made by AUTOMATIC1111 with the model sd; name its file with --model" in error_line(unnamed)
+    info = PngInfo()
+    info.add_itxt("parameters", "a\nSteps: 3, Sampler: Euler, Seed: 9, Size: 64x48")
+    Image.new("RGB", (4, 4)).save(tmp_path / "nameless.png", pnginfo=info)
+    assert "it does not say which" in error_line(
+        run("sample.py", "--from-image", tmp_path / "nameless.png", "--output-dir", tmp_path / "x")
+    )
     done = run(
         "sample.py", "--from-image", tmp_path / "theirs.png", "--model", TINY / "sd15", "--output-dir", tmp_path / "a"
     )
@@ -260,6 +268,14 @@ def test_a_picture_of_another_program_is_repeated(tmp_path):
     assert "carries no settings of ours" in error_line(
         run("sample.py", "--from-image", tmp_path / "no.png", "--output-dir", tmp_path / "c")
     )
+
+
+def test_many_prompts_are_encoded_before(tmp_path):
+    """More than are encoded at a time, with a negative prompt, offloaded."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"cat {i}" for i in range(33)))
+    done = sample(tmp_path / "a", "--prompts-file", tmp_path / "prompts.txt", "--negative-prompt", "blue", "--offload", "model", "--steps", "1",
+                  "--height", "16", "--width", "16", "--batch-size", "33")  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_drawn_again_larger(tmp_path):
@@ -405,6 +421,20 @@ def test_marks_without_the_flag_are_said(tmp_path):
     [
         (["--prompt", "<lora:nobody:1>", "--prompt-syntax", "a1111", "--lora-dir", str(LORAS)], "has no LoRA nobody"),
         (["--prompt", "<lora:nobody:1>", "--prompt-syntax", "a1111"], "needs --lora-dir"),
+        (["--prompt", "x", "--allow-partial"], "--allow-partial does nothing without --lora or --lora-dir"),
+        (
+            ["--prompt", "x", "--negative-prompt", "<lora:a:1>", "--prompt-syntax", "a1111"],
+            "<lora:a:1> in a negative prompt",
+        ),
+        (
+            ["--prompt", "x", "--prompt-2", "y", "--prompt-syntax", "a1111"],
+            "--prompt-2 is not for --prompt-syntax a1111",
+        ),
+        (
+            ["--prompt", "x", "--hires", "1.5", "--hires-strength", "0.02"],
+            "--hires-strength 0.02 of 2 steps leaves none",
+        ),
+        (["--prompt", "x", "--study", "hires=0.01,2"], "--hires 0.01 must be between 1 and 8"),
         (["--prompt", "x", "--lora-dir", str(LORAS)], "--lora-dir does nothing without --prompt-syntax a1111"),
         (["--prompt", "x", "--wildcards", ".", "--prompt-syntax", "comfyui"], "--wildcards does nothing without"),
         (["--prompt", "__x__", "--prompt-syntax", "a1111"], "needs a folder of wildcards (--wildcards)"),

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from nanodiff.config import UserError
-from nanodiff.text import syntax
+from nanodiff.text import prompt, syntax
 
 STEPS = 10
 
@@ -92,6 +92,8 @@ def test_tags():
     assert syntax.networks("a < b > c") == ("a < b > c", [])
     with pytest.raises(UserError, match="'strong' is no scale"):
         syntax.networks("<lora:x:strong>")
+    with pytest.raises(UserError, match="'nan' is no scale"):
+        syntax.networks("<lora:x:nan>")
     with pytest.raises(UserError, match="only <lora:name:scale>"):
         syntax.networks("<hypernet:x:1>")
 
@@ -112,6 +114,7 @@ def test_weights_and_numbers_of_choices():
     assert 260 < counted["a"] < 340
     assert {syntax.chosen("{2$$a|b}", seed) for seed in range(40)} == {"a, b", "b, a"}
     assert syntax.chosen("{2$$ and $$a|a}", 0) == "a and a"
+    assert {syntax.chosen("{1-2$$a|a}", seed) for seed in range(40)} == {"a", "a, a"}
     assert syntax.chosen("{}", 0) == "" and syntax.chosen("a } b {", 0) == "a } b {"
 
 
@@ -124,6 +127,13 @@ def test_wildcards_that_cannot_be(tmp_path, prompt, says):
         (tmp_path / f"{name}.txt").write_text(text)
     with pytest.raises(UserError, match=says):
         syntax.chosen(prompt, 0, tmp_path)
+    (tmp_path / "odd.txt").write_bytes("gr\xfcn".encode("latin-1"))
+    with pytest.raises(UserError, match=r"odd\.txt: is no text in UTF-8"):
+        syntax.chosen("__odd__", 0, tmp_path)
+    (tmp_path / "mark.txt").write_text("# comment\nred", "utf-8-sig")
+    assert syntax.chosen("__mark__", 0, tmp_path) == "red"
+    with pytest.raises(UserError, match="no such wildcard"):
+        syntax.chosen(f"__{tmp_path}/colour__", 0, tmp_path)
     with pytest.raises(UserError, match="needs a folder"):
         syntax.chosen(prompt, 0)
 
@@ -147,3 +157,12 @@ def test_marks_are_noticed(prompt, want):
 
 def test_known_marks_are_not_named():
     assert syntax.marks("(a:1.2) BREAK b", weighted=True) == ""
+
+
+@pytest.mark.parametrize("text", ["(" * 5000, "[" * 5000 + "a" + "]" * 5000, "(" * 800 + "a" + ")" * 800])
+def test_brackets_without_end(text):
+    with pytest.raises(UserError, match="opening brackets"):
+        syntax.scheduled(text, 10)
+    with pytest.raises(UserError, match="opening brackets"):
+        prompt.parts_of(text, "comfyui")
+    assert schedule("(" * 100 + "[a:b:0.5]" + ")" * 100)[0][0] == 5
