@@ -403,6 +403,8 @@ def spaced_by(schedule, name, sigmas, large=False):
     (field, value), *_ = SIGMAS[sigmas].items()
     if found.space != "sigma" if field == GRID else field not in DEFAULTS[found.kind]:
         raise UserError(f"`sigmas` {sigmas}: {name_of(found)} has no such grid")
+    if name is not None and any(SAMPLERS[name].fields.get(k) for k in SPACINGS if k != field):
+        raise UserError(f"`sigmas` {sigmas}: `scheduler` {name} is that of another grid; name it without")
     value = f"{value}_xl" if large and f"{value}_xl" in TABLES else value
     none = {k: False for k in SPACINGS if k in DEFAULTS[found.kind]} | {GRID: None}  # the model's own makes room
     return rescheduled(schedule, name, **none | {field: value})

@@ -132,12 +132,8 @@ class Guidance:
         hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
         owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
         weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
-        state = (
-            weights,
-            getattr(self.net, "freeu", None),
-            tuple((o, getattr(o, "scale", None)) for o in owners),
-            computed_by(),
-        )
+        freeu = getattr(self.net, "freeu", None)
+        state = (weights, tuple((o, getattr(o, "scale", None)) for o in owners), computed_by(), freeu)
         if state not in self.recorded:  # what was recorded before reads other weights
             self.recorded.clear()
             self.recorded[state] = cudagraph.Replayed(self.net)

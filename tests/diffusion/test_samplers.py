@@ -431,7 +431,6 @@ def test_a_name_says_the_method_whatever_the_file_says(own):
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
         ("UniPCMultistepScheduler", {"solver_order": 4}),
         ("DPMSolverSinglestepScheduler", {"lambda_min_clipped": -5.1}),
-        ("LMSDiscreteScheduler", {"use_beta_sigmas": True}),
         ("DDPMScheduler", {"variance_type": "learned_range"}),
         ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ],
@@ -545,8 +544,10 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     for name, sigmas in (("ddim", "ays"), ("euler_a", "karras"), ("ddim", "beta")):
         with pytest.raises(UserError, match=f"{name} has no such grid"):
             samplers.spaced_by(ordinary(), name, sigmas)
-    with pytest.raises(UserError, match="only one of use_karras_sigmas and use_beta_sigmas"):
+    with pytest.raises(UserError, match="dpmpp_2m_karras is that of another grid"):
         samplers.spaced_by(ordinary(), "dpmpp_2m_karras", "beta")
+    with pytest.raises(UserError, match="only one of use_karras_sigmas and use_beta_sigmas"):
+        ordinary(use_karras_sigmas=True, use_beta_sigmas=True)
     flow = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert samplers.spaced_by(flow, None, "beta").cfg["use_beta_sigmas"]
     with pytest.raises(UserError, match="has no such grid"):

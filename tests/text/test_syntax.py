@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from nanodiff.config import UserError
-from nanodiff.text import prompt, syntax
+from nanodiff.text import prompt as prompts
+from nanodiff.text import syntax
 
 STEPS = 10
 
@@ -164,5 +165,5 @@ def test_brackets_without_end(text):
     with pytest.raises(UserError, match="opening brackets"):
         syntax.scheduled(text, 10)
     with pytest.raises(UserError, match="opening brackets"):
-        prompt.parts_of(text, "comfyui")
+        prompts.parts_of(text, "comfyui")
     assert schedule("(" * 100 + "[a:b:0.5]" + ")" * 100)[0][0] == 5
