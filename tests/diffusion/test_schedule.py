@@ -133,7 +133,7 @@ def test_every_step_count_gives_that_many_timesteps(spacing):
             {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True},
             "only one",
         ),
-        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
     ],
 )
 def test_refusals_name_the_field(change, says):
