@@ -205,4 +205,4 @@ def test_requirements_state_floors_and_lock():
 
 def test_golden_files_stay_small():
     size = sum(p.stat().st_size for p in Path(ROOT / "tests" / "golden").rglob("*") if p.is_file())
-    assert size < 43e6
+    assert size < 42e6

@@ -200,19 +200,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`output_type` {output_type}: is none of pil, np")
         prompts, generators = _counted(prompts, seeds, generators)
         drawing, start, words = grouped(settings, drawing or Drawing(), start or Start(), words or Words())
-        steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
-        height, width = (
-            own if given is None else given
-            for given, own in zip((drawing.height, drawing.width), self.size, strict=True)
-        )
-        for name, side in (("height", height), ("width", width)):
-            if side <= 0 or side % self.multiple:
-                raise UserError(f"`{name}` {side} must be a positive multiple of {self.multiple}")
-        self.check_size(height, width)
-        self.check_options(drawing, start, words)
-        for one in drawing.controls:
-            control.check(one, self, len(prompts), height, width)
-        samplers.check_steps(self.schedule, steps)
+        steps, scale, height, width = self.checked(len(prompts), drawing, start, words)
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
@@ -259,6 +247,31 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError("the latents are not finite (NaN or infinity): check the model's weights, or use fp32")
         pixels = decode(latents) if decode else self.decode(latents, drawing.tiled)
         return Result(pixels.float(), latents, history, output_type)
+
+    def checked(self, pictures: int, drawing: Drawing, start: Start, words: Words) -> tuple[int, float, int, int]:
+        """(steps, guidance scale, height, width) of a run, what was left open filled in. Raises UserError for settings that make no sense."""
+        steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
+        height, width = (
+            own if given is None else given
+            for given, own in zip((drawing.height, drawing.width), self.size, strict=True)
+        )
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % self.multiple:
+                raise UserError(f"`{name}` {side} must be a positive multiple of {self.multiple}")
+        self.check_size(height, width)
+        self.check_options(drawing, start, words)
+        for one in drawing.controls:
+            control.check(one, self, pictures, height, width)
+        samplers.check_steps(self.schedule, steps)
+        self._sampler(None, drawing, height, width)
+        if start.image is not None or start.latents is not None:
+            if not 0 < start.strength <= 1:
+                raise UserError(f"`strength` {start.strength} must be above 0 and at most 1")
+            if self.first_step(steps, start.strength) >= steps:
+                raise UserError(
+                    f"`strength` {start.strength} with {steps} steps leaves no step to take; raise one of them"
+                )
+        return steps, scale, height, width
 
     def _sampler(self, given, drawing, height, width):
         """(sampler, its options, the shift of a flow's times) of a run."""

@@ -29,11 +29,7 @@ def begin(sd, start, steps, noise, shift):
     schedule, strength = sd.schedule, start.strength
     if start.image is None and start.latents is None:
         return Beginning(samplers.begin(schedule, steps, noise(), **shift))
-    if not 0 < strength <= 1:
-        raise UserError(f"`strength` {strength} must be above 0 and at most 1")
     first = sd.first_step(steps, strength)
-    if first >= steps:
-        raise UserError(f"`strength` {strength} with {steps} steps leaves no step to take; raise one of them")
     if start.latents is not None:
         if tuple(start.latents.shape) != tuple(noise.shape):
             raise UserError(f"`latents` of {list(start.latents.shape)}, this run's are {list(noise.shape)}")

@@ -1,6 +1,7 @@
 """What drawing needs before and after: the model, LoRAs and inputs that the options name, progress, what a picture remembers."""
 
 import itertools
+import math
 import re
 import sys
 import time
@@ -110,8 +111,11 @@ def freeu(cfg):
     if not cfg.freeu:
         return None
     try:
-        return FreeU(*(float(v) for v in cfg.freeu.split(",")))
-    except (ValueError, TypeError):
+        b1, b2, s1, s2 = (float(v) for v in cfg.freeu.split(","))
+        if not all(map(math.isfinite, (b1, b2, s1, s2))):
+            raise ValueError
+        return FreeU(b1, b2, s1, s2)
+    except ValueError:
         raise UserError(f"--freeu {printable(cfg.freeu)!r}: expected B1,B2,S1,S2, such as 1.5,1.6,0.9,0.2") from None
 
 
@@ -311,29 +315,35 @@ NUMBERED = re.compile(r"(\d{5,})(_steps)?\.png")
 
 
 def begun(cfg, out):
-    """The number of a run's first picture in the folder `out`: the one after those that are there, of whatever run; with --overwrite 0, and
-    the pictures of the run before are deleted. What else that run wrote makes room, or is refused."""
+    """(number of a run's first picture in the folder `out`, f()): the one after those that are there, of whatever run; with --overwrite 0.
+    f(), called when drawing begins: the run before makes room, with --overwrite its pictures are deleted. Raises UserError for what cannot."""
     there = {int(m[1]): p for p in out.iterdir() if (m := NUMBERED.fullmatch(p.name))}
     record, latents = out / "run.json", out / "latents.safetensors"
     if cfg.overwrite:
         listed = read_fields(record, {"files": list}).get("files", []) if record.is_file() else []
         names = {Path(str(f["path"])).name for f in listed if isinstance(f, dict) and "path" in f}
         old = [p for p in out.iterdir() if p.name in names and NUMBERED.fullmatch(p.name)]
-        for path in old:
-            path.unlink()
-        if old:
-            print(f"note: {out}: {len(old)} pictures of the run before are deleted", file=sys.stderr)
-        return 0
+
+        def delete():
+            for path in old:
+                path.unlink(missing_ok=True)
+            if old:
+                print(f"note: {out}: {len(old)} pictures of the run before are deleted", file=sys.stderr)
+
+        return 0, delete
     if cfg.save_latents and latents.exists():
         raise UserError(f"{latents}: is of an earlier run; take another `output_dir` (or `overwrite`)")
-    if record.is_file():
-        kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
-        record.rename(kept)
-        print(
-            f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
-            file=sys.stderr,
-        )
-    return max(there, default=-1) + 1
+
+    def keep():
+        if record.is_file():
+            kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
+            record.rename(kept)
+            print(
+                f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
+                file=sys.stderr,
+            )
+
+    return max(there, default=-1) + 1, keep
 
 
 def documented(cfg):

@@ -10,7 +10,8 @@ from nanodiff.data import edges
 from nanodiff.diffusion import samplers
 from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
-from nanodiff.pipeline import control
+from nanodiff.pipeline import Drawing, Start, control
+from nanodiff.pipeline.settings import grouped
 from nanodiff.stories.drawing import options
 
 
@@ -120,8 +121,11 @@ def larger(cfg, sd, size):
     return tuple(max(round(size[side] * cfg.hires / sd.multiple), 1) * sd.multiple for side in ("height", "width"))
 
 
-def check_hires(cfg, sd, steps, size):
-    """Raise UserError for a second pass that cannot be, before the first is drawn."""
+def check(cfg, sd, steps, scale, size, start):
+    """Raise UserError for what cannot be drawn, also in the second pass, before anything is drawn or makes room for it."""
+    settings = options(cfg) | size | start | {"steps": steps, "guidance_scale": scale}
+    words = settings.pop("words")
+    sd.checked(1, *grouped(settings, Drawing(), Start(), words))
     if not cfg.hires:
         return
     steps = cfg.hires_steps or steps

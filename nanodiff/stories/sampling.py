@@ -42,7 +42,7 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
-from nanodiff.stories.inputs import check_hires, draw, inputs
+from nanodiff.stories.inputs import check, draw, inputs
 from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks
 from nanodiff.training.options import parse_size
 
@@ -68,7 +68,7 @@ def main(cfg):
     out = record.out
     if cfg.output and (Path(cfg.output).is_dir() or not Path(cfg.output).absolute().parent.is_dir()):
         raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
-    number, named = begun(cfg, out), cfg.named or documented(cfg)
+    (number, make_room), named = begun(cfg, out), cfg.named or documented(cfg)
     if cfg.seed is None:
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
@@ -86,7 +86,7 @@ def main(cfg):
     settings = described(sd, steps, scale, negative)
 
     size, start, finished = inputs(cfg, sd)
-    check_hires(cfg, sd, steps, size)
+    check(cfg, sd, steps, scale, size, start)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
     jobs, tagged = jobs_of(cfg, prompts, negative), Tagged(cfg.lora_dir, cfg.allow_partial)
     batches = batches_of(jobs, cfg, sd, steps)
@@ -95,6 +95,7 @@ def main(cfg):
     if cfg.offload != "none" and not any(job.loras for job in jobs):
         with record.timed("encode"):  # the text encoders come once, for all prompts, and leave before the denoiser
             prepare(cfg, sd, jobs, steps, scale > 1)
+    make_room()
     sheet, latents, made = [], [], 0
     try:
         with Progress(
@@ -269,7 +270,7 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
     """Make and write one picture of a study."""
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
-    check_hires(cfg, sd, steps, size)
+    check(cfg, sd, steps, scale, size, start)
     one = job(cfg, prompt, negative, seed)
     sd.tagged.obey(sd, one.loras)
     result = draw(cfg, sd, [one.text], against([one]), steps, scale, [seed], size, start, on_step=progress.step)

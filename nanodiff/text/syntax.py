@@ -29,7 +29,7 @@ MARKS = (
     (WILDCARD, "a wildcard"),
     (re.compile(r"\[[^\[\]]*:[^\[\]]*:?\s*(\d+\.?\d*|\.\d+)\s*\]"), "prompt editing [a:b:0.5]"),
     (re.compile(r"\[[^\[\]]+\|[^\[\]]*\]"), "alternating words [a|b]"),
-    (re.compile(r"\bAND\b"), "AND"),
+    (AND, "AND"),
     (re.compile(r"\bBREAK\b"), "BREAK"),
     (re.compile(r"(?<!\\)\([^()]*:\s*[-+]?(\d+\.?\d*|\.\d+)\s*\)"), "a weight (a:1.2)"),
 )

@@ -270,6 +270,21 @@ def test_a_picture_of_another_program_is_repeated(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["--lora", "nowhere.safetensors"], ["--perturbed-scale", "2", "--perturbed-layers", "nowhere"], ["--eta", "0.5"], ["--height", "12"],
+     ["--freeu", "1,2"], ["--freeu", "1,2,nan,1"], ["--sigmas", "ays"]],
+)  # fmt: skip
+def test_what_cannot_be_drawn_deletes_nothing(tmp_path, argv):
+    """--overwrite makes room when drawing begins, not before."""
+    done = sample(tmp_path, "--prompt", "a cat")
+    assert done.returncode == 0, done.stderr
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert error_line(sample(tmp_path, "--prompt", "a dog", "--overwrite", *argv))
+    assert error_line(sample(tmp_path, "--prompt", "a dog", *argv))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
 def test_many_prompts_are_encoded_before(tmp_path):
     """More than are encoded at a time, with a negative prompt, offloaded."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"cat {i}" for i in range(33)))
