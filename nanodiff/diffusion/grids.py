@@ -89,8 +89,8 @@ def respaced(cfg, top, low, n):
     """σ [n] from `top` down to `low` in the spacing that a config asks for; None where it asks for none.
 
     Karras: σ_i = (σ_max^⅐ + i/(n-1) (σ_min^⅐ - σ_max^⅐))^7 (Karras et al. 2022, arXiv 2206.00364 eq. 5). Exponential, and Lu's even λ
-    (Lu et al. 2022, arXiv 2206.00927 §3.4): even in ln σ. Beta: σ_min + (σ_max - σ_min) q_i with the quantiles of B(0.6, 0.6), which lie close
-    together at both ends (Lee et al. 2024, arXiv 2407.12173 eq. 10).
+    (Lu et al. 2022, arXiv 2206.00927): even in ln σ. Beta: σ_min + (σ_max - σ_min) q_i with the quantiles of B(0.6, 0.6), which lie close
+    together at both ends (Lee et al. 2024, arXiv 2407.12173).
     """
     share = np.linspace(0, 1, n)
     if cfg.get("use_karras_sigmas"):

@@ -1,4 +1,4 @@
-"""FreeU: the way up of a UNet says more by itself, and less of the coarse by its skips (Si et al. 2023, arXiv 2309.11497 eq. 4 to 8).
+"""FreeU: the way up of a UNet says more by itself, and less of the coarse by its skips (Si et al. 2023, arXiv 2309.11497).
 
 Explained in the book (docs/book): chapter 5.
 """

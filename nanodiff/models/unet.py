@@ -145,7 +145,7 @@ class Config(DownConfig):
 class Attention(nn.Module):
     """Multi-head attention; q from x, k and v from x (self) or from the text (cross)."""
 
-    perturbed = False  # everything looks at itself alone (Ahn et al. 2024, arXiv 2403.17377 eq. 15)
+    perturbed = False  # everything looks at itself alone (Ahn et al. 2024, arXiv 2403.17377)
 
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()

@@ -37,7 +37,7 @@ class Guidance:
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. Of several texts, [(Text, its
-        weights [B])], each is guided to by its weight (Liu et al. 2022, arXiv 2206.01714 eq. 11). rescale: std
+        weights [B])], each is guided to by its weight (Liu et al. 2022, arXiv 2206.01714, conjunction). rescale: std
         correction (Lin et al. 2024 §3.4). weaker: a SkipLayers, a Perturbed or None, on a run over the timesteps `times`. controls: (ControlNets at
         work, model calls of the run, a count of them). beside: what an inpainting model is given with x (start.Beginning).
         """

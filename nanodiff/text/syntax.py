@@ -130,7 +130,7 @@ def networks(prompt):
 
 
 def composed(prompt):
-    """[(text, weight)] of "a AND b :1.2 AND c :-1": what is drawn together (Liu et al. 2022, arXiv 2206.01714 eq. 11)."""
+    """[(text, weight)] of "a AND b :1.2 AND c :-1": what is drawn together (Liu et al. 2022, arXiv 2206.01714, conjunction)."""
     parts = []
     for part in AND.split(prompt):
         text, weight = WEIGHT.fullmatch(part).groups()
