@@ -117,6 +117,12 @@ class Config:
         "schedule-type",
     )
     eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1")
+    s_churn: float = arg(
+        0.0, "euler: fresh noise before each step, as much as Karras et al.'s S_churn says", low=0, high=1000
+    )
+    s_tmin: float = arg(0.0, "--s-churn only where sigma is at least this", low=0)
+    s_tmax: float | None = arg(None, "--s-churn only where sigma is at most this", low=0)
+    s_noise: float = arg(1.0, "multiplies the noise of --s-churn", low=0, high=10)
     height: int | None = arg(None, "pixels; default: the model's own", often=True)
     width: int | None = arg(None, "pixels; default: the model's own", often=True)
     num_images: int = arg(1, "pictures per prompt", often=True)
@@ -250,6 +256,7 @@ class Config:
             ("labels", "output"),
             ("lora_fuse", "lora"),
         )
+        needed += (("s_tmin", "s_churn"), ("s_tmax", "s_churn"), ("s_noise", "s_churn"))
         needed += (("hires_strength", "hires"), ("hires_steps", "hires"), ("hires_latent", "hires"))
         needed += (
             ("negative_prompt_2", "negative_prompt"),
@@ -263,7 +270,7 @@ class Config:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         needed += tuple((f"skip_layer_{part}", "skip_layers") for part in ("scale", "start", "stop"))
         for name, needs in (*needed, ("lora_scale", "lora")):
-            if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, []):
+            if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, [], 0.0):
                 raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
         if self.allow_partial and not self.lora and not self.lora_dir:
             raise UserError("--allow-partial does nothing without --lora or --lora-dir")

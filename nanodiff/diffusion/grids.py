@@ -20,6 +20,7 @@ UNROUNDED = (
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
+    "DPMSolverSDEScheduler",
 )  # whose timesteps of Karras's σ lie between the training's
 
 

@@ -124,19 +124,9 @@ def pndm(model, x, schedule, n, noise, start=0, quirks=False):
         else:
             history = [*history[-3:], out]
             before = (x, t) if len(history) == 1 else None
-            weights, divisor = ADAMS_BASHFORTH[len(history)]
-            slopes = [w * e for w, e in zip(weights, reversed(history), strict=True)]
-            out = sum(slopes[1:], slopes[0]) / divisor if divisor > 1 else out
+            out = solvers.adams_bashforth(history[::-1])
         x, x0 = _transfer(schedule, x, out, t, prev)
         yield Step(x, x0, times[start + i])
-
-
-ADAMS_BASHFORTH = {
-    1: ((1,), 1),
-    2: ((3, -1), 2),
-    3: ((23, -16, 5), 12),
-    4: ((55, -59, 37, -9), 24),
-}  # by slopes known, newest first
 
 
 def _runge_kutta(model, x, schedule, times, ratio=None):
@@ -364,6 +354,16 @@ SAMPLERS = {  # by the name on the command line
     "lms": Sampler(solvers.lms, "LMSDiscreteScheduler", times=sigma_times, scaled=False),
     "kdpm2": Sampler(solvers.kdpm2, "KDPM2DiscreteScheduler", times=sigma_times, scaled=False, twice=True),
     "kdpm2_a": Sampler(solvers.kdpm2_a, "KDPM2AncestralDiscreteScheduler", times=sigma_times, scaled=False, twice=True),
+    "ipndm": Sampler(solvers.ipndm, "LMSDiscreteScheduler", {OWN: "ipndm"}, sigma_times, scaled=False),
+    "dpmpp_sde": Sampler(solvers.dpmpp_sde, "DPMSolverSDEScheduler", times=sigma_times, scaled=False, twice=True),
+    "dpmpp_2s_a": Sampler(
+        solvers.dpmpp_2s_a,
+        "KDPM2AncestralDiscreteScheduler",
+        {OWN: "dpmpp_2s_a"},
+        sigma_times,
+        scaled=False,
+        twice=True,
+    ),
     "heun": Sampler(heun, "HeunDiscreteScheduler", times=sigma_times, scaled=False, twice=True),
     "midpoint": Sampler(
         solvers.midpoint, "HeunDiscreteScheduler", {OWN: "midpoint"}, sigma_times, scaled=False, twice=True

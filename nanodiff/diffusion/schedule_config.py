@@ -133,6 +133,7 @@ DEFAULTS |= {
     "LMSDiscreteScheduler": _LINSPACE,
     "KDPM2DiscreteScheduler": _LINSPACE | _SD_BETAS,
     "KDPM2AncestralDiscreteScheduler": _LINSPACE | _SD_BETAS,
+    "DPMSolverSDEScheduler": _LINSPACE | _SD_BETAS,
     "TCDScheduler": DEFAULTS["LCMScheduler"],
 }
 DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
@@ -152,6 +153,7 @@ SPACES = {  # what each class counts its steps in: timesteps of the training, no
     "LMSDiscreteScheduler": "sigma",
     "KDPM2DiscreteScheduler": "sigma",
     "KDPM2AncestralDiscreteScheduler": "sigma",
+    "DPMSolverSDEScheduler": "sigma",
     "FlowMatchEulerDiscreteScheduler": "flow",
     "FlowMatchHeunDiscreteScheduler": "flow",
 }

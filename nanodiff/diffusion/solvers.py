@@ -74,6 +74,33 @@ def lms(model, x, schedule, n, noise, start=0, order=4):
         yield Step(x, x0, timesteps[i])
 
 
+# by slopes known, newest first: the weights of equal steps, and what they are divided by
+ADAMS_BASHFORTH = {1: ((1,), 1), 2: ((3, -1), 2), 3: ((23, -16, 5), 12), 4: ((55, -59, 37, -9), 24)}
+
+
+def adams_bashforth(slopes):
+    """The mean slope of the next step from the last ones, newest first, as if all steps were equally long."""
+    weights, divisor = ADAMS_BASHFORTH[len(slopes)]
+    weighted = [w * e for w, e in zip(weights, slopes, strict=True)]
+    return sum(weighted[1:], weighted[0]) / divisor if divisor > 1 else weighted[0]
+
+
+def ipndm(model, x, schedule, n, noise, start=0):
+    """Improved PNDM (Zhang & Chen 2022, arXiv 2204.13902, "iPNDM"): as lms, with the weights of equal steps and lower orders at the beginning.
+
+    X' = X + (σ' - σ) (55 ε - 59 ε_1 + 37 ε_2 - 9 ε_3)/24. The steps are not equally long, and so lms is of a higher order; with few steps this one
+    can look better. One network call a step; the last one (σ' = 0) goes to x0, as the first, by one slope.
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    history = []
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        history = [(x - x0) / sigma, *history[:3]]
+        x = x + (after - sigma) * adams_bashforth(history) if after else x0
+        yield Step(x, x0, timesteps[i])
+
+
 def deis(model, x, schedule, n, noise, start=0):
     """Exponential integrator (Zhang & Chen 2022, arXiv 2204.13902): as lms, the slope a polynomial in ln σ (diffusers' "logrho"), `solver_order` long.
 
@@ -147,6 +174,57 @@ def kdpm2_a(model, x, schedule, n, noise, start=0):
             down = after**2 / sigma
             x = _across(model, x, x0, schedule, sigma, (sigma * down) ** 0.5, down, log_sigmas)
             x = x + (after**2 - down**2) ** 0.5 * noise()
+        else:
+            x = x0
+        yield Step(x, x0, timesteps[i])
+
+
+def dpmpp_sde(model, x, schedule, n, noise, start=0):
+    """DPM-Solver++'s SDE in single steps of second order (k-diffusion, sample_dpmpp_sde): the estimate in the middle serves for the whole step.
+
+    X' = xm + σ_down/σ (X - xm) + σ_up z, σ_down = σ'²/σ, σ_up² = σ'² - σ_down², as euler_a's; xm is asked at σm = √(σ σ'), where the same step of
+    length σ → σm leads. Both noises are of one path of Brownian motion over σ, as k-diffusion's and diffusers' are (by torchsde's tree, from
+    another seed: the law is the same, the picture is another). Two network calls a step, one in the last (σ' = 0).
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        if after:
+            middle = (sigma * after) ** 0.5
+            first, second = noise(), noise()
+            halfway = _ancestral(x, x0, sigma, middle, first)
+            x0 = ask(model, halfway, schedule, float(sigma_to_t(middle, log_sigmas)), middle)
+            whole = ((sigma - middle) ** 0.5 * first + (middle - after) ** 0.5 * second) / (sigma - after) ** 0.5
+            x = _ancestral(x, x0, sigma, after, whole)
+        else:
+            x = x0
+        yield Step(x, x0, timesteps[i])
+
+
+def _ancestral(x, x0, sigma, after, z):
+    """X at σ' by way of σ_down = σ'²/σ, z the noise that leads up again: DDPM's posterior in σ-space."""
+    down = after**2 / sigma
+    return x0 + down / sigma * (x - x0) + (after**2 - down**2) ** 0.5 * z
+
+
+def dpmpp_2s_a(model, x, schedule, n, noise, start=0):
+    """DPM-Solver++ in single steps of second order with ancestral noise (k-diffusion, sample_dpmpp_2s_ancestral): down to σ_down = σ'²/σ by an
+    estimate xm in the middle, up by fresh noise.
+
+    xm is asked in the middle of ln σ, √(σ σ_down) = σ', where the first estimate leads:  X' = xm + σ_down/σ (X - xm) + σ_up z. Two network calls
+    a step, one in the last (σ' = 0).
+    """
+    timesteps, sigmas = sigma_grid(schedule, n)
+    log_sigmas = np.log(schedule.all_sigmas())
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = ask(model, x, schedule, timesteps[i], sigma)
+        if after:
+            halfway = x0 + after / sigma * (x - x0)
+            x0 = ask(model, halfway, schedule, float(sigma_to_t(after, log_sigmas)), after)
+            x = _ancestral(x, x0, sigma, after, noise())
         else:
             x = x0
         yield Step(x, x0, timesteps[i])

@@ -20,6 +20,8 @@ MENU = (
     ("DPM++ 2M SDE", ("Uniform",), "dpmpp_2m_sde"),
     ("DPM++ 2M SDE", ("Karras",), "dpmpp_2m_sde_karras"),
     ("DPM++ 3M SDE", ("Uniform",), "dpmpp_3m_sde"),
+    ("DPM++ SDE", ("Uniform",), "dpmpp_sde"),
+    ("DPM++ 2S a", ("Uniform",), "dpmpp_2s_a"),
     ("DDIM", ("", "Automatic", "Uniform"), "ddim"),
     ("PLMS", ("", "Automatic", "Uniform"), "pndm"),
     ("UniPC", ("", "Automatic", "Uniform"), "unipc"),
@@ -33,6 +35,9 @@ SPACINGS = {
     "Beta": "beta",
     "Align Your Steps": "ays",
 }
+# what "Automatic" means where it is no grid of the sampler's own (its samplers_k_diffusion)
+AUTOMATIC = {"DPM++ SDE": "Karras", "DPM++ 2S a": "Karras", "DPM++ 2M SDE": "Exponential"}
+CHURN = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
 UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -71,6 +76,11 @@ def written(record):
         "Hires upscaler": UPSCALERS[bool(record.get("hires_latent"))] if hires else "",
         "Lora hashes": ", ".join(f"{k}: {v}" for k, v in (record.get("lora_hashes") or {}).items()),
         "Eta DDIM": f"{record['eta']:g}" if record.get("eta") else "",
+        **{
+            theirs: f"{record[ours]:g}"
+            for ours, theirs in CHURN.items()
+            if record.get("s_churn") and record.get(ours) is not None
+        },
         "RNG": "CPU",
     }
     return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items() if v != "")])
@@ -95,6 +105,7 @@ def parameters(text):
         ("guidance_scale", "CFG scale", float),
         ("seed", "Seed", int),
         ("eta", "Eta DDIM", float),
+        *((ours, theirs, float) for ours, theirs in CHURN.items()),
     ):
         if (value := _number(facts.get(key), kind)) is not None:
             found[name] = value
@@ -160,6 +171,8 @@ def _spoken(facts):
     for old in ("Karras", "Exponential"):
         if not kind and name.endswith(f" {old}"):
             return name.removesuffix(f" {old}"), old
+    if kind == "Automatic":
+        kind = AUTOMATIC.get(name, kind)
     # a sampler without a schedule type in a text without "Schedule type" is of a version that had none
     return name, kind or ("Uniform" if name.startswith("DPM") and "Schedule type" not in facts else "")
 

@@ -278,9 +278,13 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         own = samplers.of(self.schedule).run
         if drawing.eta and own not in (samplers.ddim, solvers.tcd):
             raise UserError(f"`eta` is DDIM's and TCD's; {samplers.name_of(self.schedule)} has no such setting")
+        if drawing.churn and own is not samplers.euler:
+            raise UserError(f"`churn` is Euler's; {samplers.name_of(self.schedule)} has no such setting")
         if drawing.quirks and own not in (samplers.ddim, samplers.pndm):
             raise UserError(f"`quirks` is for ddim and pndm; {samplers.name_of(self.schedule)} has none")
         options = ({"eta": drawing.eta} if drawing.eta else {}) | ({"quirks": True} if drawing.quirks else {})
+        if drawing.churn:
+            options |= zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), drawing.churn, strict=True)
         if self.schedule.flow and self.schedule.cfg["use_dynamic_shifting"]:
             options["mu"] = grids.flow_mu(self.schedule, height * width // self.multiple**2)
         shift = {"mu": options.get("mu")} if self.schedule.flow else {}

@@ -4,6 +4,7 @@ Explained in the book (docs/book): chapter 4.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,16 @@ class Perturbed(NamedTuple):
         return self.scale != 0
 
 
+class Churn(NamedTuple):
+    """Euler's stochastic steps (Karras et al. 2022, arXiv 2206.00364 Alg. 2): where σ is between `low` and `high`, noise is added before a step, up
+    to σ (1 + min(amount / steps, √2 - 1)), times `noise`. amount: the paper's S_churn, 0 or more."""
+
+    amount: float
+    low: float = 0.0
+    high: float = math.inf
+    noise: float = 1.0
+
+
 @dataclass(frozen=True)
 class Words:
     """How prompts become a condition. A text for all pictures, or a list of as many as there are prompts."""
@@ -61,6 +72,7 @@ class Drawing:
     height: int | None = None  # pixels
     width: int | None = None
     eta: float = 0.0  # DDIM's and TCD's noise, 0 to 1
+    churn: Churn | None = None  # Euler's
     quirks: bool = False  # see samplers.ddim
     tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
     sizes: dict | None = None  # SDXL's, see SDXL.size_ids

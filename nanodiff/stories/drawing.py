@@ -19,6 +19,7 @@ from nanodiff.models.freeu import FreeU
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record, slug
 from nanodiff.pipeline import Perturbed, SkipLayers, Words, control, single, sources
+from nanodiff.pipeline.settings import Churn
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
 from nanodiff.weights import hub
@@ -28,7 +29,7 @@ LARGE = 1024  # channels of a denoiser from which --dtype auto takes bf16 on a C
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
-              "scheduler", "sigmas", "eta", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
+              "scheduler", "sigmas", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
               "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
@@ -254,6 +255,9 @@ def options(cfg):
     return {
         "words": words(cfg),
         "eta": cfg.eta,
+        "churn": Churn(cfg.s_churn, cfg.s_tmin, math.inf if cfg.s_tmax is None else cfg.s_tmax, cfg.s_noise)
+        if cfg.s_churn
+        else None,
         "guidance_rescale": cfg.guidance_rescale,
         "denoising_end": cfg.denoising_end,
         "sizes": sizes(cfg),

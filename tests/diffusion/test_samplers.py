@@ -39,8 +39,11 @@ FAMILIES = [
     "dpmpp2s",
     "tcd",
     "spacings",
+    "ipndm",
+    "dpmpp_sde",
+    "dpmpp_2s_a",
 ]
-TWICE = ("heun", "kdpm2", "kdpm2_a")  # the reference yields after each network call, we after each step
+TWICE = ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde")  # the reference yields after each network call, we after each step
 
 
 def cases():
@@ -123,6 +126,7 @@ ODE = [
     "unipc",
     "deis",
     "lms",
+    "ipndm",
     "kdpm2",
 ]
 TOLERANCE = {
@@ -137,6 +141,7 @@ TOLERANCE = {
     "unipc": 0.03,
     "deis": 0.05,
     "lms": 0.03,
+    "ipndm": 0.03,
     "kdpm2": 0.03,
 }
 
@@ -187,6 +192,7 @@ ORDER = {
     "unipc": 0.9,
     "deis": 1.5,
     "lms": 2.5,
+    "ipndm": 0.9,
     "kdpm2": 1.5,
 }  # at least, on these grids
 
@@ -205,7 +211,7 @@ def test_order_of_convergence(name):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("euler_a", {}), ("ddim", {"eta": 1.0}), ("kdpm2_a", {}),
-                                              ("dpmpp_2m_sde", {}), ("dpmpp_3m_sde", {})])  # fmt: skip
+                                              ("dpmpp_2m_sde", {}), ("dpmpp_3m_sde", {}), ("dpmpp_sde", {}), ("dpmpp_2s_a", {})])  # fmt: skip
 def test_stochastic_samplers_have_the_data_variance(name, options, prediction):
     schedule = make(name, prediction, "trailing")
     z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

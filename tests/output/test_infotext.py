@@ -34,7 +34,12 @@ def test_a_real_one():
         ("DPM++ 2M Karras", None, "dpmpp_2m_karras"),
         ("DPM++ 2M", "Automatic", "dpmpp_2m_karras"),
         ("DPM++ 2M SDE", "Karras", "dpmpp_2m_sde_karras"),
-        ("DPM++ SDE", "Karras", None),
+        ("DPM++ SDE", "Karras", "dpmpp_sde"),
+        ("DPM++ SDE Karras", None, "dpmpp_sde"),
+        ("DPM++ 2S a", "Automatic", "dpmpp_2s_a"),
+        ("DPM++ 2M SDE", "Automatic", "dpmpp_2m_sde"),
+        ("DPM++ 3M SDE", "Automatic", None),
+        ("Restart", "Karras", None),
         ("Euler", "Karras", "euler"),
         ("Euler a", "Karras", None),
         ("DPM2", "Align Your Steps", "kdpm2"),
@@ -52,6 +57,14 @@ def test_samplers(sampler, kind, ours):
 
 
 @pytest.mark.parametrize(
+    ("sampler", "grid"), [("DPM++ SDE", "karras"), ("DPM++ 2M SDE", "exponential"), ("DPM++ 2S a", "karras")]
+)
+def test_automatic_is_the_samplers_own_grid(sampler, grid):
+    found, _ = infotext.parameters(f"x\nSteps: 5, Sampler: {sampler}, Schedule type: Automatic, Seed: 1")
+    assert found["sigmas"] == grid
+
+
+@pytest.mark.parametrize(
     ("text", "prompt"),
     [("just words", "just words"), ("a\nb: c, d", "a\nb: c, d"), ("Steps: 1, Sampler: Euler, Seed: 2", "")],
 )
@@ -66,7 +79,8 @@ RECORD = {"prompt": "a cat", "negative_prompt": "dog", "steps": 5, "scheduler": 
 @pytest.mark.parametrize(
     "more",
     [{}, {"clip_skip": 2}, {"hires": 2.0, "hires_strength": 0.5, "hires_steps": 8, "hires_latent": False}, {"eta": 0.5},
-     {"scheduler": "dpmpp_2m_karras"}, {"scheduler": "euler", "sigmas": "beta"}, {"scheduler": "euler_a", "negative_prompt": None}],
+     {"scheduler": "dpmpp_2m_karras"}, {"scheduler": "euler", "sigmas": "beta"},
+     {"scheduler": "euler", "s_churn": 10.0, "s_tmin": 0.5, "s_noise": 1.003}, {"scheduler": "euler_a", "negative_prompt": None}],
 )  # fmt: skip
 def test_what_is_written_is_read_back(more):
     record = RECORD | more

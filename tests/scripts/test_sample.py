@@ -273,7 +273,7 @@ def test_a_picture_of_another_program_is_repeated(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [["--lora", "nowhere.safetensors"], ["--perturbed-scale", "2", "--perturbed-layers", "nowhere"], ["--eta", "0.5"], ["--height", "12"],
-     ["--freeu", "1,2"], ["--freeu", "1,2,nan,1"], ["--sigmas", "ays"]],
+     ["--freeu", "1,2"], ["--freeu", "1,2,nan,1"], ["--sigmas", "ays"], ["--s-churn", "5"], ["--s-noise", "1.1"]],
 )  # fmt: skip
 def test_what_cannot_be_drawn_deletes_nothing(tmp_path, argv):
     """--overwrite makes room when drawing begins, not before."""
@@ -283,6 +283,24 @@ def test_what_cannot_be_drawn_deletes_nothing(tmp_path, argv):
     assert error_line(sample(tmp_path, "--prompt", "a dog", "--overwrite", *argv))
     assert error_line(sample(tmp_path, "--prompt", "a dog", *argv))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_churn(tmp_path):
+    """Euler's extra noise changes the picture, only where its sigmas are, and comes back out of the picture."""
+    argv = ("--prompt", "a cat", "--scheduler", "euler", "--seed", "3")
+    for name, more in (
+        ("plain", ()),
+        ("churned", ("--s-churn", "8", "--s-noise", "1.01")),
+        ("nowhere", ("--s-churn", "8", "--s-tmin", "1e6")),
+    ):
+        done = sample(tmp_path / name, *argv, *more)
+        assert done.returncode == 0, done.stderr
+    again = run("sample.py", "--from-image", tmp_path / "churned" / "00000.png", "--output-dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    plain, churned, nowhere, repeated = (
+        pixels(tmp_path / name / "00000.png") for name in ("plain", "churned", "nowhere", "again")
+    )
+    assert np.array_equal(plain, nowhere) and np.array_equal(churned, repeated) and not np.array_equal(plain, churned)
 
 
 def test_many_prompts_are_encoded_before(tmp_path):
