@@ -95,9 +95,19 @@ class Config:
         "mid", "its self-attentions: parts of their names, such as mid,up_blocks.1", "pag-applied-layers"
     )
     freeu: str | None = arg(None, "B1,B2,S1,S2 of FreeU, such as 1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL)")
-    original_size: str | None = arg(
-        None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own", group="SDXL's sizes"
+    refiner: str | None = arg(
+        None, "SDXL: folder, file or Hub id of a refiner that draws the last steps", group="SDXL's refiner and sizes"
     )
+    refiner_start: float = arg(
+        0.8, "part of the noise that is gone when --refiner takes over", "refiner-switch-at", low=0.01, high=0.99
+    )
+    aesthetic_score: float | None = arg(
+        None, "the refiner's: how much people like such a picture, 1 to 10; default 6", low=0, high=10
+    )
+    negative_aesthetic_score: float | None = arg(
+        None, "the same of what it is led away from; default 2.5", low=0, high=10
+    )
+    original_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to come from; default: its own")
     target_size: str | None = arg(None, "SDXL: WIDTHxHEIGHT the picture is said to be for; default: its own")
     crop: str | None = arg(None, "SDXL: LEFTxTOP corner it is said to be cropped at; default 0x0")
     negative_original_size: str | None = arg(None, "SDXL: the same for the negative prompt")
@@ -287,6 +297,10 @@ class Config:
             )
         if self.control_guess and not self.control:
             raise UserError("--control-guess does nothing without --control")
+        if self.refiner and (self.hires or self.mask or self.denoising_end is not None):
+            raise UserError("--refiner is not for --hires, --mask or --denoising-end")
+        if self.refiner_start != 0.8 and not self.refiner:
+            raise UserError("--refiner-start does nothing without --refiner")
         if self.hires and (self.mask or self.denoising_end is not None):
             raise UserError("--hires is not for --mask or --denoising-end")
         if self.cuda_graph == "on" and self.control:

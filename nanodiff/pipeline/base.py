@@ -38,8 +38,10 @@ from nanodiff.pipeline.start import begin
 class Result:
     """What generate() gives back."""
 
-    pixels: torch.Tensor  # [B, 3, H, W], about [-1, 1]
-    latents: torch.Tensor  # [B, C, h, w], final, as the VAE's decode() takes them
+    pixels: torch.Tensor | None  # [B, 3, H, W], about [-1, 1]; None of output_type "latent"
+    latents: (
+        torch.Tensor
+    )  # [B, C, h, w], final, as the VAE's decode() takes them; after `denoising_end` as `denoising_start` does
     history: list = field(default_factory=list)  # the Steps, when asked for
     output_type: str = "pil"  # of `images`
 
@@ -49,14 +51,16 @@ class Result:
 
     @property
     def images(self):
-        """The pictures in the form that `output_type` asked for: PIL images, or an array [B, H, W, 3] in [0, 1] ("np")."""
+        """The pictures in the form that `output_type` asked for: PIL images, an array [B, H, W, 3] in [0, 1] ("np"), or their latents."""
+        if self.output_type == "latent":
+            return self.latents
         if self.output_type == "np":
             return (self.pixels.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
         return self.to_pil()
 
     def __repr__(self):
-        n, _, height, width = self.pixels.shape
-        return f"Result({n} pictures of {width}x{height})"
+        n, _, height, width = (self.latents if self.pixels is None else self.pixels).shape
+        return f"Result({n} {'latents' if self.pixels is None else 'pictures'} of {width}x{height})"
 
 
 class Noise:
@@ -158,7 +162,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             return self
         schedule = samplers.rescheduled(self.schedule, name, **fields)
         if sigmas is not None:
-            schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.takes_sizes)
+            schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.sizes > 0)
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
         other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
         other.packs, other.replays = self.packs, self.replays
@@ -194,10 +198,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         drawing, start, words, and in `settings` single fields of theirs by name (`steps=25`, `image=…`, `prompt_2=…`): see
         settings.py. seeds: one per prompt (default 0, 1, …), or `generators`, CPU ones. sampler: a function in place of the
         schedule's own sampler, called as samplers.py says. on_step(i, n, Step) is called after each step. decode(latents):
-        in place of the VAE's. output_type: of Result.images, "pil" or "np". Raises UserError for settings that make no sense.
+        in place of the VAE's. output_type: of Result.images, "pil" or "np"; "latent": nothing is decoded. Raises UserError for settings that make no sense.
         """
-        if output_type not in ("pil", "np"):
-            raise UserError(f"`output_type` {output_type}: is none of pil, np")
+        if output_type not in ("pil", "np", "latent"):
+            raise UserError(f"`output_type` {output_type}: is none of pil, np, latent")
         prompts, generators = _counted(prompts, seeds, generators)
         drawing, start, words = grouped(settings, drawing or Drawing(), start or Start(), words or Words())
         steps, scale, height, width = self.checked(len(prompts), drawing, start, words)
@@ -223,7 +227,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             )
 
         if words.syntax:
-            texts = Spoken(self, prompts, negative_prompt, words, guided, times[first : first + total])
+            begun = 0 if start.denoising_start is not None else first
+            texts = Spoken(self, prompts, negative_prompt, words, guided, times[begun:])
         step, history = None, []
         with ExitStack() as working:
             if drawing.freeu:
@@ -245,6 +250,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         latents = step.x
         if not torch.isfinite(latents).all():
             raise UserError("the latents are not finite (NaN or infinity): check the model's weights, or use fp32")
+        if output_type == "latent":
+            return Result(None, latents, history, output_type)
         pixels = decode(latents) if decode else self.decode(latents, drawing.tiled)
         return Result(pixels.float(), latents, history, output_type)
 
@@ -264,7 +271,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             control.check(one, self, pictures, height, width)
         samplers.check_steps(self.schedule, steps)
         self._sampler(None, drawing, height, width)
-        if start.image is not None or start.latents is not None:
+        if start.denoising_start is not None:
+            times = self._times(steps, drawing, height, width)
+            self._until(drawing.denoising_end, times, self.first_after(start.denoising_start, times))
+        elif start.image is not None or start.latents is not None:
             if not 0 < start.strength <= 1:
                 raise UserError(f"`strength` {start.strength} must be above 0 and at most 1")
             if self.first_step(steps, start.strength) >= steps:
@@ -299,6 +309,17 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`denoising_end` {denoising_end:g} leaves no step to take; it is between 0 and 1")
         return total
 
+    def _times(self, steps, drawing, height, width):
+        """The timestep of every step of a run."""
+        return samplers.times(self.schedule, steps, **self._sampler(None, drawing, height, width)[2])
+
+    def first_after(self, denoising_start: float, times: list) -> int:
+        """The step at which a run goes on that another model's `denoising_end` left."""
+        first = sum(t >= round(self.schedule.T * (1 - denoising_start)) for t in times)
+        if first == len(times) or not 0 < denoising_start < 1:
+            raise UserError(f"`denoising_start` {denoising_start:g} leaves no step to take; it is between 0 and 1")
+        return first
+
     def first_step(self, steps: int, strength: float) -> int:
         """The step at which image-to-image starts."""
         return max(steps - min(int(steps * strength), steps), 0)
@@ -306,12 +327,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
     def check_options(self, drawing, start, words):
         """Raise UserError for settings of another family, and for those that need another."""
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
-            needs = name[-1] if name[-1] in "23" else "3"
-            if getattr(words, name) is not None and f"text_encoder_{needs}" not in self.encoder_names:
+            needs = int(name[-1] if name[-1] in "23" else "3")
+            if getattr(words, name) is not None and needs > len(self.encoder_names):
                 raise UserError(f"`{name}`: this model has no text encoder {needs}")
         if words.max_sequence_length is not None and not 1 <= words.max_sequence_length <= 512:
             raise UserError(f"`max_sequence_length` {words.max_sequence_length} must be between 1 and 512")
-        if drawing.sizes and not self.family.takes_sizes:
+        if drawing.sizes and not self.family.sizes:
             name = next(iter(drawing.sizes))
             raise UserError(f"`{name}`: only SDXL takes sizes as a condition")
         if drawing.skip_layers and not self.family.skips_layers:
@@ -328,6 +349,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError("`mask` needs `image`")
         if start.latents is not None and start.image is not None:
             raise UserError("`latents` stand in place of `image`: give one of them")
+        if start.denoising_start is not None and start.latents is None:
+            raise UserError("`denoising_start` goes on with `latents`")
         if self.inpaints and start.mask is None:
             raise UserError(
                 "this is an inpainting model, which repaints a picture under a mask: give `image` and `mask`"

@@ -1,7 +1,7 @@
 """What is particular to a family of models, as data: classes, parts, configurations and schedulers of the released ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,15 @@ _XL_UNET = _UNET | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "sample_size": 128,
+}
+_REFINER_UNET = _XL_UNET | {
+    "block_out_channels": [384, 768, 1536, 1536],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 1280,
+    "attention_head_dim": [6, 12, 24, 24],
+    "transformer_layers_per_block": 4,
+    "projection_class_embeddings_input_dim": 2560,
 }
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -84,6 +93,11 @@ KNOWN = {
     "SDXL": (
         "StableDiffusionXLPipeline",
         {"unet": _XL_UNET, "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True}, "text_encoder": _L, "text_encoder_2": _G | _PROJECTED},
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"} | _BETAS,
+    ),
+    "SDXL refiner": (
+        "SDXL refiner",
+        {"unet": _REFINER_UNET, "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True}, "text_encoder_2": _G | _PROJECTED},
         {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"} | _BETAS,
     ),
     "SD 3 medium": (
@@ -133,6 +147,7 @@ RELEASED = {  # Hub ids whose configurations are built in (KNOWN)
     "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "SDXL inpainting",
     "stabilityai/sd-turbo": "SD 2 turbo",
     "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "SDXL refiner",
     "stabilityai/sdxl-turbo": "SDXL turbo",
     "stabilityai/stable-diffusion-3-medium-diffusers": "SD 3 medium",
     "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 medium",
@@ -157,7 +172,9 @@ class Family:
     turbo_steps: int = 1
     half: torch.dtype = torch.float16  # the half precision it was made for
     keeps_size: bool = True  # image-to-image takes the size of its picture, as in diffusers
-    takes_sizes: bool = False  # SDXL's size condition
+    sizes: int = 0  # numbers of SDXL's size condition
+    strength: float = 0.8  # how much image-to-image repaints, its makers'
+    flags: dict = field(default_factory=dict)  # what model_index.json says of it
     skips_layers: bool = False  # SD 3's skip-layer guidance
 
     @property
@@ -179,7 +196,23 @@ SDXL = Family(
     ("text_encoder", "text_encoder_2"),
     ("tokenizer", "tokenizer_2"),
     optional=(),
-    takes_sizes=True,
+    sizes=6,
+)
+REFINER = Family(
+    "SDXL refiner",
+    ("StableDiffusionXLImg2ImgPipeline",),
+    "unet",
+    ("text_encoder_2",),
+    ("tokenizer_2",),
+    optional=(),
+    sizes=5,
+    strength=0.3,
+    flags={
+        "requires_aesthetics_score": True,
+        "force_zeros_for_empty_prompt": False,
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    },
 )
 SD3 = Family(
     "SD3",
@@ -198,6 +231,7 @@ SD3 = Family(
 MMDIT = Family("MMDiT", ("NanodiffMMDiTPipeline",), "transformer", half=torch.bfloat16, keeps_size=False)
 # by what model_index.json calls a pipeline
 FAMILIES = {kind: family for family in (SD, SDXL, SD3, MMDIT) for kind in family.kinds}
+FAMILIES |= {REFINER.name: REFINER}  # which shares its class with SDXL's image-to-image, and is told by its flag
 # the field of model_index.json with the steps and guidance that a model of ours was trained to be sampled with
 SAMPLING = "_sampling"
 

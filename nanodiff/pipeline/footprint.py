@@ -45,8 +45,9 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
         x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
         text, added = empty(rows, 77, model.cfg.cross_attention_dim), None
         if model.cfg.addition_embed_type:
-            pooled = model.cfg.projection_class_embeddings_input_dim - 6 * model.cfg.addition_time_embed_dim
-            added = empty(rows, pooled), empty(rows, 6, of=torch.float32)
+            sizes = family.family.sizes
+            pooled = model.cfg.projection_class_embeddings_input_dim - sizes * model.cfg.addition_time_embed_dim
+            added = empty(rows, pooled), empty(rows, sizes, of=torch.float32)
         return x, t, text, added
 
     def looking(net):
@@ -57,7 +58,7 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
     for name in (*family.encoder_names, family.denoiser_name, "vae"):
         if model := meta.get(name):
             own = dtype
-            if name == "vae" and family is SDXL and dtype == torch.float16 and model.cfg.force_upcast:
+            if name == "vae" and issubclass(family, SDXL) and dtype == torch.float16 and model.cfg.force_upcast:
                 own = torch.float32
             small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
             sizes = quantize.sizes(model, small) if small else {}

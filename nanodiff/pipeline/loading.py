@@ -11,7 +11,7 @@ from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
 from nanodiff.pipeline.families import BUILDERS, SAMPLING
 from nanodiff.pipeline.sd3 import SD3, Joint
-from nanodiff.pipeline.sdxl import SDXL
+from nanodiff.pipeline.sdxl import SDXL, Refiner
 from nanodiff.pipeline.single import Single
 from nanodiff.pipeline.sources import EMBEDDED, Folder, source
 from nanodiff.pipeline.space import say
@@ -88,5 +88,5 @@ def convert(model, target, allow_pickle=False, components=None, prediction_type=
     print(f"{target}: {', '.join(sd.models())}")
 
 
-CLASSES = {"SD": Pipeline, "SDXL": SDXL, "SD3": SD3, "MMDiT": Joint}  # of the families
+CLASSES = {"SD": Pipeline, "SDXL": SDXL, "SDXL refiner": Refiner, "SD3": SD3, "MMDiT": Joint}  # of the families
 FAMILIES = {kind: CLASSES[family.name] for kind, family in families.FAMILIES.items()}

@@ -13,7 +13,7 @@ def save(sd, folder, dtype=None, states=None):
     place of the components' own."""
     folder = Path(folder)
     kind = next(k for k in sd.family.kinds if "Inpaint" in k) if sd.inpaints else sd.class_name
-    index = {"_class_name": kind, "_diffusers_version": "0.31.0", **sd.index}
+    index = {"_class_name": kind, "_diffusers_version": "0.31.0", **sd.family.flags, **sd.index}
     if sd.family.name == "SD":
         index |= {
             "feature_extractor": [None, None],

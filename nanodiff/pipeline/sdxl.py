@@ -20,15 +20,14 @@ class SDXL(Pipeline):
 
     def check_fit(self):
         self.check_latents()
-        unet, (first, second) = self.net.cfg, (e.cfg for e in self.encoders)
+        unet, encoders = self.net.cfg, [e.cfg for e in self.encoders]
         if unet.addition_embed_type != "text_time":
             raise UserError("unet: has no text_time condition, so it is not SDXL's")
-        if not second.with_projection:
+        if not encoders[-1].with_projection:
             raise UserError("text_encoder_2: has no text_projection, so it is not SDXL's")
-        self.check_text(unet.cross_attention_dim, first.hidden_size + second.hidden_size, givers="the text encoders")
-        vector = second.projection_dim + 6 * unet.addition_time_embed_dim
-        if unet.projection_class_embeddings_input_dim == 2560:
-            raise UserError("unet: 2560 inputs of its add_embedding: the SDXL refiner is not supported")
+        givers = "the text encoders" if len(encoders) > 1 else "text_encoder_2"
+        self.check_text(unet.cross_attention_dim, sum(e.hidden_size for e in encoders), givers=givers)
+        vector = encoders[-1].projection_dim + self.family.sizes * unet.addition_time_embed_dim
         self.check_text(unet.projection_class_embeddings_input_dim, vector, "a vector", "text_encoder_2")
         self.check_tokenizers()
 
@@ -36,8 +35,10 @@ class SDXL(Pipeline):
         return _penultimate(clip_skip)
 
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
-        pairs = [self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(2)]
-        return Text(torch.cat(_same_length(self, pairs, clip_skip), dim=-1), pairs[1][1])
+        pairs = [
+            self.clip(i, [t[i] for t in texts], clip_skip, long_prompts, weighted) for i in range(len(self.encoders))
+        ]
+        return Text(torch.cat(_same_length(self, pairs, clip_skip), dim=-1), pairs[-1][1])
 
     def nothing(self, text, how):
         if not self.index.get("force_zeros_for_empty_prompt", True):
@@ -50,13 +51,13 @@ class SDXL(Pipeline):
         sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "target_size": (h, w)} and the same with
         "negative_", which need original and target together and otherwise are the positive ones.
         """
-        sizes = {k: tuple(v) for k, v in (sizes or {}).items() if v is not None}
-        known = ("original_size", "crops_coords_top_left", "target_size")
-        for key in sizes:
-            if key.removeprefix("negative_") not in known:
-                raise ValueError(f"unknown size {key!r}")
-        defaults = ((height, width), (0, 0), (height, width))
-        ids = [v for k, d in zip(known, defaults, strict=True) for v in sizes.get(k, d)]
+        sizes = known_sizes(sizes, ("original_size", "crops_coords_top_left", "target_size"))
+        defaults = {
+            "original_size": (height, width),
+            "crops_coords_top_left": (0, 0),
+            "target_size": (height, width),
+        }
+        ids = [v for k, default in defaults.items() for v in sizes.get(k, default)]
         if "negative_original_size" in sizes and "negative_target_size" in sizes:
             negative = (*sizes["negative_original_size"], *sizes.get("negative_crops_coords_top_left", (0, 0)))
             negative = [*negative, *sizes["negative_target_size"]]
@@ -83,3 +84,44 @@ class SDXL(Pipeline):
         """SDXL's own VAE overflows in fp16 (`force_upcast`), so it is not even tried there."""
         dtype = memory.dtype_of(self.vae)
         return torch.float32 if dtype == torch.float16 and self.vae.cfg.force_upcast else dtype
+
+
+class Refiner(SDXL):
+    """SDXL's refiner: it goes on where the base model stops, with the second text encoder alone, and is told how much people liked the picture in
+    place of a target size (Podell et al. 2023, arXiv 2307.01952 §2.5)."""
+
+    family = families.REFINER
+
+    def check_options(self, drawing, start, words):
+        super().check_options(drawing, start, words)
+        if start.image is None and start.latents is None:
+            raise UserError(
+                "this is a refiner, which goes on with a picture: give `image`, or take it as the `refiner` of a base model"
+            )
+
+    def size_ids(self, n, height, width, sizes):
+        """[2, 5]: original size, corner and aesthetic score (about 1 to 10) of the negative and of the positive condition.
+
+        sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "aesthetic_score": 6.0} and the same with "negative_", which are the
+        positive size, (0, 0) and 2.5 where not given.
+        """
+        sizes = known_sizes(sizes, ("original_size", "crops_coords_top_left", "aesthetic_score"))
+        own = sizes.get("original_size", (height, width))
+        rows = [
+            [
+                *sizes.get("negative_original_size", own),
+                *sizes.get("negative_crops_coords_top_left", (0, 0)),
+                sizes.get("negative_aesthetic_score", 2.5),
+            ],
+            [*own, *sizes.get("crops_coords_top_left", (0, 0)), sizes.get("aesthetic_score", 6.0)],
+        ]
+        return torch.tensor(rows, dtype=torch.float32, device=self.device)
+
+
+def known_sizes(sizes, known):
+    """Those of `sizes` that are given; all must be of the names `known`, also with "negative_" before. Raises UserError."""
+    sizes = {k: v for k, v in (sizes or {}).items() if v is not None}
+    for key in sizes:
+        if key.removeprefix("negative_") not in known:
+            raise UserError(f"`{key}` is no size of this model; it has {', '.join(known)}")
+    return sizes

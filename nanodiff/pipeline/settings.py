@@ -75,7 +75,7 @@ class Drawing:
     churn: Churn | None = None  # Euler's
     quirks: bool = False  # see samplers.ddim
     tiled: bool = False  # the VAE decodes in tiles: less memory, the same picture
-    sizes: dict | None = None  # SDXL's, see SDXL.size_ids
+    sizes: dict | None = None  # SDXL's, see its size_ids
     skip_layers: SkipLayers | None = None  # SD 3's
     perturbed: Perturbed | None = None
     freeu: object | None = None  # models.freeu.FreeU, for UNets
@@ -91,6 +91,8 @@ class Start:
     strength: float = 0.8  # how much of it is repainted, above 0 to 1
     mask: torch.Tensor | None = None  # [1, 1, H, W] in {0, 1}: repaint where 1
     latents: torch.Tensor | None = None  # [B, C, h, w], in place of an image
+    # the latents are what another model left at this part of the noise (its denoising_end), and nothing is added to them
+    denoising_start: float | None = None
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg_scale": "guidance_scale"}  # other programs' names

@@ -61,7 +61,7 @@ class Single:
             self.shapes = weights.header([self.path])
         self.family = family_of(self.shapes, self.path)
         self.kind, self.configs, self.defaults = KNOWN[self.family]
-        self.index = {}
+        self.index = dict(FAMILIES[self.kind].flags)
         self.prefixes = prefixes(self.family)
         denoiser = next(iter(self.prefixes))
         bare = not any(k.startswith(DENOISER) for k in self.shapes)

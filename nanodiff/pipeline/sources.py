@@ -15,7 +15,7 @@ from nanodiff.files import ASSETS
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.llm import CausalLM
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, RELEASED
+from nanodiff.pipeline.families import BUILDERS, CLASSES, FAMILIES, IGNORED, OWN, REFINER, RELEASED, SDXL
 from nanodiff.pipeline.single import Known, Single
 from nanodiff.pipeline.space import say
 from nanodiff.text.tokenizer import CLIPTokenizer, LabelTokenizer, T5Tokenizer, TextTokenizer
@@ -37,8 +37,12 @@ def check_index(index, folder):
         isinstance(scheduler, list) and len(scheduler) == 2 and all(isinstance(v, str | None) for v in scheduler)
     ):
         raise UserError(f"{folder}/model_index.json: scheduler: {short(scheduler)} is no library and class")
-    if index.get("requires_aesthetics_score"):
-        raise UserError(f"{folder}: the SDXL refiner is not supported; use the base model")
+    if index.get("requires_aesthetics_score") is True:
+        if FAMILIES[kind] is not SDXL or index.get("text_encoder", [None, None]) != [None, None]:
+            raise UserError(
+                f"{folder}/model_index.json: requires_aesthetics_score is for SDXL's refiner alone, which has no text_encoder"
+            )
+        kind = REFINER.name
     present = set()
     for name, entry in index.items():
         if name.startswith("_") or name in IGNORED or (name not in CLASSES and not isinstance(entry, list)):

@@ -29,11 +29,16 @@ def begin(sd, start, steps, noise, shift):
     schedule, strength = sd.schedule, start.strength
     if start.image is None and start.latents is None:
         return Beginning(samplers.begin(schedule, steps, noise(), **shift))
-    first = sd.first_step(steps, strength)
+    if start.denoising_start is not None:
+        first = sd.first_after(start.denoising_start, samplers.times(schedule, steps, **shift))
+    else:
+        first = sd.first_step(steps, strength)
     if start.latents is not None:
         if tuple(start.latents.shape) != tuple(noise.shape):
             raise UserError(f"`latents` of {list(start.latents.shape)}, this run's are {list(noise.shape)}")
         clean = start.latents.to(sd.device, torch.float32)
+        if start.denoising_start is not None:
+            return Beginning(clean, first)
         return Beginning(samplers.begin(schedule, steps, noise(), clean, first, **shift), first)
     pixels = start.image.expand(noise.shape[0], *start.image.shape[1:])
     # an inpainting model begins with noise alone at full strength, without a look at the picture

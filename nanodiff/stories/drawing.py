@@ -14,6 +14,7 @@ from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, as_dict, from_mapping, printable, read_fields, short
 from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
+from nanodiff.diffusion import samplers
 from nanodiff.models import layers, taesd
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import foreign, images
@@ -35,11 +36,11 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "perturbed_scale", "perturbed_layers", "freeu", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
-              "hires_steps", "hires_latent")  # fmt: skip
-PATHS = ("model", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
+              "hires_steps", "hires_latent", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
+PATHS = ("model", "refiner", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("lora_dir", "model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
-           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control")  # fmt: skip
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control", "refiner")  # fmt: skip
 
 
 def prompts_of(cfg, optional=False):
@@ -84,10 +85,17 @@ def rebase(cfg, names=PATHS):
             setattr(cfg, name, str(base / value))
 
 
-def sizes(cfg):
-    """SDXL's size condition as generate() takes it, (height, width); None when nothing is given."""
+def sizes(cfg, sd=None):
+    """SDXL's size condition as generate() takes it, (height, width); None when nothing is given. sd: whose it is; a refiner beside a base model
+    has a score in place of a target size."""
     names = {"original_size": "original_size", "target_size": "target_size", "crop": "crops_coords_top_left"}
-    found = {}
+    refines = sd is not None and sd.family is pipeline.families.REFINER
+    if refines and cfg.refiner:
+        del names["target_size"]
+    scores = ("aesthetic_score", "negative_aesthetic_score")
+    found = {
+        name: getattr(cfg, name) for name in scores if getattr(cfg, name) is not None and (refines or not cfg.refiner)
+    }
     for flag, name in names.items():
         for sign in ("", "negative_"):
             if text := getattr(cfg, sign + flag):
@@ -167,6 +175,7 @@ def load(cfg, record, device, src=None):
             else:
                 sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
+        sd.refiner = load_refiner(cfg, sd, dtype, device) if cfg.refiner else None
         sd.controls = [load_control(text, cfg, sd, dtype, device) for text in cfg.control]
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
@@ -182,6 +191,28 @@ def hashes(path):
     """{name: hash} of a LoRA's file as A1111 writes it: the SHA-256 of its tensors' bytes, 12 digits; nothing for what is no safetensors file."""
     path = Path(path)
     return {path.stem: weights.tensor_hash(path)[:12]} if path.suffix == ".safetensors" and path.is_file() else {}
+
+
+def load_refiner(cfg, sd, dtype, device):
+    """The model of --refiner, under the base model's sampler, where and as it computes."""
+    src = pipeline.source(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
+    if pipeline.FAMILIES[src.kind].family is not pipeline.families.REFINER:
+        raise UserError(
+            f"--refiner {printable(cfg.refiner)}: is no refiner of SDXL, but a {pipeline.FAMILIES[src.kind].family.name} model"
+        )
+    found = pipeline.load(
+        src,
+        dtype,
+        device,
+        offload=cfg.offload,
+        quantized=cfg.quantize,
+        scheduler=samplers.name_of(sd.schedule),
+        name=cfg.refiner,
+    )
+    if cfg.vae_checkpoint:
+        found.vae = sd.vae
+    print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the noise on")
+    return found
 
 
 def load_control(text, cfg, sd, dtype, device):
@@ -234,8 +265,11 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    for name in ("loras", "hashes", "decoder", "preview", "controls"):
+    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner"):
         setattr(sd, name, getattr(base, name))
+    if sd.refiner:
+        sd.refiner = base.refiner.with_scheduler(samplers.name_of(sd.schedule), cfg.sigmas)
+        sd.refiner.replays, sd.refiner.packs = sd.replays, sd.packs
     return sd
 
 
@@ -250,8 +284,8 @@ def words(cfg):
     )
 
 
-def options(cfg):
-    """{words, and fields of pipeline.Drawing} as they stand on the command line."""
+def options(cfg, sd=None):
+    """{words, and fields of pipeline.Drawing} as they stand on the command line, for a base model, or for `sd`."""
     return {
         "words": words(cfg),
         "eta": cfg.eta,
@@ -260,7 +294,7 @@ def options(cfg):
         else None,
         "guidance_rescale": cfg.guidance_rescale,
         "denoising_end": cfg.denoising_end,
-        "sizes": sizes(cfg),
+        "sizes": sizes(cfg, sd),
         "skip_layers": skip_layers(cfg),
         "perturbed": Perturbed(cfg.perturbed_scale, tuple(cfg.perturbed_layers.split(",")))
         if cfg.perturbed_scale
@@ -405,7 +439,17 @@ def recall(cfg):
             setattr(cfg, key, value)
     if cfg.model == "embedded":
         cfg.model = None
-    for name in ("model", "vae_checkpoint", "components", "fast_vae", "lora", "embedding", "control", "control_image"):
+    for name in (
+        "model",
+        "refiner",
+        "vae_checkpoint",
+        "components",
+        "fast_vae",
+        "lora",
+        "embedding",
+        "control",
+        "control_image",
+    ):
         value = getattr(cfg, name)
         for path in value if isinstance(value, list) else [value]:
             path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path

@@ -1,5 +1,6 @@
 """What a picture is drawn from: its size, a picture and a mask to begin with, what ControlNets are shown; and the drawing itself, once or twice."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from nanodiff.data import edges
 from nanodiff.diffusion import samplers
 from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
-from nanodiff.pipeline import Drawing, Start, control
+from nanodiff.pipeline import Drawing, Start, control, families
 from nanodiff.pipeline.settings import grouped
 from nanodiff.stories.drawing import options
 
@@ -36,7 +37,7 @@ def inputs(cfg, sd):
         return repaint.enlarged(image, box, width, height) if box else image.resize((width, height), LANCZOS)
 
     if picture:
-        own = 1.0 if sd.inpaints else 0.8
+        own = 1.0 if sd.inpaints else sd.family.strength
         start["image"] = images.to_pixels(fitted(picture))[None].to(sd.device)
         start["strength"] = own if cfg.strength is None else cfg.strength
     if mask:
@@ -89,7 +90,9 @@ def controls(cfg, sd, fitted):
 
 def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     """A Result of sd.generate(), and with --hires of a second pass over it, larger: from the same seeds, as AUTOMATIC1111's hires fix."""
-    settings = options(cfg) | {"guidance_scale": scale, "seeds": seeds, "decode": sd.decoder}
+    settings = options(cfg, sd) | {"guidance_scale": scale, "seeds": seeds, "decode": sd.decoder}
+    if sd.refiner:
+        return refined(cfg, sd, texts, negative, steps, size, start, settings, **more)
     result = sd.generate(texts, negative, steps=steps, **size, **start, **settings, **more)
     if not cfg.hires:
         return result
@@ -116,6 +119,20 @@ def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     )
 
 
+def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, keep_steps=False):
+    """A Result of two models: the first stops at the part --refiner-start of the noise, the refiner goes on from there with the same settings."""
+    taken = []
+
+    def counted(before):
+        return lambda i, n, step: (taken.append(step), on_step(before + i, steps, step))
+
+    first = sd.generate(texts, negative, steps=steps, **size, **start, on_step=counted(0), keep_steps=keep_steps, output_type="latent",
+                        **settings | {"denoising_end": cfg.refiner_start})  # fmt: skip
+    last = sd.refiner.generate(texts, negative, steps=steps, **size, latents=first.latents, denoising_start=cfg.refiner_start,
+                               on_step=counted(len(taken)), keep_steps=keep_steps, **settings | options(cfg, sd.refiner))  # fmt: skip
+    return dataclasses.replace(last, history=first.history + last.history)
+
+
 def larger(cfg, sd, size):
     """(height, width) of the second pass."""
     return tuple(max(round(size[side] * cfg.hires / sd.multiple), 1) * sd.multiple for side in ("height", "width"))
@@ -123,8 +140,16 @@ def larger(cfg, sd, size):
 
 def check(cfg, sd, steps, scale, size, start):
     """Raise UserError for what cannot be drawn, also in the second pass, before anything is drawn or makes room for it."""
-    settings = options(cfg) | size | start | {"steps": steps, "guidance_scale": scale}
+    settings = options(cfg, sd) | size | start | {"steps": steps, "guidance_scale": scale}
     words = settings.pop("words")
+    if sd.refiner:
+        if sd.family is not families.SDXL or sd.inpaints:
+            raise UserError("--refiner goes on where a base model of SDXL stops, this model is another")
+        settings["denoising_end"] = cfg.refiner_start
+        own = {k: v for k, v in options(cfg, sd.refiner).items() if k != "words"}
+        drawing, *_ = grouped(settings | own, Drawing(), Start(), words)
+        going_on = Start(latents=torch.zeros(0), denoising_start=cfg.refiner_start)
+        sd.refiner.checked(1, dataclasses.replace(drawing, denoising_end=None, controls=()), going_on, words)
     sd.checked(1, *grouped(settings, Drawing(), Start(), words))
     if not cfg.hires:
         return

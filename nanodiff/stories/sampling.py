@@ -308,6 +308,21 @@ def dry_run(cfg, device):
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
     )  # fmt: skip
+    if cfg.refiner:
+        other = sources.configs(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
+        more = pipeline.plan(
+            other,
+            dtype,
+            height,
+            width,
+            min(cfg.batch_size, cfg.num_images * prompts),
+            guided,
+            cfg.quantize,
+            cfg.t5,
+            256,
+            cfg.vae_tiling,
+        )
+        plan += [stage._replace(name=f"refiner {stage.name.removeprefix('text_')}") for stage in more]
     for line in memory.table(plan, cfg.offload):
         print(line)
     print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")

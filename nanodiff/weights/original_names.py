@@ -164,6 +164,8 @@ def prefixes(family):
         found["text_encoder"] = "cond_stage_model.transformer."
     elif family == "SD 2":
         found["text_encoder"] = "cond_stage_model.model."
+    elif family == "SDXL refiner":
+        found["text_encoder_2"] = "conditioner.embedders.0.model."
     elif family == "SDXL":
         found["text_encoder"] = "conditioner.embedders.0.transformer."
         found["text_encoder_2"] = "conditioner.embedders.1.model."
@@ -184,7 +186,11 @@ def original(name, component, family, cfg):
     if component == "vae":
         module, conv = _vae_module(module, cfg)
         return f"{module}.{kind}", "conv" if conv and kind == "weight" else None
-    if (family, component) in (("SD 2", "text_encoder"), ("SDXL", "text_encoder_2")):
+    if (family, component) in (
+        ("SD 2", "text_encoder"),
+        ("SDXL", "text_encoder_2"),
+        ("SDXL refiner", "text_encoder_2"),
+    ):
         return _openclip(name)
     return name, None
 
@@ -235,9 +241,7 @@ def family_of(shapes, where):
     vector = short.get("label_emb.0.0.weight")
     if vector is not None:
         refiner = vector[1] == 2560 or first[0] == 384 or "conditioner.embedders.0.model.ln_final.weight" in shapes
-        if refiner:
-            refuse("the SDXL refiner")
-        return "SDXL"
+        return "SDXL refiner" if refiner else "SDXL"
     projections = [v for k, v in short.items() if k.endswith(".proj_in.weight")]
     if not projections:
         refuse("a UNet without attention")
@@ -281,6 +285,8 @@ def family_of_pipeline(kind, denoiser):
     """The family under whose names a pipeline can be exported."""
     if kind == "StableDiffusionXLPipeline":
         return "SDXL"
+    if kind == "StableDiffusionXLImg2ImgPipeline":  # what we write of one is a refiner
+        return "SDXL refiner"
     if kind == "StableDiffusion3Pipeline":
         cfg = denoiser.cfg
         return "SD 3 medium" if not cfg.qk_norm else "SD 3.5 medium" if cfg.dual_attention_layers else "SD 3.5 large"

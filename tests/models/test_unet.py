@@ -63,7 +63,7 @@ def test_text_kv_is_the_same_as_the_text(unet):
     assert torch.equal(unet[1](x, 5, text, more), unet[1](x, 5, unet[1].text_kv(text), more))
 
 
-@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21base", "sd-turbo", "sdxl", "sdxl-turbo"])
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21base", "sd-turbo", "sdxl", "sdxl-turbo", "sdxl-refiner"])
 def test_manifest(name):
     """The real model's config builds exactly its file's parameters."""
     config, parameters = manifest(f"{name}.unet")

@@ -10,6 +10,7 @@ SETTINGS = {
     "SD 1": (50, 7.5),
     "SD 2": (50, 7.5),
     "SDXL": (50, 7.5),
+    "SDXL refiner": (50, 7.5),
     "SD 3 medium": (28, 7.0),
     "SD 3.5 medium": (40, 4.5),
     "SD 3.5 large": (28, 3.5),
@@ -21,7 +22,7 @@ def test_released_models(family):
     """Each released configuration builds, is of a family, and is sampled as its makers say."""
     kind, configs, _ = families.KNOWN[family]
     record = families.FAMILIES[kind]
-    assert kind == record.kinds[0] and record.denoiser in configs
+    assert kind in (record.kinds[0], record.name) and record.denoiser in configs
     assert {p for p in record.required if not p.startswith("tokenizer")} <= set(configs)
     cfg = families.BUILDERS[record.denoiser].Config.from_json(configs[record.denoiser], family)
     assert record.settings(cfg) == SETTINGS[family]
