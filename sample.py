@@ -95,6 +95,17 @@ class Config:
         "mid", "its self-attentions: parts of their names, such as mid,up_blocks.1", "pag-applied-layers"
     )
     freeu: str | None = arg(None, "B1,B2,S1,S2 of FreeU, such as 1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL)")
+    ip_adapter: list[str] = arg(
+        [],
+        "FILE[:SCALE] of an IP-Adapter (plain or plus), or org/name/path/in/it.safetensors of the Hub: a picture as a prompt; repeatable",
+        group="picture as a prompt",
+    )
+    ip_adapter_image: list[str] = arg(
+        [], "picture that it is shown; repeatable: several for one --ip-adapter, or one for each"
+    )
+    image_encoder: str | None = arg(
+        None, "folder or Hub id of its CLIP vision tower; default: image_encoder beside the adapter's file"
+    )
     refiner: str | None = arg(
         None, "SDXL: folder, file or Hub id of a refiner that draws the last steps", group="SDXL's refiner and sizes"
     )
@@ -297,6 +308,15 @@ class Config:
             )
         if self.control_guess and not self.control:
             raise UserError("--control-guess does nothing without --control")
+        if self.ip_adapter and not self.ip_adapter_image:
+            raise UserError("--ip-adapter needs a picture: --ip-adapter-image")
+        for name in ("ip_adapter_image", "image_encoder"):
+            if getattr(self, name) and not self.ip_adapter:
+                raise UserError(f"--{name.replace('_', '-')} does nothing without --ip-adapter")
+        if 1 < len(self.ip_adapter) != len(self.ip_adapter_image):
+            raise UserError(
+                f"{len(self.ip_adapter_image)} --ip-adapter-image for {len(self.ip_adapter)} --ip-adapter: one for each, or several for one"
+            )
         if self.refiner and (self.hires or self.mask or self.denoising_end is not None):
             raise UserError("--refiner is not for --hires, --mask or --denoising-end")
         if self.refiner_start != 0.8 and not self.refiner:

@@ -299,12 +299,14 @@ def denoise(sd, settings, dry):
     """call(): one guided step of the pipeline on noise, as generate() makes it."""
     import torch
 
+    from nanodiff.pipeline.conditions import Extra
+
     side = 8 if dry else settings["side"]
     with torch.no_grad():
         guided = settings["guidance"] > 1
         text, negative = sd.conditions(["a corgi on a beach"], None, guided=guided)
         px = side * sd.downscale
-        model = sd.denoiser(text, negative, settings["guidance"], sizes=sd.size_ids(1, px, px, None))
+        model = sd.denoiser(text, negative, settings["guidance"], extra=Extra(sd.size_ids(1, px, px, None)))
     x = torch.randn(1, sd.net.cfg.in_channels, side, side, device=sd.device)
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ from nanodiff.files import ASSETS
 from nanodiff.models import inception as inception_v3
 from nanodiff.models import lpips
 from nanodiff.models.clip import CLIPModel
+from nanodiff.output import images
 from nanodiff.output.images import as_uint8
 from nanodiff.text.tokenizer import CLIPTokenizer
 from nanodiff.training.loader import Cache
@@ -199,7 +200,7 @@ def clip(path, device="cpu"):
     mean, std = _preprocessing(folder / "preprocessor_config.json", side)
 
     def prepare(image):
-        return (_planes(cropped(image, side)).float() / 255 - mean) / std
+        return images.clip_pixels(image, side, mean, std)
 
     def texts(lines):
         length = min(tokenizer.length, model.cfg.text.max_position_embeddings)
@@ -222,12 +223,12 @@ def clip(path, device="cpu"):
 
 
 def _preprocessing(file, side):
-    """(mean, std) [3, 1, 1] of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for another resize."""
+    """(mean, std) of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for another resize."""
     settings = read_json(file) if file.exists() else {}
     found = []
     for name, usual in (
-        ("image_mean", (0.48145466, 0.4578275, 0.40821073)),
-        ("image_std", (0.26862954, 0.26130258, 0.27577711)),
+        ("image_mean", images.CLIP_MEAN),
+        ("image_std", images.CLIP_STD),
     ):
         value = settings.get(name, usual)
         if (
@@ -236,7 +237,7 @@ def _preprocessing(file, side):
             or not all(isinstance(v, int | float) and v > 0 for v in value)
         ):
             raise UserError(f"{file}: {name} is {printable(value)}, expected three numbers")
-        found.append(torch.tensor(value, dtype=torch.float32)[:, None, None])
+        found.append(value)
     size, crop = settings.get("size", side), settings.get("crop_size", side)
     size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     crop = crop.get("height") if isinstance(crop, dict) else crop
@@ -258,16 +259,6 @@ def _clip_folder(path):
     if folder.exists():
         raise UserError(f"{folder}: no CLIP here (config.json and its weights)")
     return hub.whole(path)
-
-
-def cropped(image, side):
-    """A PIL picture with its shortest side resized to `side` (bicubic), cut to the middle square."""
-    w, h = image.size
-    short = min(w, h)
-    w, h = (side if d == short else int(side * d / short) for d in (w, h))
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = (w - side) // 2, (h - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def colour_pixels(side=16):

@@ -94,6 +94,20 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
+    @classmethod
+    def from_json(cls, raw, where="image_encoder/config.json"):
+        cfg = from_json(cls, _without_generation(raw), FIXED, where)
+        if cfg.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"{where}: hidden_act = {cfg.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
+            )
+        if cfg.image_size % max(cfg.patch_size, 1) or cfg.hidden_size % max(cfg.num_attention_heads, 1):
+            raise UserError(f"{where}: patch_size does not divide image_size, or num_attention_heads hidden_size")
+        return cfg
+
+    def to_json(self):
+        return vars(self) | {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
+
 
 @dataclass
 class BothConfig:
@@ -108,14 +122,11 @@ class BothConfig:
         if not isinstance(raw.get("text_config"), dict) or not isinstance(raw.get("vision_config"), dict):
             raise UserError(f"{where}: has no text_config and vision_config, so it is not a whole CLIP")
         text = from_json(Config, _without_generation(raw["text_config"]), FIXED, f"{where}: text_config")
-        vision = from_json(VisionConfig, _without_generation(raw["vision_config"]), FIXED, f"{where}: vision_config")
-        for tower in (text, vision):
-            if tower.hidden_act not in ACTIVATIONS:
-                raise UserError(
-                    f"{where}: hidden_act = {tower.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
-                )
-        if vision.image_size % max(vision.patch_size, 1) or vision.hidden_size % max(vision.num_attention_heads, 1):
-            raise UserError(f"{where}: patch_size does not divide image_size, or num_attention_heads hidden_size")
+        vision = VisionConfig.from_json(raw["vision_config"], f"{where}: vision_config")
+        if text.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"{where}: hidden_act = {text.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
+            )
         return cls(text, vision, int(raw.get("projection_dim", 512)))
 
     @property
@@ -261,11 +272,45 @@ class VisionTransformer(nn.Module):
         self.encoder = Encoder(cfg)
         self.post_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
 
-    def forward(self, pixels):
+    def states(self, pixels, without=0):
+        """The hidden states [B, 1 + patches, D], the last `without` layers left out."""
         x = self.pre_layrnorm(self.embeddings(pixels))  # [B, 1 + h·w, D]
-        for layer in self.encoder.layers:
+        for layer in self.encoder.layers[: len(self.encoder.layers) - without]:
             x = layer(x)
+        return x
+
+    def forward(self, pixels):
+        x = self.states(pixels)
         return x, self.post_layernorm(x[:, 0])  # [B, 1 + h·w, D], [B, D]
+
+
+class CLIPVisionModel(nn.Module):
+    """The vision tower alone, with its projection (transformers' CLIPVisionModelWithProjection): pixels [B, 3, R, R] as images.clip_pixels() gives
+    them -> a vector [B, P]."""
+
+    Config = VisionConfig
+    class_name = "CLIPVisionModelWithProjection"
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.vision_model = VisionTransformer(cfg)
+        self.visual_projection = nn.Linear(cfg.hidden_size, cfg.projection_dim, bias=False)
+
+    @property
+    def device(self):
+        return self.visual_projection.weight.device
+
+    @property
+    def dtype(self):
+        return self.visual_projection.weight.dtype
+
+    def states(self, pixels):
+        """The hidden states before the last layer [B, 1 + patches, D]."""
+        return self.vision_model.states(pixels, 1)
+
+    def forward(self, pixels):
+        return self.visual_projection(self.vision_model(pixels)[1])
 
 
 class CLIPModel(nn.Module):

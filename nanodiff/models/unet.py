@@ -163,10 +163,14 @@ class Attention(nn.Module):
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x, kv=None):
+        """kv: keys and values of the text, and behind them those of pictures (ipadapter.py), each looked at by itself; None: x's own."""
         if self.perturbed:
             return self.to_out[0](self.to_v(x))
-        q, k, v = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
-        return self.to_out[0](attend(q, k, v, self.heads))  # [B, L, D], over L or S keys
+        q, *kv = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
+        out = attend(q, kv[0], kv[1], self.heads)  # [B, L, D], over L or S keys
+        for k, v in zip(kv[2::2], kv[3::2], strict=True):
+            out = out + attend(q, k, v, self.heads)
+        return self.to_out[0](out)
 
 
 @contextlib.contextmanager
@@ -224,7 +228,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x, context):
-        """context: the text [B, S, D], or its keys and values from text_kv()."""
+        """context: the text [B, S, D], or its keys and values from text_kv() and those of pictures."""
         kv = self.attn2.kv(context) if isinstance(context, torch.Tensor) else context
         x, h = self.norm2.after(x, self.attn1(self.norm1(x)))  # [B, L, D] each
         bias = bias_before(self.ff.net[2], x)
@@ -278,6 +282,13 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](x, kvs), temb, next(shifts))
 
 
+def crosses(part):
+    """The cross-attentions of a stage in the order of its forward()."""
+    for transformer in getattr(part, "attentions", ()):
+        for block in transformer.transformer_blocks:
+            yield block.attn2
+
+
 class Downward(nn.Module):
     """The way down and its end: what a UNet and its ControlNet (controlnet.py) have in common."""
 
@@ -328,12 +339,17 @@ class Downward(nn.Module):
         They do not depend on the noise or the timestep, so a sampler computes them once per run and passes
         the list in place of the text.
         """
-        return [
-            block.attn2.kv(context)
-            for part in self.parts()
-            for transformer in getattr(part, "attentions", ())
-            for block in transformer.transformer_blocks
-        ]
+        return [attention.kv(context) for part in self.parts() for attention in crosses(part)]
+
+    def cross_attentions(self):
+        """How many cross-attentions the way down, the middle and the way up have."""
+        counts = [len(list(crosses(part))) for part in self.parts()]
+        ways = len(self.down_blocks)
+        return sum(counts[:ways]), counts[ways], sum(counts[ways + 1 :])
+
+    def context_widths(self):
+        """Width of every cross-attention's keys, in the order of forward()."""
+        return [attention.to_k.out_features for part in self.parts() for attention in crosses(part)]
 
     def embed(self, t, added=None):
         """Time (and, for SDXL, vector) condition [B, 4·C], after the SiLU with which every resnet begins.

@@ -74,6 +74,22 @@ def to_pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+# of CLIP's pictures, by which they are normed
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(image, side, mean=CLIP_MEAN, std=CLIP_STD):
+    """A PIL picture as CLIP's vision tower takes it: its shortest side resized to `side` (bicubic), cut to the middle square, normed [3, side, side]."""
+    w, h = image.size
+    short = min(w, h)
+    w, h = (side if d == short else int(side * d / short) for d in (w, h))
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - side) // 2, (h - side) // 2
+    planes = torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1).copy())
+    mean, std = (torch.tensor(value, dtype=torch.float32)[:, None, None] for value in (mean, std))
+    return (planes.float() / 255 - mean) / std
+
+
 def to_uint8(pixels):
     """[B, 3, H, W], about [-1, 1] -> uint8 [B, H, W, 3], clamped and rounded."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -24,8 +24,8 @@ from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.models.unet import UNet2DConditionModel, perturbed
 from nanodiff.output import images
-from nanodiff.pipeline import control, families, saving
-from nanodiff.pipeline.conditions import Conditions
+from nanodiff.pipeline import control, families, pictures, saving
+from nanodiff.pipeline.conditions import Conditions, Extra
 from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
 from nanodiff.pipeline.settings import Drawing, Start, Words, grouped
@@ -208,7 +208,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
-        sizes = self.size_ids(len(prompts), height, width, drawing.sizes)
+        extra = Extra(self.size_ids(len(prompts), height, width, drawing.sizes), drawing.pictures)
 
         guided = scale > 1
         texts = None if words.syntax else self.conditions(prompts, negative_prompt, words, guided)
@@ -223,7 +223,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         def make(text, negative):
             weaker = drawing.skip_layers or drawing.perturbed
             return self.denoiser(
-                text, negative, scale, drawing.guidance_rescale, sizes, weaker, times, controls, beside
+                text, negative, scale, drawing.guidance_rescale, extra, weaker, times, controls, beside
             )
 
         if words.syntax:
@@ -255,7 +255,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         pixels = decode(latents) if decode else self.decode(latents, drawing.tiled)
         return Result(pixels.float(), latents, history, output_type)
 
-    def checked(self, pictures: int, drawing: Drawing, start: Start, words: Words) -> tuple[int, float, int, int]:
+    def checked(self, rows: int, drawing: Drawing, start: Start, words: Words) -> tuple[int, float, int, int]:
         """(steps, guidance scale, height, width) of a run, what was left open filled in. Raises UserError for settings that make no sense."""
         steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
         height, width = (
@@ -268,7 +268,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         self.check_size(height, width)
         self.check_options(drawing, start, words)
         for one in drawing.controls:
-            control.check(one, self, pictures, height, width)
+            control.check(one, self, rows, height, width)
+        for one in drawing.pictures:
+            pictures.check(one, self)
         samplers.check_steps(self.schedule, steps)
         self._sampler(None, drawing, height, width)
         if start.denoising_start is not None:

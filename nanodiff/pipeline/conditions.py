@@ -24,6 +24,13 @@ class Text(NamedTuple):
     pooled: torch.Tensor | None = None  # [B, P], SDXL and SD 3
 
 
+class Extra(NamedTuple):
+    """What the denoiser is told beside the text."""
+
+    sizes: torch.Tensor | None = None  # SDXL's, see its size_ids()
+    pictures: tuple = ()  # pictures.ImagePrompt
+
+
 def _penultimate(clip_skip):
     """SDXL and SD 3 take the last layer but one, not normed; clip_skip counts from there."""
 

@@ -44,10 +44,10 @@ class Control:
 class Controls:
     """What `controls` add in a run of `steps` model calls: at(x, t) is asked once a call. count: which call it is.
 
-    sd: the pipeline. text, sizes, groups: as for its condition().
+    sd: the pipeline. text, extra, groups: as for its condition().
     """
 
-    def __init__(self, sd, controls, steps, count, text, sizes, groups):
+    def __init__(self, sd, controls, steps, count, text, extra, groups):
         self.groups, self.steps, self.count, self.each = groups, steps, count, []
         for control in controls:
             net, alone = control.net, groups > 1 and (control.guess or control.net.cfg.global_pool_conditions)
@@ -55,7 +55,7 @@ class Controls:
             mine = type(text)(*(None if part is None else part[n:] for part in text)) if alone else text
             picture = control.picture.to(sd.device, memory.dtype_of(net))
             # the prompt's pass alone has the sizes of the prompt, as a run without guidance has
-            condition = sd.condition(mine, sizes, 1 if alone else groups, net)
+            condition = sd.condition(mine, extra, 1 if alone else groups, net)
             self.each.append((control, alone, condition, net.look(picture)))
 
     def at(self, x, t):

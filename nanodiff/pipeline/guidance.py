@@ -9,10 +9,13 @@ from nanodiff.config import UserError
 from nanodiff.device import cudagraph, memory, onednn
 from nanodiff.models.layers import computed_by, join
 from nanodiff.models.unet import perturbed
+from nanodiff.pipeline.conditions import Extra
 from nanodiff.pipeline.control import Controls
+from nanodiff.pipeline.pictures import with_pictures
 from nanodiff.pipeline.settings import Perturbed, SkipLayers
 
 MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
+NOTHING = Extra()
 LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
 
 
@@ -32,13 +35,13 @@ class Guidance:
         return memory.dtype_of(self.net)
 
     def denoiser(
-        self, text, negative, scale, rescale=0.0, sizes=None, weaker=None, times=(), controls=None, beside=None
+        self, text, negative, scale, rescale=0.0, extra=NOTHING, weaker=None, times=(), controls=None, beside=None
     ):
         """model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598 eq. 6).
 
         text, negative: Text; negative None = no guidance, one pass. One batch of 2B, unconditional first. Of several texts, [(Text, its
         weights [B])], each is guided to by its weight (Liu et al. 2022, arXiv 2206.01714, conjunction). rescale: std
-        correction (Lin et al. 2024 §3.4). weaker: a SkipLayers, a Perturbed or None, on a run over the timesteps `times`. controls: (ControlNets at
+        correction (Lin et al. 2024 §3.4). extra: conditions.Extra. weaker: a SkipLayers, a Perturbed or None, on a run over the timesteps `times`. controls: (ControlNets at
         work, model calls of the run, a count of them). beside: what an inpainting model is given with x (start.Beginning).
         """
         if self.device.type == "cuda" and memory.whole(self.net):
@@ -48,10 +51,10 @@ class Guidance:
         if weaker and len(parts) > 1:
             raise UserError("AND in a prompt is not for `skip_layers` or `perturbed`")
         both = text if negative is None else self.joined([negative, *(part for part, _ in parts)])
-        condition = self.condition(both, sizes, groups)
+        condition = self.condition(both, extra, groups)
         # the prompt's pass alone, with the prompt's sizes
-        alone = self.condition(parts[0][0], sizes, 1) if isinstance(weaker, Perturbed) else None
-        steered = Controls(self, *controls, both, sizes, groups) if controls else None
+        alone = self.condition(parts[0][0], extra, 1) if isinstance(weaker, Perturbed) else None
+        steered = Controls(self, *controls, both, extra, groups) if controls else None
         # what a ControlNet adds comes from other tensors at every step, which a recording would not see
         net = self.net if steered else self.replayed(len(both.states)) or self.net
         known = self.shifts(times, *condition[1:])
@@ -94,11 +97,13 @@ class Guidance:
 
         return model
 
-    def condition(self, text, sizes, groups, net=None):
+    def condition(self, text, extra, groups, net=None):
         """What the denoiser (or the ControlNet `net`) takes after x and t for `text`; its keys and values are computed here, once a run.
         groups: 1, or with guidance how many texts a picture has, the unconditional one among them."""
-        net = net or self.net
-        return (net.text_kv(text.states) if memory.whole(net) else text.states,)
+        kvs = (net or self.net).text_kv(text.states) if memory.whole(net or self.net) else text.states
+        if net is None and extra.pictures:
+            kvs = with_pictures(kvs, self.net, extra.pictures, len(text.states), groups)
+        return (kvs,)
 
     def denoise(self, net, x, t, states, pooled):
         """One call of the denoiser, or of what training put in its place, without guidance."""

@@ -67,12 +67,12 @@ class SDXL(Pipeline):
             negative = ids
         return torch.tensor([negative, ids], dtype=torch.float32, device=self.device)
 
-    def condition(self, text, sizes, groups, net=None):
-        n = len(text.states) // groups
+    def condition(self, text, extra, groups, net=None):
+        n, sizes = len(text.states) // groups, extra.sizes
         ids = sizes[1:].expand(n * groups, -1)
         if groups > 1:  # the unconditional first
             ids = torch.cat([sizes[:1].expand(n, -1), ids[n:]])
-        return *super().condition(text, sizes, groups, net), (text.pooled, ids)
+        return *super().condition(text, extra, groups, net), (text.pooled, ids)
 
     def denoise(self, net, x, t, states, pooled):
         """The sizes are the picture's own, uncropped."""

@@ -80,6 +80,7 @@ class Drawing:
     perturbed: Perturbed | None = None
     freeu: object | None = None  # models.freeu.FreeU, for UNets
     controls: tuple = ()  # ControlNets at work, control.Control
+    pictures: tuple = ()  # as prompts, pictures.ImagePrompt
     denoising_end: float | None = None  # stop when this part of the noise is gone, between 0 and 1
 
 

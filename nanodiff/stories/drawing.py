@@ -16,10 +16,11 @@ from nanodiff.data import tables
 from nanodiff.device import choice, memory, onednn
 from nanodiff.diffusion import samplers
 from nanodiff.models import layers, taesd
+from nanodiff.models.clip import CLIPVisionModel
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record, slug
-from nanodiff.pipeline import Perturbed, SkipLayers, Words, control, single, sources
+from nanodiff.pipeline import Perturbed, SkipLayers, Words, control, pictures, single, sources
 from nanodiff.pipeline.settings import Churn
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.training.options import parse_size
@@ -36,11 +37,11 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "perturbed_scale", "perturbed_layers", "freeu", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
-              "hires_steps", "hires_latent", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
+              "hires_steps", "hires_latent", "ip_adapter", "ip_adapter_image", "image_encoder", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
 PATHS = ("model", "refiner", "vae_checkpoint", "components", "fast_vae", "preview")  # what --base-dir stands before
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("lora_dir", "model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
-           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control", "refiner")  # fmt: skip
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control", "refiner", "ip_adapter", "image_encoder")  # fmt: skip
 
 
 def prompts_of(cfg, optional=False):
@@ -176,6 +177,7 @@ def load(cfg, record, device, src=None):
                 sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.refiner = load_refiner(cfg, sd, dtype, device) if cfg.refiner else None
+        sd.adapters = [load_adapter(text, cfg, dtype, device) for text in cfg.ip_adapter]
         sd.controls = [load_control(text, cfg, sd, dtype, device) for text in cfg.control]
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
@@ -213,6 +215,15 @@ def load_refiner(cfg, sd, dtype, device):
         found.vae = sd.vae
     print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the noise on")
     return found
+
+
+def load_adapter(text, cfg, dtype, device):
+    """(IPAdapter, vision tower) of an --ip-adapter, where and as the denoiser computes; with --offload the tower stays in host memory."""
+    adapter, path = pictures.load(pictures.parse(text)[0], dtype, device, cfg.token, cfg.allow_pickle)
+    folder = pictures.encoder_folder(cfg.image_encoder, path, adapter.cfg, cfg.token)
+    tower = weights.load(CLIPVisionModel, folder, dtype, device if cfg.offload == "none" else "cpu")
+    print(f"image prompt: {printable(text)}, {memory.count(adapter) / 1e6:g} M parameters, seen by {printable(folder)}")
+    return adapter, tower
 
 
 def load_control(text, cfg, sd, dtype, device):
@@ -265,7 +276,7 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner"):
+    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "adapters"):
         setattr(sd, name, getattr(base, name))
     if sd.refiner:
         sd.refiner = base.refiner.with_scheduler(samplers.name_of(sd.schedule), cfg.sigmas)
@@ -449,11 +460,18 @@ def recall(cfg):
         "embedding",
         "control",
         "control_image",
+        "ip_adapter",
+        "ip_adapter_image",
+        "image_encoder",
     ):
         value = getattr(cfg, name)
         for path in value if isinstance(value, list) else [value]:
             path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path
-            path = control.parse(path)[0] if name == "control" else path
+            path = (
+                {"control": control.parse, "ip_adapter": pictures.parse}.get(name, lambda p: (p,))(path)[0]
+                if path
+                else path
+            )
             path = path.removeprefix("canny:") if name == "control_image" and not Path(path).exists() else path
             if path and name not in given and not Path(path).exists():
                 flag = name.replace("_", "-")

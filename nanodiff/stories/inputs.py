@@ -11,13 +11,13 @@ from nanodiff.data import edges
 from nanodiff.diffusion import samplers
 from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
-from nanodiff.pipeline import Drawing, Start, control, families
+from nanodiff.pipeline import Drawing, Start, control, families, pictures
 from nanodiff.pipeline.settings import grouped
 from nanodiff.stories.drawing import options
 
 
 def inputs(cfg, sd):
-    """({height, width}, {image, strength, mask, controls} for generate(), what is to be done with each picture that was drawn).
+    """({height, width}, {image, strength, mask, pictures, controls} for generate(), what is to be done with each picture that was drawn).
 
     Sizes as in diffusers: an --init-image, else the first --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3
     brings the model's own size; --height and --width win.
@@ -43,6 +43,8 @@ def inputs(cfg, sd):
     if mask:
         pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
         start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
+    if cfg.ip_adapter:
+        start["pictures"] = image_prompts(cfg, sd)
     if cfg.control:
         same = lambda p: fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS)  # noqa: E731
         start["controls"] = controls(cfg, sd, same)
@@ -88,6 +90,17 @@ def controls(cfg, sd, fitted):
     return tuple(found)
 
 
+def image_prompts(cfg, sd):
+    """The pictures of --ip-adapter-image as prompts: all of them for one --ip-adapter, else one for each."""
+    opened = [images.open_image(path) for path in cfg.ip_adapter_image]
+    shown = [opened] if len(sd.adapters) == 1 else [[picture] for picture in opened]
+    found = []
+    for (adapter, tower), text, mine in zip(sd.adapters, cfg.ip_adapter, shown, strict=True):
+        seen, nothing = (x.to(sd.device, sd.dtype) for x in pictures.look(adapter, tower, mine))
+        found.append(pictures.ImagePrompt(adapter, seen, nothing, pictures.parse(text)[1]))
+    return tuple(found)
+
+
 def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     """A Result of sd.generate(), and with --hires of a second pass over it, larger: from the same seeds, as AUTOMATIC1111's hires fix."""
     settings = options(cfg, sd) | {"guidance_scale": scale, "seeds": seeds, "decode": sd.decoder}
@@ -103,6 +116,8 @@ def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     else:
         pictures = [p.resize((width, height), LANCZOS) for p in images.to_pil(result.pixels)]
         again = {"image": torch.stack([images.to_pixels(p) for p in pictures]).to(sd.device)}
+    if cfg.ip_adapter:
+        again["pictures"] = start["pictures"]
     if cfg.control:
         again["controls"] = controls(cfg, sd, lambda p: p.resize((width, height), LANCZOS))
     steps = cfg.hires_steps or steps
@@ -149,7 +164,9 @@ def check(cfg, sd, steps, scale, size, start):
         own = {k: v for k, v in options(cfg, sd.refiner).items() if k != "words"}
         drawing, *_ = grouped(settings | own, Drawing(), Start(), words)
         going_on = Start(latents=torch.zeros(0), denoising_start=cfg.refiner_start)
-        sd.refiner.checked(1, dataclasses.replace(drawing, denoising_end=None, controls=()), going_on, words)
+        sd.refiner.checked(
+            1, dataclasses.replace(drawing, denoising_end=None, controls=(), pictures=()), going_on, words
+        )
     sd.checked(1, *grouped(settings, Drawing(), Start(), words))
     if not cfg.hires:
         return

@@ -18,7 +18,7 @@ from nanodiff.diffusion import samplers
 from nanodiff.files import ASSETS, out_dir, write_bytes
 from nanodiff.output import images, infotext
 from nanodiff.output.record import Record
-from nanodiff.pipeline import control, sources
+from nanodiff.pipeline import control, pictures, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
@@ -308,6 +308,16 @@ def dry_run(cfg, device):
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
     )  # fmt: skip
+    for i, text in enumerate(cfg.ip_adapter, 1):
+        plan += pictures.stages(
+            i,
+            text,
+            len(cfg.ip_adapter_image) if len(cfg.ip_adapter) == 1 else 1,
+            cfg.image_encoder,
+            dtype,
+            cfg.token,
+            cfg.allow_pickle,
+        )
     if cfg.refiner:
         other = sources.configs(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
         more = pipeline.plan(

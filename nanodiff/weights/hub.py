@@ -151,6 +151,24 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     return folder
 
 
+def file(name, token=None):
+    """A local path of one file: as named, or `org/name/path/in/the/repository.safetensors[@revision]` of the Hub, with the folder
+    `image_encoder` beside it where there is one. Raises UserError."""
+    path = trained(name)
+    if path.is_file():
+        return path
+    match = re.fullmatch(rf"({REPO_ID.pattern})/((?:[\w.-]+/)*)([\w.-]+\.safetensors)(?:@([\w.-]+))?", str(name))
+    if path.exists() or not match or ".." in str(name):
+        raise UserError(
+            f"{printable(name)}: no such file; give one, or one of the Hub as org/name/path/in/it.safetensors"
+        )
+    repository, inside, last, revision = match.groups()
+    towers = [f"{p}image_encoder/{f}" for p in {inside, "models/"} for f in ("config.json", "model.safetensors")]
+    lacks = f"has no {inside}{last}"
+    there = lambda folder: (folder / inside / last).is_file()  # noqa: E731
+    return _snapshot(repository, revision, (f"{inside}{last}", *towers), token, there, lacks) / inside / last
+
+
 def component(name, token=None):
     """A local path (file or folder) of one model without a pipeline around it, such as a ControlNet. Raises UserError."""
     path = trained(name)
@@ -165,14 +183,21 @@ def component(name, token=None):
 def whole(name, token=None, cached=False, wanted=("*.json", "merges.txt", "model*.safetensors")):
     """The folder of a Hub repository that is one model, such as a CLIP with its tokenizer: from the cache, else downloaded (unless
     `cached`). wanted: the names of its files."""
-    import huggingface_hub as hub
-    from huggingface_hub import constants
-
     name, _, revision = str(name).partition("@")
     if not REPO_ID.fullmatch(name) or ".." in name:
         raise UserError(
             f"model {printable(name)!r} not found: give a folder with config.json, or a Hub id org/name[@revision]"
         )
+    there = lambda folder: (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # noqa: E731
+    return _snapshot(name, revision, wanted, token, there, "has no config.json with .safetensors", cached)
+
+
+def _snapshot(name, revision, wanted, token, there, lacks, cached=False):
+    """The folder of a Hub repository with its files `wanted`: from the cache where there(folder), else downloaded (unless `cached`). lacks: what
+    is said of one where it is not so then."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
     for offline in (True, False):
         try:
             folder = Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(wanted),
@@ -182,10 +207,10 @@ def whole(name, token=None, cached=False, wanted=("*.json", "merges.txt", "model
                 reason = "it is not in the cache" if offline else f"not reachable ({type(e).__name__})"
                 raise UserError(f"{name}: {reason}; run `hf download {name}` with a network") from None
         else:
-            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            if there(folder):
                 return folder
             if cached or not offline:
-                raise UserError(f"{name}: has no config.json with .safetensors")
+                raise UserError(f"{name}: {lacks}")
         if offline:
             print(f"downloading {name}", file=sys.stderr)
 

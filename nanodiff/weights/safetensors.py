@@ -216,10 +216,10 @@ def as_weights(tensors, path):
     return {key: as_weight(tensor, key, path) for key, tensor in tensors.items()}
 
 
-def load_pickle(path, inside="state_dict"):
+def load_pickle(path, inside="state_dict", nested=False):
     """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback.
 
-    inside: the key under which the tensors may be nested.
+    inside: the key under which the tensors may be nested. nested: dicts in it are parts, whose names stand before those of their tensors.
     """
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
         raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
@@ -229,6 +229,9 @@ def load_pickle(path, inside="state_dict"):
         raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
     while isinstance(state, dict) and isinstance(state.get(inside), dict):
         state = state[inside]
+    if nested and isinstance(state, dict):
+        parts = {k: v if isinstance(v, dict) else {"": v} for k, v in state.items()}
+        state = {f"{k}.{name}" if name else k: v for k, part in parts.items() for name, v in part.items()}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")

@@ -8,6 +8,7 @@ from nanodiff import pipeline
 from nanodiff.config import UserError
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import spoken
+from nanodiff.pipeline.conditions import Extra
 from nanodiff.text import prompt as prompts
 
 
@@ -50,7 +51,7 @@ def test_a_text_holds_in_its_steps(models, name):
     for text in ("a cat", "a dog"):
         condition = sd.conditions([text], "blue")
         sizes = sd.size_ids(1, 64, 64, None)
-        halves[text] = sd.denoiser(*condition, 5.0, sizes=sizes)
+        halves[text] = sd.denoiser(*condition, 5.0, extra=Extra(sizes))
     order = [halves["a cat"], halves["a cat"], halves["a dog"], halves["a dog"]]
     times = samplers.times(sd.schedule, 4)
 
@@ -129,11 +130,14 @@ def test_a_composition_is_its_formula(models, name):
         (cat, empty), (dog, _) = (sd.conditions([text], "blue") for text in ("a cat", "a dog"))
         plain = {}
         for key, text in (("cat", cat), ("dog", dog)):
-            both = sd.denoiser(text, empty, 1.0, sizes=sizes)(x, t), sd.denoiser(text, empty, 0.0, sizes=sizes)(x, t)
+            both = (
+                sd.denoiser(text, empty, 1.0, extra=Extra(sizes))(x, t),
+                sd.denoiser(text, empty, 0.0, extra=Extra(sizes))(x, t),
+            )
             plain[key], plain["none"] = both
         want = plain["none"] + 3.0 * ((plain["cat"] - plain["none"]) - 0.5 * (plain["dog"] - plain["none"]))
         parts = [(cat, torch.tensor([1.0])), (dog, torch.tensor([-0.5]))]
-        got = sd.denoiser(parts, empty, 3.0, sizes=sizes)(x, t)
+        got = sd.denoiser(parts, empty, 3.0, extra=Extra(sizes))(x, t)
     assert max_error(got, want) < 1e-5
 
 

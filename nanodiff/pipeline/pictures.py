@@ -1,0 +1,149 @@
+"""Pictures as prompts: IP-Adapters from a file or the Hub, the vision tower that sees for them, and what they add at every step
+(models/ipadapter.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanodiff import weights
+from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.device import memory
+from nanodiff.models.clip import CLIPVisionModel
+from nanodiff.models.ipadapter import Config, IPAdapter
+from nanodiff.models.unet import UNet2DConditionModel
+from nanodiff.output import images
+from nanodiff.pipeline.single import placed
+from nanodiff.weights import hub
+
+ENCODERS = ("image_encoder", "../models/image_encoder")  # where the published adapters have theirs, beside the file
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """Pictures that an adapter is shown, and how strongly it speaks."""
+
+    adapter: IPAdapter
+    shown: torch.Tensor  # what the vision tower says of n pictures: see look()
+    nothing: torch.Tensor  # what it says of none
+    scale: float = 1.0
+
+    def kv(self, rows, groups):
+        """Keys and values of every cross-attention, in the files' order, for `rows` of which with guidance (groups > 1) the first part is
+        unconditional. The scale is in the values."""
+        tokens = self.adapter.tokens(self.shown).expand(rows // groups * max(groups - 1, 1), -1, -1)
+        if groups > 1:
+            tokens = torch.cat([self.adapter.tokens(self.nothing).expand(rows // groups, -1, -1), tokens])
+        return [(k, self.scale * v) for k, v in self.adapter.kv(tokens)]
+
+
+def with_pictures(kvs, unet, prompts, rows, groups):
+    """The text's keys and values (unet.text_kv()) with those of the ImagePrompts `prompts` behind them."""
+    down, middle = unet.cross_attentions()[:2]
+    for prompt in prompts:
+        pairs = prompt.kv(rows, groups)
+        # the files have the middle last, where forward() has it between the ways
+        pairs = pairs[:down] + pairs[len(pairs) - middle :] + pairs[down : len(pairs) - middle]
+        kvs = [(*text, *pair) for text, pair in zip(kvs, pairs, strict=True)]
+    return kvs
+
+
+def check(prompt, sd):
+    """Raise UserError for an adapter that is not for this model, or in another type."""
+    if not isinstance(sd.net, UNet2DConditionModel):
+        raise UserError("IP-Adapters are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+    if not memory.whole(sd.net):
+        raise UserError("an IP-Adapter needs the whole denoiser in one place: not block by block (offload sequential)")
+    cfg = prompt.adapter.cfg
+    if cfg.context != sd.net.cfg.cross_attention_dim or sorted(cfg.widths) != sorted(sd.net.context_widths()):
+        raise UserError(
+            f"an IP-Adapter for {len(cfg.widths)} cross-attentions to a text of width {cfg.context}, the UNet has "
+            f"{len(sd.net.context_widths())} of {sd.net.cfg.cross_attention_dim}: they are not of one model"
+        )
+
+
+def parse(text):
+    """ "FILE_OR_ID[:SCALE]" of the command line -> (file or id, scale)."""
+    name, _, scale = text.rpartition(":")
+    if Path(text).exists() or not name:
+        return text, 1.0
+    try:
+        return name, float(scale)
+    except ValueError:
+        return text, 1.0
+
+
+def load(name, dtype, device, token=None, allow_pickle=False):
+    """(IPAdapter, its file) of a file, or of a file in a Hub repository (org/name/path/in/it.safetensors). Raises UserError."""
+    path = hub.file(name, token)
+    shapes, get = _read(path, allow_pickle)
+    model = weights.skeleton(IPAdapter, Config.from_shapes(shapes, path))
+    state = {}
+    for key, want in model.state_dict().items():
+        if shapes.get(key) != tuple(want.shape):
+            raise UserError(f"{path}: misses tensor {key} {list(want.shape)}{nearest(key, shapes)}")
+        state[key] = placed(weights.as_weight(get(key), key, path), device, dtype)
+    if odd := [k for k in shapes if k not in state]:
+        raise UserError(f"{path}: has unknown tensor {printable(odd[0])}{nearest(odd[0], state)}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False), path
+
+
+def stages(i, name, shown, encoder, dtype, token=None, allow_pickle=False):
+    """[memory.Stage] of the i-th adapter and its vision tower for `shown` pictures, predicted on the meta device, without weights."""
+    path = hub.file(parse(name)[0], token)
+    adapter = weights.skeleton(IPAdapter, Config.from_shapes(_read(path, allow_pickle)[0], path)).to(dtype)
+    folder = encoder_folder(encoder, path, adapter.cfg, token)
+    tower = weights.skeleton(CLIPVisionModel, CLIPVisionModel.Config.from_json(read_json(folder / "config.json"))).to(
+        dtype
+    )
+    side = tower.cfg.image_size
+    pixels = torch.empty(shown, tower.cfg.num_channels, side, side, dtype=dtype, device="meta")
+    seen = tower.states(pixels) if adapter.plus else tower(pixels)
+    return [
+        memory.stage(f"image encoder {i}", tower, lambda: tower.states(pixels), dtype, {}),
+        memory.stage(f"image prompt {i}", adapter, lambda: adapter.kv(adapter.tokens(seen)), dtype, {}),
+    ]
+
+
+def _read(path, allow_pickle):
+    """({name: shape}, name -> tensor) of a file."""
+    if path.suffix not in weights.PICKLES:
+        return weights.header([path]), weights.open_file(path).get_tensor
+    if not allow_pickle:
+        raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
+    state = weights.load_pickle(path, nested=True)
+    return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
+
+
+def encoder_folder(given, path, cfg, token=None):
+    """The folder of the vision tower that an adapter's file `path` was made with: what is given (a folder or Hub id), or one that lies where
+    the published ones do. Raises UserError."""
+    if given:
+        return hub.component(given, token)
+    tried = [path.parent / place for place in ENCODERS]
+    for folder in tried:
+        if (folder / "config.json").is_file():
+            tower = CLIPVisionModel.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+            if cfg.seen == (tower.hidden_size if cfg.inner else tower.projection_dim):
+                return folder
+    raise UserError(
+        f"{path}: needs a CLIP vision tower of width {cfg.seen}, which is not in {tried[0]}: name its folder with `image_encoder`"
+    )
+
+
+@torch.no_grad()
+def look(adapter, tower, pictures):
+    """(shown, nothing): what the vision tower says of PIL pictures, and of none, as the adapter takes it: vectors [n, E], the empty one of zeros; of
+    "plus" the states [n, S, E] before the last layer, the empty ones those of a grey picture."""
+    device, dtype = tower.device, tower.dtype
+    pixels = torch.stack([images.clip_pixels(p, tower.cfg.image_size) for p in pictures]).to(device, dtype)
+    given = tower.cfg.hidden_size if adapter.plus else tower.cfg.projection_dim
+    if given != adapter.cfg.seen:
+        raise UserError(
+            f"`image_encoder`: gives vectors of width {given}, the IP-Adapter wants {adapter.cfg.seen}: they are not of one model"
+        )
+    if adapter.plus:
+        return tower.states(pixels), tower.states(torch.zeros_like(pixels))
+    shown = tower(pixels)
+    return shown, torch.zeros_like(shown)
