@@ -23,26 +23,22 @@ from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
 from nanodiff.stories.drawing import (
-    LOADING,
     PATHS,
     Progress,
     begun,
     defaults,
     documented,
     file_name,
-    load,
     options,
-    pick_dtype,
     prompts_of,
     rebase,
-    recall,
-    remembered,
     strip,
-    under,
     unused,
     words,
 )
 from nanodiff.stories.inputs import check, draw, inputs
+from nanodiff.stories.models import LOADING, load, pick_dtype, under
+from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks
 from nanodiff.training.options import parse_size
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nanodiff import lora
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.stories.drawing import hashes
+from nanodiff.stories.models import hashes
 from nanodiff.text import syntax
 
 

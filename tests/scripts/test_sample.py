@@ -17,7 +17,7 @@ from util import TINY, copy_model, error_line, golden, recipe, run, start
 
 from nanodiff import files, pipeline, weights
 from nanodiff.models.controlnet import ControlNetModel
-from nanodiff.stories import drawing
+from nanodiff.stories import models
 from nanodiff.weights import load_tensors
 
 MODEL = ("--model", str(TINY / "sd15"), "--steps", "2", "--seed", "5")
@@ -654,12 +654,12 @@ def test_large_models_compute_in_bf16_where_the_cpu_does(monkeypatch, capsys):
     flow = sources.configs("stable-diffusion-3.5-medium")
     small = sources.configs(TINY / "sd15")
     monkeypatch.setattr(onednn, "computes_bf16", lambda: True)
-    assert drawing.pick_dtype(cfg, cpu, large) == drawing.pick_dtype(cfg, cpu, flow) == torch.bfloat16
+    assert models.pick_dtype(cfg, cpu, large) == models.pick_dtype(cfg, cpu, flow) == torch.bfloat16
     assert "--dtype fp32 is exact" in capsys.readouterr().err
-    assert drawing.pick_dtype(cfg, cpu, small) == torch.float32
-    assert drawing.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
+    assert models.pick_dtype(cfg, cpu, small) == torch.float32
+    assert models.pick_dtype(script.Config(dtype="fp32"), cpu, large) == torch.float32
     monkeypatch.setattr(onednn, "computes_bf16", lambda: False)
-    assert drawing.pick_dtype(cfg, cpu, large) == torch.float32
+    assert models.pick_dtype(cfg, cpu, large) == torch.float32
 
 
 def test_vae_of_another_model(tmp_path):

@@ -1,0 +1,101 @@
+"""What a picture remembers of how it was made, and how that comes back (--from-image)."""
+
+import sys
+from pathlib import Path
+
+from nanodiff.config import UserError, as_dict, from_mapping, printable, short
+from nanodiff.output import foreign, images
+from nanodiff.output.images import read_record
+from nanodiff.pipeline import control, pictures
+
+# What a PNG remembers, and what --from-image therefore brings back.
+REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
+              "scheduler", "sigmas", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
+              "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
+              "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
+              "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
+              "skip_layer_stop", "perturbed_scale", "perturbed_layers", "freeu", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
+              "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
+              "hires_steps", "hires_latent", "ip_adapter", "ip_adapter_image", "image_encoder", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
+
+
+def remembered(cfg, facts, sd, tagged=None):
+    """Everything that --from-image needs, as JSON values. tagged: {name: hash} of the picture's own LoRAs."""
+    dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(sd.dtype).removeprefix("torch.")]
+    values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
+    shown = {
+        "lora_hashes": sd.hashes | (tagged or {}),
+        "strength": cfg.strength,
+        "mask_blur": cfg.mask_blur,
+    }  # for other programs' eyes
+    return (
+        {k: values[k] for k in REMEMBERED}
+        | {"init_image": bool(cfg.init_image)}
+        | {k: v for k, v in shown.items() if v}
+    )
+
+
+def recall(cfg):
+    """Fill cfg from the settings inside a picture; flags given on the command line win."""
+    if images.recorded(cfg.from_image) is None and (other := foreign.read(cfg.from_image)):
+        return adopt(cfg, *other)
+    record = read_record(cfg.from_image)
+    if record.get("init_image"):
+        raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")
+    given = given_in(cfg)
+    known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
+    known["prompt"] = [known.get("prompt")]
+    for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
+        if key not in given:
+            setattr(cfg, key, value)
+    if cfg.model == "embedded":
+        cfg.model = None
+    for name in (
+        "model",
+        "refiner",
+        "vae_checkpoint",
+        "components",
+        "fast_vae",
+        "lora",
+        "embedding",
+        "control",
+        "control_image",
+        "ip_adapter",
+        "ip_adapter_image",
+        "image_encoder",
+    ):
+        value = getattr(cfg, name)
+        for path in value if isinstance(value, list) else [value]:
+            path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path
+            path = (
+                {"control": control.parse, "ip_adapter": pictures.parse}.get(name, lambda p: (p,))(path)[0]
+                if path
+                else path
+            )
+            path = path.removeprefix("canny:") if name == "control_image" and not Path(path).exists() else path
+            if path and name not in given and not Path(path).exists():
+                flag = name.replace("_", "-")
+                raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
+
+
+def given_in(cfg):
+    """The settings that the command line names, which win over a picture's."""
+    given = getattr(cfg, "given", frozenset())
+    return given | ({"steps", "scheduler"} if "ddim_steps" in given else set())
+
+
+def adopt(cfg, program, found, unused):
+    """Fill cfg from what another program's picture says; says what is taken and what is not."""
+    given, cfg.adopted = given_in(cfg), True
+    model = found.pop("model", "(it does not say which)")
+    if "model" not in given:
+        raise UserError(
+            f"{cfg.from_image}: was made by {program} with the model {printable(model)}; name its file with --model"
+        )
+    for key, value in from_mapping(type(cfg), found, cfg.from_image).items():
+        if key not in given:
+            setattr(cfg, key, value)
+    taken = ", ".join(f"{k}={short(v, 40)}" for k, v in found.items())
+    print(f"{cfg.from_image}: {program}'s: {taken}")
+    if unused:
+        print(f"note: not used: {'; '.join(unused)}", file=sys.stderr)
