@@ -18,7 +18,7 @@ augment and synthesize may be killed at any moment: the same command goes on wit
 import sys
 from dataclasses import dataclass
 
-from nanodiff.config import UserError, arg, script
+from nanodiff.config import DEVICES, UserError, arg, script
 from nanodiff.training.options import LR_SCHEDULERS, OPTIMIZERS, Training
 
 LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --batch-size, --gradient-checkpointing, fewer --max-new-tokens"
@@ -26,7 +26,7 @@ LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --bat
 
 @dataclass
 class Common:
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     dtype: str = arg(
         "auto", "weights: auto is half precision on a GPU and fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16")
     )

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import arg, script
+from nanodiff.config import DEVICES, arg, script
 
 # torch is imported inside the stages, so that --help answers at once.
 
@@ -37,7 +37,7 @@ class Weights(Common):
     )
     batch_size: int = arg(16, "pictures at a time through a network", low=1)
     num_workers: int = arg(2, "threads that decode pictures", low=0)
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     kernels: str = arg("auto", "our Triton kernels on a GPU, for CLIP and for drawing; Inception and VGG are PyTorch's", choices=("auto", "triton", "torch"))  # fmt: skip
     weights_dir: str | None = arg(
         None, "folder with pt_inception-2015-12-05-6726825d, vgg16-397923af, clip-vit-base-patch32/ …", often=True

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, check_bounds, script
+from nanodiff.config import DEVICES, UserError, arg, check_bounds, script
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -236,7 +236,7 @@ class Config:
     diffusers_quirks: bool = arg(
         False, 'repeat diffusers\' DDIM error off "leading" spacing (see samplers.py)', group="where it computes"
     )
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     dtype: str = arg(
         "auto",
         "weights: auto is fp16 (SD 3: bf16) on a GPU; on a CPU bf16 for large models where it is fast, else fp32",

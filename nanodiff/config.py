@@ -35,6 +35,7 @@ ELSEWHERE = {  # other programs' words
     "out": "output-dir",
     "n": "num-images",
 }
+DEVICES = ("auto", "cpu", "cuda", "mps")
 SECRETS = {"token", "hub_token", "hf_token"}
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
 
@@ -484,7 +485,8 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
     except (Exception, KeyboardInterrupt) as e:
         # it is ending already: torchrun sends a SIGTERM when a process is lost, and PyTorch raises, wherever we are, for a lost data worker
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code, line = _verdict(e, less_memory)
         first = speaks is None or speaks(e)  # of several processes one says what happened
         if code is None or (debug and code == 2):

@@ -5,14 +5,13 @@ Explained in the book (docs/book): chapter 16.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
 import stat
 from pathlib import Path
 
-from nanodiff import config
+from nanodiff import config, system
 from nanodiff.config import UserError
 
 ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
@@ -52,13 +51,14 @@ def write_json(path, value):
 
 
 def link(path, target):
-    """Let the name `path` stand for `target` beside it; a link that is there is replaced, anything else is left."""
+    """Let the name `path` stand for `target` beside it; a link that is there is replaced, anything else is left; none is made where links are
+    not allowed."""
     path = Path(path)
     if path.is_symlink() or not path.exists():
         new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         new.unlink(missing_ok=True)
-        new.symlink_to(target)
-        new.replace(path)
+        if system.symlink(new, target):
+            new.replace(path)
 
 
 def append(path, data):
@@ -103,9 +103,10 @@ class Claim:
             claims.remove(self)
         if lock and not claims:
             del held[self.path]
-            self.path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what is written there is of no importance
-                lock.close()
+            ends = [lambda: self.path.unlink(missing_ok=True), lock.close]
+            for end in reversed(ends) if system.WINDOWS else ends:  # Windows deletes no open file
+                with contextlib.suppress(OSError):  # what is written there is of no importance
+                    end()
 
 
 def claim(folder, user=None):
@@ -129,7 +130,7 @@ def _locked(path, folder):
         except OSError as e:
             raise UserError(f"{path}: cannot be written: {e.strerror}") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(lock)
         except OSError:
             lock.seek(0)
             who = lock.read().strip()
@@ -138,7 +139,7 @@ def _locked(path, folder):
         if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
             break
         lock.close()  # its owner ended, and took the file away, between the two calls
-    os.register_at_fork(after_in_child=lock.close)  # workers must not keep the folder when this process dies
+    system.after_fork(lock.close)  # workers must not keep the folder when this process dies
     with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {platform.node()}")

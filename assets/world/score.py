@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--lora", help="a LoRA's file, drawn with")
     parser.add_argument(
         "--colour", choices=scenes.PAINTS, help="captions of scenes with it, in place of those seen and held out"

@@ -12,16 +12,22 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name):
-    """torch.device for auto | cpu | cuda; asking for CUDA without one falls back to the CPU, with a line."""
+    """torch.device for auto | cpu | cuda | mps (Apple's GPU); asking for one that is not there falls back to the CPU, with a line. auto: CUDA, or
+    the CPU, with a line where Apple's GPU could be asked for."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if name == "cuda":
-        print("warning: no CUDA device here, using the CPU", file=sys.stderr)
+    if name == "mps" and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if name in ("cuda", "mps"):
+        what = "CUDA device" if name == "cuda" else "GPU of Apple's"
+        print(f"warning: no {what} here, using the CPU", file=sys.stderr)
+    elif name == "auto" and torch.backends.mps.is_available():
+        print("note: computing on the CPU; --device mps computes on this machine's GPU", file=sys.stderr)
     return torch.device("cpu")
 
 
 def pick_dtype(name, device):
-    """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a GPU, fp32 on a CPU (exact, and what the tests judge;
+    """torch dtype for auto | fp32 | fp16 | bf16. auto: fp16 on a CUDA GPU, fp32 elsewhere (exact, and what the tests judge;
     sample.py takes bf16 for large models where onednn.computes_bf16()).
 
     fp16 on a CPU is refused: without AVX512-FP16 a matrix product is hundreds of times slower than in fp32.
@@ -39,10 +45,10 @@ def pick_precision(name, device):
     auto: bf16 where the device multiplies it (GPUs from sm_80 on, CPUs with AVX512_BF16 or AMX), else fp16 on a GPU and
     fp32 on a CPU.
     """
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("`mixed_precision` fp16 needs a GPU; use bf16 or no")
+    if name == "fp16" and device.type != "cuda":
+        raise UserError("`mixed_precision` fp16 needs a CUDA GPU; use bf16 or no")
     if name != "auto":
         return DTYPES.get(name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if onednn.computes_bf16() else None
+    return torch.bfloat16 if device.type == "cpu" and onednn.computes_bf16() else None

@@ -65,6 +65,8 @@ def start(device, timeout):
     """Join the other processes, if there are any. timeout: seconds after which a process that does not answer is lost."""
     if world().size == 1 or td.is_initialized():
         return
+    if device.type == "mps":
+        raise UserError("`device` mps: several processes compute on CUDA or on the CPU")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(td.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
@@ -158,9 +160,10 @@ def agree(value, what):
 
 def total(values, device):
     """A list of numbers, each summed over all ranks, in float64."""
+    if not td.is_initialized():
+        return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if td.is_initialized():
-        td.all_reduce(tensor)
+    td.all_reduce(tensor)
     return tensor.tolist()
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanodiff import system
 from nanodiff.device import derived
 
 # Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
@@ -185,11 +186,11 @@ def let_go(tensors):
     if not hasattr(mmap, "MADV_DONTNEED") or not Path("/proc/self/maps").exists():
         return
     mapped = []  # (start, end) of the mappings of safetensors files; in the Hub's cache those are called blobs/HASH
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if line.endswith(".safetensors") or "/blobs/" in line:
             first, _, last = line.split()[0].partition("-")
             mapped.append((int(first, 16), int(last, 16)))
-    madvise, page = ctypes.CDLL(None, use_errno=True).madvise, mmap.PAGESIZE
+    madvise, page = system.libc().madvise, mmap.PAGESIZE
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             continue
@@ -320,6 +321,6 @@ def keep_freed_memory():
     """Ask glibc to keep freed memory up to 32 MB a piece instead of returning it to the system after every tensor:
     returning it costs a page fault per 4 kB at the next one (5 % of a UNet step on a CPU). Other C libraries: nothing."""
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = system.libc().mallopt
         for option, value in ((-1, (1 << 31) - 1), (-2, 64 << 20), (-3, 32 << 20)):  # trim, top pad, mmap threshold
             mallopt(option, value)

@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanodiff import system
+
 FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
@@ -199,7 +201,7 @@ def _release(module):
     start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the weight only
     end = (weight.data_ptr() + weight.numel() * weight.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        system.libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
     module.weight.data = weight.new_empty(0)
 
 

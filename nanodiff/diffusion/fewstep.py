@@ -49,7 +49,7 @@ def coefficients(schedule, t, like):
 
 def grid(schedule, n):
     """[n + 1] times of a run of n steps, noisy first; -1: the end."""
-    return torch.tensor([*samplers.times(schedule, n), -1.0], dtype=torch.float64)
+    return torch.tensor([*samplers.times(schedule, n), -1.0])
 
 
 def between(schedule, t, u, parts):
@@ -129,14 +129,14 @@ def consistency_times(schedule, known):
     if schedule.flow:
         t = grid(schedule, known)[:-1]
         return t, torch.cat([t[1:], torch.zeros(1, dtype=t.dtype)])
-    t = torch.from_numpy((np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1].copy()).double()
+    t = torch.from_numpy((np.arange(1, known + 1) * (schedule.T // known) - 1)[::-1].copy()).float()
     return t, (t - schedule.T // known).clamp(min=0)
 
 
 def consistency(student, now, teacher, schedule, x0, noise, i, known):
     """f(x_t, t) is to be f(x_u, u), where the teacher's jump from x_t ends at x_u and f = consistent(x̂0): √(‖difference‖² + c²) - c. The target is the student as it
     is now, without a gradient (Song & Dhariwal 2023 §3.2: an average of the past is worse): `now`. i [B]: which of the `known` times."""
-    t, u = (times.to(x0.device)[i].float() for times in consistency_times(schedule, known))
+    t, u = (times.to(x0.device)[i] for times in consistency_times(schedule, known))
     x = schedule.add_noise(x0, noise, t).float()
     got = consistent(schedule, split(schedule, student(x, t), x, t)[0], x, t)
     with torch.no_grad():

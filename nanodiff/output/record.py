@@ -2,14 +2,12 @@
 
 import contextlib
 import platform
-import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from nanodiff import config
+from nanodiff import config, system
 from nanodiff.config import SECRETS, UserError, as_dict
 from nanodiff.device import dist, onednn
 from nanodiff.files import claim, out_dir, write_json
@@ -30,7 +28,7 @@ class Record:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"cpu x {torch.get_num_threads()}",
+            else f"{device.type} x {torch.get_num_threads()}",
             "cpu": onednn.processor(),
             "git_commit": config.commit(),
             "seconds": {},
@@ -61,7 +59,7 @@ class Record:
 
     def write(self):
         self.data["seconds"]["total"] = round(time.perf_counter() - self.started, 3)
-        self.data["peak_memory_mb"] = peak_memory_mb()
+        self.data["peak_memory_mb"] = system.peak_memory() >> 20
         if torch.cuda.is_available():
             self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         if dist.is_main():
@@ -74,12 +72,3 @@ def _without_secrets(argv, cfg):
     for value in values:
         argv = [word.replace(value, "***") for word in argv]
     return list(argv)
-
-
-def peak_memory_mb():
-    """Largest resident memory of this process so far (getrusage would count a parent's, too)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -138,7 +138,7 @@ def pick_dtype(cfg, device, src):
     family = pipeline.FAMILIES[src.kind]
     if cfg.dtype == "auto" and device.type == "cuda":
         return family.half
-    if cfg.dtype == "auto" and onednn.computes_bf16():
+    if cfg.dtype == "auto" and device.type == "cpu" and onednn.computes_bf16():
         net = src.config(family.denoiser_name)
         widest = net.width if hasattr(net, "width") else max(net.block_out_channels)
         if widest >= LARGE:

@@ -10,11 +10,11 @@ Explained in the book (docs/book): chapter 16.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
 
+from nanodiff import system
 from nanodiff.config import UserError, read_json
 from nanodiff.device import dist
 from nanodiff.files import write_bytes, write_json
@@ -71,16 +71,16 @@ def _complete(root, final, tmp, step, tensors, facts, keep):
             save_tensors(tmp / STATE, tensors)
         write_json(tmp / FACTS, facts)
         for folder in {p.parent for p in _files(tmp)}:
-            _fsync(folder)
+            system.sync(folder)
         files = {str(p.relative_to(tmp)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in _files(tmp)}
         write_json(tmp / MANIFEST, {"step": step, "files": files})
-        _fsync(tmp)
+        system.sync(tmp)
         aside = root / f"{final.name}.old.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         if final.exists():  # the same step again: the old one goes aside, never away, until the new one stands
             final.rename(aside)
         tmp.rename(final)
-        _fsync(root)
+        system.sync(root)
         if fault := verify(final):
             raise UserError(f"{fault} (read back after it was written; older checkpoints are kept)")
         shutil.rmtree(aside, ignore_errors=True)
@@ -168,11 +168,3 @@ def read(folder, like):
 def _sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _fsync(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
+from nanodiff import system
 from nanodiff.config import Stopped, UserError, printable
 from nanodiff.device import dist
 from nanodiff.files import write_bytes
@@ -312,7 +313,7 @@ def _quiet(worker):
     """A worker must not run the main process's signal handlers: it dies with it, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    system.ignore("SIGUSR1", "SIGBREAK")
 
 
 class Decoder(torch.utils.data.Dataset):

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, check_bounds, printable
+from nanodiff.config import DEVICES, UserError, arg, check_bounds, printable
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
                  "polynomial", "plateau", "none")  # fmt: skip
@@ -105,7 +105,7 @@ class Training:
     seed: int = arg(
         0, "every random draw is a function of it", low=0, high=(1 << 63) - 1, group="where it computes", often=True
     )
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     kernels: str = arg(
         "auto",
         "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",

@@ -18,7 +18,6 @@ The training loop stays visible in the script. `Run` never calls back:
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -27,17 +26,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanodiff import system
 from nanodiff.config import Stopped, UserError, as_dict, printable, short
 from nanodiff.device import choice, cudagraph, dist
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import append, claim, link, write_bytes
 from nanodiff.models import layers
-from nanodiff.output.record import Record, peak_memory_mb
+from nanodiff.output.record import Record
 from nanodiff.training import recipe
 from nanodiff.training.state import State
 from nanodiff.training.watch import Watch
 
 TELL = 5  # seconds between the lines of epochs that are shorter
+SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, system.SAVE) if s)
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
 
 
@@ -47,8 +48,7 @@ def report(device, precision):
         facts = torch.cuda.get_device_properties(device)
         where = f"{facts.name}, {facts.total_memory >> 30} GB, CUDA {torch.version.cuda}"
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-        where = f"CPU, {torch.get_num_threads()} threads, {memory} GB"
+        where = f"{device.type.upper()}, {torch.get_num_threads()} threads, {system.memory() >> 30} GB"
     kind = str(precision or torch.float32).removeprefix("torch.")
     processes = f", {dist.world().size} processes" if dist.world().size > 1 else ""
     return f"device: {where}; torch {torch.__version__}; computing in {kind}{processes}"
@@ -93,7 +93,7 @@ class Run(State):
         # what this process got, and what all processes know of, on which alone they act: else one would save without the others
         self.received, self.signals = set(), set()
         self.last_saved, self.saved_step = None, None
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+        system.ignore("SIGUSR1", "SIGBREAK")  # until there is something to save
         self._begin_update()
 
     def _claim(self):
@@ -156,7 +156,7 @@ class Run(State):
 
     def interrupted(self):
         """Has a signal asked this process to end?"""
-        return bool(self.received - {signal.SIGUSR1})
+        return bool(self.received - {system.SAVE})
 
     def same(self, name, value, must=False):
         """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
@@ -212,14 +212,10 @@ class Run(State):
         norm = torch.nn.utils.clip_grad_norm_(list(recipe.trainable(self.net).values()), cfg.max_grad_norm)
         norm = dist.whole(norm).item()
         names = list(self.sums)
-        summed = [float(self.sums[n]) for n in names] + [
-            s in self.received for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        ]
+        summed = [float(self.sums[n]) for n in names] + [s in self.received for s in SIGNALS]
         summed = dist.total([*summed, self.samples], self.device)
         numbers = dict(zip(names, summed, strict=False))
-        self.signals |= {
-            s for s, n in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), summed[len(names) :], strict=False) if n
-        }
+        self.signals |= {s for s, n in zip(SIGNALS, summed[len(names) :], strict=False) if n}
         if math.isfinite(norm) and math.isfinite(numbers["loss"]):
             self.scaler.step(self.opt)
             # the fused AdamW does not tell that it changed them, and upsample.Upsample keeps what it made of its weights
@@ -338,7 +334,7 @@ class Run(State):
             return
         self.told = now
         left = (now - self.began) / max(done, 1) * (self.total - self.step - 1)
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_memory_mb() << 20
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else system.peak_memory()
         epoch, of = (self.step + 1) // self.per_epoch, -(-self.total // self.per_epoch)
         dist.say(f"epoch {epoch} of {of}: loss {loss:.4g}, memory {peak >> 20} MB, {tqdm.format_interval(left)} left")
 
@@ -347,16 +343,16 @@ class Run(State):
     def steps(self):
         """Update numbers from where the run stands to the total, or to an early stop, with progress.
 
-        SIGINT and SIGTERM, to any process, end it after a whole update with a checkpoint (twice: at once); SIGUSR1 saves
-        and goes on.
+        SIGINT and SIGTERM, to any process, end it after a whole update with a checkpoint (twice: at once); SIGUSR1 (on Windows Ctrl-Break)
+        saves and goes on.
         """
 
         def request(signum, frame):
-            if signum in self.received and signum != signal.SIGUSR1:
+            if signum in self.received and signum != system.SAVE:
                 raise KeyboardInterrupt
             self.received.add(signum)
 
-        handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {s: signal.signal(s, request) for s in SIGNALS}
         quiet = not (sys.stderr.isatty() and dist.is_main())
         self.bar = tqdm(total=self.total, initial=self.step, desc="updates", disable=quiet, file=sys.stderr)
         self.clock = said = started = self.began = time.monotonic()
@@ -380,9 +376,8 @@ class Run(State):
                 due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
                 if due or self.signals:
                     self.save()
-                if signal.SIGUSR1 in self.signals:
-                    self.signals.discard(signal.SIGUSR1)
-                    self.received.discard(signal.SIGUSR1)
+                self.signals.discard(system.SAVE)
+                self.received.discard(system.SAVE)
                 if self.signals:
                     dist.on_main(write_bytes, self.out / "PREEMPTED", f"checkpoint-{self.step}\n".encode())
                     raise Stopped if signal.SIGTERM in self.signals else KeyboardInterrupt

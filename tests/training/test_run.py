@@ -290,7 +290,7 @@ def test_devices_and_types(tmp_path, capsys):
         choice.pick_dtype("fp16", cpu)
     if not torch.cuda.is_available():
         assert choice.pick_device("cuda") == cpu and "no CUDA device" in capsys.readouterr().err
-        with pytest.raises(UserError, match="fp16 needs a GPU"):
+        with pytest.raises(UserError, match="fp16 needs a CUDA GPU"):
             Run(Config(str(tmp_path), mixed_precision="fp16"))
 
 
