@@ -67,6 +67,7 @@ def written(record):
         "CFG scale": f"{record['guidance_scale']:g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
+        "Model hash": record.get("model_hash") or "",
         "Model": record["model"],
         "Clip skip": record["clip_skip"] + 1 if record.get("clip_skip") else "",
         "Denoising strength": "" if strength is None else f"{strength:g}",
@@ -81,6 +82,8 @@ def written(record):
             for ours, theirs in CHURN.items()
             if record.get("s_churn") and record.get(ours) is not None
         },
+        "Refiner": record.get("refiner") or "",
+        "Refiner switch at": f"{record['refiner_start']:g}" if record.get("refiner") else "",
         "RNG": "CPU",
     }
     return "\n".join([*lines, ", ".join(f"{k}: {quote(v)}" for k, v in last.items() if v != "")])
@@ -124,8 +127,9 @@ def parameters(text):
     if (skip := _number(facts.get("Clip skip"), int)) is not None:
         found["clip_skip"] = max(skip - 1, 0)  # 1 leaves out none
         take("Clip skip")
-    if "Model" in facts:
-        found["model"] = take("Model")
+    for name, key in (("model", "Model"), ("model_hash", "Model hash")):
+        if key in facts:
+            found[name] = take(key)
     if (times := _number(facts.get("Hires upscale"), float)) is not None:
         strength, upscaler = _number(facts.get("Denoising strength"), float), facts.get("Hires upscaler", "")
         found |= {"hires": times, "hires_latent": upscaler.startswith("Latent")}

@@ -1,5 +1,6 @@
 """The models that the options of a picture name: its pipeline, LoRAs, learned words, ControlNets, adapters, a refiner, small decoders."""
 
+import concurrent.futures
 import sys
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def load(cfg, record, device, src=None):
             else:
                 sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
+        sd.model_hash = hashed(cfg)
         sd.refiner = load_refiner(cfg, sd, dtype, device) if cfg.refiner else None
         sd.adapters = [load_adapter(text, cfg, dtype, device) for text in cfg.ip_adapter]
         sd.controls = [load_control(text, cfg, sd, dtype, device) for text in cfg.control]
@@ -77,6 +79,15 @@ def load(cfg, record, device, src=None):
     if cfg.compile:
         sd.net.compile()
     return sd
+
+
+def hashed(cfg):
+    """f() -> the hash of the single file that --model is, as A1111 writes it: ten digits. It is computed beside the drawing. None for what is no
+    file, and where nothing is written into the pictures."""
+    if not (cfg.model and cfg.metadata and hub.trained(cfg.model).is_file()):
+        return None
+    made = concurrent.futures.ThreadPoolExecutor(1).submit(weights.file_hash, hub.trained(cfg.model))
+    return lambda: made.result()[:10]
 
 
 def hashes(path):
@@ -166,7 +177,7 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "adapters"):
+    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "adapters", "model_hash"):
         setattr(sd, name, getattr(base, name))
     if sd.refiner:
         sd.refiner = base.refiner.with_scheduler(samplers.name_of(sd.schedule), cfg.sigmas)

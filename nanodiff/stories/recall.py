@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+from nanodiff import weights
 from nanodiff.config import UserError, as_dict, from_mapping, printable, short
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record
 from nanodiff.pipeline import control, pictures
+from nanodiff.weights import hub
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
@@ -27,6 +29,7 @@ def remembered(cfg, facts, sd, tagged=None):
         "lora_hashes": sd.hashes | (tagged or {}),
         "strength": cfg.strength,
         "mask_blur": cfg.mask_blur,
+        "model_hash": sd.model_hash() if sd.model_hash else None,
     }  # for other programs' eyes
     return (
         {k: values[k] for k in REMEMBERED}
@@ -87,7 +90,7 @@ def given_in(cfg):
 def adopt(cfg, program, found, unused):
     """Fill cfg from what another program's picture says; says what is taken and what is not."""
     given, cfg.adopted = given_in(cfg), True
-    model = found.pop("model", "(it does not say which)")
+    model, theirs = found.pop("model", "(it does not say which)"), found.pop("model_hash", None)
     if "model" not in given:
         raise UserError(
             f"{cfg.from_image}: was made by {program} with the model {printable(model)}; name its file with --model"
@@ -95,6 +98,13 @@ def adopt(cfg, program, found, unused):
     for key, value in from_mapping(type(cfg), found, cfg.from_image).items():
         if key not in given:
             setattr(cfg, key, value)
+    if theirs and not (file := hub.trained(cfg.model)).is_file():
+        unused.append(f"Model hash: {short(theirs)} (--model is no single file)")
+    elif theirs and not (own := weights.file_hash(file)).startswith(theirs.lower()):
+        print(
+            f"note: {cfg.from_image}: was made with a model of the hash {printable(theirs)}, {file} has {own[:10]}: another picture",
+            file=sys.stderr,
+        )
     taken = ", ".join(f"{k}={short(v, 40)}" for k, v in found.items())
     print(f"{cfg.from_image}: {program}'s: {taken}")
     if unused:

@@ -7,6 +7,7 @@ from nanodiff.weights.safetensors import (
     as_weight,
     as_weights,
     check_file,
+    file_hash,
     find_files,
     header,
     load_pickle,
@@ -18,5 +19,5 @@ from nanodiff.weights.safetensors import (
     tensor_hash,
 )
 
-__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata",
+__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "file_hash", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata",
            "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip

@@ -194,6 +194,12 @@ def tensor_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def file_hash(path):
+    """The SHA-256 of a whole file: its first ten digits are A1111's "Model hash", and what Civitai calls AutoV2."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def check_kind(wanted, stored, key, path):
     """Raise UserError where numbers of one kind (floating-point, or whole) stand for those of the other: a quantized file, or a header that
     calls its data what they are not, would be taken for weights. wanted, stored: torch dtypes."""

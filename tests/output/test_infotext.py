@@ -19,10 +19,10 @@ def test_a_real_one():
     assert found == {
         "prompt": ["masterpiece, (a cat:1.2), <lora:ink:0.6>\non two lines"], "prompt_syntax": "a1111",
         "negative_prompt": "blurry,\nlow quality", "steps": 28, "guidance_scale": 6.5, "seed": 1234567890, "width": 512, "height": 768,
-        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "hires": 1.5, "hires_strength": 0.45, "hires_steps": 26,
+        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "model_hash": "6ce0161689", "hires": 1.5, "hires_strength": 0.45, "hires_steps": 26,
         "hires_latent": True,
     }  # fmt: skip
-    assert [u.split(":")[0] for u in unused] == ["Model hash", "VAE", "Hires upscaler", "Lora hashes", "RNG"]
+    assert [u.split(":")[0] for u in unused] == ["VAE", "Hires upscaler", "Lora hashes", "RNG"]
     assert "another picture" in unused[-1]
 
 
@@ -101,8 +101,10 @@ def test_every_name_in_the_menu_is_a_sampler():
 
 
 def test_hashes_and_image_to_image_are_shown():
-    text = infotext.written(RECORD | {"lora_hashes": {"ink": "0123456789ab"}, "strength": 0.7, "mask_blur": 4})
+    text = infotext.written(RECORD | {"lora_hashes": {"ink": "0123456789ab"}, "strength": 0.7, "mask_blur": 4,
+                                      "model_hash": "6ce0161689", "refiner": "xl.safetensors", "refiner_start": 0.8})  # fmt: skip
     assert 'Lora hashes: "ink: 0123456789ab"' in text and "Denoising strength: 0.7, Mask blur: 4" in text
+    assert "Model hash: 6ce0161689, Model: " in text and "Refiner: xl.safetensors, Refiner switch at: 0.8" in text
 
 
 @pytest.mark.parametrize(

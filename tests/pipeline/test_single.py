@@ -1,9 +1,12 @@
 """Original single files: names both ways, every family from its header, what is missing or not supported, by name."""
 
+import hashlib
 import re
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from util import TINY, copy_model, error_line, manifest, max_error, run
 
 from nanodiff import pipeline, weights
@@ -387,9 +390,29 @@ def test_sample_from_a_file(files, tmp_path):
     assert done.returncode == 0 and "SDXL checkpoint" in done.stderr, done.stderr
     assert run("sample.py", "--model", TINY / "sdxl", *argv, tmp_path / "b").returncode == 0
     assert (tmp_path / "a" / "00000.png").exists()
-    from PIL import Image
-
     a, b = (Image.open(tmp_path / d / "00000.png").tobytes() for d in "ab")
+    own = hashlib.sha256(files["sdxl"].read_bytes()).hexdigest()[:10]
+    said = Image.open(tmp_path / "a" / "00000.png").text["parameters"]
+    assert f"Model hash: {own}, Model: " in said
+    assert "Model hash" not in Image.open(tmp_path / "b" / "00000.png").text["parameters"]
+    for name, theirs in (("same", own), ("other", "0" * 10)):
+        info = PngInfo()
+        info.add_itxt(
+            "parameters", f"a\nSteps: 1, Sampler: Euler, Seed: 9, Size: 64x64, Model hash: {theirs}, Model: x, RNG: CPU"
+        )
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png", pnginfo=info)
+        done = run(
+            "sample.py",
+            "--from-image",
+            tmp_path / f"{name}.png",
+            "--model",
+            files["sdxl"],
+            "--components",
+            TINY / "sdxl",
+            "--output-dir",
+            tmp_path / name,
+        )
+        assert done.returncode == 0 and (f"has {own}: another picture" in done.stderr) == (name == "other"), done.stderr
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1
     done = run("sample.py", "--model", files["sdxl"], *argv, tmp_path / "c")
     assert "error:" in error_line(done)
