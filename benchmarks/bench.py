@@ -10,7 +10,8 @@ Cases: import (the pipeline module), load (process start to a ready SD 1.5 from 
 decode at 512 px), train (an update of a small UNet, 16 images), error-bf16 (not a time: the relative error of a bf16 step
 against fp32), image (process start to a 512 px picture in 2 steps) and default (in 4 steps, each side in the type it takes
 by itself), tiny (a denoiser call of the test pipelines), picture-NAME (ten steps of a whole test pipeline), sdxl… and
-sd35m… (SDXL and SD 3.5 medium without T5: a guided step, a whole picture). Results go to benchmarks/NAME.json.
+sd35m… (SDXL and SD 3.5 medium without T5: a guided step, a whole picture), control64 and ip64 (a guided
+step at 512 px with a ControlNet, with an IP-Adapter). Results go to benchmarks/NAME.json.
 """
 
 import argparse
@@ -64,6 +65,30 @@ with torch.no_grad():
     start = time.perf_counter(); call(); first = time.perf_counter() - start
     report(seconds=timed(call, int(kind.split("-")[2])), first=first)""",
 }
+# a guided step with what is added to a UNet: a ControlNet (a copy of it), or an IP-Adapter (plain, four tokens); kind: TYPE-SIDE-RUNS-WHAT
+OURS["added"] = """
+import torch; from nanodiff import pipeline, weights; from nanodiff.device import onednn
+from nanodiff.models.controlnet import Config, ControlNetModel; from nanodiff.models.ipadapter import Config as IPConfig, IPAdapter
+from nanodiff.pipeline.pictures import ImagePrompt, with_pictures
+dtype, size, runs, what = kind.split("-"); size, dtype = int(size), getattr(torch, dtype)
+net = weights.load(pipeline.BUILDERS["unet"], folder + "/unet", dtype)
+r = lambda *shape: torch.randn(shape, dtype=dtype)
+x, text = r(2, 4, size, size), r(2, 77, net.cfg.cross_attention_dim)
+with torch.no_grad():
+    kv = net.text_kv(text)
+    onednn.prepare(net, pack=True)
+    if what == "control":
+        other = ControlNetModel(Config.of(net.cfg)).to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        own, seen = other.text_kv(text), other.look(r(1, 3, 8 * size, 8 * size)).repeat(2, 1, 1, 1)
+        onednn.prepare(other, pack=True)
+        call = lambda: net(x, 500, kv, control=other(x, 500, own, seen))
+    else:
+        down, middle, up = net.cross_attentions(); widths = net.context_widths()
+        order = tuple(widths[:down] + widths[down + middle:] + widths[down : down + middle])
+        adapter = IPAdapter(IPConfig(net.cfg.cross_attention_dim, 1024, 4, order)).to(dtype).eval()
+        kv = with_pictures(kv, net, [ImagePrompt(adapter, r(1, 1024), r(1, 1024), 0.7)], 2, 2)
+        call = lambda: net(x, 500, kv)
+    report(seconds=timed(call, int(runs)))"""
 OURS["clip"] = """
 import torch; from nanodiff import weights; from nanodiff.device import onednn; from nanodiff.models.clip import CLIPTextModel
 net = weights.load(CLIPTextModel, folder + "/text_encoder", getattr(torch, kind)); ids = torch.randint(0, 49000, (2, 77))
@@ -151,6 +176,33 @@ with torch.no_grad():
         call = lambda: net(x, 500, text, added_cond_kwargs=added, return_dict=False)
     report(seconds=timed(call, int(kind.split("-")[2])))""",
 }
+PEER["added"] = """
+import torch; from diffusers import ControlNetModel, UNet2DConditionModel
+dtype, size, runs, what, *cl = kind.split("-"); size, dtype = int(size), getattr(torch, dtype)
+net = UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype)
+r = lambda *shape: torch.randn(shape, dtype=dtype)
+x, text, c = r(2, 4, size, size), r(2, 77, net.config.cross_attention_dim), net.config
+if what == "control":
+    other = ControlNetModel.from_unet(net).to(dtype).eval(); picture = r(1, 3, 8 * size, 8 * size).repeat(2, 1, 1, 1)
+else:
+    D, ip = c.cross_attention_dim, {}
+    for i, name in enumerate(net.attn_processors):
+        if "attn2" in name:
+            wide = net.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            ip |= {f"{i}.to_k_ip.weight": r(wide, D), f"{i}.to_v_ip.weight": r(wide, D)}
+    proj = {"proj.weight": r(4 * D, 1024), "proj.bias": r(4 * D), "norm.weight": r(D), "norm.bias": r(D)}
+    net._load_ip_adapter_weights([{"image_proj": proj, "ip_adapter": ip}], low_cpu_mem_usage=False)
+    net, image = net.to(dtype), {"image_embeds": [r(2, 1, 1024)]}
+if cl:
+    net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    other = other.to(memory_format=torch.channels_last) if what == "control" else None
+def call():
+    if what == "control":
+        down, middle = other(x, 500, text, picture, return_dict=False)
+        return net(x, 500, text, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False)
+    return net(x, 500, text, added_cond_kwargs=image, return_dict=False)
+with torch.no_grad():
+    report(seconds=timed(call, int(runs)))"""
 PEER["vae"] = """
 import torch; from diffusers import AutoencoderKL
 kind, cl, _ = (kind + "--").split("-", 2); dtype = getattr(torch, kind)
@@ -208,6 +260,24 @@ CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "image-bf16": ("image", "sd15", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 3, "total_s"),
     "default": ("default", "sd15", "4", ["4"], 1, "total_s"),
     "unet64-bf16": ("net", "sd15", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "control64-fp32": (
+        "added",
+        "sd15",
+        "float32-64-1-control",
+        ["float32-64-1-control", "float32-64-1-control-cl"],
+        3,
+        "seconds",
+    ),
+    "control64-bf16": (
+        "added",
+        "sd15",
+        "bfloat16-64-1-control",
+        ["bfloat16-64-1-control", "bfloat16-64-1-control-cl"],
+        3,
+        "seconds",
+    ),
+    "ip64-fp32": ("added", "sd15", "float32-64-1-ip", ["float32-64-1-ip", "float32-64-1-ip-cl"], 3, "seconds"),
+    "ip64-bf16": ("added", "sd15", "bfloat16-64-1-ip", ["bfloat16-64-1-ip", "bfloat16-64-1-ip-cl"], 3, "seconds"),
     "sdxl64-bf16": ("net", "sdxl", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
     "sd35m64-bf16": ("net", "sd35-medium", "bfloat16-64-1", ["bfloat16-64-1"], 3, "seconds"),
     "sdxl-image-bf16": ("image", "sdxl", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 2, "total_s"),

@@ -335,6 +335,8 @@ class Sampler(NamedTuple):
 
 ODE, SDE, KARRAS = ({"algorithm_type": "dpmsolver++", "solver_order": 2}, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
                     {"use_karras_sigmas": True})  # fmt: skip
+# k-diffusion's third order: its second step like Heun's, and no lower order before the end
+THIRD = {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}
 SAMPLERS = {  # by the name on the command line
     "ddpm": Sampler(ddpm, "DDPMScheduler"),
     "ddim": Sampler(ddim, "DDIMScheduler"),
@@ -345,7 +347,7 @@ SAMPLERS = {  # by the name on the command line
     "dpmpp_2m_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", ODE | KARRAS, sigma_times),
     "dpmpp_2m_sde": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE, sigma_times),
     "dpmpp_2m_sde_karras": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE | KARRAS, sigma_times),
-    "dpmpp_3m_sde": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE | {"solver_order": 3}, sigma_times),
+    "dpmpp_3m_sde": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler", SDE | THIRD, sigma_times),
     "dpmpp_2s": Sampler(
         solvers.dpmpp_2s, "DPMSolverSinglestepScheduler", ODE | {"solver_type": "midpoint"}, sigma_times
     ),

@@ -1,7 +1,7 @@
 """IP-Adapter: a picture as a prompt, by a second cross-attention beside every one of a UNet's (Ye et al. 2023, arXiv 2308.06721 §3.2).
 
     tokens [B, T, D] = adapter.tokens(what CLIP's vision tower says of the pictures)
-    output = softmax(q kᵀ/√K) v + scale · softmax(q k'ᵀ/√K) v',   k', v' = to_k_ip(tokens), to_v_ip(tokens)          (eq. 5)
+    output = softmax(q kᵀ/√K) v + scale · softmax(q k'ᵀ/√K) v',   k', v' = to_k_ip(tokens), to_v_ip(tokens)
 
 The plain one makes a few tokens of the picture's one vector; "plus" asks the vision tower's last states but one with learned queries, as a
 perceiver does. Modules carry the names of the published files.
@@ -70,7 +70,7 @@ class ImageProjection(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Queries from the latents, keys and values from the picture's states and the latents together (Jaegle et al. 2021, arXiv 2103.03206 §3.1)."""
+    """Queries from the latents, keys and values from the picture's states and the latents together (Jaegle et al. 2021, arXiv 2103.03206)."""
 
     def __init__(self, dim):
         super().__init__()

@@ -245,9 +245,10 @@ class SD3Transformer2DModel(nn.Module):
         self.norm_out = AdaLN(D, 2)
         self.proj_out = nn.Linear(D, p * p * cfg.out_channels)
 
-    def forward(self, x, t, text, pooled, skip_layers=()):
+    def forward(self, x, t, text, pooled, skip_layers=(), control=None):
         """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000], text [B, S, D],
-        pooled [B, P] -> [B, C, H, W]. skip_layers: blocks left out (skip-layer guidance)."""
+        pooled [B, P] -> [B, C, H, W]. skip_layers: blocks left out (skip-layer guidance). control: what ControlNets add
+        (control_mmdit.Residuals), behind every block but the last."""
         H, W = x.shape[-2:]
         p = self.cfg.patch_size
         t = timesteps(t, x)
@@ -257,6 +258,8 @@ class SD3Transformer2DModel(nn.Module):
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip_layers:
                 x, text = block(x, text, emb)
+                if control is not None and text is not None:
+                    x = x + control.behind(i, len(self.transformer_blocks))
         scale, shift = self.norm_out(emb)  # scale first, unlike in the blocks
         x = self.proj_out(modulate(x, shift, scale))  # [B, L, p·p·C]
         x = x.view(len(x), H // p, W // p, p, p, -1)  # [B, h, w, p, q, C]

@@ -7,7 +7,7 @@ A pyramid of residual blocks with skips (Ronneberger et al. 2015), time added in
 SDXL (arXiv 2307.01952) is a configuration: no attention at the top level, deeper transformers below, and a
 vector condition (pooled text and image sizes) added to the time embedding.
 
-Explained in the book (docs/book): chapters 5 and 6.
+Explained in the book (docs/book): chapters 5, 6 and 9.
 """
 
 import contextlib

@@ -35,6 +35,12 @@ COMFYUI = (
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
     ("euler", ("simple", "sgm_uniform"), "flow_euler"),
 )
+GRIDS = (
+    "karras",
+    "exponential",
+    "sgm_uniform",
+    "beta",
+)  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
 SAMPLING = ("KSampler", "KSamplerAdvanced")
 NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model
 
@@ -158,8 +164,11 @@ def comfyui(graph, path="the graph"):
         ):
             left.append(f"{name}: {short(got)}")
     pair = value(sampler, "sampler_name"), value(sampler, "scheduler")
+    plain = infotext.sampler_of(COMFYUI, pair[0], "normal")
     if ours := infotext.sampler_of(COMFYUI, *pair):
         found["scheduler"] = ours
+    elif pair[1] in GRIDS and plain not in (None, *infotext.UNSPACED):
+        found |= {"scheduler": plain, "sigmas": pair[1]}
     else:
         left.append(f"sampler {short(pair[0])} with scheduler {short(pair[1])}")
     if (denoise := value(sampler, "denoise")) not in (None, 1, 1.0):

@@ -8,6 +8,8 @@ becomes a condition and how the denoiser takes it; noise, guidance, sampling and
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators: noise is drawn on
 the CPU in fp32, one generator per image, in diffusers' order (posterior sample, initial noise, then each step's).
 A model without a VAE works in pixels: its "latents" are the picture.
+
+Explained in the book (docs/book): chapter 10.
 """
 
 import itertools

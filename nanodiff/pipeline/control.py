@@ -12,7 +12,9 @@ import torch
 from nanodiff import weights
 from nanodiff.config import UserError, nearest, printable, read_json
 from nanodiff.device import memory
+from nanodiff.models.control_mmdit import SD3ControlNetModel
 from nanodiff.models.controlnet import Config, ControlNetModel, guessed
+from nanodiff.models.mmdit import SD3Transformer2DModel
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.pipeline.single import placed
 from nanodiff.weights import hub, original_names
@@ -25,7 +27,7 @@ OTHERS = (
     ("control_add_embedding", "a ControlNet Union"),
     ("adapter.", "a T2I-Adapter"),
     ("body.", "a T2I-Adapter"),
-    ("transformer_blocks.", "a ControlNet for a transformer (SD 3)"),
+    ("transformer_blocks.", "a ControlNet for SD 3 without its config.json (give its folder)"),
 )
 
 
@@ -33,12 +35,13 @@ OTHERS = (
 class Control:
     """A ControlNet at work: what it is shown, how strongly it speaks, and when."""
 
-    net: ControlNetModel
+    net: ControlNetModel | SD3ControlNetModel
     picture: torch.Tensor  # [B or 1, 3, H, W] in [0, 1], as large as what is drawn
     scale: float = 1.0  # of what it adds
     start: float = 0.0  # the part of the steps after which it begins, and that at which it ends
     end: float = 1.0
     guess: bool = False  # as diffusers' guess_mode: for the prompt's pass alone, more at smaller sizes
+    edges: bool = False  # the picture is edges that were found here
 
 
 class Controls:
@@ -53,19 +56,18 @@ class Controls:
             net, alone = control.net, groups > 1 and (control.guess or control.net.cfg.global_pool_conditions)
             n = len(text.states) // groups
             mine = type(text)(*(None if part is None else part[n:] for part in text)) if alone else text
-            picture = control.picture.to(sd.device, memory.dtype_of(net))
             # the prompt's pass alone has the sizes of the prompt, as a run without guidance has
             condition = sd.condition(mine, extra, 1 if alone else groups, net)
-            self.each.append((control, alone, condition, net.look(picture)))
+            self.each.append((control, alone, asking(sd, control, *condition)))
 
     def at(self, x, t):
         """Residuals for the UNet's batch at this call, or None where none speaks. x: [B, C, H, W], without its doubles."""
         i, n, said = next(self.count), self.steps, []
-        for control, alone, (text, *added), seen in self.each:
+        for control, alone, ask in self.each:
             if control.scale == 0 or i / n < control.start or (i + 1) / n > control.end:
                 continue
             rows = torch.cat([x] * (self.groups - alone))
-            found = control.net(rows, t, text, seen.repeat(len(rows) // len(seen), 1, 1, 1), *added)
+            found = ask(rows, t)
             if control.guess and not control.net.cfg.global_pool_conditions:
                 found = guessed(found)
             found = found.map(lambda r, scale=control.scale: scale * r)
@@ -75,11 +77,41 @@ class Controls:
         return reduce(add, said) if said else None
 
 
+def asking(sd, control, text, *added):
+    """f(rows of latents, t) -> what a ControlNet says of them; it looks at its picture now, once."""
+    net, picture = control.net, control.picture.to(sd.device, memory.dtype_of(control.net))
+    if isinstance(net, SD3ControlNetModel):
+        # the cards of Stability's ControlNets for SD 3.5 large ask for edges in this range; all others take [-1, 1]
+        odd = control.edges and net.cfg.joint_attention_dim is None
+        pixels = picture * 127.5 + 0.5 if odd else 2 * picture - 1
+        latents = sd.encode_pixels(pixels, lambda shape: torch.zeros(shape, device=sd.device))
+        if net.cfg.force_zeros_for_pooled_projection:  # made with latents that are not shifted
+            latents = latents + (sd.vae.cfg.shift_factor or 0.0) * sd.vae.cfg.scaling_factor
+        seen, added = net.look(latents.to(picture.dtype)), (*added, sd.net.pos_embed)
+    else:
+        seen = net.look(picture)
+    return lambda rows, t: net(rows, t, text, seen.repeat(len(rows) // len(seen), *[1] * (seen.dim() - 1)), *added)
+
+
 def check_fit(net, sd):
-    """Raise UserError for a ControlNet that is not for a pipeline's UNet."""
-    if not isinstance(sd.net, UNet2DConditionModel):
-        raise UserError("ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+    """Raise UserError for a ControlNet that is not for a pipeline's denoiser."""
+    flat = isinstance(net, SD3ControlNetModel)
+    if flat != isinstance(sd.net, SD3Transformer2DModel):
+        kinds = ("SD 3, this model has a UNet", "UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
+        raise UserError(f"a ControlNet for {kinds[not flat]}")
     unet, mine = sd.net.cfg, net.cfg
+    if flat:
+        pairs = [("width", mine.width, unet.width), ("latent channels", mine.in_channels, sd.channels)]
+        pairs += [("patches of", mine.patch_size, unet.patch_size)]
+        pairs += [("pooled text of width", mine.pooled_projection_dim, unet.pooled_projection_dim)]
+        if mine.joint_attention_dim is not None:
+            pairs += [("text of width", mine.joint_attention_dim, unet.joint_attention_dim)]
+        for what, own, theirs in pairs:
+            if own != theirs:
+                raise UserError(
+                    f"a ControlNet for {what} {own}, the transformer has {theirs}: they are not of one model"
+                )
+        return
     for what, own, theirs in (
         ("text of width", mine.cross_attention_dim, unet.cross_attention_dim),
         ("widths", net.widths, sd.net.widths),
@@ -101,6 +133,8 @@ def check(control, sd, pictures, height, width):
     n, channels, *got = control.picture.shape
     if tuple(got) != (height, width):
         raise UserError(f"`controls`: a picture of {got[1]}x{got[0]} for one of {width}x{height}")
+    if control.guess and isinstance(control.net, SD3ControlNetModel):
+        raise UserError("`controls`: SD 3's ControlNets have no guess mode")
     if n not in (1, pictures) or channels != control.net.cfg.conditioning_channels:
         wanted = control.net.cfg.conditioning_channels
         raise UserError(
@@ -127,11 +161,13 @@ def parse(text):
 
 
 def load(name, unet, dtype, device, token=None, allow_pickle=False):
-    """The ControlNet in a folder, a file (diffusers' or the original names) or a Hub id. unet: the UNet that it is for, whose
-    configuration is also that of a file, which has none. Raises UserError."""
+    """The ControlNet in a folder, a file (diffusers' or the original names) or a Hub id. unet: the Config of the denoiser that it is for, which
+    is also that of a file, which has none. Raises UserError."""
     path = hub.component(name, token)
     if path.is_dir():
-        return weights.load(ControlNetModel, path, dtype, device, cfg=_folder(path))
+        cls, cfg = _folder(path)
+        return weights.load(cls, path, dtype, device, cfg=cfg)
+    _check_file(path, unet)
     return from_file(path, unet, dtype, device, allow_pickle)
 
 
@@ -139,17 +175,28 @@ def plan(name, unet, token=None, allow_pickle=False):
     """The ControlNet of load() on the meta device, without weights."""
     path = hub.component(name, token)
     if path.is_dir():
-        return weights.skeleton(ControlNetModel, _folder(path))
+        return weights.skeleton(*_folder(path))
+    _check_file(path, unet)
     shapes, _ = _read(path, allow_pickle)
     return weights.skeleton(ControlNetModel, _config(shapes, unet, _prefix(shapes, path)))
 
 
+def _check_file(path, net):
+    """Raise UserError for a single file where the denoiser with the Config `net` is no UNet."""
+    if not isinstance(net, UNet2DConditionModel.Config):
+        raise UserError(f"{path}: ControlNets for SD 3 come as folders with their config.json, not as single files")
+
+
 def _folder(path):
-    """The Config of a folder's ControlNet."""
-    raw = read_json(path / "config.json")
-    if (kind := raw.get("_class_name", ControlNetModel.class_name)) != ControlNetModel.class_name:
-        raise UserError(f"{path}: {printable(kind)} is no ControlNet (only {ControlNetModel.class_name})")
-    return Config.from_json(raw, str(path / "config.json"))
+    """(class, Config) of a folder's ControlNet."""
+    raw, classes = read_json(path / "config.json"), (ControlNetModel, SD3ControlNetModel)
+    kind = raw.get("_class_name", ControlNetModel.class_name)
+    cls = next((cls for cls in classes if cls.class_name == kind), None)
+    if cls is None:
+        raise UserError(
+            f"{path}: {printable(kind)} is no ControlNet (only {', '.join(cls.class_name for cls in classes)})"
+        )
+    return cls, cls.Config.from_json(raw, str(path / "config.json"))
 
 
 def _read(path, allow_pickle):

@@ -4,6 +4,7 @@ import torch
 
 from nanodiff import weights
 from nanodiff.device import memory, quantize
+from nanodiff.models.control_mmdit import SD3ControlNetModel
 from nanodiff.pipeline.families import BUILDERS
 from nanodiff.pipeline.loading import FAMILIES
 from nanodiff.pipeline.sdxl import SDXL
@@ -34,11 +35,15 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
             size = (min(h, 64), min(w, 64)) if tiled else (h, w)
             return lambda: model.decode(empty(batch, model.cfg.latent_channels, *size, of=own))
         if name == "transformer":
-            x, t = empty(rows, model.cfg.in_channels, h, w), empty(rows, of=torch.float32)
-            text = empty(rows, 77 + length, model.cfg.joint_attention_dim)
-            return lambda: model(x, t, text, empty(rows, model.cfg.pooled_projection_dim))
+            return lambda: model(*joint())
         x, t, text, added = inputs(model)
         return lambda: model(x, t, model.text_kv(text), added)
+
+    def joint():
+        """(x, t, text, pooled) of the transformer and of its ControlNets."""
+        x, t = empty(rows, net.cfg.in_channels, h, w), empty(rows, of=torch.float32)
+        text = empty(rows, 77 + length, net.cfg.joint_attention_dim)
+        return x, t, text, empty(rows, net.cfg.pooled_projection_dim)
 
     def inputs(model):
         """(x, t, text, added) of a UNet or ControlNet."""
@@ -50,10 +55,13 @@ def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, t
             added = empty(rows, pooled), empty(rows, sizes, of=torch.float32)
         return x, t, text, added
 
-    def looking(net):
-        x, t, text, added = inputs(net)
-        picture = empty(rows, net.cfg.conditioning_channels, h * scale, w * scale)
-        return lambda: net(x, t, net.text_kv(text), net.look(picture), added)
+    def looking(other):
+        if isinstance(other, SD3ControlNetModel):
+            x, t, text, pooled = joint()
+            return lambda: other(x, t, text, other.look(x), pooled, net.pos_embed)
+        x, t, text, added = inputs(other)
+        picture = empty(rows, other.cfg.conditioning_channels, h * scale, w * scale)
+        return lambda: other(x, t, other.text_kv(text), other.look(picture), added)
 
     for name in (*family.encoder_names, family.denoiser_name, "vae"):
         if model := meta.get(name):

@@ -33,7 +33,7 @@ class Joint(Pipeline):
     def encode_uniques(self, texts, clip_skip, long_prompts, weighted, length):
         return Text(*self.clip(0, [t[0] for t in texts], clip_skip, long_prompts, weighted))
 
-    def condition(self, text, extra, groups):
+    def condition(self, text, extra, groups, net=None):
         return text.states, text.pooled
 
     def denoise(self, net, x, t, states, pooled):
@@ -97,7 +97,7 @@ class SD3(Pipeline):
         if max(height, width) > most:
             raise UserError(f"`height` and `width` can be at most {most}: the model has no positions for more")
 
-    def condition(self, text, extra, groups):
+    def condition(self, text, extra, groups, net=None):
         return text.states, text.pooled
 
     def denoise(self, net, x, t, states, pooled):

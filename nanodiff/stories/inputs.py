@@ -14,6 +14,7 @@ from nanodiff.output.repaint import LANCZOS
 from nanodiff.pipeline import Drawing, Start, control, families, pictures
 from nanodiff.pipeline.settings import grouped
 from nanodiff.stories.drawing import options
+from nanodiff.stories.wording import worded
 
 
 def inputs(cfg, sd):
@@ -86,8 +87,13 @@ def controls(cfg, sd, fitted):
         picture = fitted(picture)
         picture = images.Image.fromarray(edges.canny(picture)).convert("RGB") if outlined else picture
         pixels = images.to_pixels(picture)[None] / 2 + 0.5
-        found.append(control.Control(net, pixels, *control.parse(text)[1:], cfg.control_guess))
+        found.append(control.Control(net, pixels, *control.parse(text)[1:], cfg.control_guess, outlined))
     return tuple(found)
+
+
+def against(batch):
+    """The negative prompts of a batch of Jobs: None where there are none."""
+    return None if batch[0].negative is None else [job.negative for job in batch]
 
 
 def image_prompts(cfg, sd):
@@ -101,9 +107,12 @@ def image_prompts(cfg, sd):
     return tuple(found)
 
 
-def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
-    """A Result of sd.generate(), and with --hires of a second pass over it, larger: from the same seeds, as AUTOMATIC1111's hires fix."""
-    settings = options(cfg, sd) | {"guidance_scale": scale, "seeds": seeds, "decode": sd.decoder}
+def draw(cfg, sd, batch, steps, scale, size, start, **more):
+    """A Result of sd.generate() for the Jobs `batch`, and with --hires of a second pass over it, larger: from the same seeds, as AUTOMATIC1111's
+    hires fix."""
+    texts, negative = [job.text for job in batch], against(batch)
+    settings = options(cfg, sd) | {"guidance_scale": scale, "seeds": [job.seed for job in batch], "decode": sd.decoder}
+    settings["words"] = worded(settings["words"], batch)
     if sd.refiner:
         return refined(cfg, sd, texts, negative, steps, size, start, settings, **more)
     result = sd.generate(texts, negative, steps=steps, **size, **start, **settings, **more)
@@ -134,6 +143,11 @@ def draw(cfg, sd, texts, negative, steps, scale, seeds, size, start, **more):
     )
 
 
+def one_text(words):
+    """pipeline.Words for a refiner, which has one text encoder: the prompt's own text, as diffusers takes it."""
+    return dataclasses.replace(words, prompt_2=None, negative_prompt_2=None)
+
+
 def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, keep_steps=False):
     """A Result of two models: the first stops at the part --refiner-start of the noise, the refiner goes on from there with the same settings."""
     taken = []
@@ -144,7 +158,8 @@ def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, kee
     first = sd.generate(texts, negative, steps=steps, **size, **start, on_step=counted(0), keep_steps=keep_steps, output_type="latent",
                         **settings | {"denoising_end": cfg.refiner_start})  # fmt: skip
     last = sd.refiner.generate(texts, negative, steps=steps, **size, latents=first.latents, denoising_start=cfg.refiner_start,
-                               on_step=counted(len(taken)), keep_steps=keep_steps, **settings | options(cfg, sd.refiner))  # fmt: skip
+                               on_step=counted(len(taken)), keep_steps=keep_steps,
+                               **settings | options(cfg, sd.refiner) | {"words": one_text(settings["words"])})  # fmt: skip
     return dataclasses.replace(last, history=first.history + last.history)
 
 
@@ -165,7 +180,7 @@ def check(cfg, sd, steps, scale, size, start):
         drawing, *_ = grouped(settings | own, Drawing(), Start(), words)
         going_on = Start(latents=torch.zeros(0), denoising_start=cfg.refiner_start)
         sd.refiner.checked(
-            1, dataclasses.replace(drawing, denoising_end=None, controls=(), pictures=()), going_on, words
+            1, dataclasses.replace(drawing, denoising_end=None, controls=(), pictures=()), going_on, one_text(words)
         )
     sd.checked(1, *grouped(settings, Drawing(), Start(), words))
     if not cfg.hires:

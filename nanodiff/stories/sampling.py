@@ -19,6 +19,7 @@ from nanodiff.files import ASSETS, out_dir, write_bytes
 from nanodiff.output import images, infotext
 from nanodiff.output.record import Record
 from nanodiff.pipeline import control, pictures, sources
+from nanodiff.pipeline.conditions import GROUP
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
@@ -36,10 +37,10 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
-from nanodiff.stories.inputs import check, draw, inputs
+from nanodiff.stories.inputs import against, check, draw, inputs
 from nanodiff.stories.models import LOADING, load, pick_dtype, under
 from nanodiff.stories.recall import recall, remembered
-from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks
+from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks, worded
 from nanodiff.training.options import parse_size
 
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
@@ -101,8 +102,7 @@ def main(cfg):
                 seeds = [job.seed for job in batch]
                 tagged.obey(sd, batch[0].loras)
                 with record.timed("sample"):
-                    texts, negatives = [job.text for job in batch], against(batch)
-                    result = draw(cfg, sd, texts, negatives, steps, scale, seeds, size, start,
+                    result = draw(cfg, sd, batch, steps, scale, size, start,
                                   keep_steps=cfg.progress_strip, on_step=progress.step)  # fmt: skip
                 if cfg.save_latents:
                     latents.append(result.latents.cpu().float())
@@ -113,6 +113,7 @@ def main(cfg):
                         settings
                         | size
                         | {"prompt": batch[k].prompt, "negative_prompt": batch[k].negative, "seed": seeds[k]}
+                        | dict(batch[k].others)
                     )
                     path = (
                         unused(out / file_name(cfg, facts, sd), cfg) if named else out / f"{number + first + k:05d}.png"
@@ -170,20 +171,21 @@ def known_words(prompts):
                   "(--model names another model)", file=sys.stderr)  # fmt: skip
 
 
-def against(batch):
-    """The negative prompts of a batch of Jobs: None where there are none."""
-    return None if batch[0].negative is None else [job.negative for job in batch]
-
-
 def prepare(cfg, sd, jobs, steps, guided):
     """Encode all texts of the Jobs and keep them."""
     changing = cfg.prompt_syntax == "a1111"
     pairs = []
     for one in jobs:
         negatives = texts_of(one.negative, steps) if changing and one.negative is not None else [one.negative]
-        pairs += [(t, n) for t in (texts_of(one.text, steps) if changing else [one.text]) for n in negatives]
-    pairs = list(dict.fromkeys(pairs))
-    sd.prepare([t for t, _ in pairs], None if pairs[0][1] is None else [n for _, n in pairs], words(cfg), guided=guided)
+        pairs += [
+            one._replace(text=t, negative=n)
+            for t in (texts_of(one.text, steps) if changing else [one.text])
+            for n in negatives
+        ]
+    pairs = list({(one.text, one.negative, one.others): one for one in pairs}.values())
+    for i in range(0, len(pairs), GROUP):
+        some = pairs[i : i + GROUP]
+        sd.prepare([one.text for one in some], against(some), worded(words(cfg), some), guided=guided)
 
 
 def described(sd, steps, scale, negative):
@@ -269,12 +271,12 @@ def one_picture(cfg, sd, prompt, seed, path, progress):
     check(cfg, sd, steps, scale, size, start)
     one = job(cfg, prompt, negative, seed)
     sd.tagged.obey(sd, one.loras)
-    result = draw(cfg, sd, [one.text], against([one]), steps, scale, [seed], size, start, on_step=progress.step)
+    result = draw(cfg, sd, [one], steps, scale, size, start, on_step=progress.step)
     picture = finished(images.to_pil(result.pixels)[0])
     if cfg.resize:
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
     facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
-    facts |= {"negative_prompt": one.negative, "prompt": one.prompt, "seed": seed}
+    facts |= {"negative_prompt": one.negative, "prompt": one.prompt, "seed": seed} | dict(one.others)
     images.save_png(picture, path, remembered(cfg, facts, sd, sd.tagged.hashes_of(one)) if cfg.metadata else None)
 
 
@@ -288,10 +290,8 @@ def dry_run(cfg, device):
     turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
     guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
     prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
-    unet = src.config("unet") if cfg.control and "unet" in src.parts else None
-    if cfg.control and unet is None:
-        raise UserError("--control: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
-    controls = [control.plan(control.parse(text)[0], unet, cfg.token, cfg.allow_pickle) for text in cfg.control]
+    net = src.config("unet" if "unet" in src.parts else "transformer")
+    controls = [control.plan(control.parse(text)[0], net, cfg.token, cfg.allow_pickle) for text in cfg.control]
     height, width = cfg.height, cfg.width
     if cfg.hires:  # the second pass is the larger one
         net, scale = (

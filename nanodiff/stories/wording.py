@@ -1,5 +1,6 @@
 """The prompts of a run as they are drawn: choices made by each picture's seed, LoRAs' tags taken out and obeyed (text/syntax.py)."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,17 @@ class Job(NamedTuple):
     seed: int
     loras: tuple = ()  # ((name, scale), …) of its tags
     negative: str | None = None
+    others: tuple = ()  # ((name, text), …) of OTHERS that are given, their choices made
+
+
+# the texts of the further text encoders, as settings of pipeline.Words
+OTHERS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+
+
+def worded(words, batch):
+    """pipeline.Words with the further texts of the Jobs `batch`, one for each."""
+    names = [name for name, _ in batch[0].others]
+    return dataclasses.replace(words, **{name: [dict(one.others)[name] for one in batch] for name in names})
 
 
 def jobs_of(cfg, prompts, negative, first=0):
@@ -41,14 +53,16 @@ def note_marks(cfg, prompts, negative):
 
 def job(cfg, prompt, negative, seed):
     """The Job of one picture. Raises UserError for marks that cannot be obeyed."""
+    others = tuple((name, getattr(cfg, name)) for name in OTHERS if getattr(cfg, name) is not None)
     if not cfg.prompt_syntax:
-        return Job(prompt, prompt, seed, (), negative)
+        return Job(prompt, prompt, seed, (), negative, others)
     folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
     prompt = syntax.chosen(prompt, seed, folder)
     negative = None if negative is None else syntax.chosen(negative, seed, folder)
     if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
-        prompt, negative = (text and re.sub(r"\bembedding:(?=[\w.-])", "", text) for text in (prompt, negative))
-        return Job(prompt, prompt, seed, (), negative)
+        plain = lambda text: text and re.sub(r"\bembedding:(?=[\w.-])", "", text)  # noqa: E731
+        others = tuple((name, plain(syntax.chosen(text, seed))) for name, text in others)
+        return Job(plain(prompt), plain(prompt), seed, (), plain(negative), others)
     if negative and syntax.NETWORK.search(negative):
         raise UserError(
             f"{syntax.NETWORK.search(negative)[0]} in a negative prompt: a LoRA is for the whole picture; put it into the prompt"
@@ -79,8 +93,8 @@ def batches_of(jobs, cfg, sd, steps):
     batches = []
     for i, one in enumerate(jobs):
         alike = (
-            lengths(one.text, cfg.prompt_2, cfg.prompt_3),
-            lengths(one.negative, cfg.negative_prompt_2, cfg.negative_prompt_3),
+            lengths(one.text, *(dict(one.others).get(name) for name in OTHERS[:2])),
+            lengths(one.negative, *(dict(one.others).get(name) for name in OTHERS[2:])),
             one.loras,
         )
         if not batches or len(batches[-1][1]) == cfg.batch_size or alike != batches[-1][2]:

@@ -42,6 +42,7 @@ FAMILIES = [
     "ipndm",
     "dpmpp_sde",
     "dpmpp_2s_a",
+    "dpmpp_3m_sde",
 ]
 TWICE = ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde")  # the reference yields after each network call, we after each step
 

@@ -174,7 +174,7 @@ def one(name, value=None):
         (lambda s: one("lllite_unet_input_blocks_4.weight"), "a ControlNet-LLLite"),
         (lambda s: one("body.0.block1.weight"), "a T2I-Adapter"),
         (lambda s: s | one("task_embedding"), "a ControlNet Union"),
-        (lambda s: one("transformer_blocks.0.attn.to_q.weight"), r"a ControlNet for a transformer \(SD 3\)"),
+        (lambda s: one("transformer_blocks.0.attn.to_q.weight"), r"a ControlNet for SD 3 without"),
         (lambda s: one("model.weight"), "is no ControlNet"),
         (lambda s: s | one("surplus.weight"), "has unknown tensor surplus.weight"),
         (lambda s: {k: v for k, v in s.items() if "zero_convs.3.0.bias" not in k}, "misses tensor control_model.zero_convs.3.0.bias"),

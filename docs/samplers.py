@@ -1,0 +1,70 @@
+"""The table of samplers: ours, AUTOMATIC1111's and ComfyUI's names, and the recordings that hold them: python -m docs.samplers > docs/samplers.md"""
+
+import collections
+import json
+from pathlib import Path
+
+from nanodiff.diffusion import samplers
+from nanodiff.diffusion.samplers import SAMPLERS
+from nanodiff.diffusion.schedule import Schedule
+from nanodiff.output import foreign, infotext
+
+GOLDENS = Path(__file__).parents[1] / "tests" / "golden" / "goldens"
+HEAD = """# Samplers and grids of noise levels
+
+`--scheduler NAME`, and for most `--sigmas GRID` beside it. *Recorded*: runs of the reference whose every step ours equals (tests/golden, diffusers 0.42.1;
+`dpmpp_2s_a` and
+`dpmpp_3m_sde` k-diffusion 0.1.1); every sampler is also held against closed forms (tests/diffusion/test_samplers.py). *Calls*: of the network, a step.
+
+| ours | what it is | AUTOMATIC1111 | ComfyUI | class of scheduler_config.json | calls | recorded |
+|---|---|---|---|---|---|---|
+"""
+GRIDS = """
+| `--sigmas` | AUTOMATIC1111's schedule type | ComfyUI's scheduler |
+|---|---|---|
+"""
+TAIL = """
+Where their menus say "Automatic", AUTOMATIC1111 takes Karras's grid for DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE; so does
+`--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
+they do not.
+`euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. `dpmpp_sde` draws its noise from the picture's
+own seed, by the law of the Brownian path that the others take from torchsde's tree: another picture from the same seed. With other samplers the same seed gives
+diffusers' picture, which is AUTOMATIC1111's only where its noise is drawn on the CPU.
+"""
+
+
+def recorded():
+    """{sampler: how many recorded runs}"""
+    found = collections.Counter()
+    for path in GOLDENS.glob("schedulers.*.json"):
+        for case in json.loads(path.read_text(encoding="utf-8")).get("args", {}).values():
+            if (
+                isinstance(case, dict) and {"scheduler", "config"} <= case.keys()
+            ):  # a run, not a table of the schedule's
+                found[samplers.name_of(Schedule.from_config(case["config"], case["scheduler"]))] += 1
+    return found
+
+
+def theirs(table, ours):
+    """What a table such as infotext.MENU calls a sampler of ours."""
+    names = [(name, [k for k in kinds if k not in ("", "Automatic")]) for name, kinds, mine in table if mine == ours]
+    return "; ".join(f"{name} ({', '.join(kinds)})" if kinds else name for name, kinds in names) or "–"
+
+
+def table():
+    counts, lines = recorded(), []
+    for name, row in SAMPLERS.items():
+        what = (row.run.__doc__ or "").split("\n")[0].partition(":")[0].rstrip(".,")
+        calls = "2" if row.twice else "1"
+        lines.append(
+            f"| `{name}` | {what} | {theirs(infotext.MENU, name)} | {theirs(foreign.COMFYUI, name)} | {row.kind} | {calls} | {counts[name] or '–'} |"
+        )
+    mine = {ours: theirs for theirs, ours in infotext.SPACINGS.items()}
+    grids = [
+        f"| `{grid}` | {mine.get(grid, '–')} | {grid if grid in foreign.GRIDS else '–'} |" for grid in samplers.SIGMAS
+    ]
+    return HEAD + "\n".join(lines) + "\n" + GRIDS + "\n".join(grids) + "\n" + TAIL
+
+
+if __name__ == "__main__":
+    print(table(), end="")
