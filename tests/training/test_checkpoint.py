@@ -67,7 +67,7 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanodiff.training.checkpoint._fsync", full)
+    monkeypatch.setattr("nanodiff.system.sync", full)
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path, 2, keep=1)
     assert (
