@@ -187,9 +187,9 @@ class DiffusionConfig(Common, Adapters, Noise):
 
 @dataclass
 class ControlConfig(DiffusionConfig):
-    conditioning: str = arg("canny", "what the ControlNet is shown of a picture: its edges", choices=("canny",),
-                            group="ControlNet", often=True)  # fmt: skip
+    conditioning: str = arg("canny", "what is shown of a picture", choices=("canny",), group="ControlNet", often=True)
     control: str | None = arg(None, "ControlNet to go on from, in place of a copy of --model's UNet", often=True)
+    caption_dropout: float = arg(0.5, "share of captions replaced by the empty text")
 
     def check(self):
         others = (
@@ -286,7 +286,7 @@ PRESETS = {
         "sd15": {"model_size": "sd15", "resolution": 512, "max_steps": 500_000, "mixed_precision": "bf16"},
         "sd35-medium": {"model_size": "sd35-medium", "resolution": 1024, "max_steps": 500_000, "mixed_precision": "bf16"},
     },
-    "controlnet": {"nano": {"max_steps": 1500, "batch_size": 16, "lr": 2e-4, "sample_every": 500, "eval_batch_size": 12}},
+    "controlnet": {"nano": {"max_steps": 1500, "batch_size": 16, "lr": 5e-4, "sample_every": 500, "eval_batch_size": 12}},
 }  # fmt: skip
 
 

@@ -102,7 +102,10 @@ def test_models_know_no_sibling_but_the_layers():
         for name in targets(path):
             if name.startswith("nanodiff.models."):
                 other = name.split(".")[2]
-                half = (path.stem, other) in (("controlnet", "unet"), ("control_mmdit", "mmdit"))  # the first part of it
+                half = (path.stem, other) in (
+                    ("controlnet", "unet"),
+                    ("control_mmdit", "mmdit"),
+                )  # the first part of it
                 assert other in ("layers", "upsample") or path.stem == "layers" or half, (
                     f"{path.name} imports a sibling model: {name}"
                 )

@@ -56,8 +56,9 @@ def test_make_targets_exist():
 
 
 def test_pictures_exist():
-    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        Image.open(ROOT / name).load()
+    for page in PAGES:
+        for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            Image.open(page.parent / name).load()
 
 
 def test_the_embedded_model_draws(tmp_path):

@@ -140,7 +140,8 @@ def go_on(cfg):
 
 
 def begin_control(cfg, sd):
-    """The ControlNet that is trained for a pipeline's UNet, which is frozen: cfg.control's, or a copy of the UNet's way down."""
+    """The ControlNet that is trained for a pipeline's UNet, which is frozen: cfg.control's, or a copy of the UNet's way down.
+    What it learns comes from the edges where a caption does not say it: half of the captions are left out (Zhang et al. 2023, arXiv 2302.05543 §3.3)."""
     if not isinstance(sd.net, unet.UNet2DConditionModel):
         raise UserError(f"`model` {cfg.model}: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL)")
     sd.check_trainable()
