@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ import sample
 from nanodiff import config, weights
 from nanodiff.config import UserError
 from nanodiff.models import taesd
+from nanodiff.output import images
 from nanodiff.stories import sampling
 
 SD15, XL, MEDIUM, TURBO = (TINY / n for n in ("sd15", "sdxl", "sd35-medium", "sd35-large-turbo"))
@@ -371,3 +373,35 @@ def test_make_study_targets_know_flows():
             'scheduler=ddpm,ddim"' in lines[model, "study-schedulers"]
             and "scheduler=ddpm;steps=5,25" in lines[model, "study-steps"]
         )
+
+
+def test_choices_in_the_second_encoders_text(tmp_path):
+    """ComfyUI's {a|b} is chosen in --prompt-2 too, by each picture's seed, encoded beforehand or not, and kept in the picture."""
+    argv = ("--model", XL, "--prompt", "a cat", "--prompt-2", "{red|green|blue}", "--prompt-syntax", "comfyui", "--steps", "2", "--height", "64", "--width", "64",
+            "--num-images", "3", "--seed", "1")  # fmt: skip
+    for name, more in (("a", ()), ("b", ("--offload", "model"))):
+        done = run("sample.py", *argv, *more, "--output-dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    texts = []
+    for i in range(3):
+        a, b = (images.read_record(tmp_path / name / f"0000{i}.png") for name in "ab")
+        assert a["prompt_2"] == b["prompt_2"] and a["prompt_2"] in ("red", "green", "blue")
+        texts.append(a["prompt_2"])
+        want = run(
+            "sample.py",
+            *argv[:4],
+            "--prompt-2",
+            texts[-1],
+            *argv[6:14],
+            "--seed",
+            a["seed"],
+            "--output-dir",
+            tmp_path / f"w{i}",
+        )
+        assert want.returncode == 0, want.stderr
+        drawn = [
+            np.array(Image.open(f)).astype(int)
+            for f in (tmp_path / "a" / f"0000{i}.png", tmp_path / f"w{i}" / "00000.png")
+        ]
+        assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert len(set(texts)) > 1
