@@ -26,7 +26,7 @@ from nanodiff import system
 from nanodiff.device import derived
 
 # Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
-BLOCKS = {"ResnetBlock", "TransformerBlock", "Downsample", "Upsample", "JointBlock", "Block", "Layer"}
+BLOCKS = {"ResnetBlock", "TransformerBlock", "Downsample", "Upsample", "JointBlock", "ImageBlock", "Block", "Layer"}
 EXACT = {"absmax"}  # buffers that keep their type: the scales of quantized weights
 
 

@@ -107,9 +107,8 @@ def pndm(model, x, schedule, n, noise, start=0, quirks=False):
     """
     ratio, history = schedule.T // n, []
     times = pndm_times(schedule, n) if schedule.cfg["skip_prk_steps"] else schedule.spaced(n).tolist()
+    check_start(schedule, n, start)
     if not schedule.cfg["skip_prk_steps"]:
-        if n < 4 or start:
-            raise UserError("PNDM with Runge-Kutta steps needs at least 4 steps and cannot start in the middle")
         for step, slope in _runge_kutta(model, x, schedule, times[:4], ratio if quirks else None):
             x, history = step.x, [*history, *([] if slope is None else [slope])]
             yield step
@@ -460,6 +459,12 @@ def check_steps(schedule, n):
         raise UserError(f"`steps` {n}: must be between 1 and the {schedule.T} timesteps the model was trained on")
     if schedule.kind in ("LCMScheduler", "TCDScheduler"):
         lcm_times(schedule, n)
+
+
+def check_start(schedule, n, start):
+    """Raise UserError when a run of n steps cannot begin at step `start`."""
+    if schedule.kind == "PNDMScheduler" and not schedule.cfg["skip_prk_steps"] and (n < 4 or start):
+        raise UserError("PNDM with Runge-Kutta steps needs at least 4 steps and cannot start in the middle")
 
 
 def times(schedule, n, mu=None):

@@ -22,24 +22,22 @@ from nanodiff.models.layers import residual_norm, timesteps
 
 
 class Residuals(NamedTuple):
-    """What is added to the image's stream [B, L, D] behind the blocks of the transformer, the first ones first."""
+    """What is added to the image's stream [B, L, D] behind the blocks of the transformer: of each ControlNet one tensor for each block of its own, the first
+    ones first."""
 
-    each: list
+    nets: list
 
     def __add__(self, other):
-        """Those of two ControlNets together, which may have different numbers of blocks only if one divides the other."""
-        n, m = len(self.each), len(other.each)
-        most = max(n, m)
-        if most % n or most % m:
-            raise UserError(f"`controls`: ControlNets of {n} and {m} blocks cannot be added")
-        return Residuals([self.each[i * n // most] + other.each[i * m // most] for i in range(most)])
+        """Those of two ControlNets together."""
+        return Residuals([*self.nets, *other.nets])
 
     def map(self, f):
-        return Residuals([f(x) for x in self.each])
+        return Residuals([[f(x) for x in net] for net in self.nets])
 
     def behind(self, i, blocks):
-        """What is added behind block i of a transformer that has so many."""
-        return self.each[int(i / (blocks / len(self.each)))]
+        """What is added behind block i of a transformer that has so many: each tensor serves several blocks in turn, by diffusers' division."""
+        first, *others = [net[int(i / (blocks / len(net)))] for net in self.nets]
+        return sum(others, first)
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Config(mmdit.Config):
     """Fields of its config.json."""
 
     joint_attention_dim: int | None = 4096  # None: blocks without a text
+    pos_embed_max_size: int | None = 96
     pos_embed_type: str | None = "sincos"
     use_pos_embed: bool = True  # its own patches and positions; else the transformer's
     force_zeros_for_pooled_projection: bool = True  # no pooled text, and latents that are not shifted
@@ -61,8 +60,8 @@ class Config(mmdit.Config):
             raise UserError(
                 f"{where}: extra_conditioning_channels: ControlNets that are also given a mask are not supported"
             )
-        if cfg.use_pos_embed and cfg.pos_embed_type != "sincos":
-            raise UserError(f"{where}: pos_embed_type = {cfg.pos_embed_type!r} is not supported (only 'sincos')")
+        if cfg.use_pos_embed and (cfg.pos_embed_type != "sincos" or cfg.pos_embed_max_size is None):
+            raise UserError(f"{where}: positions of its own need pos_embed_type 'sincos' and a pos_embed_max_size")
         return cfg
 
 
@@ -131,4 +130,4 @@ class SD3ControlNetModel(nn.Module):
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             x, text = (block(x, emb), None) if text is None else block(x, text, emb)
             found.append(out(x))
-        return Residuals(found)
+        return Residuals([found])

@@ -62,7 +62,7 @@ class Config:
         cfg.out_channels = cfg.out_channels or cfg.in_channels
         if cfg.qk_norm not in (None, "rms_norm"):
             raise UserError(f"{where}: qk_norm = {cfg.qk_norm!r} is not supported (only 'rms_norm' or null)")
-        if cfg.caption_projection_dim != cfg.width:
+        if cfg.joint_attention_dim is not None and cfg.caption_projection_dim != cfg.width:
             raise UserError(
                 f"{where}: caption_projection_dim = {cfg.caption_projection_dim}, but the two streams need the width "
                 f"{cfg.width} (heads times head size) to attend jointly"

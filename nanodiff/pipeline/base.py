@@ -3,7 +3,7 @@
     sd = pipeline.load("path/or/hub-id")
     pixels = sd.generate("a red apple", seeds=[0]).pixels          # [1, 3, H, W] in [-1, 1]
 
-Three classes, one for each family: `Pipeline` (SD 1.x, 2.x, our own), `SDXL` and `SD3`. They differ in how a prompt
+A class for each family: `Pipeline` (SD 1.x, 2.x, our own), `SDXL` and its `Refiner`, `SD3` and our small `Joint`. They differ in how a prompt
 becomes a condition and how the denoiser takes it; noise, guidance, sampling and decoding are the same.
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators: noise is drawn on
 the CPU in fp32, one generator per image, in diffusers' order (posterior sample, initial noise, then each step's).
@@ -217,16 +217,15 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         x, first, known, beside = begin(self, start, steps, noise, shift)
         times = samplers.times(self.schedule, steps, **shift)
         total = self._until(drawing.denoising_end, times, first)
-        nets = [self.net, *(c.net for c in drawing.controls)]
+        controls = [control.shown(c, self) for c in drawing.controls]
+        nets = [self.net, *(c.net for c in controls)]
         # parts of the steps are of all of them, also where `denoising_end` leaves some out
         asked = samplers.asked(self.schedule, len(times) - first)
-        controls = (drawing.controls, asked, itertools.count()) if nets[1:] else None
+        steered = (controls, asked, itertools.count()) if controls else None
 
         def make(text, negative):
             weaker = drawing.skip_layers or drawing.perturbed
-            return self.denoiser(
-                text, negative, scale, drawing.guidance_rescale, extra, weaker, times, controls, beside
-            )
+            return self.denoiser(text, negative, scale, drawing.guidance_rescale, extra, weaker, times, steered, beside)
 
         if words.syntax:
             begun = 0 if start.denoising_start is not None else first
@@ -273,18 +272,21 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             control.check(one, self, rows, height, width)
         for one in drawing.pictures:
             pictures.check(one, self)
+        self.size_ids(1, height, width, drawing.sizes)
         samplers.check_steps(self.schedule, steps)
-        self._sampler(None, drawing, height, width)
+        times, first = samplers.times(self.schedule, steps, **self._sampler(None, drawing, height, width)[2]), 0
         if start.denoising_start is not None:
-            times = self._times(steps, drawing, height, width)
-            self._until(drawing.denoising_end, times, self.first_after(start.denoising_start, times))
+            first = self.first_after(start.denoising_start, times)
         elif start.image is not None or start.latents is not None:
             if not 0 < start.strength <= 1:
                 raise UserError(f"`strength` {start.strength} must be above 0 and at most 1")
-            if self.first_step(steps, start.strength) >= steps:
+            first = self.first_step(steps, start.strength)
+            if first >= steps:
                 raise UserError(
                     f"`strength` {start.strength} with {steps} steps leaves no step to take; raise one of them"
                 )
+        samplers.check_start(self.schedule, steps, first)
+        self._until(drawing.denoising_end, times, first)
         return steps, scale, height, width
 
     def _sampler(self, given, drawing, height, width):
@@ -312,10 +314,6 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         if not total or not 0 < denoising_end < 1:
             raise UserError(f"`denoising_end` {denoising_end:g} leaves no step to take; it is between 0 and 1")
         return total
-
-    def _times(self, steps, drawing, height, width):
-        """The timestep of every step of a run."""
-        return samplers.times(self.schedule, steps, **self._sampler(None, drawing, height, width)[2])
 
     def first_after(self, denoising_start: float, times: list) -> int:
         """The step at which a run goes on that another model's `denoising_end` left."""

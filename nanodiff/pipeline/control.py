@@ -42,6 +42,7 @@ class Control:
     end: float = 1.0
     guess: bool = False  # as diffusers' guess_mode: for the prompt's pass alone, more at smaller sizes
     edges: bool = False  # the picture is edges that were found here
+    latents: torch.Tensor | None = None  # the picture's, where the ControlNet is shown those: see shown()
 
 
 class Controls:
@@ -77,19 +78,28 @@ class Controls:
         return reduce(add, said) if said else None
 
 
+def shown(control, sd):
+    """The Control with its picture's latents, if its net is shown those. Before the denoiser is at work: the VAE may not fit beside it."""
+    net = control.net
+    if not isinstance(net, SD3ControlNetModel):
+        return control
+    picture = control.picture.to(sd.device, memory.dtype_of(net))
+    # the cards of Stability's ControlNets for SD 3.5 large ask for edges in this range; all others take [-1, 1]
+    odd = control.edges and net.cfg.joint_attention_dim is None
+    pixels = picture * 127.5 + 0.5 if odd else 2 * picture - 1
+    latents = sd.encode_pixels(pixels, lambda shape: torch.zeros(shape, device=sd.device))
+    if net.cfg.force_zeros_for_pooled_projection:  # made with latents that are not shifted
+        latents = latents + (sd.vae.cfg.shift_factor or 0.0) * sd.vae.cfg.scaling_factor
+    return dataclasses.replace(control, latents=latents.to(picture.dtype))
+
+
 def asking(sd, control, text, *added):
     """f(rows of latents, t) -> what a ControlNet says of them; it looks at its picture now, once."""
-    net, picture = control.net, control.picture.to(sd.device, memory.dtype_of(control.net))
-    if isinstance(net, SD3ControlNetModel):
-        # the cards of Stability's ControlNets for SD 3.5 large ask for edges in this range; all others take [-1, 1]
-        odd = control.edges and net.cfg.joint_attention_dim is None
-        pixels = picture * 127.5 + 0.5 if odd else 2 * picture - 1
-        latents = sd.encode_pixels(pixels, lambda shape: torch.zeros(shape, device=sd.device))
-        if net.cfg.force_zeros_for_pooled_projection:  # made with latents that are not shifted
-            latents = latents + (sd.vae.cfg.shift_factor or 0.0) * sd.vae.cfg.scaling_factor
-        seen, added = net.look(latents.to(picture.dtype)), (*added, sd.net.pos_embed)
+    net = control.net
+    if control.latents is not None:
+        seen, added = net.look(control.latents), (*added, sd.net.pos_embed)
     else:
-        seen = net.look(picture)
+        seen = net.look(control.picture.to(sd.device, memory.dtype_of(net)))
     return lambda rows, t: net(rows, t, text, seen.repeat(len(rows) // len(seen), *[1] * (seen.dim() - 1)), *added)
 
 
@@ -133,8 +143,15 @@ def check(control, sd, pictures, height, width):
     n, channels, *got = control.picture.shape
     if tuple(got) != (height, width):
         raise UserError(f"`controls`: a picture of {got[1]}x{got[0]} for one of {width}x{height}")
-    if control.guess and isinstance(control.net, SD3ControlNetModel):
-        raise UserError("`controls`: SD 3's ControlNets have no guess mode")
+    if isinstance(control.net, SD3ControlNetModel):
+        mine = control.net.cfg
+        if control.guess:
+            raise UserError("`controls`: SD 3's ControlNets have no guess mode")
+        if mine.use_pos_embed and max(height, width) > mine.pos_embed_max_size * sd.multiple:
+            most = mine.pos_embed_max_size * sd.multiple
+            raise UserError(
+                f"`height` and `width` can be at most {most} with this ControlNet: it has no positions for more"
+            )
     if n not in (1, pictures) or channels != control.net.cfg.conditioning_channels:
         wanted = control.net.cfg.conditioning_channels
         raise UserError(

@@ -70,10 +70,10 @@ class Guidance:
             """`out`, away from what a weaker model says."""
             if not weaker or not weaker.active(sum(u > t for u in times), len(times)):
                 return out
+            own = {k: v and v.map(lambda r: r[-len(x) :]) for k, v in more.items()}
             if isinstance(weaker, SkipLayers):
-                blind = self.net(x, t, parts[0][0].states, parts[0][0].pooled, weaker.layers).float()
+                blind = self.net(x, t, parts[0][0].states, parts[0][0].pooled, weaker.layers, **own).float()
             else:
-                own = {k: v and v.map(lambda r: r[-len(x) :]) for k, v in more.items()}
                 with perturbed(self.net, weaker.layers):
                     blind = predict(x, t, own, alone, self.net, known_alone)
             return out + weaker.scale * (with_text - blind)

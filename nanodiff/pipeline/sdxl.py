@@ -92,6 +92,9 @@ class Refiner(SDXL):
 
     family = families.REFINER
 
+    def check_trainable(self):
+        raise UserError("a refiner is only drawn with here, not trained or distilled; take the base model")
+
     def check_options(self, drawing, start, words):
         super().check_options(drawing, start, words)
         if start.image is None and start.latents is None:
@@ -123,5 +126,5 @@ def known_sizes(sizes, known):
     sizes = {k: v for k, v in (sizes or {}).items() if v is not None}
     for key in sizes:
         if key.removeprefix("negative_") not in known:
-            raise UserError(f"`{key}` is no size of this model; it has {', '.join(known)}")
+            raise UserError(f"`{key}`: this model has no such condition")
     return sizes

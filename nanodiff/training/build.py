@@ -122,6 +122,7 @@ def go_on(cfg):
             raise UserError(f"`{name}` is for new models; `model` brings its own")
     memory.keep_freed_memory()
     sd = pipeline.load(cfg.model, torch.float32, "cpu")
+    sd.check_trainable()
     if cfg.prediction_type not in (None, sd.schedule.prediction):
         raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
     if getattr(cfg, "conditioning", None):

@@ -53,7 +53,7 @@ RENAMES["T5EncoderModel"] = [
 ]
 RENAMES["ViT"] = [(r"^(classifier|pooler)\.", None), (r"^vit\.", "")]  # heads that are not used
 RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
-RENAMES["CLIPModel"] = [(r"^(.*\.)?position_ids$", None)]
+RENAMES["CLIPModel"] = RENAMES["CLIPVisionModelWithProjection"] = [(r"^(.*\.)?position_ids$", None)]
 
 
 def renamed(key, class_name):
@@ -220,9 +220,9 @@ def save(model, folder, dtype=None, state=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
-    write_json(
-        folder / "config.json", {"_class_name": model.class_name, **{k: v for k, v in raw.items() if v is not None}}
-    )
+    # None is left out where a reader has it by itself
+    said = {k: v for k, v in raw.items() if v is not None or getattr(type(model.cfg), k, None) is not None}
+    write_json(folder / "config.json", {"_class_name": model.class_name, **said})
     stem = (
         STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
     )  # transformers' and diffusers'

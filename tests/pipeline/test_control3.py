@@ -45,11 +45,10 @@ def test_golden(models, case):
 
 
 def test_residuals_of_different_lengths_add_up():
-    one, two, three = (Residuals([torch.full((1,), float(i)) for i in range(n)]) for n in (1, 2, 3))
-    assert [x.item() for x in (one + two).each] == [0.0, 1.0]
-    assert [two.behind(i, 5).item() for i in range(5)] == [0.0, 0.0, 0.0, 1.0, 1.0]
-    with pytest.raises(UserError, match="of 2 and 3 blocks"):
-        two + three
+    one, two = (Residuals([[torch.full((1,), float(i)) for i in range(n)]]) for n in (2, 3))
+    both = (one + two).map(lambda x: 10 * x)
+    assert [one.behind(i, 5).item() for i in range(5)] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [both.behind(i, 6).item() for i in range(6)] == [0.0, 0.0, 10.0, 20.0, 30.0, 30.0]
 
 
 def test_folder_and_command_line(models, tmp_path):
@@ -107,12 +106,63 @@ def test_found_edges_have_the_cards_range(models):
     [
         ({"extra_conditioning_channels": 1}, "extra_conditioning_channels"),
         ({"pos_embed_type": None}, "pos_embed_type"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size"),
         ({"qk_norm": "layer_norm"}, "qk_norm"),
     ],
 )
 def test_refused_configs(change, says):
     with pytest.raises(UserError, match=says):
         Config.from_json(FACTS["configs"]["sd35-medium-joint"] | change)
+
+
+def test_the_published_layout_for_sd35_large():
+    """The fields of Stability's config.json (as diffusers' converter writes them), and what is written is read again."""
+    raw = {"_class_name": "SD3ControlNetModel", "attention_head_dim": 64, "caption_projection_dim": 2048, "dual_attention_layers": [], "extra_conditioning_channels": 0,
+           "force_zeros_for_pooled_projection": False, "in_channels": 16, "joint_attention_dim": None, "num_attention_heads": 38, "num_layers": 19, "out_channels": 16,
+           "patch_size": 2, "pooled_projection_dim": 2048, "pos_embed_max_size": None, "pos_embed_type": None, "qk_norm": None, "sample_size": 128,
+           "use_pos_embed": False}  # fmt: skip
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in SD3ControlNetModel(Config.from_json(raw)).state_dict().items()}
+    assert not any(k.startswith(("pos_embed.", "context_embedder")) for k in shapes) and shapes[
+        "pos_embed_input.proj.weight"
+    ] == (2432, 16, 2, 2)
+    assert (
+        shapes["transformer_blocks.18.norm1.linear.weight"] == (6 * 2432, 2432)
+        and len([k for k in shapes if k.startswith("controlnet_blocks")]) == 38
+    )
+
+
+def test_a_net_without_a_text_is_written_and_read(models, tmp_path):
+    net = net_of("sd35-large-turbo", "image")
+    weights.save(net, tmp_path / "net")
+    loaded = control.load(tmp_path / "net", models["sd35-large-turbo"].net.cfg, torch.float32, "cpu")
+    assert loaded.cfg == net.cfg and loaded.cfg.joint_attention_dim is None
+
+
+def test_skip_layers_see_the_control_too(models, monkeypatch):
+    seen, sd = [], models["sd35-medium"]
+    forward = sd.net.forward
+    monkeypatch.setattr(
+        sd.net,
+        "forward",
+        lambda *args, control=None, **more: (seen.append(control is not None), forward(*args, control=control, **more))[
+            1
+        ],
+    )
+    shown = Control(net_of("sd35-medium", "joint"), torch.zeros(1, 3, 64, 64))
+    sd.generate(
+        "x", steps=3, height=64, width=64, controls=(shown,), skip_layers=pipeline.SkipLayers((1,), start=0.0, stop=1.0)
+    )
+    assert len(seen) > 3 and all(seen)
+
+
+def test_positions_that_are_not_there(models):
+    small = FACTS["configs"]["sd35-medium-joint"] | {"pos_embed_max_size": 4}
+    net = SD3ControlNetModel(Config.from_json(small)).eval()
+    with pytest.raises(UserError, match="at most 64 with this ControlNet"):
+        models["sd35-medium"].generate(
+            "x", steps=1, height=80, width=64, controls=(Control(net, torch.zeros(1, 3, 80, 64)),)
+        )
 
 
 def test_what_does_not_fit(models, tmp_path):

@@ -160,7 +160,7 @@ def test_command_line(folder, tmp_path):
         (["--refiner", "{folder}", "--model", "{sd15}"], "goes on where a base model of SDXL stops"),
         (["--refiner", "{folder}", "--steps", "1"], "leaves no step to take"),
         (["--model", "{folder}"], "this is a refiner, which goes on with a picture"),
-        (["--aesthetic-score", "7"], "`aesthetic_score`|--aesthetic-score is no size of this model"),
+        (["--aesthetic-score", "7"], "--aesthetic-score: this model has no such condition"),
     ],
 )
 def test_refused(folder, tmp_path, argv, said):
@@ -174,7 +174,7 @@ def test_refused(folder, tmp_path, argv, said):
 def test_refused_by_the_library(base, refiner):
     with pytest.raises(UserError, match="`denoising_start` goes on with `latents`"):
         base.generate("x", denoising_start=0.5, image=torch.zeros(1, 3, 64, 64))
-    with pytest.raises(UserError, match="`target_size` is no size of this model"):
+    with pytest.raises(UserError, match="`target_size`: this model has no such condition"):
         refiner.generate("x", latents=torch.zeros(1, 4, 16, 16), denoising_start=0.5, sizes={"target_size": (8, 8)})
     with pytest.raises(UserError, match="no text encoder 2"):
         refiner.generate("x", latents=torch.zeros(1, 4, 16, 16), denoising_start=0.5, prompt_2="y")
