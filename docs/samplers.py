@@ -24,12 +24,14 @@ GRIDS = """
 |---|---|---|
 """
 TAIL = """
-Where their menus say "Automatic", AUTOMATIC1111 takes Karras's grid for DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE; so does
-`--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
+Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM2 a, DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE and
+3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
 they do not.
-`euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. `dpmpp_sde` draws its noise from the picture's
-own seed, by the law of the Brownian path that the others take from torchsde's tree: another picture from the same seed. With other samplers the same seed gives
-diffusers' picture, which is AUTOMATIC1111's only where its noise is drawn on the CPU.
+`euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. The churn asks
+the network before its noise, as diffusers does; AUTOMATIC1111 after it. `dpmpp_sde` draws its noise from the picture's own seed, by the law of the Brownian path
+that diffusers, AUTOMATIC1111 and ComfyUI take from torchsde's tree: another picture from the same seed (theirs have the tree for 2M SDE and 3M SDE, too). `dpmpp_2s_a` is
+k-diffusion's alone, and `dpmpp_3m_sde` its, not diffusers' (a wrong sign there). With the other samplers the same seed gives diffusers' picture, which is AUTOMATIC1111's
+only where its noise is drawn on the CPU.
 """
 
 

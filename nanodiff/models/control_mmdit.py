@@ -3,7 +3,7 @@
     residuals = net(noisy latents [B, 16, H, W], timestep [B], text [B, S, D], net.look(latents of the picture), pooled [B, P])
     velocity = mmdit(noisy latents, timestep, text, pooled, control=residuals)
 
-As controlnet.py's, with a transformer's blocks in place of the way down (Zhang, Rao & Agrawala 2023, arXiv 2302.05543 §3): what they give passes a linear
+As controlnet.py's, with a transformer's blocks in place of the way down (Zhang et al. 2023, arXiv 2302.05543 §3): what they give passes a linear
 layer that begins with zeros. The picture comes as the VAE's latents, in patches. Those for SD 3.5 large (8b) have blocks of the picture alone,
 without a text, and take the transformer's own patches and positions.
 

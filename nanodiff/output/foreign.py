@@ -33,7 +33,7 @@ COMFYUI = (
     ("uni_pc", ("normal",), "unipc"),
     ("deis", ("normal",), "deis"),
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
-    ("euler", ("simple", "sgm_uniform"), "flow_euler"),
+    ("euler", ("simple",), "flow_euler"),
 )
 GRIDS = (
     "karras",

@@ -36,7 +36,12 @@ SPACINGS = {
     "Align Your Steps": "ays",
 }
 # what "Automatic" means where it is no grid of the sampler's own (its samplers_k_diffusion)
-AUTOMATIC = {"DPM++ SDE": "Karras", "DPM++ 2S a": "Karras", "DPM++ 2M SDE": "Exponential"}
+AUTOMATIC = {"DPM++ SDE": "Karras", "DPM++ 2S a": "Karras", "DPM2": "Karras", "DPM2 a": "Karras", "DPM++ 2M SDE": "Exponential",
+             "DPM++ 3M SDE": "Exponential"}  # fmt: skip
+# what theirs do otherwise (the same table): the last noise level but one is left out; noise comes from a Brownian tree
+OTHERWISE = dict.fromkeys(("DPM2", "DPM2 a"), "without the last level but one")
+OTHERWISE |= dict.fromkeys(("DPM++ SDE", "DPM++ 2M SDE"), "noise of a Brownian tree")
+OTHERWISE["DPM++ 3M SDE"] = "without the last level but one, noise of a Brownian tree"
 CHURN = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
 UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
@@ -108,7 +113,6 @@ def parameters(text):
         ("guidance_scale", "CFG scale", float),
         ("seed", "Seed", int),
         ("eta", "Eta DDIM", float),
-        *((ours, theirs, float) for ours, theirs in CHURN.items()),
     ):
         if (value := _number(facts.get(key), kind)) is not None:
             found[name] = value
@@ -120,9 +124,16 @@ def parameters(text):
     sampler = sampler_of(MENU, name, kind)
     if sampler is None and kind in SPACINGS and (plain := sampler_of(MENU, name, "Uniform")) not in (None, *UNSPACED):
         sampler, found["sigmas"] = plain, SPACINGS[kind]
+    if sampler == "euler" and _number(facts.get("Sigma churn"), float):  # the others' and what needs it are left
+        for ours, theirs in CHURN.items():
+            if (value := _number(facts.get(theirs), float)) is not None:
+                found[ours] = value
+                take(theirs)
     if sampler:
         found["scheduler"] = sampler
         take("Sampler")
+        if name in OTHERWISE:
+            facts["Sampler"] = f"{name} (another picture: there {OTHERWISE[name]})"
         facts.pop("Schedule type", None)
     if (skip := _number(facts.get("Clip skip"), int)) is not None:
         found["clip_skip"] = max(skip - 1, 0)  # 1 leaves out none

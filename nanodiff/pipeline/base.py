@@ -165,6 +165,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         schedule = samplers.rescheduled(self.schedule, name, **fields)
         if sigmas is not None:
             schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.sizes > 0)
+        return self.with_schedule(schedule)
+
+    def with_schedule(self, schedule) -> "Pipeline":
+        """The same models under another Schedule."""
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
         other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
         other.packs, other.replays = self.packs, self.replays
@@ -310,14 +314,18 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """Steps from `first` on, until the part `denoising_end` of the noise is gone."""
         if denoising_end is None:
             return len(times) - first
-        total = sum(t >= round(self.schedule.T * (1 - denoising_end)) for t in times[first:])
+        total = self.steps_before(denoising_end, times[first:])
         if not total or not 0 < denoising_end < 1:
             raise UserError(f"`denoising_end` {denoising_end:g} leaves no step to take; it is between 0 and 1")
         return total
 
+    def steps_before(self, part: float, times: list) -> int:
+        """How many steps of a run over `times` are taken until this part of the noise is gone."""
+        return sum(t >= round(self.schedule.T * (1 - part)) for t in times)
+
     def first_after(self, denoising_start: float, times: list) -> int:
         """The step at which a run goes on that another model's `denoising_end` left."""
-        first = sum(t >= round(self.schedule.T * (1 - denoising_start)) for t in times)
+        first = self.steps_before(denoising_start, times)
         if first == len(times) or not 0 < denoising_start < 1:
             raise UserError(f"`denoising_start` {denoising_start:g} leaves no step to take; it is between 0 and 1")
         return first

@@ -173,7 +173,7 @@ class Family:
     half: torch.dtype = torch.float16  # the half precision it was made for
     keeps_size: bool = True  # image-to-image takes the size of its picture, as in diffusers
     sizes: int = 0  # numbers of SDXL's size condition
-    strength: float = 0.8  # how much image-to-image repaints, its makers'
+    strength: float = 0.8  # how much sample.py's image-to-image repaints, its makers'
     flags: dict = field(default_factory=dict)  # what model_index.json says of it
     skips_layers: bool = False  # SD 3's skip-layer guidance
 

@@ -1,6 +1,7 @@
 """Pictures as prompts: IP-Adapters from a file or the Hub, the vision tower that sees for them, and what they add at every step
 (models/ipadapter.py)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,29 +49,35 @@ def with_pictures(kvs, unet, prompts, rows, groups):
     return kvs
 
 
-def check(prompt, sd):
-    """Raise UserError for an adapter that is not for this model, or in another type."""
-    if not isinstance(sd.net, UNet2DConditionModel):
+def check_fit(adapter, net):
+    """Raise UserError for an adapter that is not for a denoiser."""
+    if not isinstance(net, UNet2DConditionModel):
         raise UserError("IP-Adapters are for UNets (SD 1.x, SD 2.x, SDXL), this model has a transformer")
-    if not memory.whole(sd.net):
-        raise UserError("an IP-Adapter needs the whole denoiser in one place: not block by block (offload sequential)")
-    cfg = prompt.adapter.cfg
-    if cfg.context != sd.net.cfg.cross_attention_dim or sorted(cfg.widths) != sorted(sd.net.context_widths()):
+    cfg, widths = adapter.cfg, net.context_widths()
+    if cfg.context != net.cfg.cross_attention_dim or sorted(cfg.widths) != sorted(widths):
         raise UserError(
             f"an IP-Adapter for {len(cfg.widths)} cross-attentions to a text of width {cfg.context}, the UNet has "
-            f"{len(sd.net.context_widths())} of {sd.net.cfg.cross_attention_dim}: they are not of one model"
+            f"{len(widths)} of {net.cfg.cross_attention_dim}: they are not of one model"
         )
 
 
+def check(prompt, sd):
+    """Raise UserError for an adapter that is not for this model, or cannot be asked where its weights are."""
+    check_fit(prompt.adapter, sd.net)
+    if not memory.whole(sd.net):
+        raise UserError("an IP-Adapter needs the whole denoiser in one place: not block by block (offload sequential)")
+
+
 def parse(text):
-    """ "FILE_OR_ID[:SCALE]" of the command line -> (file or id, scale)."""
-    name, _, scale = text.rpartition(":")
-    if Path(text).exists() or not name:
+    """ "FILE_OR_ID[:SCALE]" of the command line -> (file or id, scale). Raises UserError."""
+    match = re.fullmatch(r"(.+?):(-?\d*\.?\d+)", text)
+    if Path(text).exists() or not match:
+        if not Path(text).exists() and re.fullmatch(r".+\.\w+:[^/\\]*", text):
+            raise UserError(
+                f"`ip_adapter` {printable(text)}: use FILE or FILE:SCALE, such as ip-adapter.safetensors:0.6"
+            )
         return text, 1.0
-    try:
-        return name, float(scale)
-    except ValueError:
-        return text, 1.0
+    return match[1], float(match[2])
 
 
 def load(name, dtype, device, token=None, allow_pickle=False):
@@ -89,10 +96,12 @@ def load(name, dtype, device, token=None, allow_pickle=False):
     return model.eval().requires_grad_(False), path
 
 
-def stages(i, name, shown, encoder, dtype, token=None, allow_pickle=False):
-    """[memory.Stage] of the i-th adapter and its vision tower for `shown` pictures, predicted on the meta device, without weights."""
+def stages(i, name, net, shown, encoder, dtype, token=None, allow_pickle=False):
+    """(memory.Stage of the vision tower of the i-th adapter, of the adapter beside the denoiser `net`) for `shown` pictures, predicted on the meta device,
+    without weights. Raises UserError for one that does not fit."""
     path = hub.file(parse(name)[0], token)
     adapter = weights.skeleton(IPAdapter, Config.from_shapes(_read(path, allow_pickle)[0], path)).to(dtype)
+    check_fit(adapter, net)
     folder = encoder_folder(encoder, path, adapter.cfg, token)
     tower = weights.skeleton(CLIPVisionModel, CLIPVisionModel.Config.from_json(read_json(folder / "config.json"))).to(
         dtype
@@ -100,10 +109,10 @@ def stages(i, name, shown, encoder, dtype, token=None, allow_pickle=False):
     side = tower.cfg.image_size
     pixels = torch.empty(shown, tower.cfg.num_channels, side, side, dtype=dtype, device="meta")
     seen = tower.states(pixels) if adapter.plus else tower(pixels)
-    return [
+    return (
         memory.stage(f"image encoder {i}", tower, lambda: tower.states(pixels), dtype, {}),
         memory.stage(f"image prompt {i}", adapter, lambda: adapter.kv(adapter.tokens(seen)), dtype, {}),
-    ]
+    )
 
 
 def _read(path, allow_pickle):
@@ -117,19 +126,35 @@ def _read(path, allow_pickle):
 
 
 def encoder_folder(given, path, cfg, token=None):
-    """The folder of the vision tower that an adapter's file `path` was made with: what is given (a folder or Hub id), or one that lies where
-    the published ones do. Raises UserError."""
-    if given:
+    """The folder of the vision tower that an adapter's file `path` was made with: what is given (a folder or Hub id, of a tower or a whole CLIP), or one
+    that lies where the published ones do. Raises UserError."""
+    if given and Path(given).exists():
         return hub.component(given, token)
+    if given:
+        return hub.whole(given, token, wanted=("config.json", "model*.safetensors", "model*.index.json"))
     tried = [path.parent / place for place in ENCODERS]
     for folder in tried:
         if (folder / "config.json").is_file():
-            tower = CLIPVisionModel.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+            tower = tower_config(folder)
             if cfg.seen == (tower.hidden_size if cfg.inner else tower.projection_dim):
                 return folder
     raise UserError(
         f"{path}: needs a CLIP vision tower of width {cfg.seen}, which is not in {tried[0]}: name its folder with `image_encoder`"
     )
+
+
+def tower_config(folder):
+    """The Config of the vision tower in a folder, its own or a whole CLIP's."""
+    raw, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if isinstance(raw.get("vision_config"), dict):
+        raw = raw["vision_config"] | {"projection_dim": raw.get("projection_dim", 512)}
+    return CLIPVisionModel.Config.from_json(raw, where)
+
+
+def load_tower(folder, dtype, device):
+    """The vision tower in a folder, its own or a whole CLIP's. Raises UserError."""
+    other = ("text_model", "text_projection", "logit_scale")
+    return weights.load(CLIPVisionModel, folder, dtype, device, cfg=tower_config(folder), without=other)
 
 
 @torch.no_grad()

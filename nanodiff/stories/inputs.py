@@ -11,7 +11,7 @@ from nanodiff.data import edges
 from nanodiff.diffusion import samplers
 from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
-from nanodiff.pipeline import Drawing, Start, control, families, pictures
+from nanodiff.pipeline import Drawing, Start, control
 from nanodiff.pipeline.settings import grouped
 from nanodiff.stories.drawing import options
 from nanodiff.stories.wording import worded
@@ -45,7 +45,7 @@ def inputs(cfg, sd):
         pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
         start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
     if cfg.ip_adapter:
-        start["pictures"] = image_prompts(cfg, sd)
+        start["pictures"] = sd.pictures
     if cfg.control:
         same = lambda p: fitted(p) if box and p.size == picture.size else p.resize((width, height), LANCZOS)  # noqa: E731
         start["controls"] = controls(cfg, sd, same)
@@ -96,17 +96,6 @@ def against(batch):
     return None if batch[0].negative is None else [job.negative for job in batch]
 
 
-def image_prompts(cfg, sd):
-    """The pictures of --ip-adapter-image as prompts: all of them for one --ip-adapter, else one for each."""
-    opened = [images.open_image(path) for path in cfg.ip_adapter_image]
-    shown = [opened] if len(sd.adapters) == 1 else [[picture] for picture in opened]
-    found = []
-    for (adapter, tower), text, mine in zip(sd.adapters, cfg.ip_adapter, shown, strict=True):
-        seen, nothing = (x.to(sd.device, sd.dtype) for x in pictures.look(adapter, tower, mine))
-        found.append(pictures.ImagePrompt(adapter, seen, nothing, pictures.parse(text)[1]))
-    return tuple(found)
-
-
 def draw(cfg, sd, batch, steps, scale, size, start, **more):
     """A Result of sd.generate() for the Jobs `batch`, and with --hires of a second pass over it, larger: from the same seeds, as AUTOMATIC1111's
     hires fix."""
@@ -150,10 +139,15 @@ def one_text(words):
 
 def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, keep_steps=False):
     """A Result of two models: the first stops at the part --refiner-start of the noise, the refiner goes on from there with the same settings."""
-    taken = []
+    taken, settings = [], dict(settings)
+    # one generator a picture for both: with the seeds given twice the refiner's fresh noise would be the base model's
+    settings["generators"] = [torch.Generator().manual_seed(seed) for seed in settings.pop("seeds")]
+    whole = len(samplers.times(sd.schedule, steps)) - (
+        sd.first_step(steps, start["strength"]) if "image" in start else 0
+    )
 
     def counted(before):
-        return lambda i, n, step: (taken.append(step), on_step(before + i, steps, step))
+        return lambda i, n, step: (taken.append(step), on_step(before + i, whole, step))
 
     first = sd.generate(texts, negative, steps=steps, **size, **start, on_step=counted(0), keep_steps=keep_steps, output_type="latent",
                         **settings | {"denoising_end": cfg.refiner_start})  # fmt: skip
@@ -173,8 +167,11 @@ def check(cfg, sd, steps, scale, size, start):
     settings = options(cfg, sd) | size | start | {"steps": steps, "guidance_scale": scale}
     words = settings.pop("words")
     if sd.refiner:
-        if sd.family is not families.SDXL or sd.inpaints:
-            raise UserError("--refiner goes on where a base model of SDXL stops, this model is another")
+        before = sd.steps_before(cfg.refiner_start, samplers.times(sd.schedule, steps))
+        skipped = sd.first_step(steps, start["strength"]) if "image" in start else 0
+        if not skipped < before < len(samplers.times(sd.schedule, steps)):
+            side = "the refiner" if before > skipped else "the base model"
+            raise UserError(f"--refiner-start {cfg.refiner_start:g} leaves {side} no step of {steps}")
         settings["denoising_end"] = cfg.refiner_start
         own = {k: v for k, v in options(cfg, sd.refiner).items() if k != "words"}
         drawing, *_ = grouped(settings | own, Drawing(), Start(), words)

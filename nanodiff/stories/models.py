@@ -9,7 +9,7 @@ from nanodiff.config import UserError, printable
 from nanodiff.device import choice, memory, onednn
 from nanodiff.diffusion import samplers
 from nanodiff.models import layers, taesd
-from nanodiff.models.clip import CLIPVisionModel
+from nanodiff.output import images
 from nanodiff.pipeline import control, pictures, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.weights import hub
@@ -17,7 +17,7 @@ from nanodiff.weights import hub
 LARGE = 1024  # channels of a denoiser from which --dtype auto takes bf16 on a CPU that computes in it
 # Settings that need the model to be loaded again when they change within a study.
 LOADING = ("lora_dir", "model", "variant", "revision", "vae_checkpoint", "components", "prediction_type", "allow_pickle", "t5", "dtype",
-           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control", "refiner", "ip_adapter", "image_encoder")  # fmt: skip
+           "offload", "quantize", "embedding", "lora", "lora_fuse", "allow_partial", "compile", "cuda_graph", "kernels", "fast_vae", "control", "refiner", "ip_adapter", "ip_adapter_image", "image_encoder")  # fmt: skip
 
 
 def load(cfg, record, device, src=None):
@@ -30,6 +30,7 @@ def load(cfg, record, device, src=None):
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
             cfg.allow_pickle, not cfg.t5,
         )  # fmt: skip
+        told(cfg, src)
         dtype = pick_dtype(cfg, device, src)
         sd = pipeline.load(
             src,
@@ -68,17 +69,31 @@ def load(cfg, record, device, src=None):
                 sd.loras.append((lora.attach(sd.models(), found, scale), scale))
             print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
         sd.model_hash = hashed(cfg)
-        sd.refiner = load_refiner(cfg, sd, dtype, device) if cfg.refiner else None
-        sd.adapters = [load_adapter(text, cfg, dtype, device) for text in cfg.ip_adapter]
+        sd.refiner = load_refiner(cfg, src, sd, dtype, device) if cfg.refiner else None
+        sd.pictures = load_pictures(cfg, dtype, device)
         sd.controls = [load_control(text, cfg, sd, dtype, device) for text in cfg.control]
         sd.decoder = tiny_decoder(cfg.fast_vae, sd, device) if cfg.fast_vae else None
         sd.preview = tiny_decoder(cfg.preview, sd, device) if cfg.preview else None
     moves = cfg.offload != "none" or cfg.quantize  # weights that come and go, or are made again at every call
     sd.replays = {"on": True, "off": False, "auto": False if moves else "auto"}[cfg.cuda_graph]
     sd.packs = True  # nothing but pictures is asked of this pipeline
-    if cfg.compile:
-        sd.net.compile()
+    for part in (sd, sd.refiner):
+        if cfg.compile and part:
+            part.net.compile()
     return sd
+
+
+def told(cfg, src):
+    """ComfyUI calls flow matching's Euler by the name of the other one: which one a picture of its means is told by the model."""
+    flow = str(src.scheduler()[0].get("_class_name", "")).startswith("FlowMatch")
+    if getattr(cfg, "adopted", False) and cfg.scheduler == "euler" and flow:
+        cfg.scheduler = "flow_euler"
+        if cfg.sigmas:
+            print(
+                f"note: not used: --sigmas {cfg.sigmas}, since this is a flow-matching model with times of its own",
+                file=sys.stderr,
+            )
+            cfg.sigmas = None
 
 
 def hashed(cfg):
@@ -86,8 +101,8 @@ def hashed(cfg):
     file, and where nothing is written into the pictures."""
     if not (cfg.model and cfg.metadata and hub.trained(cfg.model).is_file()):
         return None
-    made = concurrent.futures.ThreadPoolExecutor(1).submit(weights.file_hash, hub.trained(cfg.model))
-    return lambda: made.result()[:10]
+    made = concurrent.futures.ThreadPoolExecutor(1).submit(weights.model_hash, hub.trained(cfg.model))
+    return made.result
 
 
 def hashes(path):
@@ -96,13 +111,20 @@ def hashes(path):
     return {path.stem: weights.tensor_hash(path)[:12]} if path.suffix == ".safetensors" and path.is_file() else {}
 
 
-def load_refiner(cfg, sd, dtype, device):
-    """The model of --refiner, under the base model's sampler, where and as it computes."""
-    src = pipeline.source(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
-    if pipeline.FAMILIES[src.kind].family is not pipeline.families.REFINER:
-        raise UserError(
-            f"--refiner {printable(cfg.refiner)}: is no refiner of SDXL, but a {pipeline.FAMILIES[src.kind].family.name} model"
-        )
+def refiner_source(cfg, src, source=pipeline.source):
+    """The source of --refiner's model, for a base model from `src`. Raises UserError where they are not SDXL's."""
+    family = lambda s: pipeline.FAMILIES[s.kind].family  # noqa: E731
+    found = source(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
+    if family(found) is not pipeline.families.REFINER:
+        raise UserError(f"--refiner {printable(cfg.refiner)}: is no refiner of SDXL, but a {family(found).name} model")
+    if family(src) is not pipeline.families.SDXL or src.config("unet").in_channels != found.config("unet").in_channels:
+        raise UserError("--refiner goes on where a base model of SDXL stops, this model is another")
+    return found
+
+
+def load_refiner(cfg, src, sd, dtype, device):
+    """The model of --refiner, where and as the base model from `src` computes."""
+    src = refiner_source(cfg, src)
     found = pipeline.load(
         src,
         dtype,
@@ -115,16 +137,28 @@ def load_refiner(cfg, sd, dtype, device):
     if cfg.vae_checkpoint:
         found.vae = sd.vae
     print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the noise on")
+    if cfg.lora or cfg.lora_dir or cfg.embedding:
+        print("note: LoRAs and learned words are the base model's; the refiner has none", file=sys.stderr)
     return found
 
 
-def load_adapter(text, cfg, dtype, device):
-    """(IPAdapter, vision tower) of an --ip-adapter, where and as the denoiser computes; with --offload the tower stays in host memory."""
-    adapter, path = pictures.load(pictures.parse(text)[0], dtype, device, cfg.token, cfg.allow_pickle)
-    folder = pictures.encoder_folder(cfg.image_encoder, path, adapter.cfg, cfg.token)
-    tower = weights.load(CLIPVisionModel, folder, dtype, device if cfg.offload == "none" else "cpu")
-    print(f"image prompt: {printable(text)}, {memory.count(adapter) / 1e6:g} M parameters, seen by {printable(folder)}")
-    return adapter, tower
+def load_pictures(cfg, dtype, device):
+    """The pictures of --ip-adapter-image as prompts: all of them for one --ip-adapter, else one for each. The vision towers, which may be larger than the
+    denoiser, look now and are let go."""
+    opened = [images.open_image(path) for path in cfg.ip_adapter_image]
+    shown = [opened] if len(cfg.ip_adapter) == 1 else [[picture] for picture in opened]
+    towers, found = {}, []
+    for text, mine in zip(cfg.ip_adapter, shown, strict=True):
+        name, scale = pictures.parse(text)
+        adapter, path = pictures.load(name, dtype, device, cfg.token, cfg.allow_pickle)
+        folder = pictures.encoder_folder(cfg.image_encoder, path, adapter.cfg, cfg.token)
+        if folder not in towers:
+            towers[folder] = pictures.load_tower(folder, dtype, device)
+        print(
+            f"image prompt: {printable(text)}, {memory.count(adapter) / 1e6:g} M parameters, seen by {printable(folder)}"
+        )
+        found.append(pictures.ImagePrompt(adapter, *pictures.look(adapter, towers[folder], mine), scale))
+    return tuple(found)
 
 
 def load_control(text, cfg, sd, dtype, device):
@@ -177,9 +211,11 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "adapters", "model_hash"):
+    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "pictures", "model_hash"):
         setattr(sd, name, getattr(base, name))
     if sd.refiner:
-        sd.refiner = base.refiner.with_scheduler(samplers.name_of(sd.schedule), cfg.sigmas)
+        # the same steps: all of the base model's schedule but what the network predicts
+        same, own = sd.schedule, {"prediction_type": base.refiner.schedule.prediction}
+        sd.refiner = base.refiner.with_schedule(type(same)(same.kind, same.cfg | own, same.raw | own))
         sd.refiner.replays, sd.refiner.packs = sd.replays, sd.packs
     return sd

@@ -100,7 +100,7 @@ def adopt(cfg, program, found, unused):
             setattr(cfg, key, value)
     if theirs and not (file := hub.trained(cfg.model)).is_file():
         unused.append(f"Model hash: {short(theirs)} (--model is no single file)")
-    elif theirs and not (own := weights.file_hash(file)).startswith(theirs.lower()):
+    elif theirs and not (own := weights.model_hash(file, len(theirs))).startswith(theirs.lower()):
         print(
             f"note: {cfg.from_image}: was made with a model of the hash {printable(theirs)}, {file} has {own[:10]}: another picture",
             file=sys.stderr,

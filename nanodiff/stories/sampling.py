@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -38,7 +39,7 @@ from nanodiff.stories.drawing import (
     words,
 )
 from nanodiff.stories.inputs import against, check, draw, inputs
-from nanodiff.stories.models import LOADING, load, pick_dtype, under
+from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, under
 from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks, worded
 from nanodiff.training.options import parse_size
@@ -290,44 +291,28 @@ def dry_run(cfg, device):
     turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
     guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
     prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
-    net = src.config("unet" if "unet" in src.parts else "transformer")
-    controls = [control.plan(control.parse(text)[0], net, cfg.token, cfg.allow_pickle) for text in cfg.control]
+    part = pipeline.FAMILIES[src.kind].denoiser_name
+    net, vae = weights.skeleton(src.builder(part), src.config(part)), src.config("vae") if "vae" in src.parts else None
+    scale, channels = (vae.downscale, vae.latent_channels) if vae else (1, net.cfg.out_channels)
+    controls = [control.plan(control.parse(text)[0], net.cfg, cfg.token, cfg.allow_pickle) for text in cfg.control]
+    for one in controls:
+        control.check_fit(one, SimpleNamespace(net=net, channels=channels, downscale=scale))
     height, width = cfg.height, cfg.width
     if cfg.hires:  # the second pass is the larger one
-        net, scale = (
-            src.config("unet" if "unet" in src.parts else "transformer"),
-            src.config("vae").downscale if "vae" in src.parts else 1,
-        )
-        own = (net.sample_size or 64) * scale
+        own = (net.cfg.sample_size or 64) * scale
         height, width = (round((side or own) * cfg.hires / scale) * scale for side in (height, width))
     plan = pipeline.plan(
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
     )  # fmt: skip
+    shown = len(cfg.ip_adapter_image) if len(cfg.ip_adapter) == 1 else 1
     for i, text in enumerate(cfg.ip_adapter, 1):
-        plan += pictures.stages(
-            i,
-            text,
-            len(cfg.ip_adapter_image) if len(cfg.ip_adapter) == 1 else 1,
-            cfg.image_encoder,
-            dtype,
-            cfg.token,
-            cfg.allow_pickle,
-        )
+        tower, adapter = pictures.stages(i, text, net, shown, cfg.image_encoder, dtype, cfg.token, cfg.allow_pickle)
+        plan = [s._replace(beside=(*s.beside, adapter)) if s.name == part else s for s in plan] + [tower, adapter]
     if cfg.refiner:
-        other = sources.configs(cfg.refiner, cfg.variant, None, cfg.token, None, None, cfg.allow_pickle)
-        more = pipeline.plan(
-            other,
-            dtype,
-            height,
-            width,
-            min(cfg.batch_size, cfg.num_images * prompts),
-            guided,
-            cfg.quantize,
-            cfg.t5,
-            256,
-            cfg.vae_tiling,
-        )
+        other = refiner_source(cfg, src, sources.configs)
+        rows = min(cfg.batch_size, cfg.num_images * prompts)
+        more = pipeline.plan(other, dtype, height, width, rows, guided, cfg.quantize, cfg.t5, 256, cfg.vae_tiling)
         plan += [stage._replace(name=f"refiner {stage.name.removeprefix('text_')}") for stage in more]
     for line in memory.table(plan, cfg.offload):
         print(line)

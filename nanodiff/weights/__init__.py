@@ -7,17 +7,17 @@ from nanodiff.weights.safetensors import (
     as_weight,
     as_weights,
     check_file,
-    file_hash,
     find_files,
     header,
     load_pickle,
     load_tensors,
     load_weights,
     metadata,
+    model_hash,
     open_file,
     save_tensors,
     tensor_hash,
 )
 
-__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "file_hash", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata",
+__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata", "model_hash",
            "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip

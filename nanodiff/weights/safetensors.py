@@ -194,10 +194,14 @@ def tensor_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def file_hash(path):
-    """The SHA-256 of a whole file: its first ten digits are A1111's "Model hash", and what Civitai calls AutoV2."""
+def model_hash(path, digits=10):
+    """A1111's "Model hash" of a file: ten digits of its SHA-256 (Civitai's AutoV2); eight digits, as before 2023, of that of 64 kB from the first
+    megabyte on."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        if digits == 8:
+            f.seek(1 << 20)
+            return hashlib.sha256(f.read(1 << 16)).hexdigest()[:8]
+        return hashlib.file_digest(f, "sha256").hexdigest()[:10]
 
 
 def check_kind(wanted, stored, key, path):

@@ -73,10 +73,21 @@ def test_values_that_other_nodes_give():
     assert found["seed"] == 7 and found["prompt"] == ["a dog"]
 
 
+@pytest.mark.parametrize(("sampler", "ours"), [("dpmpp_sde", "dpmpp_sde"), ("euler", "euler"), ("heun", "heun")])
+@pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta"])
+def test_grids(sampler, ours, grid):
+    found, _ = foreign.comfyui(changed("3", sampler_name=sampler, scheduler=grid))
+    assert (found["scheduler"], found["sigmas"]) == (ours, grid)
+
+
 @pytest.mark.parametrize(
     ("graph", "says"),
     [
-        (changed("3", sampler_name="dpmpp_sde"), "sampler 'dpmpp_sde' with scheduler 'karras'"),
+        (changed("3", sampler_name="dpm_adaptive"), "sampler 'dpm_adaptive' with scheduler 'karras'"),
+        (
+            changed("3", sampler_name="dpmpp_sde", scheduler="kl_optimal"),
+            "sampler 'dpmpp_sde' with scheduler 'kl_optimal'",
+        ),
         (changed("3", denoise=0.5), "denoise: 0.5"),
         (changed("3", start_at_step=10, add_noise="disable"), "start_at_step: 10"),
         (changed("3", end_at_step=5), "end_at_step: 5"),

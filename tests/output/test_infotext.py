@@ -38,7 +38,7 @@ def test_a_real_one():
         ("DPM++ SDE Karras", None, "dpmpp_sde"),
         ("DPM++ 2S a", "Automatic", "dpmpp_2s_a"),
         ("DPM++ 2M SDE", "Automatic", "dpmpp_2m_sde"),
-        ("DPM++ 3M SDE", "Automatic", None),
+        ("DPM++ 3M SDE", "Automatic", "dpmpp_3m_sde"),
         ("Restart", "Karras", None),
         ("Euler", "Karras", "euler"),
         ("Euler a", "Karras", None),
@@ -53,7 +53,24 @@ def test_samplers(sampler, kind, ours):
         f"x\nSteps: 5, Sampler: {sampler}{more}, CFG scale: 7, Seed: 1, Size: 64x64, RNG: CPU"
     )
     assert found.get("scheduler") == ours
-    assert [u.split(":")[0] for u in unused] == ([] if ours else ["Sampler", *(["Schedule type"] if kind else [])])
+    left = [u.split(":")[0] for u in unused]
+    if ours and sampler.split(" Karras")[0] in infotext.OTHERWISE:
+        assert left == ["Sampler"] and "another picture" in unused[0]
+    else:
+        assert left == ([] if ours else ["Sampler", *(["Schedule type"] if kind else [])])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Sampler: Euler a, Sigma noise: 1.02",
+        "Sampler: Heun, Sigma churn: 2, Sigma tmax: 5000",
+        "Sampler: Euler, Sigma noise: 1.02",
+    ],
+)
+def test_churn_that_is_not_eulers_is_left(said):
+    found, unused = infotext.parameters(f"x\nSteps: 5, {said}, Seed: 1, RNG: CPU")
+    assert not set(infotext.CHURN) & set(found) and any("Sigma noise" in u or "Sigma churn" in u for u in unused)
 
 
 @pytest.mark.parametrize(

@@ -207,10 +207,34 @@ def test_hub_names(tmp_path):
         hub.file("org/name/../x.safetensors")
     with pytest.raises(UserError, match=r"h94/IP-Adapter: .*hf download"):
         hub.file("h94/IP-Adapter/models/ip-adapter_sd15.safetensors")
+    for text in ("a.safetensors:nan", "a.safetensors:inf", "a.safetensors:x"):
+        with pytest.raises(UserError, match="FILE:SCALE"):
+            pictures.parse(text)
     assert pictures.parse("a/b.safetensors:0.6") == ("a/b.safetensors", 0.6) and pictures.parse("b.safetensors") == (
         "b.safetensors",
         1.0,
     )
+
+
+def test_towers_as_they_are_found(files, tmp_path):
+    """Files of older programs have a tensor that is no weight; a whole CLIP has a tower in it."""
+    state = weights.load_weights(files / "image_encoder" / "model.safetensors")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text((files / "image_encoder" / "config.json").read_text())
+    weights.save_tensors(
+        tmp_path / "old" / "model.safetensors", state | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    )
+    old = pictures.load_tower(tmp_path / "old", torch.float32, "cpu")
+    assert all(torch.equal(v, state[k]) for k, v in old.state_dict().items())
+    whole = pictures.load_tower(TINY / "clip", torch.float32, "cpu")
+    assert whole.cfg.projection_dim == whole.visual_projection.weight.shape[0]
+
+
+def test_a_tower_of_the_hub_is_asked_for_by_its_names(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(hub, "_snapshot", lambda name, revision, wanted, *more: asked.update({name: wanted}))
+    pictures.encoder_folder("laion/CLIP-ViT-H-14", None, None)
+    assert "model*.safetensors" in asked["laion/CLIP-ViT-H-14"]
 
 
 # -- the command line -----------------------------------------------------------------------------------------
@@ -271,6 +295,7 @@ def test_command_line(models, files, tmp_path):
         (["--ip-adapter", "{plain}", "--ip-adapter-image", "nowhere.png"], "nowhere.png"),
         (["--ip-adapter", "nowhere.safetensors", "--ip-adapter-image", "{pic}"], "no such file"),
         (["--ip-adapter", "{other}", "--ip-adapter-image", "{pic}"], "not of one model"),
+        (["--ip-adapter", "{other}", "--ip-adapter-image", "{pic}", "--dry-run"], "not of one model"),
         (["--ip-adapter", "{plain}", "--ip-adapter-image", "{pic}", "--image-encoder", "{sd15}"], "config.json"),
         (["--ip-adapter", "{plain}", "--ip-adapter-image", "{pic}", "--offload", "sequential"], "sequential"),
         (["--image-encoder", "{sd15}"], "--image-encoder does nothing without --ip-adapter"),

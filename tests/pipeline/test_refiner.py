@@ -1,19 +1,25 @@
 """SDXL's refiner: whole runs of base and refiner against diffusers', from a folder, a single file and the command line; what it refuses."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from util import PIPELINE, TINY, error_line, golden, max_error, recipe, run
+from util import PIPELINE, TINY, error_line, golden, in_process, max_error, recipe, run
 
+import sample
 from nanodiff import pipeline
 from nanodiff.config import UserError
+from nanodiff.diffusion import samplers
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.output import images
+from nanodiff.output.record import Record
 from nanodiff.pipeline import families, loading
 from nanodiff.pipeline.sdxl import Refiner
+from nanodiff.stories import models as stories
 from nanodiff.weights import original_names
 
 TENSORS, FACTS = golden("refiner.pipe")
@@ -158,7 +164,14 @@ def test_command_line(folder, tmp_path):
         (["--refiner", "{folder}", "--denoising-end", "0.5"], "--refiner is not for"),
         (["--refiner", "{sd15}"], "is no refiner of SDXL, but a SD model"),
         (["--refiner", "{folder}", "--model", "{sd15}"], "goes on where a base model of SDXL stops"),
-        (["--refiner", "{folder}", "--steps", "1"], "leaves no step to take"),
+        (["--refiner", "{folder}", "--steps", "1"], "--refiner-start 0.8 leaves the base model no step of 1"),
+        (["--refiner", "{folder}", "--refiner-start", "0.01"], "leaves the base model no step"),
+        (
+            ["--refiner", "{folder}", "--scheduler", "lcm", "--steps", "2", "--refiner-start", "0.99"],
+            "leaves the refiner no step of 2",
+        ),
+        (["--refiner", "{sd15}", "--dry-run"], "is no refiner of SDXL"),
+        (["--refiner", "{folder}", "--model", "{sd15}", "--dry-run"], "goes on where a base model of SDXL stops"),
         (["--model", "{folder}"], "this is a refiner, which goes on with a picture"),
         (["--aesthetic-score", "7"], "--aesthetic-score: this model has no such condition"),
     ],
@@ -169,6 +182,29 @@ def test_refused(folder, tmp_path, argv, said):
     model = [] if "--model" in argv else ["--model", TINY / "sdxl"]
     line = error_line(run("sample.py", *model, "--prompt", "x", *argv, "--output-dir", tmp_path / "x"))
     assert any(part in line for part in said.split("|")), line
+
+
+@pytest.mark.parametrize("own", [{"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}])
+def test_the_refiner_counts_the_base_models_steps(folder, tmp_path, own):
+    """Whatever the refiner's own file says of spacing and grid."""
+    shutil.copytree(TINY / "sdxl", tmp_path / "base")
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    cfg = sample.Config(model=str(tmp_path / "base"), refiner=str(folder), output_dir=str(tmp_path / "x"))
+    record = Record(cfg, torch.device("cpu"))
+    sd = stories.under(cfg, stories.load(cfg, record, torch.device("cpu")))
+    assert samplers.sigma_grid(sd.schedule, 10) == samplers.sigma_grid(sd.refiner.schedule, 10)
+
+
+def test_fresh_noise_is_not_the_base_models(folder, tmp_path, monkeypatch):
+    """One generator a picture for both models."""
+    drawn, plain = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: (drawn.append(plain(*a, **k)), drawn[-1])[1])
+    code, _, err = in_process(sample, "sample.py", "--model", TINY / "sdxl", "--refiner", folder, "--prompt", "x", "--steps", "6", "--height", "64", "--width", "64",
+                              "--scheduler", "euler_a", "--seed", "1", "--output-dir", tmp_path / "a")  # fmt: skip
+    assert code == 0, err
+    same = [z for z in drawn if z.shape == (1, 4, 8, 8)]
+    assert len(same) > 5 and all(not torch.equal(a, b) for a, b in itertools.combinations(same, 2))
 
 
 def test_refused_by_the_library(base, refiner):
