@@ -3,8 +3,8 @@
     residuals = net(noisy latents [B, C, H, W], timestep [B], text [B, S, D], net.look(picture [B, 3, 8H, 8W] in [0, 1]))
     prediction = unet(noisy latents, timestep, text, control=residuals)
 
-Every residual passes a 1×1 convolution that begins with zeros, so that training begins with the UNet as it was (Zhang et al.
-2023, arXiv 2302.05543 §3.1 eq. 2 and 3).
+Every residual passes a 1×1 convolution that begins with zeros, so that training begins with the UNet as it was
+(Zhang et al. 2023, arXiv 2302.05543 §3.1 eq. 2 and 3).
 
 Explained in the book (docs/book): chapter 5.
 """
