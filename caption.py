@@ -45,6 +45,9 @@ class Complete(Common):
     prompt: str = arg("", "the text to go on with")
     chat: bool = arg(False, "the prompt is a request, in Gemma's chat form")
     max_new_tokens: int = arg(128, "at most so many new tokens", low=1)
+    quantize: str | None = arg(
+        None, "weights of the language model in 8 or 4 bits (int4: on a CPU)", choices=("int8", "int4")
+    )
     temperature: float = arg(1.0, "0: the likeliest token each time; larger: more chance")
     top_k: int = arg(0, "only the so many likeliest tokens; 0: all")
     top_p: float = arg(1.0, "only the likeliest tokens that together have this share")
@@ -76,6 +79,9 @@ class Augment(Common):
     max_samples: int | None = arg(None, "no more captions than so many", low=1)
     template: str | None = arg(None, "the request, or a text file of it, with {caption}, {n}, {low}, {high}; with {first}, the caption's first word, which the reply goes on from")  # fmt: skip
     chat: str = arg("auto", "ask in Gemma's chat form; auto: a Gemma is", choices=("auto", "yes", "no"))
+    quantize: str | None = arg(
+        None, "weights of the language model in 8 or 4 bits (int4: on a CPU)", choices=("int8", "int4")
+    )
     temperature: float = arg(0.7, "0: the likeliest token each time; larger: more chance")
     top_k: int = arg(0, "only the so many likeliest tokens; 0: all")
     top_p: float = arg(0.9, "only the likeliest tokens that together have this share")

@@ -368,7 +368,7 @@ class CausalLM(nn.Module):
 
     def logits(self, states):
         """[..., D] -> [..., V]."""
-        return onednn.linear(states, self.output)
+        return self.head(states) if hasattr(self, "head") else onednn.linear(states, self.output)
 
     def loss(self, states, labels):
         """Mean cross-entropy of each token's successor, without storing the logits: states [B, L, D], labels [B, L], -100 does not count."""

@@ -10,7 +10,7 @@ from nanodiff import pipeline
 from nanodiff.config import UserError, as_dict, printable
 from nanodiff.data import captionset, tables
 from nanodiff.data.promptset import names_in
-from nanodiff.device import choice, dist
+from nanodiff.device import choice, dist, quantize
 from nanodiff.files import out_dir
 from nanodiff.models import layers
 from nanodiff.output.record import Record
@@ -36,17 +36,21 @@ def end(record):
     dist.finish()
 
 
-def language_dtype(cfg, device):
-    """torch dtype of a language model: bf16 on a GPU by itself."""
+def language_dtype(cfg, device, quantized=None):
+    """torch dtype of a language model: bf16 on a GPU by itself, and for what reads quantized weights."""
     if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or quantized else torch.float32
     return choice.pick_dtype(cfg.dtype, device)
 
 
 def language(cfg, device):
     """(CausalLM, TextTokenizer) of --model."""
     folder = dist.on_main(hub.resolve, cfg.model, None, cfg.hf_token)
-    return dist.together(sources.load_language, folder, language_dtype(cfg, device), device)
+    net, tokenizer = dist.together(sources.load_language, folder, language_dtype(cfg, device, cfg.quantize), device)
+    if cfg.quantize:
+        error = dist.together(quantize.language, net, cfg.quantize)
+        dist.say(f"quantized to {cfg.quantize}: the weights are {100 * error:.2g} % off (RMS)")
+    return net, tokenizer
 
 
 def complete(cfg):
@@ -98,6 +102,7 @@ def augment(cfg):
     settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",
                                              "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
     settings |= {"template": template, "chat": chat, "dtype": str(net.output.dtype).removeprefix("torch.")}
+    settings |= {"quantize": cfg.quantize} if cfg.quantize else {}
     work = captionset.Journal(record.out, JOURNAL, rows, settings, cfg.overwrite_output_dir)
     some = range(cfg.start_idx, min(len(rows), cfg.start_idx + (cfg.max_samples or len(rows))))
     groups = [list(some[i : i + cfg.batch_size]) for i in range(0, len(some), cfg.batch_size)]

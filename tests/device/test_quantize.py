@@ -1,14 +1,17 @@
 """Quantized weights: the formats against their definitions, the error each adds, what stays as it is."""
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 from util import TINY, error_line, rms_ratio, run
 
 from nanodiff import pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.device import memory, quantize
+from nanodiff.models.llm import CausalLM
 from nanodiff.models.mmdit import SD3Transformer2DModel
 from nanodiff.models.unet import UNet2DConditionModel
 
@@ -98,3 +101,56 @@ def test_nothing_to_quantize(tmp_path):
         quantize.apply(model, "nf4")
     done = run("sample.py", "--prompt", "a", "--quantize", "int3", "--output-dir", tmp_path / "o")
     assert "nf4" in error_line(done)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_language_model_reads_codes(kind, tied):
+    """One row, a few and many rows are what the codes stand for, in bf16's precision; the last layer is quantized too, the embedding is not."""
+    cfg = CausalLM.Config(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                          tie_word_embeddings=tied)  # fmt: skip
+    torch.manual_seed(0)
+    net = CausalLM(cfg).to(torch.bfloat16).eval().requires_grad_(False)
+    plain = copy.deepcopy(net)
+    embedding = net.model.embed_tokens.weight.clone()
+    error = quantize.language(net, kind)
+    assert (0.002 < error < 0.01) if kind == "int8" else (0.05 < error < 0.12)
+    assert torch.equal(net.model.embed_tokens.weight, embedding)
+    for (parent, name, layer), made in zip(layers_of(plain), layers_of(net, nn.Module), strict=True):
+        kept = (
+            made[2].weight if kind == "int8" else made[2](torch.eye(layer.in_features, dtype=torch.bfloat16)).T.float()
+        )
+        assert rms_ratio(kept, layer.weight.float()) < (0.01 if kind == "int8" else 0.12), (parent, name)
+        for rows in (1, 3, 8, 9, 40):
+            x = torch.randn(2, rows, layer.in_features, dtype=torch.bfloat16)
+            assert made[2](x).shape == (2, rows, layer.out_features)
+            assert rms_ratio(made[2](x).float(), x.float() @ kept.T) < 0.01
+    ids = torch.randint(0, 512, (1, 7))
+    for keep in (ids, ids[:, :1]):
+        a, b = (m.logits(m(keep)).float() for m in (plain, net))
+        assert rms_ratio(b, a) < (0.05 if kind == "int8" else 0.4) and not torch.equal(a, b)
+
+
+def layers_of(model, kind=nn.Linear):
+    return [
+        (p, n, c)
+        for p in model.model.layers.modules()
+        for n, c in p.named_children()
+        if n.endswith("_proj") and isinstance(c, kind)
+    ]
+
+
+def test_a_width_that_int4_cannot_hold():
+    net = CausalLM(
+        CausalLM.Config(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=24,
+        )
+    )
+    with pytest.raises(UserError, match="take int8"):
+        quantize.language(net, "int4")

@@ -100,3 +100,10 @@ def test_mistakes_end_with_one_line(tmp_path):
     (tmp_path / "model" / "tokenizer.json").unlink()
     code, _, err = script(tmp_path, model=tmp_path / "model")
     assert code == 2 and "no tokenizer.json" in err
+
+
+def test_quantized(tmp_path):
+    code, _, err = script(tmp_path, quantize="int8")
+    assert code == 0 and "quantized to int8: the weights are 0." in err, err
+    code, _, err = script(tmp_path, quantize="int4")
+    assert code == 2 and "--quantize int4: a layer of 48 x" in err and "take int8" in err
