@@ -1,7 +1,7 @@
 """A language model and a captioner's step beside transformers and peft:   python benchmarks/captioner.py --peer PYTHON
 
 LLaMA-3.2-1B's layout with random weights in bf16, the same file for both. decode: loading, then greedy texts of --new tokens after a
-prompt of 32, one row and eight; tokens a second are those after the first token, which is timed for itself (reading the prompt). step: ViT-B/16
+prompt of 32, one row and eight, in bf16 and with weights in int8 and int4 (`error`: theirs); tokens a second are those after the first token, which is timed for itself (reading the prompt). step: ViT-B/16
 and that model as the captioner joins them, adapters of rank 8 on its seven kinds of layers, one picture of 24 caption tokens; forward,
 backward, AdamW; gradient checkpointing off. The peer's step scores every position's logits, as such programs do. The two alternate in
 processes of their own; medians over the pairs; memory: the process's largest. Results: benchmarks/captioner-NAME.json.
@@ -73,6 +73,11 @@ for rows in (1, 8):
 report()
 """,
 }
+for _kind in ("int8", "int4"):
+    DECODE[_kind] = DECODE["ours"].replace(
+        'out["load"] = now() - start',
+        f'from nanodiff.device import quantize; out["error"] = quantize.language(net, "{_kind}"); out["load"] = now() - start',
+    )
 STEP = {
     "ours": """
 from nanodiff.stories import captioner_model as captioner
@@ -174,7 +179,9 @@ def main():
             )
         for part in cfg.parts.split(","):
             codes = {"decode": DECODE, "step": STEP}[part]
-            sides = {"ours": sys.executable} | ({"peer": cfg.peer} if cfg.peer else {})
+            sides = {side: sys.executable for side in codes if side != "peer"} | (
+                {"peer": cfg.peer} if cfg.peer else {}
+            )
             found = {side: [] for side in sides}
             for _ in range(cfg.pairs):
                 for side, python in sides.items():
@@ -182,6 +189,10 @@ def main():
                     print(part, side, {k: v for k, v in found[side][-1].items() if not isinstance(v, list)}, flush=True)
             keys = [k for k, v in found["ours"][0].items() if isinstance(v, float)]
             table = {k: {side: statistics.median(r[k] for r in rows) for side, rows in found.items()} for k in keys}
+            for k in [k for k in keys if k.startswith("tokens")]:
+                table[k] |= {
+                    f"{side} over ours": table[k][side] / table[k]["ours"] for side in codes if side.startswith("int")
+                }
             for k, row in table.items():
                 if "peer" in row:  # how many times as good: tokens/s up, everything else down
                     row["ratio"] = row["ours"] / row["peer"] if k.startswith("tokens") else row["peer"] / row["ours"]

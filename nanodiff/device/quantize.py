@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
+from nanodiff.device import memory
 
 BLOCK = 64
+ROWS = 4096  # of a weight that are turned into codes at a time: a vocabulary's layer is large in fp32
 MOST_ROWS = 8  # of x up to which a kernel that reads int8 codes is the quicker one
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -63,6 +65,14 @@ def reads_codes(x):
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= MOST_ROWS
 
 
+def to_int4(weight):
+    """[out, in] -> (codes in the layout of PyTorch's CPU kernel, scale bf16 [out, in/64]); in is a multiple of 64."""
+    blocks = weight.float().view(len(weight), -1, BLOCK)
+    scale = blocks.abs().amax(dim=-1).clamp(min=1e-30) / 7
+    codes = (blocks / scale[..., None]).round().clamp(-8, 7).to(torch.int32).view(len(weight), -1) + 8
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scale.bfloat16()
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is kept as codes. `weight` gives it back in fp32."""
 
@@ -71,7 +81,8 @@ class QuantizedLinear(nn.Module):
         self.kind = kind
         self.out_features, self.in_features = linear.weight.shape
         self.stands_for = linear.weight.numel()
-        codes, absmax = (to_int8 if kind == "int8" else to_nf4)(linear.weight.data)
+        parts = map(to_int8 if kind == "int8" else to_nf4, linear.weight.data.split(ROWS))
+        codes, absmax = map(torch.cat, zip(*parts, strict=True))
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.bias = linear.bias
@@ -86,7 +97,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kind == "int8" and reads_codes(x):
-            rows = x.reshape(-1, self.in_features)
+            rows = x.reshape(-1, self.in_features).contiguous()
             y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, (self.absmax[:, 0] / 127).to(x.dtype))
             y = y.view(*x.shape[:-1], self.out_features)
             return y if bias is None else y + bias
@@ -100,15 +111,13 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.stands_for = linear.weight.numel()
-        blocks = linear.weight.data.float().view(self.out_features, -1, BLOCK)
-        scale = blocks.abs().amax(dim=-1).clamp(min=1e-30) / 7
-        codes = (blocks / scale[..., None]).round().clamp(-8, 7).to(torch.int32).view(self.out_features, -1) + 8
-        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        scales = scale.T.contiguous().bfloat16()  # [in/64, out], and a zero beside each
+        codes, scales = zip(*map(to_int4, linear.weight.data.split(ROWS)), strict=True)
+        scales = torch.cat(scales).T.contiguous()  # [in/64, out], and a zero beside each
+        self.register_buffer("codes", torch.cat(codes))
         self.register_buffer("scales", torch.stack([scales, torch.zeros_like(scales)], dim=-1))
 
     def forward(self, x):
-        rows = x.reshape(-1, self.in_features).bfloat16()
+        rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, BLOCK, self.scales)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
@@ -133,11 +142,14 @@ def language(model, kind):
     for parent, name, layer in layers:
         weight = layer.weight.data
         made = Int4Linear(layer) if kind == "int4" else QuantizedLinear(layer, kind)
-        some = torch.eye(layer.in_features, dtype=torch.bfloat16)[:64] if kind == "int4" else None
-        kept = made(some).T.float() if kind == "int4" else made.weight[:, :64]
-        wrong += (kept - weight[:, :64].float()).pow(2).sum().item()
-        whole += weight[:, :64].float().pow(2).sum().item()
+        if kind == "int4":  # by its first 64 columns
+            kept = made(torch.eye(layer.in_features, dtype=torch.bfloat16)[:BLOCK]).T.float()
+        else:
+            kept = from_int8(made.codes[:, :BLOCK], made.absmax, torch.float32)
+        wrong += (kept - weight[:, :BLOCK].float()).pow(2).sum().item()
+        whole += weight[:, :BLOCK].float().pow(2).sum().item()
         setattr(parent, name, made)
+        memory.let_go([weight])
     return (wrong / whole) ** 0.5
 
 
