@@ -1,6 +1,7 @@
 """What a picture is drawn from: its size, a picture and a mask to begin with, what ControlNets are shown; and the drawing itself, once or twice."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -139,22 +140,25 @@ def one_text(words):
 
 def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, keep_steps=False):
     """A Result of two models: the first stops at the part --refiner-start of the noise, the refiner goes on from there with the same settings."""
-    taken, settings = [], dict(settings)
+    taken, settings = itertools.count(1), dict(settings)
     # one generator a picture for both: with the seeds given twice the refiner's fresh noise would be the base model's
     settings["generators"] = [torch.Generator().manual_seed(seed) for seed in settings.pop("seeds")]
-    whole = len(samplers.times(sd.schedule, steps)) - (
-        sd.first_step(steps, start["strength"]) if "image" in start else 0
-    )
+    whole = len(samplers.times(sd.schedule, steps)) - begun(sd, steps, start)
 
-    def counted(before):
-        return lambda i, n, step: (taken.append(step), on_step(before + i, whole, step))
+    def count(i, n, step):
+        on_step(next(taken), whole, step)
 
-    first = sd.generate(texts, negative, steps=steps, **size, **start, on_step=counted(0), keep_steps=keep_steps, output_type="latent",
+    first = sd.generate(texts, negative, steps=steps, **size, **start, on_step=count, keep_steps=keep_steps, output_type="latent",
                         **settings | {"denoising_end": cfg.refiner_start})  # fmt: skip
     last = sd.refiner.generate(texts, negative, steps=steps, **size, latents=first.latents, denoising_start=cfg.refiner_start,
-                               on_step=counted(len(taken)), keep_steps=keep_steps,
+                               on_step=count, keep_steps=keep_steps,
                                **settings | options(cfg, sd.refiner) | {"words": one_text(settings["words"])})  # fmt: skip
     return dataclasses.replace(last, history=first.history + last.history)
+
+
+def begun(sd, steps, start):
+    """Steps that a run from a picture leaves out."""
+    return sd.first_step(steps, start["strength"]) if "image" in start else 0
 
 
 def larger(cfg, sd, size):
@@ -168,7 +172,7 @@ def check(cfg, sd, steps, scale, size, start):
     words = settings.pop("words")
     if sd.refiner:
         before = sd.steps_before(cfg.refiner_start, samplers.times(sd.schedule, steps))
-        skipped = sd.first_step(steps, start["strength"]) if "image" in start else 0
+        skipped = begun(sd, steps, start)
         if not skipped < before < len(samplers.times(sd.schedule, steps)):
             side = "the refiner" if before > skipped else "the base model"
             raise UserError(f"--refiner-start {cfg.refiner_start:g} leaves {side} no step of {steps}")
