@@ -94,47 +94,74 @@ def main(cfg):
         with record.timed("encode"):  # the text encoders come once, for all prompts, and leave before the denoiser
             prepare(cfg, sd, jobs, steps, scale > 1)
     make_room()
-    sheet, latents, made = [], [], 0
+    made = Pictures(cfg, sd, record, settings | size, finished, tagged, number, named, resize)
+    passes = len(batches) * (2 if cfg.hires else 1)
     try:
-        with Progress(
-            len(batches) * (2 if cfg.hires else 1), sd.preview and (sd.preview, out / "preview.png")
-        ) as progress:
+        with Progress(passes, sd.preview and (sd.preview, out / "preview.png")) as progress:
             for first, batch in batches:
-                seeds = [job.seed for job in batch]
                 tagged.obey(sd, batch[0].loras)
                 with record.timed("sample"):
                     result = draw(cfg, sd, batch, steps, scale, size, start,
                                   keep_steps=cfg.progress_strip, on_step=progress.step)  # fmt: skip
-                if cfg.save_latents:
-                    latents.append(result.latents.cpu().float())
-                for k, picture in enumerate(images.to_pil(result.pixels)):
-                    picture = finished(picture)
-                    picture = picture.resize(resize, images.Image.Resampling.LANCZOS) if resize else picture
-                    facts = (
-                        settings
-                        | size
-                        | {"prompt": batch[k].prompt, "negative_prompt": batch[k].negative, "seed": seeds[k]}
-                        | dict(batch[k].others)
-                    )
-                    path = (
-                        unused(out / file_name(cfg, facts, sd), cfg) if named else out / f"{number + first + k:05d}.png"
-                    )
-                    known = remembered(cfg, facts, sd, tagged.hashes_of(batch[k]))
-                    images.save_png(picture, path, known if cfg.metadata else None)
-                    record.file(path, seed=seeds[k], prompt=batch[k].prompt)
-                    if cfg.txt:
-                        beside = infotext.written(known) + "\n"
-                        write_bytes(path.with_suffix(".txt"), beside.encode("utf-8", "replace"))
-                        record.file(path.with_suffix(".txt"))
-                    made += 1
-                    if cfg.output:
-                        sheet.append((picture, batch[k].prompt))
-                    if cfg.progress_strip:
-                        strip(cfg, sd, result.history, k, path.with_name(path.stem + "_steps.png"))
-                        record.file(path.with_name(path.stem + "_steps.png"), seed=seeds[k], prompt=batch[k].prompt)
+                made.add(first, batch, result)
     finally:  # what was finished is kept and listed, also after Ctrl-C
-        if sheet and cfg.output:
-            pictures, labels = zip(*sheet, strict=True)
+        made.close()
+    print(f"{made.count} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
+
+
+class Pictures:
+    """The pictures of a run on their way to the disk: one by one with what they remember, strips and texts beside them, and at the end a sheet.
+
+    facts: {setting: value} of all of them; finished(picture) -> the picture as it is written; resize: (width, height) or None.
+    """
+
+    def __init__(self, cfg, sd, record, facts, finished, tagged, number, named, resize):
+        self.cfg, self.sd, self.record, self.facts, self.finished, self.tagged = (
+            cfg,
+            sd,
+            record,
+            facts,
+            finished,
+            tagged,
+        )
+        self.number, self.named, self.resize = number, named, resize
+        self.sheet, self.latents, self.count = [], [], 0
+
+    def add(self, first, batch, result):
+        """Write the pictures of the Jobs `batch`, the first of which is the run's `first`-th."""
+        if self.cfg.save_latents:
+            self.latents.append(result.latents.cpu().float())
+        for k, (job, picture) in enumerate(zip(batch, images.to_pil(result.pixels), strict=True)):
+            picture = self.finished(picture)
+            picture = picture.resize(self.resize, images.Image.Resampling.LANCZOS) if self.resize else picture
+            self._write(first + k, job, picture)
+            if self.cfg.progress_strip:
+                beside = self.path.with_name(self.path.stem + "_steps.png")
+                strip(self.cfg, self.sd, result.history, k, beside)
+                self.record.file(beside, seed=job.seed, prompt=job.prompt)
+
+    def _write(self, index, job, picture):
+        cfg, out = self.cfg, self.record.out
+        facts = (
+            self.facts | {"prompt": job.prompt, "negative_prompt": job.negative, "seed": job.seed} | dict(job.others)
+        )
+        name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
+        self.path = unused(out / name, cfg) if self.named else out / name
+        known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(job))
+        images.save_png(picture, self.path, known if cfg.metadata else None)
+        self.record.file(self.path, seed=job.seed, prompt=job.prompt)
+        if cfg.txt:
+            write_bytes(self.path.with_suffix(".txt"), (infotext.written(known) + "\n").encode("utf-8", "replace"))
+            self.record.file(self.path.with_suffix(".txt"))
+        self.count += 1
+        if cfg.output:
+            self.sheet.append((picture, job.prompt))
+
+    def close(self):
+        """The sheet, the latents and run.json."""
+        cfg, record = self.cfg, self.record
+        if self.sheet:
+            pictures, labels = zip(*self.sheet, strict=True)
             if Path(cfg.output).exists():
                 print(f"note: {cfg.output}: replaces the sheet of an earlier run", file=sys.stderr)
             images.save_png(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
@@ -146,15 +173,14 @@ def main(cfg):
                 for i, picture in enumerate(pictures):
                     images.save_png(picture, folder / f"image_{i:03d}.png")
                     record.file(folder / f"image_{i:03d}.png")
-        if latents and cfg.save_latents:
-            weights.save_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
-            record.file(out / "latents.safetensors")
-        record.data["results"]["images"] = made
-        for replayed in sd.recorded.values():
+        if self.latents:
+            weights.save_tensors(record.out / "latents.safetensors", {"latents": torch.cat(self.latents)})
+            record.file(record.out / "latents.safetensors")
+        record.data["results"]["images"] = self.count
+        for replayed in self.sd.recorded.values():
             graphs = {"recorded": len(replayed.recordings), "megabytes": replayed.memory() >> 20}
             record.data["results"]["cuda_graph"] = graphs
         record.write()
-    print(f"{made} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 
 
 def known_words(prompts):
