@@ -131,31 +131,31 @@ class Pictures:
         """Write the pictures of the Jobs `batch`, the first of which is the run's `first`-th."""
         if self.cfg.save_latents:
             self.latents.append(result.latents.cpu().float())
-        for k, (job, picture) in enumerate(zip(batch, images.to_pil(result.pixels), strict=True)):
+        for k, (one, picture) in enumerate(zip(batch, images.to_pil(result.pixels), strict=True)):
             picture = self.finished(picture)
             picture = picture.resize(self.resize, images.Image.Resampling.LANCZOS) if self.resize else picture
-            self._write(first + k, job, picture)
+            self._write(first + k, one, picture)
             if self.cfg.progress_strip:
                 beside = self.path.with_name(self.path.stem + "_steps.png")
                 strip(self.cfg, self.sd, result.history, k, beside)
-                self.record.file(beside, seed=job.seed, prompt=job.prompt)
+                self.record.file(beside, seed=one.seed, prompt=one.prompt)
 
-    def _write(self, index, job, picture):
+    def _write(self, index, one, picture):
         cfg, out = self.cfg, self.record.out
         facts = (
-            self.facts | {"prompt": job.prompt, "negative_prompt": job.negative, "seed": job.seed} | dict(job.others)
+            self.facts | {"prompt": one.prompt, "negative_prompt": one.negative, "seed": one.seed} | dict(one.others)
         )
         name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
         self.path = unused(out / name, cfg) if self.named else out / name
-        known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(job))
+        known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(one))
         images.save_png(picture, self.path, known if cfg.metadata else None)
-        self.record.file(self.path, seed=job.seed, prompt=job.prompt)
+        self.record.file(self.path, seed=one.seed, prompt=one.prompt)
         if cfg.txt:
             write_bytes(self.path.with_suffix(".txt"), (infotext.written(known) + "\n").encode("utf-8", "replace"))
             self.record.file(self.path.with_suffix(".txt"))
         self.count += 1
         if cfg.output:
-            self.sheet.append((picture, job.prompt))
+            self.sheet.append((picture, one.prompt))
 
     def close(self):
         """The sheet, the latents and run.json."""
