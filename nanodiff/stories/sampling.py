@@ -116,14 +116,8 @@ class Pictures:
     """
 
     def __init__(self, cfg, sd, record, facts, finished, tagged, number, named, resize):
-        self.cfg, self.sd, self.record, self.facts, self.finished, self.tagged = (
-            cfg,
-            sd,
-            record,
-            facts,
-            finished,
-            tagged,
-        )
+        self.cfg, self.sd, self.record, self.facts = cfg, sd, record, facts
+        self.finished, self.tagged = finished, tagged
         self.number, self.named, self.resize = number, named, resize
         self.sheet, self.latents, self.count = [], [], 0
 
@@ -142,9 +136,8 @@ class Pictures:
 
     def _write(self, index, one, picture):
         cfg, out = self.cfg, self.record.out
-        facts = (
-            self.facts | {"prompt": one.prompt, "negative_prompt": one.negative, "seed": one.seed} | dict(one.others)
-        )
+        own = {"prompt": one.prompt, "negative_prompt": one.negative, "seed": one.seed}
+        facts = self.facts | own | dict(one.others)
         name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
         self.path = unused(out / name, cfg) if self.named else out / name
         known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(one))
