@@ -171,6 +171,7 @@ class Config:
         high=8,
         group="larger",
         often=True,
+        unit="x",
     )
     hires_strength: float = arg(0.6, "how much of it the second pass repaints, above 0 to 1", low=0.01, high=1)
     hires_steps: int | None = arg(

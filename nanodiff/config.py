@@ -60,16 +60,17 @@ class Stopped(Exception):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks and savers run."""
 
 
-def arg(default, help="", *aliases, choices=None, const=None, low=None, high=None, group=None, often=False):
+def arg(default, help="", *aliases, choices=None, const=None, low=None, high=None, group=None, often=False, unit=None):
     """A dataclass field with its help string.
 
     aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
     (`--resume` alone), which makes the flag's value optional. low, high: its bounds (see check_bounds).
     group: heading of this option and of those after it in --help. often: shown by --help; of a long list the others by --help-all.
+    unit: what may stand behind a number on the command line ("x": 1.5x).
     A field of a derived class keeps the bounds and the group of the one that it replaces.
     """
     metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "low": low, "high": high, "group": group,
-                "often": often}  # fmt: skip
+                "often": often, "unit": unit}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -380,9 +381,16 @@ def _add(parser, field, hint, shown_in_help=True, whole=True, defaults=types.Map
         kwargs |= {"action": "append", "type": one} if one is str else {"action": "extend", "nargs": "+", "type": one}
     else:
         kwargs |= {"type": kind, "choices": m["choices"]}
+    if unit := m["unit"]:
+        kwargs["type"] = lambda text: kind(text.removesuffix(unit))
+        kwargs["type"].__name__ = kind.__name__  # as it is called in an error
     if m["const"] is not None:
         kwargs |= {"nargs": "?", "const": m["const"]}
-    metavar = "{" + ",".join(m["choices"]) + "}" if m["choices"] else _metavar(field.name, kwargs["type"])
+    metavar = (
+        "{" + ",".join(m["choices"]) + "}"
+        if m["choices"]
+        else _metavar(field.name, kind if m["unit"] else kwargs["type"])
+    )
     parser.add_argument(*names, metavar=metavar, **kwargs)
 
 

@@ -160,3 +160,15 @@ def test_a_python_config_is_read_and_never_run(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=says):
             config.read_settings(path)
+
+
+def test_a_unit_may_stand_behind_a_number():
+    @dataclass
+    class Config:
+        hires: float | None = arg(None, "how much larger", unit="x", low=1)
+
+    for text, want in (("1.5x", 1.5), ("2", 2.0)):
+        assert parse(Config, ["--hires", text], "doc", {}, "prog").hires == want
+    for text in ("x", "1.5y", "1.5xx", "0.5x"):
+        with pytest.raises(UserError, match="hires"):
+            parse(Config, ["--hires", text], "doc", {}, "prog")

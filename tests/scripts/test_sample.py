@@ -323,7 +323,7 @@ def test_drawn_again_larger(tmp_path):
         "--width",
         "48",
         "--hires",
-        "1.5",
+        "1.5x",
         "--hires-strength",
         "0.5",
     )
