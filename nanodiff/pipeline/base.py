@@ -43,7 +43,7 @@ class Result:
     pixels: torch.Tensor | None  # [B, 3, H, W], about [-1, 1]; None of output_type "latent"
     latents: (
         torch.Tensor
-    )  # [B, C, h, w], final, as the VAE's decode() takes them; after `denoising_end` as `denoising_start` does
+    )  # [B, C, h, w], final, as the VAE's decode() takes them; of a part of a run with noise in them
     history: list = field(default_factory=list)  # the Steps, when asked for
     output_type: str = "pil"  # of `images`
 

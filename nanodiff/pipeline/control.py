@@ -194,7 +194,7 @@ def plan(name, unet, token=None, allow_pickle=False):
     if path.is_dir():
         return weights.skeleton(*_folder(path))
     _check_file(path, unet)
-    shapes, _ = _read(path, allow_pickle)
+    shapes, _ = weights.opened(path, allow_pickle)
     return weights.skeleton(ControlNetModel, _config(shapes, unet, _prefix(shapes, path)))
 
 
@@ -216,16 +216,6 @@ def _folder(path):
     return cls, cls.Config.from_json(raw, str(path / "config.json"))
 
 
-def _read(path, allow_pickle):
-    """({name: shape}, name -> tensor) of a file."""
-    if path.suffix not in weights.PICKLES:
-        return weights.header([path]), weights.open_file(path).get_tensor
-    if not allow_pickle:
-        raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
-    state = weights.load_pickle(path)
-    return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
-
-
 def _prefix(shapes, path):
     """What stands before a file's original names; None where they are diffusers'. Raises UserError for what is no ControlNet."""
     prefix = next((p for p in ("control_model.", "") if f"{p}input_hint_block.0.weight" in shapes), None)
@@ -240,7 +230,7 @@ def _prefix(shapes, path):
 
 def from_file(path, unet, dtype, device, allow_pickle=False):
     """load() of one file. Every tensor in it must be the ControlNet's."""
-    shapes, get = _read(path, allow_pickle)
+    shapes, get = weights.opened(path, allow_pickle)
     prefix = _prefix(shapes, path)
     model = weights.skeleton(ControlNetModel, _config(shapes, unet, prefix))
     state, known = {}, set()

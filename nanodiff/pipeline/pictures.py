@@ -83,7 +83,7 @@ def parse(text):
 def load(name, dtype, device, token=None, allow_pickle=False):
     """(IPAdapter, its file) of a file, or of a file in a Hub repository (org/name/path/in/it.safetensors). Raises UserError."""
     path = hub.file(name, token)
-    shapes, get = _read(path, allow_pickle)
+    shapes, get = weights.opened(path, allow_pickle, nested=True)
     model = weights.skeleton(IPAdapter, Config.from_shapes(shapes, path))
     state = {}
     for key, want in model.state_dict().items():
@@ -100,12 +100,12 @@ def stages(i, name, net, shown, encoder, dtype, token=None, allow_pickle=False):
     """(memory.Stage of the vision tower of the i-th adapter, of the adapter beside the denoiser `net`) for `shown` pictures, predicted on the meta device,
     without weights. Raises UserError for one that does not fit."""
     path = hub.file(parse(name)[0], token)
-    adapter = weights.skeleton(IPAdapter, Config.from_shapes(_read(path, allow_pickle)[0], path)).to(dtype)
+    adapter = weights.skeleton(
+        IPAdapter, Config.from_shapes(weights.opened(path, allow_pickle, nested=True)[0], path)
+    ).to(dtype)
     check_fit(adapter, net)
     folder = encoder_folder(encoder, path, adapter.cfg, token)
-    tower = weights.skeleton(CLIPVisionModel, CLIPVisionModel.Config.from_json(read_json(folder / "config.json"))).to(
-        dtype
-    )
+    tower = weights.skeleton(CLIPVisionModel, tower_config(folder)).to(dtype)
     side = tower.cfg.image_size
     pixels = torch.empty(shown, tower.cfg.num_channels, side, side, dtype=dtype, device="meta")
     seen = tower.states(pixels) if adapter.plus else tower(pixels)
@@ -113,16 +113,6 @@ def stages(i, name, net, shown, encoder, dtype, token=None, allow_pickle=False):
         memory.stage(f"image encoder {i}", tower, lambda: tower.states(pixels), dtype, {}),
         memory.stage(f"image prompt {i}", adapter, lambda: adapter.kv(adapter.tokens(seen)), dtype, {}),
     )
-
-
-def _read(path, allow_pickle):
-    """({name: shape}, name -> tensor) of a file."""
-    if path.suffix not in weights.PICKLES:
-        return weights.header([path]), weights.open_file(path).get_tensor
-    if not allow_pickle:
-        raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
-    state = weights.load_pickle(path, nested=True)
-    return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
 
 
 def encoder_folder(given, path, cfg, token=None):

@@ -15,9 +15,10 @@ from nanodiff.weights.safetensors import (
     metadata,
     model_hash,
     open_file,
+    opened,
     save_tensors,
     tensor_hash,
 )
 
 __all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata", "model_hash",
-           "open_file", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip
+           "open_file", "opened", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip

@@ -248,6 +248,16 @@ def load_pickle(path, inside="state_dict", nested=False):
     return tensors
 
 
+def opened(path, allow_pickle=False, nested=False):
+    """({name: shape}, name -> tensor) of a file, of a pickle only where that is allowed. nested: see load_pickle(). Raises UserError."""
+    if path.suffix not in PICKLES:
+        return header([path]), open_file(path).get_tensor
+    if not allow_pickle:
+        raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
+    state = load_pickle(path, nested=nested)
+    return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
+
+
 def save_tensors(path, tensors, metadata=None):
     """{name: tensor} -> a safetensors file, the bytes that safetensors' own writer makes (metadata sorted), but tensor by tensor, so that the
     file is never in memory as a whole. The new file replaces the old one, so a mapped file stays intact."""

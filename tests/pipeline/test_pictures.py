@@ -276,6 +276,9 @@ def test_command_line(models, files, tmp_path):
     assert np.abs(np.array(want.images[0]).astype(int) - a).max() <= 1
     dry = run("sample.py", "--model", TINY / "sd15", *ip, "--dry-run")
     assert dry.returncode == 0 and "image prompt 1" in dry.stdout and "image encoder" in dry.stdout, dry.stderr
+    whole = ("--image-encoder", TINY / "clip", "--dry-run")  # a whole CLIP has a tower in it
+    dry = run("sample.py", "--model", TINY / "sd15", *ip, *whole)
+    assert dry.returncode == 0 and "image encoder" in dry.stdout, dry.stderr
     offloaded = run("sample.py", *argv, *ip, "--offload", "model", "--output-dir", tmp_path / "c")
     assert offloaded.returncode == 0, offloaded.stderr
     c = np.array(Image.open(tmp_path / "c" / "00000.png"))
