@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps world-recursive world-transfer ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -50,10 +50,11 @@ world-study: $(STAMP)  ## what composition needs: short runs that differ in one 
 
 # What the small world's model is good for, on ground that can give way (how long each takes was not measured)
 WFEW     = $(OUT)/world-few-step
-WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WORLD)/scenes.tar --max-samples 6000 --batch-size 32 --lr 5e-4 --no-evaluate \
+WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WFEW)/scenes.tar --batch-size 32 --lr 5e-4 --no-evaluate \
 	--sample-every 0 --seed 1 --resume auto
 WSTUDENT = $(foreach m,guidance consistency progressive dmd,--model $(m)=$(WFEW)/$(m)/model:1)
-world-few-step: $(WORLD)/scenes.tar  ## four ways to fewer steps on the small world; exact score at 1, 2, 4, 8 and 50 steps
+world-few-step: $(STAMP)  ## four ways to fewer steps on the small world; exact score at 1, 2, 4, 8 and 50 steps
+	test -f $(WFEW)/scenes.tar || $(PY) -m assets.world.make $(WFEW)/scenes.tar --scenes 6000 --seed 3
 	$(WFEWSTEP) --method guidance --max-steps 400 --output-dir $(WFEW)/guidance
 	$(WFEWSTEP) --method consistency --max-steps 600 --output-dir $(WFEW)/consistency
 	$(WFEWSTEP) --method progressive --first-steps 8 --max-steps 200 --output-dir $(WFEW)/progressive
@@ -72,6 +73,32 @@ WLAYERS  = to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,n
 
 world-steps: $(STAMP)  ## exact score against steps, for two samplers and three guidance scales
 	$(PY) -m assets.world.steps --model assets/world --scheduler flow_euler,flow_heun --guidance 1,3,6 --steps 2,4,8,16,32 --captions 40 --output-dir $(OUT)/world-steps
+
+# Generations: trained on its own pictures alone, with half of them real, and on all generations so far
+WREC     = $(OUT)/world-recursive
+WRECURSE = $(PY) distill.py recursive --model assets/world --captions $(WREC)/scenes.tar --real $(WREC)/scenes.tar --data-root $(WREC)/data --models-root $(WREC)/models \
+	--cfg-scale 4 --steps 20 --num-images 400 --gen0-images 400 --epochs 10 --batch-size 32 --lr 3e-4 --draw-batch-size 50 --no-gradient-checkpointing --no-evaluate \
+	--target-gen 4 --output-dir $(WREC)
+WGEN     = $(WREC)/data/sd_to_sd_cfg_4_steps_20_gen_
+world-recursive: $(STAMP)  ## what is lost of the small world, generation after generation, and what slows the loss
+	test -f $(WREC)/scenes.tar || $(PY) -m assets.world.make $(WREC)/scenes.tar --scenes 400 --seed 7
+	$(WRECURSE)
+	$(WRECURSE) --real-fraction 0.5
+	$(WRECURSE) --accumulate
+	$(PY) -m assets.world.look $(WREC)/scenes.tar $(WGEN)0 $(foreach g,1 2 3 4,$(WGEN)$(g)) $(foreach g,1 2 3 4,$(WGEN)$(g)_real_0.5) $(foreach g,1 2 3 4,$(WGEN)$(g)_all) \
+		--output-dir $(WREC)/look
+
+# A student of half the width that reads with the teacher's text encoder: what it draws before, after the teacher's pictures, after its output on them
+WTRANS   = $(OUT)/world-transfer
+world-transfer: $(STAMP)  ## half the width learns from the whole: from its pictures, and from its output on them; exact score
+	test -f $(WTRANS)/scenes.tar || $(PY) -m assets.world.make $(WTRANS)/scenes.tar --scenes 6000 --seed 9
+	test -d $(WTRANS)/captions || $(PY) -m nanodiff.captionset export $(WTRANS)/scenes.tar $(WTRANS)/captions
+	$(PY) train.py diffusion --preset world --model-config assets/world/half.json --text-encoder assets/world --vae assets/world --data $(WTRANS)/scenes.tar \
+		--max-steps 600 --lr 2e-3 --lr-warmup-steps 50 --sample-every 0 --checkpointing-steps 0 --resume auto --output-dir $(WTRANS)/student
+	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student/model --teacher assets/world --prompt-source $(WTRANS)/captions/titles.csv --prompt-column Title \
+		--num-images 1000 --num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs 40 --batch-size 64 --lr 1e-3 \
+		--lr-warmup-steps 0.1 --ema --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(WTRANS)/output
+	$(foreach m,$(WTRANS)/student $(WTRANS)/output/checkpoints $(WTRANS)/output/checkpoints/online,$(PY) -m assets.world.score --model $(m)/model --captions 100 &&) true
 
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score

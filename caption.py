@@ -186,7 +186,7 @@ class Train(Training, Files):
         often=True,
     )
     vision_model: str = arg("google/vit-base-patch16-224", "the ViT: folder or Hub id", often=True)
-    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA from scratch, wholly trained", choices=("pretrained", "tiny", "nano"), often=True)  # fmt: skip
+    model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA from scratch, wholly trained", choices=("pretrained", "tiny", "nano", "world"), often=True)  # fmt: skip
     lora: bool = arg(True, "train adapters beside frozen models; --no-lora: all of both", group="adapters", often=True)
     lora_r: int = arg(8, "rank of the language model's adapters", "lora-rank", low=1, often=True)
     lora_alpha: float = arg(32.0, "their strength is alpha / rank")

@@ -474,10 +474,11 @@ def rms_norm(x, weight=None, eps=1e-6, plus_one=False):
 
 
 def _rms(x, weight, eps, plus_one):
-    """By PyTorch; 1 + weight in fp32, since bf16 has 8 bits for it."""
-    if not plus_one or x.dtype not in (torch.bfloat16, torch.float16):
+    """By PyTorch; in fp32 where it would warn of two types (fp32 weights under autocast), and for 1 + weight, since bf16 has 8 bits for it."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if weight is None or not half or (weight.dtype == x.dtype and not plus_one):
         return F.rms_norm(x, x.shape[-1:], 1 + weight if plus_one else weight, eps)
-    return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float() if plus_one else weight.float(), eps).to(x.dtype)
 
 
 def _rope_plan(x, weight, cos, sin, eps, plus_one):

@@ -37,11 +37,11 @@ def step(*words):
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def learn(out, train, val, images, seed, updates):
+def learn(out, train, val, images, seed, updates, flags=LEARN):
     """Train a captioner, if there is none; returns its last checkpoint (by validation loss the best one is an early one that has no words yet)."""
     if not (out / "run.json").is_file():
         paths = [word for folder in images for word in ("--image-path", folder)]
-        step("caption.py", "train", *LEARN, "--train-csv-path", train, "--val-csv-path", val, *paths, "--seed", seed, "--max-steps", updates,
+        step("caption.py", "train", *flags, "--train-csv-path", train, "--val-csv-path", val, *paths, "--seed", seed, "--max-steps", updates,
              "--output-dir", out)  # fmt: skip
     return out / "checkpoints" / "last_checkpoint"
 

@@ -24,11 +24,17 @@ from nanodiff.files import out_dir, write_file
 def write(path, count, seed, task=None, held=False, colour=None, first=0):
     """`count` scenes into a tar: 000000.png, .txt. Scene i is drawn from (seed, i), so that a longer set begins as a shorter one, and
     shards with scenes first, first + 1, … are together what one would be."""
+    numbers = range(first, first + count)
+    drawn = (scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour) for i in numbers)
+    pack(path, drawn, count, first)
+
+
+def pack(path, drawn, count, first=0):
+    """`count` scenes of an iterable into a tar, numbered from `first` on."""
 
     def fill(file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in tqdm(range(first, first + count), desc="scenes", disable=None):
-                scene = scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour)
+            for i, scene in enumerate(tqdm(drawn, desc="scenes", total=count, disable=None), first):
                 data = io.BytesIO()
                 scene.picture().save(data, "PNG")
                 add(tar, f"{i:06d}.png", data.getvalue())

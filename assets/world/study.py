@@ -1,55 +1,86 @@
-"""What composition needs, measured: short runs of train.py that differ in one thing, three seeds each, and one run looked at as it learns.
+"""What composition needs, measured on single objects: short runs of train.py that differ in one thing, three seeds each; and what is learned first.
 
-    python -m assets.world.study runs --data out/world/scenes.tar --vae out/world/vae/model --output-dir out/world-study [--only adamw,text-3]
-    python -m assets.world.study emergence --run out/world/model --output-dir out/world-study
+    python -m assets.world.study runs --output-dir out/world-study [--only adamw,text-3]
+    python -m assets.world.study emergence --run out/world-study/recipe-0 --output-dir out/world-study
 
-`runs` writes results.json, table.md and curves.png; a run that is there is not made again. `emergence` scores the models that
-`train.py --save-model-epochs N` left (model-epoch-N), task by task: emergence.json and emergence.png.
+`runs` draws scenes of one object, trains the embedded model's network on them from scratch in the latents of its VAE, and asks for the kinds that were in
+training and for the eight that are held out in every run (held_out.json): results.json, table.md and curves.png; a run that is there is not made again.
+`emergence` scores the models that `train.py --save-model-epochs N` left (model-epoch-N), part by part, of any task: emergence.json and emergence.png.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from assets.nano.captions import interval
-from assets.world import score
+from assets.world import make, scenes, score
 from nanodiff.config import UserError, read_json, tool
 from nanodiff.files import out_dir, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
-RUNS = {  # name: (what it is, flags of train.py, settings of the drawing)
-    "recipe": ("the recipe: flow, logit-normal times, Muon", [], {}),
-    "adamw": ("AdamW in place of Muon", ["--optimizer", "adamw"], {}),
-    "uniform": ("uniform times", ["--timestep-sampling", "uniform"], {}),
-    "v": (
-        "v-prediction on a noise schedule",
-        ["--prediction-type", "v_prediction", "--timestep-sampling", "uniform"],
-        {},
-    ),
-    "sample": (
-        "x0-prediction, min-SNR-5",
-        ["--prediction-type", "sample", "--timestep-sampling", "uniform", "--min-snr", "5"],
-        {},
-    ),
-    "text-3": ("text encoder of 3 layers, not 1", ["--text-config", "{text-3}"], {}),
-    "data-1000": ("1,000 scenes", ["--max-samples", "1000"], {}),
-    "data-5000": ("5,000 scenes", ["--max-samples", "5000"], {}),
-    "no-ema": ("without averaged weights", ["--no-ema"], {}),
-    "guidance-1": ("drawn without guidance", None, {"guidance_scale": 1.0}),  # None: the model of `recipe`
-    "guidance-4": ("drawn with guidance 4", None, {"guidance_scale": 4.0}),
-}
+EIGHTH = len(scenes.KINDS) // 8
+RUNS = {  # name: (what it is, kinds held out, flags of train.py, settings of the drawing)
+    "recipe": ("the recipe: 8 of 64 kinds held out, 5,000 scenes, flow, logit-normal times, Muon, guidance 4", 8, [], {}),
+    "held-24": ("24 kinds held out", 24, [], {}),
+    "held-40": ("40 kinds held out", 40, [], {}),
+    "data-1000": ("1,000 scenes", 8, ["--max-samples", "1000"], {}),
+    "data-200": ("200 scenes", 8, ["--max-samples", "200"], {}),
+    "text-3": ("text encoder of 3 layers, not 1", 8, ["--text-config", "{text-3}"], {}),
+    "v": ("v-prediction on a noise schedule", 8, ["--prediction-type", "v_prediction", "--timestep-sampling", "uniform"], {}),
+    "sample": ("x0-prediction, min-SNR-5", 8, ["--prediction-type", "sample", "--timestep-sampling", "uniform", "--min-snr", "5"], {}),
+    "uniform": ("uniform times", 8, ["--timestep-sampling", "uniform"], {}),
+    "adamw": ("AdamW in place of Muon", 8, ["--optimizer", "adamw"], {}),
+    "no-ema": ("without averaged weights", 8, ["--no-ema"], {}),
+    "guidance-1": ("drawn without guidance", 8, None, {"guidance_scale": 1.0}),  # None: the model of `recipe`
+    "guidance-2": ("drawn with guidance 2", 8, None, {"guidance_scale": 2.0}),
+    "guidance-8": ("drawn with guidance 8", 8, None, {"guidance_scale": 8.0}),
+}  # fmt: skip
+
+
+def held(count):
+    """The first `count` kinds to hold out, a multiple of eight: those of held_out.json, then others, so that each colour and each shape is lost as often as any other."""
+    first = [next(k for k in scenes.held_out().kinds if k.colour == colour) for colour in scenes.COLOURS]
+    n = len(scenes.SHAPES)
+    return [
+        scenes.Kind(kind.colour, scenes.SHAPES[(scenes.SHAPES.index(kind.shape) + turn) % n])
+        for turn in range(count // n)
+        for kind in first
+    ]
+
+
+def singles(kinds, seed):
+    """Scenes of one object of these kinds, without end; the i-th draw is from (seed, i)."""
+    drawn = (scenes.random_scene(np.random.default_rng((seed, i)), "one", None) for i in itertools.count())
+    return (scene for scene in drawn if scene.things[0].kind in kinds)
+
+
+def asked(kinds, count):
+    """`count` scenes of one object of these kinds, no two captions alike."""
+    found = {}
+    for scene in singles(kinds, score.SEED):
+        found.setdefault(scene.caption, scene)
+        if len(found) == count:
+            return list(found.values())
 
 
 def train(out, name, seed, args):
     """The folder of a run's model, trained unless it is there."""
-    flags = RUNS[name][1]
+    _, count, flags, _ = RUNS[name]
     run = out / f"{'recipe' if flags is None else name}-{seed}"
     if not (run / "model" / "model_index.json").exists():
+        shard = out / f"held-{count}.tar"
+        if not shard.exists():
+            kinds = set(scenes.KINDS) - set(held(count))
+            make.pack(shard, itertools.islice(singles(kinds, 1), args.scenes), args.scenes)
         flags = [f.replace("{text-3}", str(out / "text-3.json")) for f in flags or []]
-        common = ["--preset", "world", "--data", args.data, "--vae", args.vae, "--max-steps", args.updates, "--sample-every", 0, "--seed", seed,
-                  "--cache-dir", out / "cache", "--checkpoints-total-limit", 1, "--resume", "auto", "--output-dir", run]  # fmt: skip
+        common = ["--preset", "world", "--model-config", "assets/world/transformer/config.json", "--vae", "assets/world", "--data", shard, "--max-steps", args.updates,
+                  "--batch-size", args.batch_size, "--lr", args.lr, "--lr-warmup-steps", 50, "--sample-every", 0, "--save-model-epochs", 1 if name == "recipe" and not seed else 0,
+                  "--seed", seed, "--cache-dir", out / "cache", "--checkpoints-total-limit", 1, "--resume", "auto", "--output-dir", run]  # fmt: skip
         if code := subprocess.run(
             [sys.executable, "train.py", "diffusion", *map(str, common), *flags], cwd=ROOT
         ).returncode:
@@ -57,15 +88,18 @@ def train(out, name, seed, args):
     return run / "model"
 
 
-def summary(scores):
-    """{name: number} of one run: the two means, and single objects by attribute."""
-    both = {g: scores[g]["one"]["parts"] for g in scores}
-    return {
-        "seen": score.mean(scores["seen"]),
-        "held-out": score.mean(scores["held-out"]),
-        **{name: both["seen"][name] for name in ("ground", "colour", "shape", "count")},
-        "held-out shape": both["held-out"]["shape"],
-    }
+def summary(sd, name, count):
+    """{name: number} of one run: the share of pictures that are right, of kinds seen and held out, and of their parts, whatever else is wrong."""
+    _, out, _, settings = RUNS[name]
+    found = {}
+    for group, kinds in (("seen", set(scenes.KINDS) - set(held(out))), ("held-out", set(held(EIGHTH)))):
+        some = asked(kinds, count)
+        wrong, parts = score.judge(
+            score.draw(sd, [s.caption for s in some], say=group, **settings), [s.told for s in some]
+        )
+        found[group] = wrong.count(None) / count
+        found |= {f"{group} {part}": parts[part] for part in ("colour", "shape")}
+    return found
 
 
 def runs(args):
@@ -86,9 +120,17 @@ def runs(args):
             if f"{name}-{seed}" in results:
                 continue
             sd = pipeline.load(train(out, name, seed, args))
-            results[f"{name}-{seed}"] = summary(score.score(sd, args.captions, **RUNS[name][2]))
+            results[f"{name}-{seed}"] = summary(sd, name, args.captions)
             write_json(kept, results)
             print(f"{name}, seed {seed}: {results[f'{name}-{seed}']}", flush=True)
+    write_bytes(out / "table.md", (table(results) + "\n").encode())
+    logs = {RUNS[n][0]: out / f"{n}-0" / "metrics.jsonl" for n in RUNS if (out / f"{n}-0" / "metrics.jsonl").exists()}
+    charts.curves(logs, out / "curves.png")
+    print(table(results))
+
+
+def table(results):
+    """Markdown: means over the seeds with 95 % intervals."""
     columns = list(next(iter(results.values())))
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for name in RUNS:
@@ -96,10 +138,7 @@ def runs(args):
             cells = [interval([r[c] for r in some]) for c in columns]
             shown = [f"{m:.3f}" + (f" ± {h:.3f}" if h == h else "") for m, h in cells]
             lines.append(f"| {RUNS[name][0]} | {len(some)} | " + " | ".join(shown) + " |")
-    write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
-    logs = {RUNS[n][0]: out / f"{n}-0" / "metrics.jsonl" for n in RUNS if (out / f"{n}-0" / "metrics.jsonl").exists()}
-    charts.curves(logs, out / "curves.png")
-    print("\n".join(lines))
+    return "\n".join(lines)
 
 
 def emergence(args):
@@ -107,6 +146,8 @@ def emergence(args):
     from nanodiff.output import charts
 
     out = out_dir(args.output_dir.resolve())
+    if unknown := [t for t in args.tasks if t not in scenes.TASKS]:
+        raise UserError(f"--tasks {unknown[0]}: is none of {', '.join(scenes.TASKS)}")
     found = sorted(args.run.glob("model-epoch-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if not found:
         raise UserError(f"{args.run}: has no model-epoch-N (train.py --save-model-epochs)")
@@ -115,17 +156,17 @@ def emergence(args):
     rows = {}
     for folder in found:
         updates = last[int(folder.name.rpartition("-")[2])]
-        scores = score.score(pipeline.load(folder), args.captions)
+        scores = score.score(pipeline.load(folder), args.captions, args.tasks)
         rows[updates] = {f"{task}, {group}": s["share"] for group, tasks in scores.items() for task, s in tasks.items()}
-        rows[updates] |= {f"{part} of one": share for part, share in scores["seen"]["one"]["parts"].items()}
+        for group, tasks in scores.items():
+            rows[updates] |= {
+                f"{part} of {args.tasks[0]}, {group}": share for part, share in tasks[args.tasks[0]]["parts"].items()
+            }
         print(updates, {k: round(v, 3) for k, v in rows[updates].items()}, flush=True)
         write_json(out / "emergence.json", rows)
-    series = lambda end: {k: [r[k] for r in rows.values()] for k in next(iter(rows.values())) if k.endswith(end)}  # noqa: E731
-    panels = {
-        "seen in training": series(", seen"),
-        "held out": series(", held-out"),
-        "single objects, by part": series(" of one"),
-    }
+    names = list(next(iter(rows.values())))
+    series = lambda group: {k.removesuffix(group): [r[k] for r in rows.values()] for k in names if k.endswith(group)}  # noqa: E731
+    panels = {"seen in training": series(", seen"), "held out": series(", held-out")}
     charts.lines(out / "emergence.png", list(rows), panels, "updates")
 
 
@@ -133,15 +174,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
     a = stages.add_parser("runs")
-    a.add_argument("--data", required=True)
-    a.add_argument("--vae", required=True)
-    a.add_argument("--updates", type=int, default=1500)
+    a.add_argument("--scenes", type=int, default=5000, help="in training")
+    a.add_argument("--updates", type=int, default=600)
+    a.add_argument("--batch-size", type=int, default=32)
+    a.add_argument("--lr", type=float, default=2e-3)
     a.add_argument("--seeds", type=int, default=3)
     a.add_argument("--only", help="comma-separated names of runs: " + ", ".join(RUNS))
     b = stages.add_parser("emergence")
     b.add_argument("--run", type=Path, required=True)
+    b.add_argument(
+        "--tasks", type=score.numbers(str), default=["one"], help=f"comma-separated: {', '.join(scenes.TASKS)}"
+    )
     for stage, what in ((a, runs), (b, emergence)):
-        stage.add_argument("--captions", type=int, default=100, help="of each task, seen and held out")
+        stage.add_argument("--captions", type=int, default=200, help="of each group (and task)")
         stage.add_argument("--output-dir", type=Path, default=Path("out/world-study"))
         stage.set_defaults(what=what)
     args = parser.parse_args()

@@ -67,9 +67,7 @@ def sigma_grid(schedule, n):
     top = cfg.get("sigma_max") or float(span[0])
     low = cfg.get("sigma_min") or float(span[1])
     other = respaced(cfg, top, low, n)
-    if table := schedule.raw.get(GRID):
-        if table not in TABLES:
-            raise UserError(f"scheduler_config.json: {GRID} = {short(table)} is none of {', '.join(TABLES)}")
+    if table := table_of(schedule):
         other = TABLES[table](schedule, n)
     if converted := other is not None:
         sigmas = other
@@ -130,6 +128,13 @@ def sgm_uniform(schedule, n):
     return np.interp(np.linspace(schedule.T - 1, 0, n + 1)[:-1], np.arange(len(every)), every)
 
 
+def table_of(schedule):
+    """The name in TABLES of the grid that a schedule's own is replaced by, or None. Raises UserError for another name."""
+    if (table := schedule.raw.get(GRID)) and table not in TABLES:
+        raise UserError(f"scheduler_config.json: {GRID} = {short(table)} is none of {', '.join(TABLES)}")
+    return table
+
+
 TABLES = {"ays": aligned("ays"), "ays_xl": aligned("ays_xl"), "sgm_uniform": sgm_uniform}
 # by the name on the command line: fields of scheduler_config.json
 SIGMAS = {
@@ -182,7 +187,8 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     """σ [n+1] of flow matching from 1 to 0, shifted towards noise for large pictures (Esser et al. 2024 eq. 23).
 
     The shift is applied to the grid's lower end first and then to the whole grid, as the reference does: with shift 3
-    and 4 steps the last σ before 0 is 0.0089.
+    and 4 steps the last σ before 0 is 0.0089. That last step does next to nothing; with the grid sgm_uniform, which SD 3.5 is drawn with in
+    ComfyUI, it is left out: of n + 1 even levels the first n.
     """
     cfg, shift = schedule.cfg, schedule.cfg["shift"]
 
@@ -195,7 +201,10 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     if cfg["use_dynamic_shifting"] and mu is None:
         raise UserError("this scheduler shifts by picture size (use_dynamic_shifting): mu is needed")
     low = 1 / schedule.T if cfg["use_dynamic_shifting"] else shifted(1 / schedule.T)
-    sigmas = shifted(np.linspace(1.0, low, n) if grid is None else np.array(grid))
+    if (table := table_of(schedule)) not in (None, "sgm_uniform"):
+        raise UserError(f"scheduler_config.json: {GRID} = {table} is no grid of a flow")
+    even = np.linspace(1.0, low, n + 1)[:-1] if table else np.linspace(1.0, low, n)
+    sigmas = shifted(even if grid is None else np.array(grid))
     if cfg["shift_terminal"]:
         sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
     top, low = float(sigmas[0]), float(sigmas[-1])

@@ -402,7 +402,8 @@ def spaced_by(schedule, name, sigmas, large=False):
         raise UserError(f"`sigmas` {printable(sigmas)}: is none of {', '.join(SIGMAS)}{nearest(sigmas, SIGMAS)}")
     found = rescheduled(schedule, name)
     (field, value), *_ = SIGMAS[sigmas].items()
-    if found.space != "sigma" if field == GRID else field not in DEFAULTS[found.kind]:
+    known = {"sigma": TABLES, "flow": ("sgm_uniform",)}.get(found.space, ()) if field == GRID else ()
+    if value not in known if field == GRID else field not in DEFAULTS[found.kind]:
         raise UserError(f"`sigmas` {sigmas}: {name_of(found)} has no such grid")
     if name is not None and any(SAMPLERS[name].fields.get(k) for k in SPACINGS if k != field):
         raise UserError(f"`sigmas` {sigmas}: `scheduler` {name} is that of another grid; name it without")

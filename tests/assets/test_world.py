@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,6 +308,51 @@ def test_study_says_means_with_intervals():
     assert abs(mean - 0.2) < 1e-12 and abs(half - 4.302653 * 0.1 / 3**0.5) < 1e-6
 
 
+def test_study_holds_out_each_colour_and_shape_as_often():
+    from assets.world import study
+
+    assert set(study.held(8)) == scenes.held_out().kinds
+    for count in (8, 24, 40):
+        kinds = study.held(count)
+        assert len(set(kinds)) == count and set(study.held(8)) <= set(kinds)
+        assert {sum(k.colour == c for k in kinds) for c in scenes.COLOURS} == {count // 8}
+        assert {sum(k.shape == s for k in kinds) for s in scenes.SHAPES} == {count // 8}
+    some = study.asked(set(kinds), 60)
+    assert len({s.caption for s in some}) == 60
+    assert all(len(s.things) == 1 and s.things[0].kind in kinds for s in some)
+
+
+def test_study_trains_without_what_it_asks_for(tmp_path, monkeypatch):
+    """The runs of three seeds: what train.py is given, and a model that draws only what is in its shard."""
+    from assets.world import study
+    from nanodiff import data, pipeline
+
+    began = []
+
+    def trained(argv, cwd):
+        flag = lambda name: argv[argv.index(name) + 1]  # noqa: E731
+        began.append((Path(flag("--output-dir")).name, flag("--seed")))
+        shown = {scenes.parse(text).objects[0][0] for text in data.load(flag("--data")).captions}
+        assert not shown & set(study.held(24 if "held" in began[-1][0] else 8)), "held out, and shown"
+        model = Path(flag("--output-dir")) / "model"
+        model.mkdir(parents=True)
+        (model / "model_index.json").write_text("{}")
+        (model.parent / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1.0}\n')
+        return SimpleNamespace(returncode=0)
+
+    known = study.asked(set(scenes.KINDS), 400)
+    monkeypatch.setattr(study.subprocess, "run", trained)
+    monkeypatch.setattr(pipeline, "load", lambda folder: Painter(known + study.asked(set(study.held(8)), 20) + study.asked(set(scenes.KINDS) - set(study.held(8)), 20) + study.asked(set(scenes.KINDS) - set(study.held(24)), 20)))  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["study", "runs", "--only", "recipe,held-24,guidance-1", "--seeds", "2", "--scenes", "60", "--captions", "20", "--output-dir", str(tmp_path)])  # fmt: skip
+    assert study.main() == 0
+    assert began == [("recipe-0", "0"), ("held-24-0", "0"), ("recipe-1", "1"), ("held-24-1", "1")], (
+        "guidance has no run of its own"
+    )
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found) == 6 and all(set(r.values()) == {1.0} for r in found.values())
+    assert "| 24 kinds held out | 2 | 1.000 ± 0.000 |" in (tmp_path / "table.md").read_text()
+
+
 @pytest.mark.parametrize("task", scenes.TASKS)
 def test_a_caption_is_understood_again(task):
     for i in range(300):
@@ -402,7 +448,8 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         (("score", "--model", "nowhere"), "error: model 'nowhere' not found"),
         (("steps", "--model", "a=b:c", "--output-dir", "{}"), "error: --model a=b:c: 'c' is no guidance scale"),
         (("steps", "--model", "a", "--steps", "1,x", "--output-dir", "{}"), "argument --steps: invalid list of int value: '1,x'"),
-        (("study", "runs", "--data", "d", "--vae", "v", "--only", "x", "--output-dir", "{}"), "error: --only x: is none of recipe, "),
+        (("study", "runs", "--only", "x", "--output-dir", "{}"), "error: --only x: is none of recipe, "),
+        (("study", "emergence", "--run", "{}", "--tasks", "two", "--output-dir", "{}"), "error: --tasks two: is none of one, "),
         (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
         (("look", "nowhere"), "error: nowhere: no such folder"),
     ],

@@ -559,6 +559,20 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     assert samplers.spaced_by(flow, None, "beta").cfg["use_beta_sigmas"]
     with pytest.raises(UserError, match="has no such grid"):
         samplers.spaced_by(flow, None, "ays")
+    with pytest.raises(UserError, match="_grid = ays is no grid of a flow"):
+        samplers.flow_sigmas(Schedule.from_config({**flow.raw, "_grid": "ays"}), 4)
+    for shift in (
+        1.0,
+        3.0,
+    ):  # ComfyUI's: even times from 1 down to the training's lowest level, the last left out, then shifted
+        other = samplers.spaced_by(Schedule.from_config({**flow.raw, "shift": shift}), None, "sgm_uniform")
+        bend = lambda s, shift=shift: shift * s / (1 + (shift - 1) * s)  # noqa: E731
+        low = bend(0.001)
+        want = [bend(1 - i * (1 - low) / 4) for i in range(4)] + [0]
+        np.testing.assert_allclose(samplers.flow_sigmas(other, 4), want, rtol=1e-6)
+        assert samplers.flow_sigmas(other, 4)[3] > 0.24 and samplers.flow_sigmas(other, 1) == [1, 0]
+        assert samplers.times(other, 4) == [s * 1000 for s in samplers.flow_sigmas(other, 4)[:-1]]
+        assert samplers.spaced_by(other, None, "beta").raw["_grid"] is None, "another grid takes its place"
 
 
 def test_a_models_own_grid_makes_room():
