@@ -12,7 +12,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps world-recursive world-transfer ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps world-recursive world-transfer world-captioner world-synthetic ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -45,8 +45,9 @@ world: $(WORLD)/scenes.tar  ## draw 30,000 scenes of shapes and train the model 
 world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (ten minutes; MODEL=folder)
 	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
 
-world-study: $(STAMP)  ## what composition needs: short runs that differ in one thing, three seeds each (hours; after make world)
-	$(PY) -m assets.world.study runs --data $(WORLD)/scenes.tar --vae $(WORLD)/vae/model --output-dir $(OUT)/world-study
+world-study: $(STAMP)  ## what composition needs: short runs on single objects that differ in one thing, three seeds each; what is learned first (hours)
+	$(PY) -m assets.world.study runs --output-dir $(OUT)/world-study
+	$(PY) -m assets.world.study emergence --run $(OUT)/world-study/recipe-0 --output-dir $(OUT)/world-study
 
 # What the small world's model is good for, on ground that can give way (how long each takes was not measured)
 WFEW     = $(OUT)/world-few-step
@@ -55,10 +56,10 @@ WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WFEW)/scenes.
 WSTUDENT = $(foreach m,guidance consistency progressive dmd,--model $(m)=$(WFEW)/$(m)/model:1)
 world-few-step: $(STAMP)  ## four ways to fewer steps on the small world; exact score at 1, 2, 4, 8 and 50 steps
 	test -f $(WFEW)/scenes.tar || $(PY) -m assets.world.make $(WFEW)/scenes.tar --scenes 6000 --seed 3
-	$(WFEWSTEP) --method guidance --max-steps 400 --output-dir $(WFEW)/guidance
-	$(WFEWSTEP) --method consistency --max-steps 600 --output-dir $(WFEW)/consistency
-	$(WFEWSTEP) --method progressive --first-steps 8 --max-steps 200 --output-dir $(WFEW)/progressive
-	$(WFEWSTEP) --method dmd --student $(WFEW)/consistency/model --max-steps 400 --output-dir $(WFEW)/dmd
+	$(WFEWSTEP) --method guidance --max-steps 300 --output-dir $(WFEW)/guidance
+	$(WFEWSTEP) --method consistency --max-steps 400 --output-dir $(WFEW)/consistency
+	$(WFEWSTEP) --method progressive --first-steps 8 --max-steps 150 --output-dir $(WFEW)/progressive
+	$(WFEWSTEP) --method dmd --student $(WFEW)/consistency/model --max-steps 300 --output-dir $(WFEW)/dmd
 	$(PY) -m assets.world.steps --model teacher=assets/world $(WSTUDENT) --steps 1,2,4,8,50 --captions 40 --output-dir $(WFEW)
 
 WLORA    = $(OUT)/world-lora
@@ -78,27 +79,41 @@ world-steps: $(STAMP)  ## exact score against steps, for two samplers and three 
 WREC     = $(OUT)/world-recursive
 WRECURSE = $(PY) distill.py recursive --model assets/world --captions $(WREC)/scenes.tar --real $(WREC)/scenes.tar --data-root $(WREC)/data --models-root $(WREC)/models \
 	--cfg-scale 4 --steps 20 --num-images 400 --gen0-images 400 --epochs 10 --batch-size 32 --lr 3e-4 --draw-batch-size 50 --no-gradient-checkpointing --no-evaluate \
-	--target-gen 4 --output-dir $(WREC)
+	--target-gen 3 --output-dir $(WREC)
 WGEN     = $(WREC)/data/sd_to_sd_cfg_4_steps_20_gen_
 world-recursive: $(STAMP)  ## what is lost of the small world, generation after generation, and what slows the loss
 	test -f $(WREC)/scenes.tar || $(PY) -m assets.world.make $(WREC)/scenes.tar --scenes 400 --seed 7
 	$(WRECURSE)
 	$(WRECURSE) --real-fraction 0.5
 	$(WRECURSE) --accumulate
-	$(PY) -m assets.world.look $(WREC)/scenes.tar $(WGEN)0 $(foreach g,1 2 3 4,$(WGEN)$(g)) $(foreach g,1 2 3 4,$(WGEN)$(g)_real_0.5) $(foreach g,1 2 3 4,$(WGEN)$(g)_all) \
-		--output-dir $(WREC)/look
+	$(PY) -m assets.world.look --series "real scenes" $(WREC)/scenes.tar --series alone $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)) \
+		--series "half real" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_real_0.5) --series "all so far" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_all) --output-dir $(WREC)/look
 
 # A student of half the width that reads with the teacher's text encoder: what it draws before, after the teacher's pictures, after its output on them
 WTRANS   = $(OUT)/world-transfer
 world-transfer: $(STAMP)  ## half the width learns from the whole: from its pictures, and from its output on them; exact score
 	test -f $(WTRANS)/scenes.tar || $(PY) -m assets.world.make $(WTRANS)/scenes.tar --scenes 6000 --seed 9
-	test -d $(WTRANS)/captions || $(PY) -m nanodiff.captionset export $(WTRANS)/scenes.tar $(WTRANS)/captions
 	$(PY) train.py diffusion --preset world --model-config assets/world/half.json --text-encoder assets/world --vae assets/world --data $(WTRANS)/scenes.tar \
 		--max-steps 600 --lr 2e-3 --lr-warmup-steps 50 --sample-every 0 --checkpointing-steps 0 --resume auto --output-dir $(WTRANS)/student
-	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student/model --teacher assets/world --prompt-source $(WTRANS)/captions/titles.csv --prompt-column Title \
+	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student/model --teacher assets/world --prompt-source $(WTRANS)/scenes.tar \
 		--num-images 1000 --num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs 40 --batch-size 64 --lr 1e-3 \
 		--lr-warmup-steps 0.1 --ema --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(WTRANS)/output
 	$(foreach m,$(WTRANS)/student $(WTRANS)/output/checkpoints $(WTRANS)/output/checkpoints/online,$(PY) -m assets.world.score --model $(m)/model --captions 100 &&) true
+
+# A captioner of scenes, from scratch; then whether one with few originals is helped by synthetic ones
+WCAP     = $(OUT)/world-captioner
+world-captioner: $(STAMP)  ## a captioner that reads scenes: exact sentences, seen and held out; captions drawn, told and drawn again
+	test -f $(WCAP)/scenes.tar || $(PY) -m assets.world.make $(WCAP)/scenes.tar --scenes 30000 --seed 1
+	test -f $(WCAP)/scenes/titles.csv || $(PY) -m nanodiff.captionset export $(WCAP)/scenes.tar $(WCAP)/scenes
+	$(PY) caption.py split --original-csv $(WCAP)/scenes/titles.csv --val-share 0.01 --test-share 0.005 --output-dir $(WCAP)/data
+	$(PY) caption.py train --model-size world --optimizer muon --lr 2e-3 --lr-scheduler cosine --lr-warmup-steps 50 --adam-beta2 0.99 --batch-size 64 --max-steps 2400 \
+		--mixed-precision no --projector-dropout 0 --samples 4 --max-new-tokens 24 --save-epochs 0 --resume auto --image-path $(WCAP)/scenes/images \
+		--train-csv-path $(WCAP)/data/train.csv --val-csv-path $(WCAP)/data/val.csv --test-csv-path $(WCAP)/data/test.csv --output-dir $(WCAP)/captioner
+	$(PY) -m assets.world.telling score --model-file $(WCAP)/captioner/checkpoints/last_checkpoint --output-dir $(WCAP)
+	$(PY) -m assets.world.telling trip --model-file $(WCAP)/captioner/checkpoints/last_checkpoint --output-dir $(WCAP)
+
+world-synthetic: $(STAMP)  ## does synthetic data help a captioner that has few originals? three seeds, exact scores, with and without the reader's filter
+	$(PY) -m assets.world.synthetic --output-dir $(OUT)/world-synthetic
 
 demo-score: $(STAMP)  ## how many of 200 captions the embedded model draws recognisably
 	$(PY) -m assets.nano.score

@@ -1,7 +1,10 @@
-"""What is in folders of drawn scenes?   python -m assets.world.look DATA … [--output-dir DIR]
+"""What is in folders of drawn scenes?
+
+    python -m assets.world.look DATA …
+    python -m assets.world.look --series alone GEN_0 GEN_1 GEN_2 --series "half real" GEN_0 GEN_1_real_0.5 GEN_2_real_0.5 --output-dir out/look
 
 DATA: captioned pictures of the world in any layout that nanodiff.data reads: a generation of distill.py recursive, what sample.py drew, a
-shard. Of each: how many captions are true of their picture; how many pictures can be read; and how different they are, over all objects read:
+shard. A series' are a line of the figure. Of each: how many captions are true of their picture; how many pictures can be read; and how different they are, over all objects read:
 the spread of their places (pixels, root mean square from the mean place), of their radii (relative, within a size), and the entropy of colours
 and of kinds in bits (3 and 6 for eight colours and all kinds alike).
 """
@@ -14,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from assets.world import reader, scenes, score
-from nanodiff.config import tool
+from nanodiff.config import UserError, tool
 from nanodiff.files import out_dir, write_json
 
 
@@ -48,7 +51,10 @@ def look(dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+")
+    parser.add_argument("data", nargs="*")
+    parser.add_argument(
+        "--series", nargs="+", action="append", default=[], metavar=("NAME", "DATA"), help="again for each"
+    )
     parser.add_argument("--output-dir", type=Path, help="also write look.json and look.png there")
     args = parser.parse_args()
     return tool(lambda: run(args))
@@ -60,20 +66,29 @@ def run(args):
 
     if args.output_dir:
         out_dir(args.output_dir)
-    rows = {name: look(data.load(name)) for name in args.data}
+    series = ([("", args.data)] if args.data else []) + [(name, folders) for name, *folders in args.series]
+    if not all(folders for _, folders in series) or not series:
+        raise UserError("name the data: DATA …, or --series NAME DATA …")
+    seen = {folder: look(data.load(folder)) for _, folders in series for folder in folders}
     columns = ("pictures", "share", "read", "places", "radii", "colours", "kinds")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, row in rows.items():
+    for name, row in ((f"{s}, {Path(f).name}" if s else f, seen[f]) for s, folders in series for f in folders):
         print(
             f"| {name} | "
             + " | ".join(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
             + " |"
         )
     if args.output_dir:
-        write_json(args.output_dir / "look.json", rows)
-        panels = {"captions true": {"": [(r["share"], r["low"], r["high"]) for r in rows.values()]}}
-        panels |= {c: {"": [r[c] for r in rows.values()]} for c in columns[3:]}
-        charts.lines(args.output_dir / "look.png", [Path(n).name for n in rows], panels, "data")
+        write_json(args.output_dir / "look.json", seen)
+        length = max(len(folders) for _, folders in series)
+        lines = {s: [seen[f] for f in folders] for s, folders in series}
+        line = lambda rows, cell: [cell(r) for r in rows] + [float("nan")] * (length - len(rows))  # noqa: E731
+        panels = {
+            "captions true": {s: line(rows, lambda r: (r["share"], r["low"], r["high"])) for s, rows in lines.items()}
+        }
+        panels |= {c: {s: line(rows, lambda r, c=c: r[c]) for s, rows in lines.items()} for c in columns[3:]}
+        x = [Path(f).name for f in series[0][1]] if len(series) == 1 else list(range(length))
+        charts.lines(args.output_dir / "look.png", x, panels, "data" if len(series) == 1 else "generation")
 
 
 if __name__ == "__main__":

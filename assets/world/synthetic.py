@@ -1,9 +1,9 @@
 """Does synthetic data help a captioner that has few originals?   make world-synthetic, or: python -m assets.world.synthetic --output-dir out/world-synthetic
 
-For each seed: a few hundred scenes with captions, of which nothing is held-out. A small captioner learns from them; its language model, which has read
+For each seed: a few hundred scenes of one object with captions, of which nothing is held out. A small captioner learns from them; its language model, which has read
 those captions alone, writes new ones; the embedded model draws them. Then captioners learn, for the same number of updates each, from the originals, with
 the synthetic pictures beside them, with those alone whose caption the reader finds true, and with as many scenes more as there are synthetic ones (what
-real data would have done). All tell 2 × 5 × --captions scenes (telling.py): exact scores, means over the seeds with 95 % intervals (Student's t), and
+real data would have done). All tell --captions scenes of kinds that were seen and as many of kinds held out (telling.py): exact scores, means over the seeds with 95 % intervals (Student's t), and
 the differences from the originals alone, seed by seed. The embedded model has seen many more scenes than the captioner: what it knows is what there is to gain.
 """
 
@@ -20,8 +20,9 @@ from nanodiff.config import tool
 from nanodiff.files import out_dir, write_bytes, write_json
 
 ARMS = ("originals", "with synthetic", "with synthetic, filtered", "with real ones")
+TASK = "one"
 TIMES = 3  # synthetic captions for each original
-LEARN = ["--model-size", "nano", "--batch-size", "64", "--lr", "2e-3", "--adam-beta2", "0.99", "--lr-warmup-steps", "0.1", "--optimizer", "muon", "--lr-scheduler", "cosine",
+LEARN = ["--model-size", "world", "--mixed-precision", "no", "--projector-dropout", "0", "--batch-size", "32", "--lr", "2e-3", "--adam-beta2", "0.99", "--lr-warmup-steps", "0.1", "--optimizer", "muon", "--lr-scheduler", "cosine",
          "--max-new-tokens", "24", "--save-epochs", "0", "--samples", "3", "--resume", "auto"]  # fmt: skip
 DRAW = ["--model", "assets/world", "--template", "{caption}", "--negative-prompt", "", "--steps", "20", "--guidance-scale", "4", "--resize", "none",
         "--format", "png", "--batch-size", "50"]  # fmt: skip
@@ -31,7 +32,7 @@ def scenes_of(folder, count, first, seed):
     """A CSV of `count` scenes, from number `first` on, and its folder of pictures."""
     if not (folder / "titles.csv").is_file():
         shard = folder.with_suffix(".tar")
-        step("-m", "assets.world.make", shard, "--scenes", count, "--first", first, "--seed", seed)
+        step("-m", "assets.world.make", shard, "--scenes", count, "--first", first, "--seed", seed, "--task", TASK)
         step("-m", "nanodiff.captionset", "export", shard, folder)
     return folder / "titles.csv", folder / "images"
 
@@ -91,7 +92,7 @@ def one_seed(home, seed, args):
     for i, (arm, rows) in enumerate(sets.items()):
         captionset.write(home / f"train-{i}.csv", rows)
         net = captioner_model.load(taught(arm, home / f"train-{i}.csv" if i else train), torch.float32, "cpu")
-        found[arm] = {"pictures": len(rows)} | telling.scores(net, args.captions)
+        found[arm] = {"pictures": len(rows)} | telling.scores(net, args.captions, (TASK,))
     return found, facts(synthetic, judgements, originals)
 
 
@@ -127,10 +128,10 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--originals", type=int, default=400, help="scenes of each seed")
+    parser.add_argument("--originals", type=int, default=500, help="scenes of each seed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=400, help="of every captioner")
-    parser.add_argument("--captions", type=int, default=100, help="scenes told, of each task, seen and held out")
+    parser.add_argument("--updates", type=int, default=700, help="of every captioner")
+    parser.add_argument("--captions", type=int, default=300, help="scenes told, seen and held out")
     parser.add_argument("--output-dir", type=Path, default=Path("out/world-synthetic"))
     args = parser.parse_args()
     return tool(lambda: run(args))

@@ -37,12 +37,12 @@ def tell(net, pictures, batch=64):
     return [t for i in range(0, len(pictures), batch) for t in net.describe(pictures[i : i + batch], TOKENS)]
 
 
-def scores(net, count):
+def scores(net, count, tasks=scenes.TASKS):
     """{"seen" | "held-out": {task: score.share() and "wrong", "parts"}}"""
     out = {}
     for group, held in (("seen", False), ("held-out", True)):
         out[group] = {}
-        for task in scenes.TASKS:
+        for task in tasks:
             some = score.asked(task, held, count)
             sentences = tell(net, [s.picture() for s in some])
             judged = [judge(t, s) for t, s in zip(sentences, some, strict=True)]

@@ -3,8 +3,8 @@
     read("assets/prompts/dogs.json").draw(1000, seed=42)
 
 A file of words is JSON: `templates` {category: "a {breed} dog {pose}"}, `words` {name: [word, …]}, and `training`, the categories that
-pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line), .csv and .tsv (a column of prompts, and perhaps
-`category`), or any set of pictures with captions.
+pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line), .csv and .tsv (a column of prompts, or of lists of
+them as caption.py has them, and perhaps `category`), or any set of pictures with captions.
 """
 
 import itertools
@@ -135,12 +135,12 @@ def _table(path, column):
     name = tables.column(column, COLUMNS, header, path, "prompt_column")
     pairs = []
     for where, row in rows:
-        text, category = row[name].strip(), row.get("category", "").strip() or LISTED
-        if not text:
+        texts, category = tables.captions_in(row[name], where), row.get("category", "").strip() or LISTED
+        if not texts:
             raise UserError(f"{where}: no {name}")
         if not FOLDER.fullmatch(category):
             raise UserError(f"{where}: category {short(category)} cannot name a folder")
-        pairs.append((category, text))
+        pairs += [(category, text) for text in texts]
     if not pairs:
         raise UserError(f"{path}: has no rows")
     return pairs

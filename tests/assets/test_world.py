@@ -353,6 +353,35 @@ def test_study_trains_without_what_it_asks_for(tmp_path, monkeypatch):
     assert "| 24 kinds held out | 2 | 1.000 ± 0.000 |" in (tmp_path / "table.md").read_text()
 
 
+def test_synthetic_pictures_are_judged_and_said(tmp_path):
+    from assets.world import score, synthetic
+    from nanodiff.data.captionset import Row
+
+    (known,), (held,) = (score.asked("one", held, 1) for held in (False, True))
+    rows = [
+        Row("a", (known.caption,)),
+        Row("b", ("a red lion",)),
+        Row("c", (known.caption,)),
+        Row("d", (held.caption,)),
+    ]
+    for row, scene in zip(rows, (known, known, held, held), strict=True):
+        scene.picture().save(tmp_path / f"{row.name}.png")
+    judgements = synthetic.judged(rows, tmp_path)
+    wrong = [w for _, w in judgements]
+    assert wrong[0] is wrong[3] is None and wrong[1] == "grammar" and wrong[2] not in (None, "grammar")
+    got = synthetic.facts(rows, judgements, [Row("x", (known.caption,))])
+    assert got == {"synthetic": 4, "new captions": 0.5, "in the grammar": 0.75, "true": 0.5, "true and held out": 0.25}
+    group = lambda share: {t: {"share": share} for t in scenes.TASKS}  # noqa: E731
+    results = [({arm: {"pictures": 10 * i, "seen": group(0.1 * i + 0.1 * seed), "held-out": group(0.5)} for i, arm in enumerate(synthetic.ARMS)}, got)
+               for seed in range(3)]  # fmt: skip
+    text = synthetic.table(results)
+    assert "| with synthetic, filtered | 20 | 0.300 ± 0.248 | 0.500 ± 0.000 | +0.200 ± 0.000 | +0.000 ± 0.000 |" in text
+    assert (
+        "| originals | 0 | 0.100 ± 0.248 | 0.500 ± 0.000 |  |  |" in text
+        and "true 0.5, true and held out 0.25." in text
+    )
+
+
 @pytest.mark.parametrize("task", scenes.TASKS)
 def test_a_caption_is_understood_again(task):
     for i in range(300):
@@ -410,6 +439,23 @@ def test_what_is_in_a_folder(tmp_path):
     assert found["share"] == 0.75 and found["places"] < 1e-6 and found["colours"] == found["kinds"] == 0
 
 
+def test_what_is_in_generations(tmp_path, monkeypatch, capsys):
+    """Several data sets as a series each, one shorter than the other."""
+    from assets.world import look, make
+
+    for i in range(3):
+        make.write(tmp_path / f"{i}.tar", 4, seed=i)
+    a, b, c = (str(tmp_path / f"{i}.tar") for i in range(3))
+    argv = ["look", "--series", "alone", a, b, c, "--series", "half real", a, c, "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", argv)
+    assert look.main() == 0
+    table = capsys.readouterr().out
+    assert "| alone, 1.tar | 4 | 1.000 |" in table and "| half real, 2.tar | 4 | 1.000 |" in table
+    assert set(json.loads((tmp_path / "out/look.json").read_text())) == {a, b, c}
+    with Image.open(tmp_path / "out/look.png") as picture:
+        assert picture.width > 800
+
+
 def test_shards_are_together_what_one_is(tmp_path):
     from assets.world import make
 
@@ -452,6 +498,7 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         (("study", "emergence", "--run", "{}", "--tasks", "two", "--output-dir", "{}"), "error: --tasks two: is none of one, "),
         (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
         (("look", "nowhere"), "error: nowhere: no such folder"),
+        (("look", "--series", "alone"), "error: name the data: DATA …, or --series NAME DATA …"),
     ],
     ids=lambda p: p[0] if isinstance(p, tuple) else "",
 )  # fmt: skip
