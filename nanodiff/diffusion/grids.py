@@ -15,6 +15,7 @@ from scipy import special
 
 from nanodiff.config import UserError, short
 from nanodiff.diffusion.schedule import leading, split
+from nanodiff.diffusion.schedule_config import GRID
 
 UNROUNDED = (
     "EulerDiscreteScheduler",
@@ -101,7 +102,6 @@ def respaced(cfg, top, low, n):
     return None
 
 
-GRID = "_grid"  # the field in which a grid of ours that no class of the Hub has says its name
 # σ of eleven levels for ten steps and the end, optimised for each model (Sabour et al. 2024, arXiv 2404.14507, "Align Your Steps";
 # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html)
 ALIGNED = {

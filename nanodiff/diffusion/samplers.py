@@ -23,7 +23,6 @@ from typing import NamedTuple
 from nanodiff.config import UserError, nearest, printable
 from nanodiff.diffusion import solvers
 from nanodiff.diffusion.grids import (
-    GRID,
     SIGMAS,
     TABLES,
     Step,
@@ -39,7 +38,7 @@ from nanodiff.diffusion.grids import (
     spaced_times,
 )
 from nanodiff.diffusion.schedule import Schedule, split
-from nanodiff.diffusion.schedule_config import DEFAULTS, SPACES, SPACINGS
+from nanodiff.diffusion.schedule_config import DEFAULTS, GRID, OWN, SPACES, SPACINGS
 
 
 def _previous(schedule, timesteps, i, n, quirks=False):
@@ -316,9 +315,6 @@ def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
 
 # ---------------------------------------------------------------------------------------------------------
 # Names
-
-
-OWN = "_sampler"  # the field in which a sampler that is no class of the Hub says its name: Sampler(…, fields={OWN: "name"})
 
 
 class Sampler(NamedTuple):

@@ -26,7 +26,9 @@ from nanodiff.diffusion.schedule_config import (
     DEFAULTS,
     FOREIGN,
     FORMER,
+    GRID,
     NUMBERS,
+    OWN,
     OWN_CHOICES,
     SAME,
     SPACES,
@@ -125,9 +127,10 @@ class Schedule:
             self.alphas_cumprod[-1] = 2**-24 if self.space == "sigma" else 0.0
 
     def to_json(self):
-        """scheduler_config.json, complete (no reader needs to know our defaults)."""
+        """scheduler_config.json, complete (no reader needs to know our defaults), with the fields that are ours alone."""
         cfg = {k: v for k, v in self.cfg.items() if v not in (-math.inf, None)}
-        return {"_class_name": self.kind, **cfg}
+        ours = {k: self.raw[k] for k in (OWN, GRID) if self.raw.get(k)}
+        return {"_class_name": self.kind, **cfg, **ours}
 
     # -- time ----------------------------------------------------------------------------------------------
 

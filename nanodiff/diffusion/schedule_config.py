@@ -26,6 +26,8 @@ _CLIPPING = {
     "rescale_betas_zero_snr": False,
 }
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+# fields of ours, for what no class of the Hub has: the name of a sampler (samplers.SAMPLERS), of a grid of σ (grids.TABLES)
+OWN, GRID = "_sampler", "_grid"
 SPACINGS = (*_SIGMAS, "use_lu_lambdas")  # of which at most one is true
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 DEFAULTS = {

@@ -167,6 +167,10 @@ def comfyui(graph, path="the graph"):
     plain = infotext.sampler_of(COMFYUI, pair[0], "normal")
     if ours := infotext.sampler_of(COMFYUI, *pair):
         found["scheduler"] = ours
+        if (
+            ours == "flow_euler"
+        ):  # "simple" of a flow is 1 - i/n, and sgm_uniform that to 0.3 % of a step; the model's own grid wastes its last step
+            found["sigmas"] = "sgm_uniform"
     elif pair[1] in GRIDS and plain not in (None, *infotext.UNSPACED):
         found |= {"scheduler": plain, "sigmas": pair[1]}
     else:

@@ -5,6 +5,7 @@ the noise quantile z to the data quantile μ + √v·z as steps go up, and a sto
 """
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -545,6 +546,21 @@ def test_published_levels_are_met():
         assert twenty[1] == pytest.approx((ten[0] * ten[1]) ** 0.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [n for n, s in samplers.SAMPLERS.items() if samplers.SPACES[s.kind] != "flow"])
+def test_a_saved_schedule_draws_as_it_did(name):
+    """Also what only our names say of it: a student that is saved between two rounds of distill.py had lost its grid."""
+    for sigmas in (None, *samplers.SIGMAS):
+        try:
+            schedule = (
+                samplers.spaced_by(ordinary(), name, sigmas) if sigmas else samplers.rescheduled(ordinary(), name)
+            )
+        except UserError:
+            continue
+        again = Schedule.from_config(json.loads(json.dumps(schedule.to_json())))
+        assert samplers.name_of(again) == samplers.name_of(schedule)
+        assert samplers.of(again) == samplers.of(schedule) and samplers.times(again, 7) == samplers.times(schedule, 7)
+
+
 def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     with pytest.raises(UserError, match="is none of karras"):
         samplers.spaced_by(ordinary(), None, "even")
@@ -572,6 +588,7 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
         np.testing.assert_allclose(samplers.flow_sigmas(other, 4), want, rtol=1e-6)
         assert samplers.flow_sigmas(other, 4)[3] > 0.24 and samplers.flow_sigmas(other, 1) == [1, 0]
         assert samplers.times(other, 4) == [s * 1000 for s in samplers.flow_sigmas(other, 4)[:-1]]
+        assert samplers.flow_sigmas(Schedule.from_config(other.to_json()), 4) == samplers.flow_sigmas(other, 4)
         assert samplers.spaced_by(other, None, "beta").raw["_grid"] is None, "another grid takes its place"
 
 

@@ -73,6 +73,11 @@ def test_values_that_other_nodes_give():
     assert found["seed"] == 7 and found["prompt"] == ["a dog"]
 
 
+def test_a_flow_s_simple_grid_is_not_the_model_s_own():
+    found, _ = foreign.comfyui(changed("3", sampler_name="euler", scheduler="simple"))
+    assert (found["scheduler"], found["sigmas"]) == ("flow_euler", "sgm_uniform")
+
+
 @pytest.mark.parametrize(("sampler", "ours"), [("dpmpp_sde", "dpmpp_sde"), ("euler", "euler"), ("heun", "heun")])
 @pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta"])
 def test_grids(sampler, ours, grid):
