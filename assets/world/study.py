@@ -175,7 +175,7 @@ def main():
     stages = parser.add_subparsers(required=True)
     a = stages.add_parser("runs")
     a.add_argument("--scenes", type=int, default=5000, help="in training")
-    a.add_argument("--updates", type=int, default=600)
+    a.add_argument("--updates", type=int, default=6000)
     a.add_argument("--batch-size", type=int, default=32)
     a.add_argument("--lr", type=float, default=2e-3)
     a.add_argument("--seeds", type=int, default=3)
