@@ -30,7 +30,7 @@ figure{margin:1.4rem 0}figcaption{color:var(--soft);font-size:.88rem;font-family
 figure.code figcaption code{background:none}
 img{max-width:100%;height:auto;background:#fff;border-radius:.4rem}
 .wide{overflow-x:auto;margin:1rem 0}.formula{text-align:center;padding:.3rem 0;font-size:1.05em}
-svg.m{fill:currentColor;overflow:visible}.formula svg{margin:0 auto;display:block;flex:none}
+svg.m{fill:currentColor;overflow:visible}.formula svg{margin:0 auto;display:block;flex:none;max-width:100%;height:auto!important}
 table{border-collapse:collapse;font-size:.92rem}th,td{border-bottom:1px solid var(--line);padding:.35rem .6rem;text-align:left;vertical-align:top}
 blockquote{margin:1rem 0;padding:.1rem 1rem;border-left:3px solid var(--line);color:var(--soft)}
 .k{color:var(--k)}.s{color:var(--s)}.c{color:var(--soft);font-style:italic}.d{color:var(--d)}
