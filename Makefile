@@ -89,16 +89,15 @@ world-recursive: $(STAMP)  ## what is lost of the small world, generation after 
 	$(PY) -m assets.world.look --series "real scenes" $(WREC)/scenes.tar --series alone $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)) \
 		--series "half real" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_real_0.5) --series "all so far" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_all) --output-dir $(WREC)/look
 
-# A student of half the width that reads with the teacher's text encoder: what it draws before, after the teacher's pictures, after its output on them
+# A student of half the depth: what it draws before, after the teacher's pictures, after the teacher's output on them
 WTRANS   = $(OUT)/world-transfer
-world-transfer: $(STAMP)  ## half the width learns from the whole: from its pictures, and from its output on them; exact score
-	test -f $(WTRANS)/scenes.tar || $(PY) -m assets.world.make $(WTRANS)/scenes.tar --scenes 6000 --seed 9
-	$(PY) train.py diffusion --preset world --model-config assets/world/half.json --text-encoder assets/world --vae assets/world --data $(WTRANS)/scenes.tar \
-		--max-steps 600 --lr 2e-3 --lr-warmup-steps 50 --sample-every 0 --checkpointing-steps 0 --resume auto --output-dir $(WTRANS)/student
-	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student/model --teacher assets/world --prompt-source $(WTRANS)/scenes.tar \
-		--num-images 1000 --num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs 40 --batch-size 64 --lr 1e-3 \
-		--lr-warmup-steps 0.1 --ema --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(WTRANS)/output
-	$(foreach m,$(WTRANS)/student $(WTRANS)/output/checkpoints $(WTRANS)/output/checkpoints/online,$(PY) -m assets.world.score --model $(m)/model --captions 100 &&) true
+world-transfer: $(STAMP)  ## half the depth learns from the whole: from its pictures, and from its output on them; exact score
+	test -f $(WTRANS)/scenes.tar || $(PY) -m assets.world.make $(WTRANS)/scenes.tar --scenes 1200 --seed 9
+	test -d $(WTRANS)/student || $(PY) -m assets.world.halve --output-dir $(WTRANS)/student
+	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student --teacher assets/world --prompt-source $(WTRANS)/scenes.tar --num-images 1000 \
+		--num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs 25 --batch-size 64 --lr 1e-3 --lr-warmup-steps 0.1 \
+		--ema --ema-decay 0.99 --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(WTRANS)/output
+	$(foreach m,$(WTRANS)/student $(WTRANS)/output/checkpoints/model $(WTRANS)/output/checkpoints/online/model,$(PY) -m assets.world.score --model $(m) --captions 100 &&) true
 
 # A captioner of scenes, from scratch; then whether one with few originals is helped by synthetic ones
 WCAP     = $(OUT)/world-captioner

@@ -82,3 +82,19 @@ def test_the_command(tmp_path):
     pipeline.load(tmp_path / "out")
     other = run(*argv, "--teacher", TINY / "sd15", "--output-dir", tmp_path / "other")
     assert "have different tokenizers" in error_line(other)
+
+
+def test_half_the_depth_keeps_every_other_block_and_both_ends(tmp_path, monkeypatch):
+    from assets.world import halve
+
+    monkeypatch.setattr("sys.argv", ["halve", "--output-dir", str(tmp_path)])
+    assert halve.main() == 0
+    whole, half = pipeline.load("assets/world"), pipeline.load(tmp_path)
+    assert half.net.cfg.num_layers == 3 and whole.net.cfg.num_layers == 6
+    mine, theirs = half.net.state_dict(), whole.net.state_dict()
+    for k, i in enumerate((0, 2, 5)):
+        names = [n for n in mine if n.startswith(f"transformer_blocks.{k}.")]
+        assert names and all(torch.equal(mine[n], theirs[n.replace(f".{k}.", f".{i}.", 1)]) for n in names)
+    assert all(torch.equal(v, theirs[n]) for n, v in mine.items() if not n.startswith("transformer_blocks."))
+    assert half.schedule.to_json() == whole.schedule.to_json()
+    assert half.generate("a red star", seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
