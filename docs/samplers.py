@@ -27,8 +27,8 @@ TAIL = """
 Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM2 a, DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE and
 3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
 they do not.
-Of a flow (SD 3, 3.5) there are `beta`, `karras`, `exponential` and `sgm_uniform`: the last is ComfyUI's, whose "simple" it is to 0.3 % of a step. A flow's own grid is
-diffusers', which ends at 0.001: of 4 steps its last one does nothing (on the small world 0.59 of the captions are drawn right with `sgm_uniform`, 0.29 without).
+Of a flow (SD 3, 3.5) there are `karras`, `exponential`, `beta`, `sgm_uniform` and `simple`; ComfyUI calls its samplers "euler" and "heun". A flow's own grid is
+diffusers', which ends at 0.001: of 4 steps the last one does nothing (on the small world 0.29 of the captions are drawn right by it, 0.59 by `sgm_uniform`).
 `euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. The churn asks
 the network before its noise, as diffusers does; AUTOMATIC1111 after it. `dpmpp_sde` draws its noise from the picture's own seed, by the law of the Brownian path
 that diffusers, AUTOMATIC1111 and ComfyUI take from torchsde's tree: another picture from the same seed (theirs have the tree for 2M SDE and 3M SDE, too). `dpmpp_2s_a` is

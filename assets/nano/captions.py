@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from nanodiff.config import UserError, tool
+
 ROOT = Path(__file__).parent.parent.parent
 ARMS = {"original": 0, "original + synthetic 1:1": 1, "original + synthetic 1:3": 3}
 METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor", "cider", "perplexity")
@@ -34,7 +36,8 @@ DRAW = ["--model", "assets/nano", "--template", "{caption}", "--negative-prompt"
 def step(*words):
     """One command of the project, which goes on where it was stopped."""
     print("$", *words, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=sys.stderr)
+    if code := subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=sys.stderr, check=False).returncode:
+        raise UserError(f"{' '.join(map(str, words[:2]))} ended with {code}")
 
 
 def learn(out, train, val, images, seed, updates, flags=LEARN):
@@ -112,6 +115,12 @@ def interval(values):
     return float(np.mean(values)), float(
         stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     )
+
+
+def said(values, form=".3f"):
+    """A mean as text, with half of its interval where there are several values."""
+    mean, half = interval(values)
+    return f"{mean:{form}}" + (f" ± {half:.3f}" if half == half else "")
 
 
 def tell(out, found, cfg):
@@ -199,8 +208,8 @@ def main():
     two.add_argument("--seed", type=int, default=0)
     two.add_argument("--output-dir", default="out/caption-demo")
     cfg = parser.parse_args()
-    {"study": study, "trip": trip}[cfg.part](cfg)
+    return tool(lambda: {"study": study, "trip": trip}[cfg.part](cfg))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

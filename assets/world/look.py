@@ -69,6 +69,8 @@ def run(args):
     series = ([("", args.data)] if args.data else []) + [(name, folders) for name, *folders in args.series]
     if not all(folders for _, folders in series) or not series:
         raise UserError("name the data: DATA …, or --series NAME DATA …")
+    if len({name for name, _ in series}) < len(series):
+        raise UserError("--series: two of one name")
     seen = {folder: look(data.load(folder)) for _, folders in series for folder in folders}
     columns = ("pictures", "share", "read", "places", "radii", "colours", "kinds")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))

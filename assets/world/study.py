@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assets.nano.captions import interval
+from assets.nano.captions import said
 from assets.world import make, scenes, score
 from nanodiff.config import UserError, read_json, tool
 from nanodiff.files import out_dir, write_bytes, write_json
@@ -25,7 +25,7 @@ from nanodiff.files import out_dir, write_bytes, write_json
 ROOT = Path(__file__).parents[2]
 EIGHTH = len(scenes.KINDS) // 8
 RUNS = {  # name: (what it is, kinds held out, flags of train.py, settings of the drawing)
-    "recipe": ("the recipe: 8 of 64 kinds held out, 5,000 scenes, flow, logit-normal times, Muon, guidance 4", 8, [], {}),
+    "recipe": ("the recipe: 8 of 64 kinds held out, flow, logit-normal times, Muon, guidance 4", 8, [], {}),
     "held-24": ("24 kinds held out", 24, [], {}),
     "held-40": ("40 kinds held out", 40, [], {}),
     "data-1000": ("1,000 scenes", 8, ["--max-samples", "1000"], {}),
@@ -62,10 +62,11 @@ def singles(kinds, seed):
 def asked(kinds, count):
     """`count` scenes of one object of these kinds, no two captions alike."""
     found = {}
-    for scene in singles(kinds, score.SEED):
+    for scene in itertools.islice(singles(kinds, score.SEED), 50 * count):
         found.setdefault(scene.caption, scene)
         if len(found) == count:
             return list(found.values())
+    raise UserError(f"there are no {count} different captions of {len(kinds)} kinds; ask for fewer")
 
 
 def train(out, name, seed, args):
@@ -113,7 +114,13 @@ def runs(args):
     names = args.only.split(",") if args.only else list(RUNS)
     if unknown := [n for n in names if n not in RUNS]:
         raise UserError(f"--only {unknown[0]}: is none of {', '.join(RUNS)}")
-    kept = out / "results.json"
+    for group in (held(EIGHTH), set(scenes.KINDS) - set(held(EIGHTH))):  # known now, not after the first training
+        asked(set(group), args.captions)
+    kept, how = out / "results.json", out / "settings.json"
+    settings = {k: getattr(args, k) for k in ("scenes", "updates", "batch_size", "lr", "captions")}
+    if how.exists() and read_json(how) != settings:
+        raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
+    write_json(how, settings)
     results = read_json(kept) if kept.exists() else {}
     for seed in range(args.seeds):
         for name in names:
@@ -135,8 +142,7 @@ def table(results):
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for name in RUNS:
         if some := [r for key, r in results.items() if key.rpartition("-")[0] == name]:
-            cells = [interval([r[c] for r in some]) for c in columns]
-            shown = [f"{m:.3f}" + (f" ± {h:.3f}" if h == h else "") for m, h in cells]
+            shown = [said([r[c] for r in some]) for c in columns]
             lines.append(f"| {RUNS[name][0]} | {len(some)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -159,9 +165,8 @@ def emergence(args):
         scores = score.score(pipeline.load(folder), args.captions, args.tasks)
         rows[updates] = {f"{task}, {group}": s["share"] for group, tasks in scores.items() for task, s in tasks.items()}
         for group, tasks in scores.items():
-            rows[updates] |= {
-                f"{part} of {args.tasks[0]}, {group}": share for part, share in tasks[args.tasks[0]]["parts"].items()
-            }
+            for task, found_in in tasks.items():
+                rows[updates] |= {f"{part} of {task}, {group}": share for part, share in found_in["parts"].items()}
         print(updates, {k: round(v, 3) for k, v in rows[updates].items()}, flush=True)
         write_json(out / "emergence.json", rows)
     names = list(next(iter(rows.values())))

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from assets.nano.captions import VARY, interval, learn, step
+from assets.nano.captions import VARY, interval, learn, said, step
 from assets.world import reader, scenes, score
-from nanodiff.config import tool
+from nanodiff.config import UserError, read_json, tool
 from nanodiff.files import out_dir, write_bytes, write_json
 
 ARMS = ("originals", "with synthetic", "with synthetic, filtered", "with real ones")
@@ -77,7 +77,7 @@ def one_seed(home, seed, args):
     folders = [images, more_images, val_images]
 
     def taught(arm, csv):
-        return learn(home / arm.replace(", ", "-").replace(" ", "-"), csv, val, folders, seed, args.updates, LEARN)
+        return learn(home / f"captioner-{ARMS.index(arm)}", csv, val, folders, seed, args.updates, LEARN)
 
     made = home / "synthetic"
     step("caption.py", "augment", "--data-csv", train, "--model", taught(ARMS[0], train) / "llm", *VARY, "--max-new-tokens", 24, "--max-words", 16,
@@ -90,8 +90,10 @@ def one_seed(home, seed, args):
     sets = dict(zip(ARMS, (originals, originals + synthetic, originals + true, originals + real), strict=True))
     found = {}
     for i, (arm, rows) in enumerate(sets.items()):
-        captionset.write(home / f"train-{i}.csv", rows)
-        net = captioner_model.load(taught(arm, home / f"train-{i}.csv" if i else train), torch.float32, "cpu")
+        csv = home / f"train-{i}.csv" if i else train
+        if i:
+            captionset.write(csv, rows)
+        net = captioner_model.load(taught(arm, csv), torch.float32, "cpu")
         found[arm] = {"pictures": len(rows)} | telling.scores(net, args.captions, (TASK,))
     return found, facts(synthetic, judgements, originals)
 
@@ -101,12 +103,11 @@ def table(results):
     groups = ("seen", "held-out")
     lines = ["| learned from | pictures | seen | held-out | more than originals alone, seen | held-out |", "|---" * 6 + "|"]  # fmt: skip
     values = {arm: {g: [score.mean(r[0][arm][g]) for r in results] for g in groups} for arm in ARMS}
-    cell = lambda v, form: f"{interval(v)[0]:{form}} ± {interval(v)[1]:.3f}"  # noqa: E731
     for arm in ARMS:
         pictures = np.mean([r[0][arm]["pictures"] for r in results])
         more = [[a - b for a, b in zip(values[arm][g], values[ARMS[0]][g], strict=True)] for g in groups]
-        ends = [cell(v, "+.3f") for v in more] if arm != ARMS[0] else ["", ""]
-        lines.append(f"| {arm} | {pictures:.0f} | " + " | ".join([*(cell(values[arm][g], ".3f") for g in groups), *ends]) + " |")  # fmt: skip
+        ends = [said(v, "+.3f") for v in more] if arm != ARMS[0] else ["", ""]
+        lines.append(f"| {arm} | {pictures:.0f} | " + " | ".join([*(said(values[arm][g]) for g in groups), *ends]) + " |")  # fmt: skip
     shares = [f"{k} {np.mean([r[1][k] for r in results]):.3g}" for k in results[0][1]]
     return "\n".join([*lines, "", "Of the synthetic ones: " + ", ".join(shares) + "."]) + "\n"
 
@@ -115,6 +116,13 @@ def run(args):
     from nanodiff.output import charts
 
     out = out_dir(args.output_dir.resolve())
+    for name in ("originals", "updates", "seeds", "captions"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    how, settings = out / "settings.json", {k: getattr(args, k) for k in ("originals", "updates", "captions")}
+    if how.exists() and read_json(how) != settings:
+        raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
+    write_json(how, settings)
     results = [one_seed(out / f"seed-{seed}", seed, args) for seed in range(args.seeds)]
     write_json(out / "synthetic.json", [{"arms": found, "synthetic": about} for found, about in results])
     write_bytes(out / "synthetic.md", table(results).encode())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import special
 
-from nanodiff.config import UserError, short
+from nanodiff.config import UserError
 from nanodiff.diffusion.schedule import leading, split
 from nanodiff.diffusion.schedule_config import GRID
 
@@ -68,7 +68,7 @@ def sigma_grid(schedule, n):
     top = cfg.get("sigma_max") or float(span[0])
     low = cfg.get("sigma_min") or float(span[1])
     other = respaced(cfg, top, low, n)
-    if table := table_of(schedule):
+    if table := schedule.raw.get(GRID):
         other = TABLES[table](schedule, n)
     if converted := other is not None:
         sigmas = other
@@ -128,14 +128,12 @@ def sgm_uniform(schedule, n):
     return np.interp(np.linspace(schedule.T - 1, 0, n + 1)[:-1], np.arange(len(every)), every)
 
 
-def table_of(schedule):
-    """The name in TABLES of the grid that a schedule's own is replaced by, or None. Raises UserError for another name."""
-    if (table := schedule.raw.get(GRID)) and table not in TABLES:
-        raise UserError(f"scheduler_config.json: {GRID} = {short(table)} is none of {', '.join(TABLES)}")
-    return table
+def simple(schedule, n):
+    """σ at every T/n-th time from the noisy end on, rounded down: ComfyUI's "simple"."""
+    return schedule.all_sigmas()[[schedule.T - 1 - i * schedule.T // n for i in range(n)]]
 
 
-TABLES = {"ays": aligned("ays"), "ays_xl": aligned("ays_xl"), "sgm_uniform": sgm_uniform}
+TABLES = {"ays": aligned("ays"), "ays_xl": aligned("ays_xl"), "sgm_uniform": sgm_uniform, "simple": simple}
 # by the name on the command line: fields of scheduler_config.json
 SIGMAS = {
     "karras": {"use_karras_sigmas": True},
@@ -143,6 +141,7 @@ SIGMAS = {
     "beta": {"use_beta_sigmas": True},
     "lu": {"use_lu_lambdas": True},
     "sgm_uniform": {GRID: "sgm_uniform"},
+    "simple": {GRID: "simple"},
     "ays": {GRID: "ays"},
 }
 
@@ -187,8 +186,8 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     """σ [n+1] of flow matching from 1 to 0, shifted towards noise for large pictures (Esser et al. 2024 eq. 23).
 
     The shift is applied to the grid's lower end first and then to the whole grid, as the reference does: with shift 3
-    and 4 steps the last σ before 0 is 0.0089. That last step does next to nothing; with the grid sgm_uniform, which SD 3.5 is drawn with in
-    ComfyUI, it is left out: of n + 1 even levels the first n.
+    and 4 steps the last σ before 0 is 0.0089. That last step does next to nothing, and ComfyUI's grids leave it out: sgm_uniform takes the first
+    n of n + 1 even levels, simple every T/n-th of the training's. Nothing stretches these to `shift_terminal`.
     """
     cfg, shift = schedule.cfg, schedule.cfg["shift"]
 
@@ -201,11 +200,15 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
     if cfg["use_dynamic_shifting"] and mu is None:
         raise UserError("this scheduler shifts by picture size (use_dynamic_shifting): mu is needed")
     low = 1 / schedule.T if cfg["use_dynamic_shifting"] else shifted(1 / schedule.T)
-    if (table := table_of(schedule)) not in (None, "sgm_uniform"):
-        raise UserError(f"scheduler_config.json: {GRID} = {table} is no grid of a flow")
-    even = np.linspace(1.0, low, n + 1)[:-1] if table else np.linspace(1.0, low, n)
+    table = schedule.raw.get(GRID)
+    if table == "sgm_uniform":
+        even = np.linspace(1.0, low, n + 1)[:-1]
+    elif table == "simple":
+        even = np.array([(schedule.T - i * schedule.T // n) / schedule.T for i in range(n)])
+    else:
+        even = np.linspace(1.0, low, n)
     sigmas = shifted(even if grid is None else np.array(grid))
-    if cfg["shift_terminal"]:
+    if cfg["shift_terminal"] and not table:
         sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
     top, low = float(sigmas[0]), float(sigmas[-1])
     other = respaced(cfg, top, low, n)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nanodiff.config import UserError, nearest, printable
+from nanodiff.config import UserError, nearest, printable, short
 from nanodiff.diffusion import solvers
 from nanodiff.diffusion.grids import (
     SIGMAS,
@@ -38,7 +38,7 @@ from nanodiff.diffusion.grids import (
     spaced_times,
 )
 from nanodiff.diffusion.schedule import Schedule, split
-from nanodiff.diffusion.schedule_config import DEFAULTS, GRID, OWN, SPACES, SPACINGS
+from nanodiff.diffusion.schedule_config import DEFAULTS, GRID, GRIDS, OWN, SPACES, SPACINGS
 
 
 def _previous(schedule, timesteps, i, n, quirks=False):
@@ -375,16 +375,19 @@ SAMPLERS = {  # by the name on the command line
 def rescheduled(schedule, name, **more):
     """The model's schedule under another sampler (None: its own) and with `more` fields changed: its betas and
     prediction type stay (see Schedule.from_config)."""
+    given = schedule.raw
+    if any(more.get(k) or (name in SAMPLERS and SAMPLERS[name].fields.get(k)) for k in SPACINGS):
+        given = {k: v for k, v in given.items() if k != GRID}  # a grid takes the place of the model's
     if name is None:
         fields = of(schedule).fields if _fits(schedule, of(schedule)) else {}
-        return Schedule.from_config(schedule.raw, schedule.kind, **fields | more)
+        return Schedule.from_config(given, schedule.kind, **fields | more)
     check_name(name)
     kind, fields = SAMPLERS[name].kind, SAMPLERS[name].fields
     if schedule.flow != (SPACES[kind] == "flow"):
         raise UserError(f"`scheduler` {name}: this is {_own(schedule.flow)}")
     if schedule.raw.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in DEFAULTS[kind]:
         raise UserError(f"`scheduler` {name}: the model was trained with zero terminal SNR, which {kind} does not know")
-    raw = {k: v for k, v in schedule.raw.items() if k != OWN}
+    raw = {k: v for k, v in given.items() if k != OWN}
     found = Schedule.from_config(raw, kind, **fields | more)
     # what a sampler sets is its own: the next one has other fields
     found.raw = raw | more | {k: v for k, v in fields.items() if k == OWN}
@@ -398,8 +401,7 @@ def spaced_by(schedule, name, sigmas, large=False):
         raise UserError(f"`sigmas` {printable(sigmas)}: is none of {', '.join(SIGMAS)}{nearest(sigmas, SIGMAS)}")
     found = rescheduled(schedule, name)
     (field, value), *_ = SIGMAS[sigmas].items()
-    known = {"sigma": TABLES, "flow": ("sgm_uniform",)}.get(found.space, ()) if field == GRID else ()
-    if value not in known if field == GRID else field not in DEFAULTS[found.kind]:
+    if value not in GRIDS[found.space] if field == GRID else field not in DEFAULTS[found.kind]:
         raise UserError(f"`sigmas` {sigmas}: {name_of(found)} has no such grid")
     if name is not None and any(SAMPLERS[name].fields.get(k) for k in SPACINGS if k != field):
         raise UserError(f"`sigmas` {sigmas}: `scheduler` {name} is that of another grid; name it without")
@@ -414,6 +416,8 @@ def schedule_of(raw, where, name=None):
     check_name(name)
     kind = raw.get("_class_name")
     if name is None or not isinstance(kind, str):
+        if (own := raw.get(OWN)) is not None and (not isinstance(own, str) or own not in SAMPLERS):
+            raise UserError(f"{where}: {OWN} = {short(own)} is no sampler of ours{nearest(own, SAMPLERS)}")
         return rescheduled(Schedule.from_config(raw, where=where), name)
     other = SAMPLERS[name].kind
     if kind.startswith("FlowMatch") != (SPACES[other] == "flow"):

@@ -27,6 +27,7 @@ from nanodiff.diffusion.schedule_config import (
     FOREIGN,
     FORMER,
     GRID,
+    GRIDS,
     NUMBERS,
     OWN,
     OWN_CHOICES,
@@ -104,6 +105,12 @@ class Schedule:
         spacings = [k for k in SPACINGS if cfg.get(k)]
         if len(spacings) > 1:
             raise UserError(f"{where}: only one of {' and '.join(spacings)} can be set")
+        if (grid := raw.get(GRID)) is not None:
+            known = GRIDS["flow"] if SPACES[kind] == "flow" else GRIDS["sigma"]
+            if not isinstance(grid, str) or grid not in known:
+                raise UserError(f"{where}: {GRID} = {short(grid)} is none of {', '.join(known)}")
+            if spacings and SPACES[kind] != "timestep":
+                raise UserError(f"{where}: only one of {GRID} and {spacings[0]} can be set")
         self = cls(kind, cfg, raw)
         if cfg.get("rescale_betas_zero_snr") and cfg["prediction_type"] == "epsilon":
             raise UserError(

@@ -33,13 +33,14 @@ COMFYUI = (
     ("uni_pc", ("normal",), "unipc"),
     ("deis", ("normal",), "deis"),
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
-    ("euler", ("simple",), "flow_euler"),
 )
+FLOWS = {"euler": "flow_euler", "heun": "flow_heun"}  # what those names mean where the model is a flow
 GRIDS = (
     "karras",
     "exponential",
     "sgm_uniform",
     "beta",
+    "simple",
 )  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
 SAMPLING = ("KSampler", "KSamplerAdvanced")
 NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model
@@ -167,10 +168,6 @@ def comfyui(graph, path="the graph"):
     plain = infotext.sampler_of(COMFYUI, pair[0], "normal")
     if ours := infotext.sampler_of(COMFYUI, *pair):
         found["scheduler"] = ours
-        if (
-            ours == "flow_euler"
-        ):  # "simple" of a flow is 1 - i/n, and sgm_uniform that to 0.3 % of a step; the model's own grid wastes its last step
-            found["sigmas"] = "sgm_uniform"
     elif pair[1] in GRIDS and plain not in (None, *infotext.UNSPACED):
         found |= {"scheduler": plain, "sigmas": pair[1]}
     else:

@@ -9,7 +9,7 @@ from nanodiff.config import UserError, printable
 from nanodiff.device import choice, memory, onednn
 from nanodiff.diffusion import samplers
 from nanodiff.models import layers, taesd
-from nanodiff.output import images
+from nanodiff.output import foreign, images
 from nanodiff.pipeline import control, pictures, single, sources
 from nanodiff.pipeline.sources import EMBEDDED
 from nanodiff.weights import hub
@@ -84,16 +84,10 @@ def load(cfg, record, device, src=None):
 
 
 def told(cfg, src):
-    """ComfyUI calls flow matching's Euler by the name of the other one: which one a picture of its means is told by the model."""
+    """ComfyUI calls a flow's samplers by the names of the others: which one a picture of its means is told by the model."""
     flow = str(src.scheduler()[0].get("_class_name", "")).startswith("FlowMatch")
-    if getattr(cfg, "adopted", False) and cfg.scheduler == "euler" and flow:
-        cfg.scheduler = "flow_euler"
-        if cfg.sigmas:
-            print(
-                f"note: not used: --sigmas {cfg.sigmas}, since this is a flow-matching model with times of its own",
-                file=sys.stderr,
-            )
-            cfg.sigmas = None
+    if getattr(cfg, "adopted", False) and flow:
+        cfg.scheduler = foreign.FLOWS.get(cfg.scheduler, cfg.scheduler)
 
 
 def hashed(cfg):

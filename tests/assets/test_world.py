@@ -1,6 +1,7 @@
 """The small world: its grammar, what is held out, and the reader that says what is in a picture."""
 
 import json
+import sys
 import tarfile
 from collections import Counter
 from itertools import combinations
@@ -15,6 +16,7 @@ from util import run
 
 from assets.world import reader, scenes
 from assets.world.scenes import KINDS, SHAPES, Kind, Thing, Told
+from nanodiff.config import UserError
 
 
 def scene(i, task=None, held=None, seed=3):
@@ -301,10 +303,11 @@ def test_captions_of_the_score_are_different_and_of_their_group():
 
 
 def test_study_says_means_with_intervals():
-    from assets.world import study
+    from assets.nano import captions
 
-    assert study.interval([0.5])[0] == 0.5 and np.isnan(study.interval([0.5])[1])
-    mean, half = study.interval([0.1, 0.2, 0.3])
+    assert captions.interval([0.5])[0] == 0.5 and np.isnan(captions.interval([0.5])[1])
+    assert captions.said([0.5]) == "0.500" and captions.said([0.1, 0.2, 0.3], "+.2f") == "+0.20 ± 0.248"
+    mean, half = captions.interval([0.1, 0.2, 0.3])
     assert abs(mean - 0.2) < 1e-12 and abs(half - 4.302653 * 0.1 / 3**0.5) < 1e-6
 
 
@@ -351,6 +354,11 @@ def test_study_trains_without_what_it_asks_for(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results.json").read_text())
     assert len(found) == 6 and all(set(r.values()) == {1.0} for r in found.values())
     assert "| 24 kinds held out | 2 | 1.000 ± 0.000 |" in (tmp_path / "table.md").read_text()
+    assert study.main() == 0 and len(began) == 4, "what is there is not made again"
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--updates", "5"])
+    assert study.main() == 2, "nor taken for what other settings would have made"
+    with pytest.raises(UserError, match="there are no 2000 different captions of 8 kinds"):
+        study.asked(set(study.held(8)), 2000)
 
 
 def test_synthetic_pictures_are_judged_and_said(tmp_path):
@@ -442,18 +450,26 @@ def test_what_is_in_a_folder(tmp_path):
 def test_what_is_in_generations(tmp_path, monkeypatch, capsys):
     """Several data sets as a series each, one shorter than the other."""
     from assets.world import look, make
+    from nanodiff.output import charts
 
     for i in range(3):
         make.write(tmp_path / f"{i}.tar", 4, seed=i)
     a, b, c = (str(tmp_path / f"{i}.tar") for i in range(3))
     argv = ["look", "--series", "alone", a, b, c, "--series", "half real", a, c, "--output-dir", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", argv)
+    drawn = []
+    monkeypatch.setattr(charts, "lines", lambda path, x, panels, xlabel: drawn.append((x, panels, xlabel)))
     assert look.main() == 0
+    ((x, panels, xlabel),) = drawn
+    assert x == [0, 1, 2] and xlabel == "generation" and panels["captions true"]["alone"][1][0] == 1.0
+    places, found = panels["places"], json.loads((tmp_path / "out/look.json").read_text())
+    assert places["alone"] == [found[f]["places"] for f in (a, b, c)]
+    assert places["half real"][:2] == [found[f]["places"] for f in (a, c)] and np.isnan(places["half real"][2])
     table = capsys.readouterr().out
     assert "| alone, 1.tar | 4 | 1.000 |" in table and "| half real, 2.tar | 4 | 1.000 |" in table
     assert set(json.loads((tmp_path / "out/look.json").read_text())) == {a, b, c}
-    with Image.open(tmp_path / "out/look.png") as picture:
-        assert picture.width > 800
+    monkeypatch.setattr("sys.argv", ["look", "--series", "x", a, "--series", "x", b])
+    assert look.main() == 2 and "two of one name" in capsys.readouterr().err
 
 
 def test_shards_are_together_what_one_is(tmp_path):

@@ -561,6 +561,14 @@ def test_a_saved_schedule_draws_as_it_did(name):
         assert samplers.of(again) == samplers.of(schedule) and samplers.times(again, 7) == samplers.times(schedule, 7)
 
 
+def test_the_simple_grid():
+    """ComfyUI's, of a noise schedule: σ at every T/n-th time from the top, asked at just these times."""
+    schedule = samplers.spaced_by(ordinary(), "euler", "simple")
+    times, sigmas = samplers.sigma_grid(schedule, 6)
+    assert times == [999 - 1000 * i // 6 for i in range(6)] and sigmas[-1] == 0
+    np.testing.assert_allclose(sigmas[:-1], schedule.all_sigmas()[np.array(times, int)], rtol=1e-6)
+
+
 def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     with pytest.raises(UserError, match="is none of karras"):
         samplers.spaced_by(ordinary(), None, "even")
@@ -575,8 +583,21 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     assert samplers.spaced_by(flow, None, "beta").cfg["use_beta_sigmas"]
     with pytest.raises(UserError, match="has no such grid"):
         samplers.spaced_by(flow, None, "ays")
-    with pytest.raises(UserError, match="_grid = ays is no grid of a flow"):
-        samplers.flow_sigmas(Schedule.from_config({**flow.raw, "_grid": "ays"}), 4)
+    for grid in ("ays", "even", ["ays"], 1):
+        with pytest.raises(UserError, match=r"_grid = .* is none of sgm_uniform, simple"):
+            Schedule.from_config({**flow.raw, "_grid": grid})
+    with pytest.raises(UserError, match="only one of _grid and use_karras_sigmas"):
+        Schedule.from_config({**flow.raw, "_grid": "simple", "use_karras_sigmas": True})
+    for own in ("bogus", ["heun"]):
+        with pytest.raises(UserError, match=r"_sampler = .* is no sampler of ours"):
+            samplers.schedule_of({**ordinary().raw, "_sampler": own}, "scheduler_config.json")
+    kept = samplers.spaced_by(ordinary(), "dpmpp_2m", "sgm_uniform")  # a sampler with a grid in its name has that one
+    for name in ("dpmpp_2m_karras", "dpmpp_2m_sde_karras"):
+        assert samplers.times(samplers.rescheduled(kept, name), 6) == samplers.times(
+            samplers.rescheduled(ordinary(), name), 6
+        )
+    alone = samplers.rescheduled(samplers.spaced_by(flow, None, "simple"), None, use_karras_sigmas=True)
+    assert samplers.flow_sigmas(alone, 4) == samplers.flow_sigmas(samplers.spaced_by(flow, None, "karras"), 4)
     for shift in (
         1.0,
         3.0,
@@ -588,6 +609,14 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
         np.testing.assert_allclose(samplers.flow_sigmas(other, 4), want, rtol=1e-6)
         assert samplers.flow_sigmas(other, 4)[3] > 0.24 and samplers.flow_sigmas(other, 1) == [1, 0]
         assert samplers.times(other, 4) == [s * 1000 for s in samplers.flow_sigmas(other, 4)[:-1]]
+        simple = samplers.spaced_by(
+            other, None, "simple"
+        )  # every T/n-th of the training's levels from the top, rounded down
+        np.testing.assert_allclose(
+            samplers.flow_sigmas(simple, 7), [bend(1 - (1000 * i // 7) / 1000) for i in range(7)] + [0], rtol=1e-6
+        )
+        stretched = samplers.spaced_by(Schedule.from_config({**other.raw, "shift_terminal": 0.1}), None, "simple")
+        assert samplers.flow_sigmas(stretched, 7) == samplers.flow_sigmas(simple, 7)
         assert samplers.flow_sigmas(Schedule.from_config(other.to_json()), 4) == samplers.flow_sigmas(other, 4)
         assert samplers.spaced_by(other, None, "beta").raw["_grid"] is None, "another grid takes its place"
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -388,3 +389,18 @@ def test_gradients_are_part_of_a_plan(started):
         with torch.no_grad():
             kernels.attention(x, x, x)
     assert len(started) == 2
+
+
+def test_rms_norm_under_autocast_is_exact_and_quiet():
+    """bf16 values with fp32 weights, as autocast leaves them: in fp32, and PyTorch has nothing to warn of."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 32).bfloat16().requires_grad_()
+    weight = torch.rand(32).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = kernels.rms_norm(x, weight, 1e-6)
+        y.sum().backward()
+    h = x.detach().double()
+    want = h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.detach().double()
+    assert y.dtype == torch.bfloat16 and ((y - want).abs() <= 2**-8 * want.abs()).all()
+    assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Other programs' pictures: ComfyUI's graphs, A1111's PNGs and JPEGs, what is neither."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -73,13 +74,8 @@ def test_values_that_other_nodes_give():
     assert found["seed"] == 7 and found["prompt"] == ["a dog"]
 
 
-def test_a_flow_s_simple_grid_is_not_the_model_s_own():
-    found, _ = foreign.comfyui(changed("3", sampler_name="euler", scheduler="simple"))
-    assert (found["scheduler"], found["sigmas"]) == ("flow_euler", "sgm_uniform")
-
-
 @pytest.mark.parametrize(("sampler", "ours"), [("dpmpp_sde", "dpmpp_sde"), ("euler", "euler"), ("heun", "heun")])
-@pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta"])
+@pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta", "simple"])
 def test_grids(sampler, ours, grid):
     found, _ = foreign.comfyui(changed("3", sampler_name=sampler, scheduler=grid))
     assert (found["scheduler"], found["sigmas"]) == (ours, grid)
@@ -163,3 +159,16 @@ def test_files(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "deep.png", pnginfo=info)
     with pytest.raises(UserError, match="is no JSON"):
         foreign.read(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(("name", "ours"), [("euler", "flow_euler"), ("heun", "flow_heun"), ("dpmpp_2m", "dpmpp_2m")])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_whose_sampler_it_is_the_model_tells(name, ours, adopted):
+    """Of a flow "euler" is another one than of noise schedules, whose grid it keeps: SD 3.5 in ComfyUI is euler with sgm_uniform. What is typed is left as it is."""
+    from nanodiff.stories import models
+
+    found, _ = foreign.comfyui(changed("3", sampler_name=name, scheduler="sgm_uniform"))
+    for kind in ("FlowMatchEulerDiscreteScheduler", "DDIMScheduler"):
+        cfg = SimpleNamespace(adopted=adopted, **found)
+        models.told(cfg, SimpleNamespace(scheduler=lambda kind=kind: ({"_class_name": kind}, "a file")))
+        assert cfg.scheduler == (ours if adopted and kind.startswith("Flow") else name) and cfg.sigmas == "sgm_uniform"
