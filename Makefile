@@ -49,7 +49,7 @@ world-study: $(STAMP)  ## what composition needs: short runs on single objects t
 	$(PY) -m assets.world.study runs --output-dir $(OUT)/world-study
 	$(PY) -m assets.world.study emergence --run $(OUT)/world-study/recipe-0 --output-dir $(OUT)/world-study
 
-# What the small world's model is good for, on ground that can give way (how long each takes was not measured)
+# What the small world's model is good for, on ground that can give way (minutes of one core, and what came of it: assets/world/STUDIES.md)
 WFEW     = $(OUT)/world-few-step
 WFEWSTEP = $(PY) distill.py few-step --model assets/world --data $(WFEW)/scenes.tar --batch-size 32 --lr 5e-4 --no-evaluate \
 	--sample-every 0 --seed 1 --resume auto
