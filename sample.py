@@ -134,7 +134,7 @@ class Config:
     )
     sigmas: str | None = arg(
         None,
-        "grid of noise levels: karras, exponential, beta, lu, sgm_uniform or ays (Align Your Steps); default: the sampler's own",
+        "grid of noise levels: karras, exponential, beta, lu, sgm_uniform, simple or ays (Align Your Steps); default: the sampler's own",
         "schedule-type",
     )
     eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1")

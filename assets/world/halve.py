@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nanodiff import pipeline
-from nanodiff.config import tool
+from nanodiff.config import UserError, tool
 from nanodiff.files import out_dir
 
 
@@ -43,6 +43,8 @@ def main():
 
     def run():
         sd = pipeline.load(args.model)
+        if not hasattr(sd.net, "transformer_blocks"):
+            raise UserError(f"{args.model}: is no MMDiT, it has no blocks of one kind to leave out")
         sd.net = halved(sd.net)
         sd.save(out_dir(args.output_dir))
         print(

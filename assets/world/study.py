@@ -118,7 +118,7 @@ def runs(args):
         asked(set(group), args.captions)
     kept, how = out / "results.json", out / "settings.json"
     settings = {k: getattr(args, k) for k in ("scenes", "updates", "batch_size", "lr", "captions")}
-    if how.exists() and read_json(how) != settings:
+    if read_json(how) != settings if how.exists() else kept.exists():
         raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
     write_json(how, settings)
     results = read_json(kept) if kept.exists() else {}

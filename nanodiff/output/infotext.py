@@ -32,6 +32,7 @@ SPACINGS = {
     "Karras": "karras",
     "Exponential": "exponential",
     "SGM Uniform": "sgm_uniform",
+    "Simple": "simple",
     "Beta": "beta",
     "Align Your Steps": "ays",
 }

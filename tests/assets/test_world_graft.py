@@ -98,3 +98,5 @@ def test_half_the_depth_keeps_every_other_block_and_both_ends(tmp_path, monkeypa
     assert all(torch.equal(v, theirs[n]) for n, v in mine.items() if not n.startswith("transformer_blocks."))
     assert half.schedule.to_json() == whole.schedule.to_json()
     assert half.generate("a red star", seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
+    monkeypatch.setattr("sys.argv", ["halve", "--model", "assets/nano", "--output-dir", str(tmp_path / "nano")])
+    assert halve.main() == 2 and not (tmp_path / "nano").exists(), "a UNet has none"
