@@ -2,8 +2,18 @@
 
 Text: token ids [B, S] -> hidden states [B, S, D] and a pooled vector; causal. ViT-L/14 with the quick GELU in SD 1.x, OpenCLIP
 ViT-H/14 with the exact GELU in SD 2.x, bigG in SDXL. Padding is attended to: the diffusion models were trained without an
-attention mask. A config.json that says `use_attention_mask`, as diffusers reads it, is that of a model trained with one. Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel`
-is both, projected into the space where a picture and its caption are near each other (B/32, B/16, L/14).
+attention mask. A config.json that says `use_attention_mask`, as diffusers reads it, is that of a model trained with one.
+Vision: pixels [B, 3, R, R] -> one token a patch and a class token, whose state stands for the picture. `CLIPModel` is both,
+projected into the space where a picture and its caption are near each other (B/32, B/16, L/14).
+
+| text encoder of | layers | D | weights | what the denoiser is given |
+|---|---|---|---|---|
+| SD 1.x: ViT-L/14 | 12 | 768 | 123 M | last state, normed |
+| SD 2.x: OpenCLIP ViT-H/14 | 23 of 24 | 1024 | 340 M | last state, normed: the 24th layer is not in the files |
+| SDXL and SD 3: ViT-L/14 and bigG | 12, 32 | 768, 1280 | 123 M, 695 M | last state but one of both side by side, bigG's pooled vector (SD 3: both's) |
+
+Why the last state but one (`clip_skip`): the contrastive loss looks at the end token alone, so the last layer has nothing
+to keep of the other words; since SD 2 the denoisers are trained on the state before it (Podell et al. 2023 §2.1).
 
 Explained in the book (docs/book): chapter 9.
 """
@@ -18,6 +28,7 @@ from torch import nn
 from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import LayerNorm, attend
 
+# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
 FIXED = {
     "attention_dropout": [0.0],
     "dropout": [0.0],
@@ -35,7 +46,7 @@ FIXED = {
     "output_hidden_states": [False],
     "return_dict": [True],
 }
-QUICK_GELU = 1.702
+QUICK_GELU = 1.702  # x·σ(1.702 x) is within 0.021 of the exact GELU; weights are of use with the one they were trained with alone
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU * x),
     "gelu": F.gelu,
@@ -46,13 +57,13 @@ ACTIVATIONS = {
 class Config:
     """Fields of config.json, with the defaults of the original file format."""
 
-    vocab_size: int = 49408
+    vocab_size: int = 49408  # 256 bytes, 256 bytes that end a word, 48,894 merges, start and end
     hidden_size: int = 512
     intermediate_size: int = 2048
-    projection_dim: int = 512
+    projection_dim: int = 512  # of the pooled vector
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    max_position_embeddings: int = 77  # start, 75 tokens, end
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     bos_token_id: int | None = 49406
@@ -63,6 +74,7 @@ class Config:
 
     @classmethod
     def from_json(cls, raw, where="text_encoder/config.json"):
+        """Raises UserError, naming `where` and the field, for another network."""
         cfg = from_json(cls, raw, FIXED, where)
         if cfg.hidden_act not in ACTIVATIONS:
             raise UserError(
@@ -96,6 +108,7 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, raw, where="image_encoder/config.json"):
+        """Raises UserError, naming `where` and the field, for another network."""
         cfg = from_json(cls, _without_generation(raw), FIXED, where)
         if cfg.hidden_act not in ACTIVATIONS:
             raise UserError(
@@ -150,6 +163,9 @@ def _without_generation(raw):
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention [B, S, D] -> [B, S, D]: causal in the text tower (a word sees those before it, a habit of the language
+    models that CLIP's text tower was taken from), of all patches to all in the vision tower."""
+
     def __init__(self, cfg):
         super().__init__()
         D = cfg.hidden_size
@@ -157,11 +173,14 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x, seen=None):
+        """seen: [B, S], true where a key may be seen; None: all."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, S, D] each
         return self.out_proj(attend(q, k, v, self.heads, causal=self.causal, key_mask=seen))
 
 
 class MLP(nn.Module):
+    """Two layers at each place by itself, four times as wide between: [B, S, D] -> [B, S, D]."""
+
     def __init__(self, cfg):
         super().__init__()
         self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
@@ -173,6 +192,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.layer_norm1 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
@@ -181,11 +202,13 @@ class Layer(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x, seen=None):
-        x = x + self.self_attn(self.layer_norm1(x), seen)
+        x = x + self.self_attn(self.layer_norm1(x), seen)  # [B, S, D]
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Embeddings(nn.Module):
+    """A learned vector for each token, and one for each position."""
+
     def __init__(self, cfg):
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -196,12 +219,16 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers under the name that the files have for them; the towers call them one by one, to keep their states."""
+
     def __init__(self, cfg):
         super().__init__()
         self.layers = nn.ModuleList([Layer(cfg) for _ in range(cfg.num_hidden_layers)])
 
 
 class TextTransformer(nn.Module):
+    """The text tower's parts; CLIPTextModel and CLIPModel run it."""
+
     def __init__(self, cfg):
         super().__init__()
         self.embeddings = Embeddings(cfg)
@@ -226,6 +253,7 @@ class CLIPTextModel(nn.Module):
         return "CLIPTextModelWithProjection" if self.cfg.with_projection else "CLIPTextModel"
 
     def final_norm(self, x):
+        """A state [B, S, D] through the tower's last norm: the last one always, an earlier one where a model asks for it."""
         return self.text_model.final_layer_norm(x)
 
     def forward(self, ids):
@@ -250,6 +278,8 @@ class CLIPTextModel(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """Patches by a convolution whose stride is its size, a class token before them, a learned vector for each position."""
+
     def __init__(self, cfg):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(cfg.hidden_size))
@@ -325,12 +355,14 @@ class CLIPModel(nn.Module):
         self.text_model, self.vision_model = TextTransformer(cfg.text), VisionTransformer(cfg.vision)
         self.text_projection = nn.Linear(cfg.text.hidden_size, cfg.projection_dim, bias=False)
         self.visual_projection = nn.Linear(cfg.vision.hidden_size, cfg.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log of the inverse temperature
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log of the inverse temperature, 1 / 0.07 at the start
 
     def image(self, pixels):
+        """pixels [B, 3, R, R] -> unit vectors [B, P], fp32."""
         return F.normalize(self.visual_projection(self.vision_model(pixels)[1]).float(), dim=-1)
 
     def text(self, ids):
+        """ids [B, S] -> unit vectors [B, P], fp32."""
         x = self.text_model.embeddings(ids)
         for layer in self.text_model.encoder.layers:
             x = layer(x)

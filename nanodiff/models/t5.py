@@ -4,6 +4,13 @@ A pre-norm encoder without biases: RMS norms, attention without the 1/√K scale
 distance, gated-GELU feed-forward (Raffel et al. 2020, arXiv 1910.10683 §2.1; Shazeer 2020, arXiv 2002.05202). SD 3
 gives no attention mask: padding is attended to.
 
+XXL: 24 blocks, D = 4096, 64 heads of 64, 9.5 GB in bf16, more than the denoiser of SD 3.5 medium (4.5 GB); a run without
+it draws too, with zeros in its place, and loses written words above all (Esser et al. 2024, arXiv 2403.03206).
+Three habits of T5 differ from all other models here. Positions: no vectors are added; each head adds to its scores a
+number that depends on the distance, so a text may be longer than those of training. Scale: 1/√K is in the initial weights
+of q instead of the scores. Residuals grow to many thousands, so they are summed in fp32, and in fp16 the product that is
+added to them is, too.
+
 Explained in the book (docs/book): chapter 9.
 """
 
@@ -17,6 +24,7 @@ from torch import nn
 from nanodiff.config import from_json
 from nanodiff.models.layers import attend, swiglu
 
+# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
 FIXED = {
     "classifier_dropout": [0.0],
     "decoder_start_token_id": [0],
@@ -41,20 +49,21 @@ FIXED = {
 class Config:
     """Fields of config.json, with the defaults of the original file format."""
 
-    vocab_size: int = 32128
+    vocab_size: int = 32128  # 32,000 pieces of SentencePiece, 100 sentinels, up to a multiple of 128
     d_model: int = 512
-    d_kv: int = 64
+    d_kv: int = 64  # K, a head's size; heads times this need not be d_model
     d_ff: int = 2048
     num_layers: int = 6
     num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    relative_attention_num_buckets: int = 32  # see buckets()
+    relative_attention_max_distance: int = 128  # all that is farther is in one bucket
     layer_norm_epsilon: float = 1e-6
     pad_token_id: int = 0
     eos_token_id: int = 1
 
     @classmethod
     def from_json(cls, raw, where="text_encoder_3/config.json"):
+        """Raises UserError, naming `where` and the field, for another network."""
         return from_json(cls, raw, FIXED, where)
 
     def to_json(self):
@@ -67,14 +76,16 @@ def buckets(length, n, far, device=None):
     rest logarithmic up to `far` (§2.1)."""
     position = torch.arange(length, device=device)
     distance = position[None, :] - position[:, None]
-    n = n // 2
-    exact = n // 2
+    n = n // 2  # 16 for keys before the query and the query itself, 16 for those behind it
+    exact = n // 2  # distances 0 … 7 have a bucket each; 8 … 127 share the other eight
     size = distance.abs()
     log = exact + (torch.log(size.clamp(min=1).float() / exact) / math.log(far / exact) * (n - exact)).long()
     return (distance > 0).long() * n + torch.where(size < exact, size, log.clamp(max=n - 1))
 
 
 class SelfAttention(nn.Module):
+    """softmax(q kᵀ + bias) v: [B, S, D] -> [B, S, D], every word seeing every other."""
+
     def __init__(self, cfg, with_bias):
         super().__init__()
         self.heads, inner = cfg.num_heads, cfg.num_heads * cfg.d_kv
@@ -92,7 +103,8 @@ class SelfAttention(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer without bias that computes in the type of its input."""
+    """A linear layer without bias that computes in the type of its input, [B, S, D_in] -> [B, S, D_out]: its weight may be of
+    fewer bits."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -126,6 +138,8 @@ class Sublayer(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each a residual with its norm."""
+
     def __init__(self, cfg, first):
         super().__init__()
         self.layer = nn.ModuleList(
@@ -142,6 +156,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks and the final norm under the names that the files have for them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.block = nn.ModuleList([Block(cfg, first=i == 0) for i in range(cfg.num_layers)])
@@ -168,6 +184,6 @@ class T5EncoderModel(nn.Module):
         )
         x, bias = self.shared(ids).float(), None  # [B, S, D]
         for block in self.encoder.block:
-            x, bias = block(x, where, bias)
+            x, bias = block(x, where, bias)  # [B, S, D] in fp32, [1, N, S, S]
         norm = self.encoder.final_layer_norm
         return F.rms_norm(x, x.shape[-1:], norm.weight.float(), norm.eps).to(dtype)

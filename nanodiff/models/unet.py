@@ -7,6 +7,20 @@ A pyramid of residual blocks with skips (Ronneberger et al. 2015), time added in
 SDXL (arXiv 2307.01952) is a configuration: no attention at the top level, deeper transformers below, and a
 vector condition (pooled text and image sizes) added to the time embedding.
 
+What a picture of 512 × 512 passes through in SD 1.5 (latents of 64 × 64), R a residual block, A attention over all
+places and over the text, and where its 860 million weights are:
+
+    level   channels    down                     up                        weights down + up, millions
+    64 × 64      320    R A  R A  ↓              R A  R A  R A             11 + 19
+    32 × 32      640    R A  R A  ↓              R A  R A  R A  ↑          37 + 71
+    16 × 16     1280    R A  R A  ↓              R A  R A  R A  ↑         140 + 258
+     8 × 8      1280    R    R      ->  R A R -> R    R    R    ↑          62 + 97 + 162
+
+Every R, and every ↓, hands its result to the R at the same height on the way up: twelve skips. With
+half the side and twice the channels a level costs as much as the one above it (down to 16 × 16), but has four times its
+weights. 63 % of them are in residual blocks here; in SDXL (2,567 million) 86 % are in transformers, ten blocks deep at
+the lowest level.
+
 Explained in the book (docs/book): chapters 5, 6 and 9.
 """
 
@@ -38,6 +52,7 @@ from nanodiff.models.layers import (
 )
 from nanodiff.models.upsample import Upsample
 
+# Names of stages in the files, and whether they have attention.
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
@@ -81,22 +96,23 @@ HEADS = ("attention_head_dim", "num_attention_heads")
 class DownConfig:
     """Fields of config.json about the way down, with the defaults of the original file format; per-level fields are tuples."""
 
-    in_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    in_channels: int = 4  # 9 for inpainting: latents, mask, latents of what is kept
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one a level, the largest picture first
+    layers_per_block: int = 2  # residual blocks a level; one more on the way up
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    cross_attention_dim: int = 1280
-    num_heads: int | tuple[int, ...] = 8
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    cross_attention_dim: int = 1280  # width of the text: 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL
+    num_heads: int | tuple[int, ...] = 8  # SD 1.x: 8 at each level (40, 80, 160 wide); since SD 2 heads of 64
+    transformer_layers_per_block: int | tuple[int, ...] = 1  # SDXL: 1, 2, 10
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    use_linear_projection: bool = False
-    upcast_attention: bool | None = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
+    use_linear_projection: bool = False  # see Transformer2D
+    upcast_attention: bool | None = False  # scores in fp32: they always are (layers.attend)
+    addition_embed_type: str | None = None  # "text_time": SDXL's vector condition
+    addition_time_embed_dim: int | None = None  # channels for each of its six sizes
+    projection_class_embeddings_input_dim: int | None = None  # pooled text and those together: 1280 + 6 · 256
 
+    # not fields of the file, but what it may say:
     types = {"down_block_types": tuple(DOWN_TYPES)}  # per-level names of classes, and those that there are
     middles = ("UNetMidBlock2DCrossAttn",)
 
@@ -108,6 +124,7 @@ class DownConfig:
 
     @classmethod
     def from_json(cls, raw, where="unet/config.json"):
+        """Raises UserError, naming `where` and the field, for another network and for levels that do not fit together."""
         raw = dict(raw)
         heads = [raw.pop(name, None) for name in HEADS]
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
@@ -136,14 +153,16 @@ class Config(DownConfig):
     """Fields of a UNet's config.json."""
 
     out_channels: int = 4
-    sample_size: int | tuple[int, ...] | None = None
+    sample_size: int | tuple[int, ...] | None = None  # latents along a side in training: 64 for pictures of 512 px
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 
     types = DownConfig.types | {"up_block_types": tuple(UP_TYPES)}
 
 
 class Attention(nn.Module):
-    """Multi-head attention; q from x, k and v from x (self) or from the text (cross)."""
+    """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762 §3.2.2); q from x, k and v from x (self) or from the text
+    (cross). Self-attention lets distant places of the picture agree, at a cost of L²; cross-attention asks the text: each place
+    gets a mixture of the S words' values, weighted by how its query answers to their keys."""
 
     perturbed = False  # everything looks at itself alone (Ahn et al. 2024, arXiv 2403.17377)
 
@@ -160,10 +179,11 @@ class Attention(nn.Module):
         return [(self.to_q, self.to_k, self.to_v)]
 
     def kv(self, context):
+        """The text's keys and values, [B, S, D] each."""
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x, kv=None):
-        """kv: keys and values of the text, and behind them those of pictures (ipadapter.py), each looked at by itself; None: x's own."""
+        """x [B, L, D] -> [B, L, D]. kv: keys and values of the text, and behind them those of pictures (ipadapter.py), each looked at by itself; None: x's own."""
         if self.perturbed:
             return self.to_out[0](self.to_v(x))
         q, *kv = project((self.to_q, self.to_k, self.to_v), x) if kv is None else (self.to_q(x), *kv)
@@ -199,7 +219,8 @@ def perturbed(unet, layers):
 
 
 class GEGLU(nn.Module):
-    """value · gelu(gate) of one double-width projection (Shazeer 2020, arXiv 2002.05202 eq. 6)."""
+    """value · gelu(gate) of one double-width projection (Shazeer 2020, arXiv 2002.05202 eq. 6). [B, L, D] -> [B, L, 4D]; the
+    first half of the projection is the value, as in the files."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -210,7 +231,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The widening half and the narrowing one, which its block adds to what it has."""
+    """The widening half and the narrowing one, which its block adds to what it has. Between them the files have a dropout of
+    zero, whose place the Identity keeps."""
 
     def __init__(self, dim):
         super().__init__()
@@ -218,7 +240,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; pre-norm, residual."""
+    """Self-attention, cross-attention to the text, feed-forward; pre-norm, residual:
+
+        x = x + attn1(norm1 x);   x = x + attn2(norm2 x, text);   x = x + ff(norm3 x)
+
+    Written below so that each residual and the norm behind it are one operator (LayerNorm.after), which reads x once."""
 
     def __init__(self, dim, heads, context_dim):
         super().__init__()
@@ -240,7 +266,8 @@ class Transformer2D(nn.Module):
     """Transformer blocks over the H·W positions of an image.
 
     SD 1.x projects in and out by 1×1 convolutions, SD 2.x and SDXL by linear layers: the same map, other
-    weight shapes.
+    weight shapes. The places are told from each other by nothing here, there is no position embedding: what
+    the convolutions around it wrote into each place (their zero padding marks the border) has to do.
     """
 
     def __init__(self, channels, heads, depth, context_dim, groups, linear):
@@ -253,13 +280,14 @@ class Transformer2D(nn.Module):
         self.proj_out = projection()
 
     def forward(self, x, kvs):
+        """x [B, C, H, W]; kvs: an iterator of what each block sees of the text, from which it takes its own. -> [B, C, H, W]"""
         B, C, H, W = x.shape
-        h = self.norm(x)
+        h = self.norm(x)  # [B, C, H, W]
         h = h if self.linear else pointwise(self.proj_in, h)
         h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # [B, L, C], L = H·W
         h = self.proj_in(h) if self.linear else h  # [B, L, D]
         for block in self.transformer_blocks:
-            h = block(h, next(kvs))
+            h = block(h, next(kvs))  # [B, L, D]
         h = self.proj_out(h) if self.linear else h
         h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)  # [B, C, H, W]
         h = h if self.linear else pointwise(self.proj_out, h)
@@ -276,6 +304,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([resnet(channels, channels) for _ in range(1 if attention is None else 2)])
 
     def forward(self, x, temb, shifts, kvs):
+        """[B, C, h, w] -> [B, C, h, w], the smallest picture, where a place sees the most of the whole."""
         x = self.resnets[0](x, temb, next(shifts))
         if len(self.resnets) == 1:
             return x
@@ -304,6 +333,7 @@ class Downward(nn.Module):
             self.add_embedding = TimeEmbedding(cfg.projection_class_embeddings_input_dim, temb_dim)
 
         self.down_blocks = nn.ModuleList()
+        # L residual blocks a level; the first of a level changes the number of channels, and all but the last level halve the picture
         self.widths = [widths[0]]  # channels of every tensor that the way down hands to the way up
         for i, c in enumerate(widths):
             resnets = [self.resnet(self.widths[-1] if j == 0 else c, c) for j in range(L)]
@@ -356,7 +386,7 @@ class Downward(nn.Module):
 
         t: [B]. added: (pooled text [B, D], size ids [B, 6]).
         """
-        dtype = self.conv_in.weight.dtype
+        dtype = self.conv_in.weight.dtype  # the sinusoids are fp32, the layers that read them are not
         temb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
         if self.cfg.addition_embed_type:
             pooled, ids = added
@@ -411,6 +441,8 @@ class UNet2DConditionModel(Downward):
     def __init__(self, cfg):
         super().__init__(cfg)
         widths, L, last = cfg.block_out_channels, cfg.layers_per_block, len(cfg.block_out_channels) - 1
+        # Up, in mirrored order: each residual block reads what came from below beside the skip that was laid down last, so a level
+        # has one block more than on the way down, for the skip of its downsampling (or of conv_in).
         self.up_blocks = nn.ModuleList()
         c_in, skips = widths[-1], list(self.widths)
         for i, c in enumerate(reversed(widths)):

@@ -5,6 +5,20 @@ A convolutional encoder gives the mean and log-variance of q(z|x), a decoder giv
 Three names for three things: `pixels` in [-1, 1]; `moments`, what the encoder puts out; `latents`, scaled to
 about unit variance, what the denoiser sees:  latents = (z - shift_factor) · scaling_factor.
 
+A picture of 512 × 512 in Stable Diffusion's VAE (84 million weights), R a residual block, A attention over all places:
+
+    encoder (34)   512²  128  R R ↓     decoder (49)    64²  512  R A R
+                   256²  256  R R ↓                     64²  512  R R R ↑
+                   128²  512  R R ↓                    128²  512  R R R ↑
+                    64²  512  R R                      256²  256  R R R ↑
+                    64²  512  R A R                    512²  128  R R R
+                  -> 8 channels, mean and logvar      -> 3 channels
+
+786,432 numbers become 16,384 (65,536 in SD 3), 48 (12) times fewer. Decoding takes as many operations as two guided
+steps of SD 1.5, and far more memory: one tensor of 128 channels at 512² is 64 MiB in bf16, and the levels near the picture are the
+dear ones. KL is weighted by 1e-6, so q(z|x) is nearly a point: this is an autoencoder with a smooth latent space, not a
+generative model, and the denoiser is its prior.
+
 Explained in the book (docs/book): chapter 8.
 """
 
@@ -33,21 +47,24 @@ EPS = 1e-6
 class Config:
     """Fields of config.json, with the defaults of the original file format."""
 
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)  # one a level; each but the last halves the picture
+    layers_per_block: int = 1  # residual blocks a level of the encoder; the decoder has one more
+    latent_channels: int = 4  # SD 3: 16
     norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    force_upcast: bool | None = True
-    use_quant_conv: bool = True
+    sample_size: int | tuple[int, ...] = 32  # pixels along a side in training
+    scaling_factor: float = (
+        0.18215  # one over the standard deviation of z over the training pictures; SDXL 0.13025, SD 3 1.5305
+    )
+    shift_factor: float | None = None  # their mean; SD 3: 0.0609
+    force_upcast: bool | None = True  # fp16 overflows in this decoder (SDXL's original): compute in fp32
+    use_quant_conv: bool = True  # 1×1 convolutions around the latents, a relic of VQ; SD 3 has none
     use_post_quant_conv: bool = True
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
 
     @classmethod
     def from_json(cls, raw, where="vae/config.json"):
+        """Raises UserError, naming `where` and the field, for another network."""
         cfg = from_json(cls, raw, FIXED, where)
         for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(cfg, name)
@@ -62,7 +79,8 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all H·W positions, with its own GroupNorm and residual."""
+    """Single-head self-attention over all H·W positions, with its own GroupNorm and residual. One head of 512: at 64 × 64 its
+    scores are 4096 × 4096, the reason why the VAE has it at the smallest level only."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -78,6 +96,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention, residual block: [B, C, h, w] -> [B, C, h, w]."""
+
     def __init__(self, channels, groups):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, EPS) for _ in range(2)])
@@ -88,6 +108,8 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """pixels [B, 3, H, W] -> moments [B, 2C, h, w]: halved at every level but the last."""
+
     def __init__(self, cfg):
         super().__init__()
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
@@ -104,11 +126,13 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)  # [B, C₁, H, W]
         for block in self.down_blocks:
-            x = block(x)
+            x = block(x)  # [B, Cᵢ, H/2ⁱ, W/2ⁱ]
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))  # [B, 2C, h, w], mean and logvar
 
 
 class Decoder(nn.Module):
+    """z [B, C, h, w] -> pixels [B, 3, H, W]: the encoder mirrored, one residual block more a level."""
+
     def __init__(self, cfg):
         super().__init__()
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
@@ -125,7 +149,7 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))  # [B, Cₙ, h, w]
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x)  # [B, Cᵢ, 2ⁱh, 2ⁱw]
         return self.conv_out(self.conv_norm_out(x))  # [B, 3, H, W]
 
 
@@ -152,6 +176,7 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode_raw(self, z):
+        """z [B, C, h, w], not scaled -> pixels [B, 3, H, W]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def forward(self, pixels, noise):
@@ -162,7 +187,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, pixels, noise=None):
         """pixels -> latents: a sample of the posterior when `noise` ~ N(0, I) is given, else its mean."""
         mean, logvar = self.encode_moments(pixels)
-        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise  # [B, C, h, w]
         return (z - (self.cfg.shift_factor or 0.0)) * self.cfg.scaling_factor
 
     def decode(self, latents):
@@ -190,6 +215,7 @@ class AutoencoderKL(nn.Module):
 
 
 def _tiles(height, width, size):
+    """(rows, columns) as slices: squares of `size` that cover a picture, the last ones smaller."""
     for top in range(0, height, size):
         for left in range(0, width, size):
             yield slice(top, min(top + size, height)), slice(left, min(left + size, width))
@@ -228,6 +254,8 @@ def _conv_tiled(conv, x, size, device, norm=None, add=None, out=None):
 
 
 def _resnet_tiled(resnet, x, size, device):
+    """ResnetBlock.forward() tile by tile. Where the block has no shortcut, the result is written over x: each tile of x is read,
+    for the residual, right before it is written, and the convolutions read h."""
     h = _conv_tiled(resnet.conv1, x, size, device, resnet.norm1)
     shortcut = resnet.conv_shortcut
 
@@ -239,6 +267,7 @@ def _resnet_tiled(resnet, x, size, device):
 
 
 def _upsample_tiled(up, x, size, device):
+    """Upsample.forward() tile by tile: nearest neighbours twice as large, then the 3×3 convolution."""
     B, C, H, W = x.shape
     out = torch.empty(B, C, 2 * H, 2 * W, dtype=x.dtype)
     for ys, xs in _tiles(H, W, size):

@@ -4,6 +4,12 @@
 Pre-norm blocks with LayerNorm, attention with biases, exact GELU. Modules carry the names of ViTForImageClassification's checkpoints
 (google/vit-base-patch16-224) without the prefix `vit.`; its classifier and pooler are not loaded.
 
+A picture is read as a text is: cut into squares of P × P pixels, each flattened and projected to D numbers (a convolution
+whose stride is its size), told its place by a learned vector, and then a plain transformer in which every patch sees every
+other from the first layer on. Nothing of it knows that neighbours belong together; it is learned from much data, which is
+why a small one trained from scratch lags behind a convolutional network. B/16 at 224 px: 196 patches, 12 layers, D = 768,
+86 million weights.
+
 Explained in the book (docs/book): chapter 15.
 """
 
@@ -16,6 +22,7 @@ from torch import nn
 from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import LayerNorm, attend
 
+# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
 FIXED = {
     "attention_probs_dropout_prob": [0.0],
     "hidden_dropout_prob": [0.0],
@@ -71,6 +78,8 @@ class Config:
 
 
 class PatchEmbeddings(nn.Module):
+    """Each square of P × P pixels through one linear layer."""
+
     def __init__(self, cfg):
         super().__init__()
         self.projection = nn.Conv2d(cfg.num_channels, cfg.hidden_size, cfg.patch_size, cfg.patch_size)
@@ -80,6 +89,8 @@ class PatchEmbeddings(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """The class token and the patches, with what is learned of each position."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.hidden_size))
@@ -94,6 +105,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """The three projections under the name that the files have for them; Attention uses them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(cfg.hidden_size, cfg.hidden_size) for _ in range(3))
@@ -111,6 +124,8 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head attention of all tokens to all, [B, L, D] -> [B, L, D], L = 1 + h·w."""
+
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.num_attention_heads
@@ -132,11 +147,13 @@ class Layer(nn.Module):
         self.output = Dense(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x):
-        x = x + self.attention(self.layernorm_before(x))
+        x = x + self.attention(self.layernorm_before(x))  # [B, L, D]
         return x + self.output(F.gelu(self.intermediate(self.layernorm_after(x))))
 
 
 class Encoder(nn.Module):
+    """The layers under the name that the files have for them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.layer = nn.ModuleList([Layer(cfg) for _ in range(cfg.num_hidden_layers)])
@@ -165,7 +182,7 @@ class ViT(nn.Module):
         for layer in self.encoder.layer:
             if keep is not None:
                 keep.append(x)
-            x = layer(x)
+            x = layer(x)  # [B, L, D]
         if keep is not None:
             keep.append(x)
         return self.layernorm(x)
