@@ -35,6 +35,7 @@ class Config:
 
     @classmethod
     def from_json(cls, raw, where="vae/config.json"):
+        """Raises UserError, naming `where` and the field, for sizes that do not divide each other."""
         cfg = from_json(cls, raw, {}, where)
         if cfg.latent_dim % SIDE**2 or not cfg.latent_dim:
             raise UserError(f"{where}: latent_dim = {cfg.latent_dim} must be a multiple of {SIDE**2}")
@@ -46,6 +47,7 @@ class Config:
 
     @property
     def latent_channels(self):
+        """Channels of the map in which the vector is handed out."""
         return self.latent_dim // SIDE**2
 
     @property
@@ -95,6 +97,7 @@ class FlatVAE(nn.Module):
         return mean.view(shape), logvar.clamp(*LOGVAR).view(shape)
 
     def decode_raw(self, z):
+        """The map [B, latent_dim/16, 4, 4], not scaled -> pixels [B, 3, R, R]."""
         h = self.expand(z.flatten(1))
         return self.decoder(h.view(len(z), -1, self.side, self.side))
 

@@ -6,6 +6,15 @@ Szegedy et al. 2015, arXiv 1512.00567. Two networks share the names of their ten
 - `torchvision`: 1000 classes, pools that count their padding.
 Files: `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid; torch-fidelity's is the same) and `inception_v3_google-0cc3c7bd.pth`.
 
+    299²  3   three convolutions, a pool      ->  73²   64   (tap 64)
+     73²  64  two convolutions, a pool        ->  35²  192   (tap 192)
+     35²      three A, one B                  ->  17²  768
+     17²      four C: 1×7 and 7×1 in turn     ->  17²  768   (tap 768)
+     17²      one D, two E                    ->   8² 2048, averaged over places (tap 2048), then the classes
+
+24 million weights. Why this one: figures of papers are comparable only when all use the same network, resize and file; as
+a judge of pictures it is neither new nor good (Stein et al. 2023, arXiv 2306.04675).
+
 `fold()` is for inference: each batch norm goes into its convolution. Same numbers but for rounding.
 """
 
@@ -21,6 +30,8 @@ TAPS = {64: "after the first pool", 192: "after the second pool", 768: "before M
 
 
 class BasicConv2d(nn.Module):
+    """Convolution without bias, batch norm, ReLU: [B, C_in, H, W] -> [B, C_out, H', W']."""
+
     def __init__(self, i, o, kernel, stride=1, padding=0):
         super().__init__()
         self.conv = nn.Conv2d(i, o, kernel, stride, padding, bias=False)
@@ -47,12 +58,15 @@ class Block(nn.Module):
         self.branches, self.count_padding = branches, count_padding
 
     def pool(self, x):
+        """3×3 average, same size: [B, C, H, W] -> [B, C, H, W]."""
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=self.count_padding)
 
     def forward(self, x):
+        """[B, C, H, W] -> [B, ΣC of the branches, H, W], or half the size with a "down"."""
         return torch.cat([part for branch in self.branches for part in self.run(x, branch)], 1)
 
     def run(self, x, branch):
+        """What one branch makes of x: a list of one tensor, or of two where it ends in a pair."""
         for name in branch:
             if isinstance(name, tuple):
                 return [getattr(self, n)(x) for n in name]
@@ -61,10 +75,13 @@ class Block(nn.Module):
 
 
 def _down(x):
+    """3×3 maximum with stride 2: [B, C, H, W] -> [B, C, (H-1)/2, (W-1)/2]."""
     return F.max_pool2d(x, 3, 2)
 
 
 class InceptionA(Block):  # 35×35
+    """1×1, 5×5, two 3×3 (as wide a view for less work), pool."""
+
     def __init__(self, c, pooled, count_padding):
         super().__init__(
             [
@@ -85,6 +102,8 @@ class InceptionA(Block):  # 35×35
 
 
 class InceptionB(Block):  # 35×35 -> 17×17
+    """Half the size: two ways of strided convolutions, and a pool."""
+
     def __init__(self, c):
         super().__init__([("branch3x3",), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"), ("down",)], True)
         self.branch3x3 = BasicConv2d(c, 384, 3, 2)
@@ -94,6 +113,8 @@ class InceptionB(Block):  # 35×35 -> 17×17
 
 
 class InceptionC(Block):  # 17×17
+    """7×7 taken apart into 1×7 and 7×1 (§3.2): 14 products a channel in place of 49."""
+
     def __init__(self, c7, count_padding):
         super().__init__(
             [
@@ -118,6 +139,8 @@ class InceptionC(Block):  # 17×17
 
 
 class InceptionD(Block):  # 17×17 -> 8×8
+    """Half the size again."""
+
     def __init__(self):
         super().__init__(
             [("branch3x3_1", "branch3x3_2"), tuple(f"branch7x7x3_{i}" for i in range(1, 5)), ("down",)], True
@@ -131,6 +154,8 @@ class InceptionD(Block):  # 17×17 -> 8×8
 
 
 class InceptionE(Block):  # 8×8
+    """The widest: 1×3 and 3×1 beside each other, both kept. maximum: the FID network's last block, whose pool is no average."""
+
     def __init__(self, c, count_padding, maximum=False):
         super().__init__(
             [

@@ -45,6 +45,7 @@ class LabelEncoder(nn.Module):
         self.embedding = nn.Embedding(len(cfg.labels) + 1, cfg.hidden_size)
 
     def final_norm(self, x):
+        """A text encoder's states may be taken before its last norm; there is none here."""
         return x
 
     def forward(self, ids):

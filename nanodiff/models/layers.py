@@ -21,6 +21,9 @@ from torch import nn
 
 from nanodiff.config import UserError
 
+# ---------------------------------------------------------------------------------------------------------
+# Which operator
+
 
 def _kernels():
     """The package kernels/ beside nanodiff/; installed it is nanodiff._kernels, since a public package has the name `kernels`."""
@@ -58,6 +61,10 @@ def computed_by():
     return kernels.switch.mode(), torch.backends.cuda.matmul.fp32_precision
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Functions
+
+
 def timestep_embedding(t, dim, max_period=10000.0):
     """Sinusoids of the timestep: [B] -> [B, dim], cosines first (Vaswani et al. 2017 §3.5; DDPM appendix B).
 
@@ -88,6 +95,10 @@ def attend(q, k, v, heads, causal=False, bias=None, scale=None, key_mask=None):
     B, L, D = q.shape
     q, k, v = (x.unflatten(-1, (heads, D // heads)) for x in (q, k, v))  # [B, L|S, N, K]
     return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias, key_mask=key_mask).reshape(B, L, D)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What surrounds the products, on a GPU: a bias, a GELU or a residual of its own is one more pass over memory
 
 
 def _lean(x):
@@ -176,6 +187,10 @@ def project(layers, x):
     return [layer(x) for layer in layers]
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Modules
+
+
 class TimeEmbedding(nn.Module):
     """Two linear layers with a SiLU between: how sinusoids and pooled texts become a condition."""
 
@@ -184,11 +199,12 @@ class TimeEmbedding(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
 
     def forward(self, x):
+        """[B, dim_in] -> [B, dim]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm by our kernel where there is a GPU."""
+    """nn.LayerNorm (Ba et al. 2016, arXiv 1607.06450) by our kernel where there is a GPU: [B, L, D] -> [B, L, D]."""
 
     def forward(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -199,7 +215,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He 2018), optionally of x + shift [B, C] and followed by SiLU."""
+    """GroupNorm (Wu & He 2018, arXiv 1803.08494), optionally of x + shift [B, C] and followed by SiLU: [B, C, H, W] -> the same.
+
+    Mean and variance of each group of channels over the whole picture, so every place hears of all others; not over the
+    batch, whose sizes of one or two a diffusion model is trained and run with."""
 
     def __init__(self, groups, channels, eps, silu=False):
         super().__init__(groups, channels, eps)
@@ -212,6 +231,7 @@ class GroupNorm(nn.GroupNorm):
 class ResnetBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + temb))); the skip is a 1×1 convolution when channels change.
 
+    The time is one number for each channel, the same at all places: it tells the block how much noise there is, not where.
     temb: [B, D] time embedding, already through SiLU; None in the VAE.
     """
 
@@ -282,6 +302,6 @@ class Stage(nn.Module):
 
     def forward(self, x):  # the VAE's stages: no time, no text, no skips
         for resnet in self.resnets:
-            x = resnet(x)
+            x = resnet(x)  # [B, C, H, W]
         y = self.resample(x)
         return x if y is None else y

@@ -15,6 +15,11 @@ The embedding is also the output layer, unless the config says otherwise.
 | embeddings | as they are | times √D, rounded to the model's type |
 | RoPE | frequencies below a wavelength stretched by 32 (llama3) | base 1e6 |
 
+LLaMA 3.2 1B: 16 layers of 61 million weights and an embedding of 263 million, 2.5 GB in bf16. A text is read in one pass,
+which is bound by multiplication; each token written after it is a pass of one row, which reads every weight once and is
+bound by memory. Of what was read, only keys and values are needed again (Cache): 8 groups of 64, not 32 heads, are 32 KB a
+token in bf16 over all layers.
+
 Modules carry the names of the Hugging Face checkpoints.
 
 Explained in the book (docs/book): chapter 15.
@@ -30,6 +35,7 @@ from nanodiff.config import UserError, from_json
 from nanodiff.device import onednn
 from nanodiff.models.layers import attention, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
 
+# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
 FIXED = {
     "attention_bias": [False],
     "attention_dropout": [0.0],
@@ -57,16 +63,16 @@ class Config:
     intermediate_size: int = 8192
     num_hidden_layers: int = 16
     num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 64
+    num_key_value_heads: int = 8  # each serves four heads of queries
+    head_dim: int = 64  # Gemma's 256 is not hidden_size / heads
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_type: str = "default"
+    rope_type: str = "default"  # this and the next four: see frequencies()
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: int = 8192  # tokens of a text in pre-training
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -128,6 +134,7 @@ class Config:
 
     @property
     def gemma(self):
+        """Which column of the table above."""
         return self.model_type == "gemma3_text"
 
     def window(self, layer):
@@ -225,6 +232,8 @@ class Cache:
 
 
 class Attention(nn.Module):
+    """Causal attention in which several heads of queries share a head of keys and values: [B, L, D] -> [B, L, D]."""
+
     def __init__(self, cfg, layer):
         super().__init__()
         self.heads, self.groups, self.size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -275,6 +284,8 @@ def hidden(L, S, window, mask, dtype):
 
 
 class MLP(nn.Module):
+    """down(act(gate x) · up x): [B, L, D] -> [B, L, D]. Three matrices, D_ff = 8/3 D or 4 D wide between."""
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False) for _ in range(2))
@@ -298,6 +309,7 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
     def forward(self, x, angles, mask=None, kept=None):
+        """x [B, L, D] -> [B, L, D]; the others as in Attention.forward()."""
         h = self.self_attn(self.input_layernorm(x), angles, mask, kept)
         if not self.gemma:
             x = x + h
@@ -307,6 +319,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and final norm under the names that the files have for them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -348,13 +362,14 @@ class CausalLM(nn.Module):
             raise UserError(
                 f"{book.length} tokens are more than the {cfg.max_position_embeddings} that the model reads"
             )
-        angles = {}
+        angles = {}  # cos and sin [1 or B, L, K/2], once for all layers, or for those with a window and those without
         for local in {bool(cfg.window(i)) for i in range(cfg.num_hidden_layers)}:
             turned = positions[..., None].float() * frequencies(cfg, local).to(x.device)
             angles[local] = turned.cos(), turned.sin()
         for i, layer in enumerate(self.model.layers):
             if keep is not None:
                 keep.append(x)
+            # [B, L, D]
             x = layer(x, angles[bool(cfg.window(i))], mask, cache.layers[i] if cache else None)
         x = self.model.norm(x)
         if keep is not None:

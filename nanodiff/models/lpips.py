@@ -37,6 +37,7 @@ class VGG16(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
 
     def forward(self, pixels, taps=TAPS):
+        """A list of maps [B, Cᵢ, H/2ⁱ, W/2ⁱ], one for each of `taps`; what lies behind the last is not computed."""
         x, found = (pixels - self.shift) / self.scale, []
         for i, layer in enumerate(self.features[: max(taps) + 1]):
             x = layer(x)
@@ -62,6 +63,7 @@ class LPIPS(nn.Module):
         """[B] from two lists of feature maps."""
         total = 0.0
         for a, b, lin in zip(fa, fb, self.lins, strict=True):
+            # length one at every place: what is seen there counts, not how strongly the network answers to it
             a, b = (f.float() / (f.float().pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
             total = total + F.conv2d((a - b).pow(2), lin.weight.float()).mean((1, 2, 3))
         return total

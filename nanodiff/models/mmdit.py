@@ -7,6 +7,19 @@ Image patches and text tokens are two streams with their own weights that attend
 Peebles & Xie 2023, arXiv 2212.09748 §3.2). SD 3.5 normalises q and k per head; medium adds, in its first blocks, a
 second attention of the image to itself ("MMDiT-X").
 
+How it differs from the UNet: one resolution, no skips, no convolutions but the patches; the text is not looked up but
+carried along, changed by every block as the image is; position is told by a table. A picture of 1024 × 1024 is latents of
+128 × 128, 4,096 patches of 2 × 2, beside 333 tokens of text (77 of CLIP, 256 of T5).
+
+| | blocks | N | D = 64 N | weights | q, k normed | second attention |
+|---|---|---|---|---|---|---|
+| SD 3 medium | 24 | 24 | 1536 | 2,028 M | no | none |
+| SD 3.5 medium | 24 | 24 | 1536 | 2,243 M | yes | blocks 0 to 12 |
+| SD 3.5 large, large-turbo | 38 | 38 | 2432 | 8,057 M | yes | none |
+
+A third of the weights turns the condition into shifts, scales and gates (AdaLN), which are the same at every place and
+for every step of a schedule.
+
 Explained in the book (docs/book): chapter 11.
 """
 
@@ -38,26 +51,30 @@ TIME_CHANNELS = 256
 class Config:
     """Fields of config.json, with the defaults of the original file format."""
 
-    sample_size: int = 128
-    patch_size: int = 2
+    sample_size: int = 128  # latents along a side in training
+    patch_size: int = 2  # latents along a side of a patch
     in_channels: int = 16
     num_layers: int = 18
     attention_head_dim: int = 64  # here it really is the head size
     num_attention_heads: int = 18
-    joint_attention_dim: int = 4096
-    caption_projection_dim: int = 1152
-    pooled_projection_dim: int = 2048
+    joint_attention_dim: int = 4096  # width of the text as T5 gives it; CLIP's states are filled up with zeros
+    caption_projection_dim: int = 1152  # width of its stream: D
+    pooled_projection_dim: int = 2048  # pooled vectors of both CLIPs: 768 + 1280
     out_channels: int | None = 16
-    pos_embed_max_size: int = 96
-    dual_attention_layers: tuple[int, ...] = ()
-    qk_norm: str | None = None
+    pos_embed_max_size: int = 96  # the largest picture, in patches along a side: 384 in SD 3.5 medium, 192 in large
+    dual_attention_layers: tuple[int, ...] = ()  # blocks in which the image also attends to itself alone
+    qk_norm: str | None = (
+        None  # "rms_norm": scores stay within √K times its gains, which keeps long training in bf16 stable (§5.3.2)
+    )
 
     @property
     def width(self):
+        """D."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_json(cls, raw, where="transformer/config.json"):
+        """Raises UserError, naming `where` and the field, for another network."""
         cfg = from_json(cls, raw, FIXED, where)
         cfg.out_channels = cfg.out_channels or cfg.in_channels
         if cfg.qk_norm not in (None, "rms_norm"):
@@ -76,7 +93,10 @@ def modulate(x, shift, scale):
 
 
 class AdaLN(nn.Module):
-    """The linear layer that turns the condition, through SiLU, into `n` vectors [B, D] of shifts, scales and gates."""
+    """The linear layer that turns the condition, through SiLU, into `n` vectors [B, D] of shifts, scales and gates.
+
+    "Zero" (adaLN-Zero) is its start: weights of zero, so that every gate is shut and every block hands its input on; what a
+    block adds is let in as training finds it of use."""
 
     def __init__(self, dim, n):
         super().__init__()
@@ -130,6 +150,8 @@ class Attention(nn.Module):
 
 
 class GELU(nn.Module):
+    """The widening half of a feed-forward: [B, L, D] -> [B, L, 4D]."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.proj = nn.Linear(dim, hidden)
@@ -139,6 +161,8 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """[B, L, D] -> [B, L, D], four times as wide between; the Identity keeps the place of a dropout of zero."""
+
     def __init__(self, dim):
         super().__init__()
         self.net = nn.ModuleList([GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
@@ -148,7 +172,13 @@ class FeedForward(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One block of both streams. last: the text only serves the image (context_pre_only) and goes no further."""
+    """One block of both streams. last: the text only serves the image (context_pre_only) and goes no further.
+
+    Each stream, with vectors of its own from the condition:
+
+        x = x + gate · attn(scale, shift of norm x, with the other stream)
+        x = x + gate_mlp · ff(scale_mlp, shift_mlp of norm x)
+    """
 
     def __init__(self, cfg, dual, last):
         super().__init__()
@@ -163,6 +193,7 @@ class JointBlock(nn.Module):
             self.ff_context = FeedForward(D)
 
     def forward(self, x, text, emb):
+        """x [B, L, D], text [B, S, D], emb [B, D] -> the same, or (x, None) from the last block."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)  # [B, D] each
         if hasattr(self, "ff_context"):
             t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.norm1_context(emb)
@@ -175,7 +206,7 @@ class JointBlock(nn.Module):
             shift2, scale2, gate2 = second
             image2, _ = self.attn2(modulate(x, shift2, scale2))
         x, h = residual_norm(x, image, gate, image2, gate2, eps=EPS, scale=scale_mlp, shift=shift_mlp)
-        x = torch.addcmul(x, gate_mlp.unsqueeze(1), self.ff(h))
+        x = torch.addcmul(x, gate_mlp.unsqueeze(1), self.ff(h))  # [B, L, D]
         if words is None:
             return x, None
         text, h = residual_norm(text, words, t_gate, eps=EPS, scale=t_scale_mlp, shift=t_shift_mlp)
@@ -215,6 +246,8 @@ class PatchEmbed(nn.Module):
 
 
 class TimeTextEmbed(nn.Module):
+    """The condition [B, D]: what the time [B] and the pooled text [B, P] say, added."""
+
     def __init__(self, cfg):
         super().__init__()
         self.timestep_embedder = TimeEmbedding(TIME_CHANNELS, cfg.width)

@@ -13,6 +13,9 @@ from nanodiff.models.layers import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
+    """Strided convolutions: each logit sees its patch alone, so texture is judged, and what the whole shows is left to the
+    other losses. levels: how many times beyond the first; 3 see 70 pixels."""
+
     def __init__(self, width=64, levels=3, groups=16):
         super().__init__()
         layers, c = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
