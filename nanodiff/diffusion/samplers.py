@@ -429,6 +429,7 @@ def schedule_of(raw, where, name=None):
 
 
 def _own(flow):
+    """Words for errors: what kind of model this is."""
     return "a flow-matching model and uses flow-match Euler" if flow else "not a flow-matching model"
 
 
@@ -439,6 +440,7 @@ def check_name(name):
 
 
 def _fits(schedule, row):
+    """Does a schedule say what a sampler's row says? Its file's fields count where its class does not know them."""
     said = schedule.raw | schedule.cfg
     return row.kind == schedule.kind and all(said.get(k) == v for k, v in row.fields.items())
 

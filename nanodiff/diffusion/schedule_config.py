@@ -2,29 +2,33 @@
 
 A class's defaults matter, because files leave out what equals them, and they differ: `steps_offset` is 0 where Stable Diffusion wants 1,
 `timestep_spacing` is "leading" for DDIM and "linspace" for Euler (Lin et al. 2024, arXiv 2305.08891 table 2, compares them).
+
+A file says two things at once: what the model was trained with (the betas, the prediction type: another value is another
+model) and how its authors would sample (class, spacing, order: free to choose). schedule.py reads the first from any class.
 """
 
 import math
 
 # Defaults that a class uses when its config does not say (they differ between classes).
 _DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,  # T
+    "beta_start": 0.0001,  # β_1 and β_T, and how the others lie between them: schedule.betas_of()
     "beta_end": 0.02,
     "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
+    "trained_betas": None,  # all T of them, in place of the three above
+    "prediction_type": "epsilon",  # schedule.split()
+    "timestep_spacing": "leading",  # Schedule.spaced()
+    "steps_offset": 0,  # added to a "leading" grid: Stable Diffusion asks at 981, …, 21, 1
 }
 _CLIPPING = {
-    "clip_sample": True,
+    "clip_sample": True,  # x0 to ±clip_sample_range: right for pixels, wrong for latents, which have no such bound
     "clip_sample_range": 1.0,
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-    "rescale_betas_zero_snr": False,
+    "thresholding": False,  # x0 to a quantile of its own, then divided by it: grids.clip()
+    "dynamic_thresholding_ratio": 0.995,  # the quantile
+    "sample_max_value": 1.0,  # the largest bound that it may give
+    "rescale_betas_zero_snr": False,  # schedule.zero_terminal_snr()
 }
+# other spacings of the noise levels σ: grids.respaced()
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 # fields of ours, for what no class of the Hub has: the name of a sampler (samplers.SAMPLERS), of a grid of σ (grids.TABLES)
 OWN, GRID = "_sampler", "_grid"
@@ -38,11 +42,11 @@ DEFAULTS = {
     | _SIGMAS
     | {
         "timestep_spacing": "linspace",
-        "interpolation_type": "linear",
-        "sigma_min": None,
+        "interpolation_type": "linear",  # of σ between the training's timesteps, or of ln σ
+        "sigma_min": None,  # ends of the other spacings; None: the training's own
         "sigma_max": None,
         "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
+        "final_sigmas_type": "zero",  # where the last step ends: no noise, or "sigma_min", the training's least
         "rescale_betas_zero_snr": False,
     },
     "EulerAncestralDiscreteScheduler": _DIFFUSION | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
@@ -58,9 +62,9 @@ DEFAULTS = {
         "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "lower_order_final": True,
+        "algorithm_type": "dpmsolver++",  # integrates x0; "dpmsolver" ε; sde-: with fresh noise at every step
+        "solver_type": "midpoint",  # which of two second-order formulas: solvers.py
+        "lower_order_final": True,  # first order at the last step of short runs, where the grid's ends lie far apart in λ
         "euler_at_final": False,
         "use_lu_lambdas": False,
         "use_flow_sigmas": False,
@@ -79,19 +83,19 @@ DEFAULTS = {
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "original_inference_steps": 50,
-        "timestep_scaling": 10.0,
+        "original_inference_steps": 50,  # the teacher's grid in distillation, of which a student's is a part
+        "timestep_scaling": 10.0,  # of the boundary condition: Luo et al. 2023, arXiv 2310.04378
     },
     "FlowMatchEulerDiscreteScheduler": {
         "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
+        "shift": 1.0,  # σ' = shift·σ / (1 + (shift-1)·σ): more steps at much noise for larger pictures (SD 3: 3)
+        "use_dynamic_shifting": False,  # the shift from the number of tokens, between the next two pairs
         "base_shift": 0.5,
         "max_shift": 1.15,
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
         "invert_sigmas": False,
-        "shift_terminal": None,
+        "shift_terminal": None,  # stretch the grid so that its last σ before 0 is this one
         "use_karras_sigmas": False,
         "use_exponential_sigmas": False,
         "use_beta_sigmas": False,
@@ -101,7 +105,7 @@ DEFAULTS = {
 }
 _THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _MULTISTEP = {
-    "solver_order": 2,
+    "solver_order": 2,  # how many past predictions a step is fitted to
     "lower_order_final": True,
     "use_flow_sigmas": False,
     "flow_shift": 1.0,
@@ -126,6 +130,7 @@ DEFAULTS |= {
     "UniPCMultistepScheduler": _LINSPACE
     | _THRESHOLDING
     | _MULTISTEP
+    # B(h) of the paper in two forms; steps without the corrector; σ as the others have it
     | {"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None, "final_sigmas_type": "zero"}
     | {"rescale_betas_zero_snr": False, "sigma_min": None, "sigma_max": None, "shift_terminal": None},
     "DEISMultistepScheduler": _LINSPACE
