@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import precision
+from .attention_tiles import precision
 from .launch import Launch, kept, planned
 from .switch import cdiv, on_device, power_of_2, tl, triton, tuned, use
 

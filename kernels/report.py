@@ -112,7 +112,8 @@ def attention_calls(K, dtype, forward_only=False):
 
     import torch
 
-    a = importlib.import_module("kernels.attention")
+    forward = importlib.import_module("kernels.attention_forward").forward
+    backward = importlib.import_module("kernels.attention_backward").backward
     B, L, N = 2, 4096, 8
     q, k, v, out, dout = (_empty(B, L, N, K, dtype=dtype) for _ in range(5))
     lse = _empty(B, N, L, dtype=torch.float32)
@@ -123,17 +124,17 @@ def attention_calls(K, dtype, forward_only=False):
     short_k, short_v = (_empty(B, 77, N, K, dtype=dtype) for _ in range(2))
     bias, mask = _empty(1, N, L, L, dtype=dtype), _empty(B, L, dtype=torch.bool)
     calls = {
-        "plain": lambda: a.forward(q, k, v, None, None, 0.1, False, 0),
-        "masked": lambda: a.forward(q, k, v, bias, mask, 0.1, True, 0),
-        "odd length": lambda: a.forward(odd, odd, odd, None, None, 0.1, False, 0),
-        "77 keys": lambda: a.forward(q, short_k, short_v, None, None, 0.1, False, 0),
+        "plain": lambda: forward(q, k, v, None, None, 0.1, False, 0),
+        "masked": lambda: forward(q, k, v, bias, mask, 0.1, True, 0),
+        "odd length": lambda: forward(odd, odd, odd, None, None, 0.1, False, 0),
+        "77 keys": lambda: forward(q, short_k, short_v, None, None, 0.1, False, 0),
     }
     if not forward_only:
-        calls["backward"] = lambda: a.backward(q, k, v, None, None, out, lse, dout, None, 0.1, False, 0, False)
-        calls["backward odd"] = lambda: a.backward(
+        calls["backward"] = lambda: backward(q, k, v, None, None, out, lse, dout, None, 0.1, False, 0, False)
+        calls["backward odd"] = lambda: backward(
             odd, odd, odd, None, None, odd, odd_lse, odd, None, 0.1, False, 0, False
         )
-        calls["backward masked"] = lambda: a.backward(q, k, v, bias, mask, out, lse, dout, None, 0.1, True, 0, True)
+        calls["backward masked"] = lambda: backward(q, k, v, bias, mask, out, lse, dout, None, 0.1, True, 0, True)
     return calls
 
 

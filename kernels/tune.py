@@ -65,7 +65,10 @@ def hopeless(kind, D, itemsize, rows, keys, warps, stages, shared):
 def candidates(kind, K, itemsize, shared):
     """The configurations to try for one kind of attention kernel."""
     found = []
-    kind, D = kind.removesuffix("_masked"), sum(importlib.import_module("kernels.attention").columns(K, itemsize)[:2])
+    kind, D = (
+        kind.removesuffix("_masked"),
+        sum(importlib.import_module("kernels.attention_tiles").columns(K, itemsize)[:2]),
+    )
     for *blocks, warps, stages in CANDIDATES[kind]:
         if hopeless(kind, D, itemsize, blocks[0], blocks[1] if len(blocks) > 1 else 80, warps, stages, shared):
             continue
@@ -237,20 +240,21 @@ def inputs(kind, B, L, N, K, S):
     """A function that makes the inputs of one call, and the call."""
     import torch
 
-    attention = importlib.import_module("kernels.attention")
+    forward = importlib.import_module("kernels.attention_forward").forward
+    backward = importlib.import_module("kernels.attention_backward").backward
 
     def r(length):
         return torch.randn(B, length, N, K, dtype=torch.bfloat16, device="cuda")
 
     if not kind.startswith("backward"):
-        return (lambda: (r(L), r(S), r(S))), lambda q, k, v: attention.forward(q, k, v, None, None, K**-0.5, False, 0)
+        return (lambda: (r(L), r(S), r(S))), lambda q, k, v: forward(q, k, v, None, None, K**-0.5, False, 0)
 
     def make():
         q, k, v, dout = r(L), r(S), r(S), r(L)
-        return q, k, v, *attention.forward(q, k, v, None, None, K**-0.5, False, 0), dout
+        return q, k, v, *forward(q, k, v, None, None, K**-0.5, False, 0), dout
 
     def call(q, k, v, out, lse, dout):
-        return attention.backward(q, k, v, None, None, out, lse, dout, None, K**-0.5, False, 0, False)
+        return backward(q, k, v, None, None, out, lse, dout, None, K**-0.5, False, 0, False)
 
     return make, call
 
@@ -320,6 +324,7 @@ def day(path, shapes=SHAPES):
     with concurrent.futures.ProcessPoolExecutor(min(14, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs, chunksize=4))
     attention, quick = importlib.import_module("kernels.attention"), functools.partial(bench.graphed, replays=10)
+    keys_of = importlib.import_module("kernels.attention_tiles").keys_of
     for kind, *shape in shapes:
         B, L, N, K, S = shape
         make, call = inputs(kind, *shape)
@@ -344,7 +349,7 @@ def day(path, shapes=SHAPES):
                 row |= {"best": fastest, "best_us": peers[fastest] * 1e3, "ratio": peers[fastest] / best[0]}
                 if peers[fastest] < 0.97 * best[0]:  # less is noise
                     config["TORCH"] = fastest
-        keys = attention.keys_of(K, S if kind != "short" and not kind.startswith("backward_kv") else L, torch.bfloat16)
+        keys = keys_of(K, S if kind != "short" and not kind.startswith("backward_kv") else L, torch.bfloat16)
         for key in keys:
             for dtype in ("bfloat16", "float16"):
                 arch.setdefault(f"attention.{kind}", {})[key.replace("bfloat16", dtype)] = config

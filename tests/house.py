@@ -25,7 +25,6 @@ ANCHORS = [  # name, lines, share of lines that explain, lines of a function: me
 LIMITS = {
     "script": 400,
     "train.py": 500,
-    "attention.py": 700,
     "file": 450,
     "function": 60,
     "parameters": 10,

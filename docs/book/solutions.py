@@ -33,7 +33,8 @@ SCHEDULE, SAMPLERS, GUIDANCE = (
     "nanodiff/pipeline/guidance.py",
 )
 FEWSTEP = "nanodiff/diffusion/fewstep.py"
-ATTENTION, GROUP_NORM, TOKENIZER = "kernels/attention.py", "kernels/group_norm.py", "nanodiff/text/tokenizer.py"
+ATTENTION, FORWARD = "kernels/attention.py", "kernels/attention_forward.py"
+GROUP_NORM, TOKENIZER = "kernels/group_norm.py", "nanodiff/text/tokenizer.py"
 
 
 def _schedule(alpha_bar, **fields):
@@ -495,8 +496,8 @@ SOLUTIONS = {
     },
     6: {
         "attention": (attention, f"{ATTENTION}: attention_reference"),
-        "online_softmax": (online_softmax, f"{ATTENTION}: _forward_blocks"),
-        "softmax_rows": (softmax_rows, f"{ATTENTION}: _forward_short"),
+        "online_softmax": (online_softmax, f"{FORWARD}: _forward_blocks"),
+        "softmax_rows": (softmax_rows, f"{FORWARD}: _forward_short"),
     },
     7: {
         "group_norm": (group_norm, f"{GROUP_NORM}: group_norm_reference"),

@@ -129,7 +129,7 @@ def test_training_by_torch_where_the_table_says_so(monkeypatch, capsys):
 def test_the_table_is_asked_special_rows_first(monkeypatch):
     table = {"sm_90": {"k": {"64/256/bfloat16": {"BLOCK_L": 1}, "64/bfloat16": {"BLOCK_L": 2}}}}
     monkeypatch.setattr(switch, "_table", lambda: table)
-    keys_of = importlib.import_module("kernels.attention").keys_of
+    keys_of = importlib.import_module("kernels.attention_tiles").keys_of
     switch.set_target("sm_90")
     try:
         default = {"BLOCK_L": 3, "num_warps": 4}
