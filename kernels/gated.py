@@ -11,6 +11,8 @@ The mathematics
 A captioner has 128k–262k words: the logits of 8k tokens would take 4 GB in bf16 and as much again for their gradient.
 Forward, one kernel multiplies tile by tile and keeps a running log-sum-exp. Backward, G is made for a few thousand
 words at a time and at once multiplied away (Wijmans et al. 2024, arXiv 2411.09009, without their atomics).
+
+Names: p_ a pointer, s_ from row to row of it, o_ offsets (t tokens, v words, d columns), m_ masks; T tokens, V words, D width.
 """
 
 import torch
@@ -49,7 +51,7 @@ def linear_cross_entropy_reference(x, weight, target, ignore_index=-100):
 
 @triton.jit
 def _activation(z, KIND: tl.constexpr):
-    """(act(z), act′(z))."""
+    """(act(z), act′(z)) of fp32 values. Constants: √½, 1/√(2π), 2√(2/π) and 3 · 0.044715."""
     if KIND == "silu":
         sig = 1 / (1 + tl.exp(-z))
         y = z * sig
@@ -67,7 +69,8 @@ def _activation(z, KIND: tl.constexpr):
 
 @triton.jit
 def _gated_forward(p_value, p_gate, p_y, s_value, s_gate, D, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of one row: grid [rows, blocks of D]."""
+    """BLOCK columns of one row: grid [rows, blocks of D]. Two values read and one written, in place of three read and two written by
+    act() and the product after each other."""
     row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < D
     value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)
@@ -78,6 +81,7 @@ def _gated_forward(p_value, p_gate, p_y, s_value, s_gate, D, KIND: tl.constexpr,
 @triton.jit
 def _gated_backward(p_value, p_gate, p_dy, p_dvalue, p_dgate, s_value, s_gate, s_dy, s_dvalue, s_dgate, D,
                     KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Both gradients of BLOCK columns of one row: grid [rows, blocks of D]. act is computed again, not kept."""
     row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < D
     value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)
@@ -90,7 +94,7 @@ def _gated_backward(p_value, p_gate, p_dy, p_dvalue, p_dgate, s_value, s_gate, s
 @triton.jit
 def _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
             BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """x_t·w_v of one tile, −∞ beyond the vocabulary."""
+    """x_t·w_v of one tile, −∞ beyond the vocabulary: [BLOCK_T, BLOCK_V] in fp32, added up over D by BLOCK_D columns at a time."""
     s = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
@@ -113,10 +117,13 @@ def _losses(p_x, p_w, p_target, p_lse, p_at, s_x, s_w, T, V, D, per_split, BLOCK
     for start in range(first, tl.minimum(first + per_split, V), BLOCK_V):
         o_v = start + tl.arange(0, BLOCK_V)
         s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)
+        # the target's logit comes by in exactly one tile, of all splits together
         at += tl.sum(tl.where(o_v[None, :] == target[:, None], s, 0.0), 1)
+        # the online softmax's sum, as in attention.py
         m_new = tl.maximum(m_i, tl.max(s, 1))
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(s - m_new[:, None]), 1)
         m_i = m_new
+    # a line for each split; their log-sum-exp is that of all words
     o = tl.program_id(1) * T + o_t
     tl.store(p_lse + o, m_i + tl.log(l_i), mask=o_t < T)
     tl.store(p_at + o, at, mask=o_t < T)
@@ -130,6 +137,7 @@ def _gradient(p_x, p_w, p_target, p_lse, p_dloss, p_g, s_x, s_w, first, T, V, D,
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_t = o_t < T
     s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)
+    # the softmax itself, from the kept lse; an ignored token has dloss 0, so its row is 0
     p = tl.exp(s - tl.load(p_lse + o_t, mask=m_t, other=0.0)[:, None])
     hit = (o_v + first)[None, :] == tl.load(p_target + o_t, mask=m_t, other=-1)[:, None]
     g = (p - tl.where(hit, 1.0, 0.0)) * tl.load(p_dloss + o_t, mask=m_t, other=0.0)[:, None]
@@ -141,6 +149,7 @@ def _gradient(p_x, p_w, p_target, p_lse, p_dloss, p_g, s_x, s_w, first, T, V, D,
 
 
 def _gated_tile(D):
+    """(columns, warps) of a program over rows of D values."""
     cfg = tuned("gated", (str(power_of_2(D)),), {"BLOCK": min(1024, power_of_2(D)), "num_warps": 4})
     return cfg["BLOCK"], cfg["num_warps"]
 
@@ -183,6 +192,7 @@ gated_backward_op.register_fake(lambda dy, value, gate, activation: value.new_em
 
 
 def _gated_setup(ctx, inputs, output):
+    """What the backward pass keeps: both inputs, not act(gate)."""
     value, gate, ctx.activation = inputs
     ctx.save_for_backward(value, gate)
 
@@ -303,6 +313,7 @@ losses_backward_op.register_fake(
 
 
 def _losses_setup(ctx, inputs, output):
+    """What the backward pass keeps: the inputs and one number a token."""
     x, weight, target, ctx.ignore_index, ctx.fused = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, target, output[1])
@@ -358,6 +369,7 @@ def _halves_plan(x, activation):
 
 
 def _gated(name, value, gate, activation):
+    """value · act(gate) of two tensors by the kernel or PyTorch; `name` for errors and the switch."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if value.shape != gate.shape:

@@ -13,6 +13,13 @@ The mathematics, for one row x of D values:
 
 A row lies in the registers of one program: it is read once and written once. Everything is computed in fp32.
 
+Short rows come several to a program (ROWS), or a program of four warps would have ten values a thread: table.json says how many for
+each width. What a gain and an offset need backward is a sum over all rows. A program adds up those of its rows in registers and
+writes one line; PyTorch adds the lines, some 512 of them, in one order.
+
+Names: p_ a pointer, s_ a stride of x and d_ one of dy in elements, o_ offsets (l rows, d columns, h columns of half a head, r heads
+counted through), m_ masks.
+
 Explained in the book (docs/book): chapter 15.
 """
 
@@ -85,6 +92,7 @@ def _norm_forward(p_x, p_gain, p_offset, p_y, p_mean, p_rstd, s_b, s_l, s_gain, 
     o_l, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     m = (o_l < L)[:, None] & m_d[None, :]
+    # rows may lie apart (s_l), their values may not: a view of a joint projection is read without a copy
     u = tl.load(p_x + b * s_b + o_l.to(tl.int64)[:, None] * s_l + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     y, mean, rstd = _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, RMS, GAIN, OFFSET, PLUS_ONE)
     if not RMS:
@@ -115,8 +123,9 @@ def _norm_backward(p_x, p_gain, p_mean, p_rstd, p_dy, p_dx, p_sums, s_b, s_l, d_
         rstd = tl.load(p_rstd + b * L + o_l, mask=m_l, other=0.0)[:, None]
         if not RMS:
             u -= tl.load(p_mean + b * L + o_l, mask=m_l, other=0.0)[:, None]
-        u = tl.where(m, u * rstd, 0.0)
+        u = tl.where(m, u * rstd, 0.0)  # û, from x and the two numbers that the forward pass kept
         g = dy * a
+        # less what goes through r: its part along û; and through μ: its mean
         dx = g - u * (tl.sum(g * u, 1) / D)[:, None]
         if not RMS:
             dx -= (tl.sum(g, 1) / D)[:, None]
@@ -139,6 +148,7 @@ def _halves(p, rows, o_h, m, HALF: tl.constexpr):
 
 @triton.jit
 def _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF: tl.constexpr):
+    """(cos, sin) of some tokens [rows, K/2]; 1 and 0, no rotation, where masked. s_rope: 0 where all images share them."""
     o = b * s_rope + o_l[:, None] * HALF + o_h[None, :]
     return tl.load(p_cos + o, mask=m, other=1.0).to(tl.float32), tl.load(p_sin + o, mask=m, other=0.0).to(tl.float32)
 
@@ -147,7 +157,8 @@ def _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF: tl.constexpr):
 def _rope_forward(p_x, p_weight, p_cos, p_sin, p_y, p_rstd, s_b, s_l, s_n, s_rope, L, N, eps, HALF: tl.constexpr,
                   NORM: tl.constexpr, ROPE: tl.constexpr, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
-    """ROWS heads, counted through L·N of one image: grid [blocks of L·N, B]."""
+    """ROWS heads, counted through L·N of one image: grid [blocks of L·N, B]. Norm and rotation of q, or of k, in one pass: each half
+    of a head is a tile, so the rotation is four products and no shuffling of values."""
     b = tl.program_id(1).to(tl.int64)
     o_r, o_h = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_h = o_h < HALF
@@ -162,6 +173,7 @@ def _rope_forward(p_x, p_weight, p_cos, p_sin, p_y, p_rstd, s_b, s_l, s_n, s_rop
         x1 *= rstd[:, None] * a1
         x2 *= rstd[:, None] * a2
     y1, y2 = x1, x2
+    # the pair (x₁ᵢ, x₂ᵢ) is turned by the angle of its token and frequency; the product of two heads then depends on their distance alone
     if ROPE:
         cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)
         y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
@@ -189,6 +201,7 @@ def _rope_backward(p_x, p_weight, p_cos, p_sin, p_rstd, p_dy, p_dx, p_sums, s_b,
         m = (o_r < last)[:, None] & m_h[None, :]
         g1, g2 = _halves(p_dy, (b * d_b + o_l.to(tl.int64) * d_l + o_n * d_n)[:, None], o_h, m, HALF)
         dx1, dx2 = g1, g2
+        # in the opposite order: first turned back, then through the norm
         if ROPE:
             cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)
             dx1, dx2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
@@ -199,6 +212,7 @@ def _rope_backward(p_x, p_weight, p_cos, p_sin, p_rstd, p_dy, p_dx, p_sums, s_b,
             da1 += tl.sum(dx1 * x1, 0)
             da2 += tl.sum(dx2 * x2, 0)
             dx1, dx2 = dx1 * a1, dx2 * a2
+            # the part along û over both halves, which are one row of the norm
             both = ((tl.sum(dx1 * x1, 1) + tl.sum(dx2 * x2, 1)) / (2 * HALF))[:, None]
             dx1, dx2 = (dx1 - x1 * both) * rstd, (dx2 - x2 * both) * rstd
         p = p_dx + (b * L * N + o_r)[:, None] * (2 * HALF) + o_h[None, :]
@@ -306,6 +320,7 @@ def _(dy, x, gain, offset, mean, rstd, rms, plus_one):
 
 
 def _norm_setup(ctx, inputs, output):
+    """What the backward pass keeps: x, mean and rstd, not û."""
     x, gain, offset, _, ctx.rms, ctx.plus_one = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, gain, offset, *output[1:])
@@ -417,6 +432,7 @@ def _why_not(x, name, *more):
 
 
 def _why_not_rows(name, x, gain, offset):
+    """_why_not() of a row norm; raises ValueError for a gain or an offset that does not fit."""
     for t in (gain, offset):
         if t is not None and t.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])):
             raise ValueError(f"{name}: gain or offset {tuple(t.shape)} does not fit x {tuple(x.shape)}")

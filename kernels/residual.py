@@ -10,6 +10,9 @@ and for pictures x, y [B, C, H, W]:
 
 For inference: where gradients are asked for, or torch.compile does the fusing, the same is composed of operators that know
 them. Everything is computed in fp32; s is rounded to the type of x, and it is the rounded s that is normed.
+
+Counted in passes over [B, L, D]: a residual and its norm are three read and two written by PyTorch, x and y read and s and its norm
+written here, 4 in place of 5; with a gate 4 in place of 7, with two gates 5 in place of 10. Each is also a launch less.
 """
 
 import torch
@@ -58,12 +61,15 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
     m_d = o_d < D
     m = (o_l < L)[:, None] & m_d[None, :]
     o = (b * L + o_l)[:, None] * D + o_d[None, :]
+    # s = x + g y + h z; a gate that is not there is 1, and is not loaded
     s = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     s += tl.load(p_y + o, mask=m, other=0.0).to(tl.float32) * _gain(p_gate, s_gate, b, o_d, m_d, GATE, False)
     if TWO:
         s += tl.load(p_z + o, mask=m, other=0.0).to(tl.float32) * _gain(p_gate_z, s_gate_z, b, o_d, m_d, GATE_Z, False)
+    # rounded as it will be stored: the next block adds to that number, so this norm must be of it
     u = s.to(p_sum.dtype.element_ty).to(tl.float32)
     s = u
+    # the bias of a product that is to be added to s by the product itself: here, where s is in registers, it costs nothing
     if MORE:
         s += tl.load(p_more + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     tl.store(p_sum + o, s.to(p_sum.dtype.element_ty), mask=m)
@@ -77,6 +83,7 @@ def _add_bias(p_y, p_x, p_bias, n, C, INNER: tl.constexpr, ADD: tl.constexpr, BL
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     s = tl.load(p_y + o, mask=m, other=0.0).to(tl.float32)
+    # the channel of a value: every value its own in channels last (INNER = 1), H·W of them together else
     s += tl.load(p_bias + o // INNER % C, mask=m, other=0.0).to(tl.float32)
     if ADD:
         s += tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
@@ -88,6 +95,7 @@ def _interleave(p_y, p_bias, p_out, n, C, H, W, BLOCK: tl.constexpr):
     """Phases to a picture, channels last: grid [blocks of n = 4 B H W C]."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
+    # from the place in the picture to the phase (a, e) that made it, and to its place there
     c, pixel = o % C, o // C
     column, row = pixel % (2 * W), pixel // (2 * W) % (2 * H)
     a, e = row % 2, column % 2
@@ -101,6 +109,7 @@ def _interleave(p_y, p_bias, p_out, n, C, H, W, BLOCK: tl.constexpr):
 
 
 def _residual_launch(x, gate, z, gate_z, gain, offset, more, eps, plus_one):
+    """The Launch of residual_forward() for tensors like these."""
     B, L, D = x.shape
     rows, block, warps = _rows("layer", D)
     strides = (_per_image(t) for t in (gate, gate_z, gain, offset))
@@ -119,6 +128,7 @@ def residual_forward(x, y, gate, z, gate_z, gain, offset, more, eps, plus_one):
 
 
 def _bias_launch(y, x):
+    """The Launch of bias_forward() for tensors like these."""
     cfg = tuned("add_bias", (str(y.element_size()),), {"BLOCK": 2048, "num_warps": 4})
     inner = 1 if y.stride(1) == 1 else y.shape[2:].numel()
     return Launch(
@@ -134,6 +144,7 @@ def bias_forward(y, bias, x):
 
 
 def _interleave_launch(y, n):
+    """The Launch of interleave_forward() for phases like these, n values together."""
     cfg = tuned("add_bias", (str(y.element_size()),), {"BLOCK": 2048, "num_warps": 4})
     return Launch(_interleave, (cdiv(n, cfg["BLOCK"]),), n, y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1, **cfg)
 
@@ -188,6 +199,7 @@ def residual_norm(x, y, gate=None, z=None, gate_z=None, weight=None, bias=None, 
 
 
 def _why_no_bias(y):
+    """Why add_bias() cannot take y, or None."""
     if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"add_bias is in {y.dtype}"
     return "a tensor is empty" if y.numel() == 0 else None
@@ -204,6 +216,7 @@ def add_bias(y, bias, x=None):
 
 
 def _why_not_interleave(y):
+    """Why interleave() cannot take y, or None."""
     return _why_no_bias(y) or (
         None if y.movedim(1, -1).is_contiguous() else "interleave's phases are not channels last"
     )
