@@ -7,6 +7,11 @@ efficient), with its name; PyTorch as written (eager); torch.compile. Each is ca
 of inputs, together four times as large as the L2 cache, and the median of many replays is taken; backward passes, which
 autograd launches itself, are timed by events. The ceilings (a large bf16 matrix product, a large copy) are measured in
 the same run. Writes GPU.json and GPU.md, GPU being the device's name.
+
+Why so: a call that takes ten microseconds is launched in longer than that, so calls are captured and replayed, or the host would be
+measured; inputs that were used before lie in the L2 cache, where no model would find them; a single time says little, since clocks
+move. Operations are counted as the mathematics has them, 4 B N L S K for attention (half of that if causal), bytes as what must be
+read and written once: the rate is that of useful work, and can be held against the ceiling.
 """
 
 import argparse
@@ -162,7 +167,11 @@ def attempt(timed, run, inputs):
 # The three families ------------------------------------------------------------------------------------------
 
 
+# Each yields rows: what it is, `work` (operations or bytes) and its unit, and milliseconds of ours and of each peer
+
+
 def attention_rows(dtype):
+    """Every attention of ATTENTION, forward and backward, beside each of PyTorch's fused ones and the formula as written."""
     for a in ATTENTION:
         S, M = a.S or a.L, a.M or a.N
 
@@ -230,6 +239,7 @@ def elementwise(kernel, where, shape, make, call, forward_bytes, backward_bytes,
 
 
 def group_norm_rows(dtype):
+    """GroupNorm + SiLU of every picture in both memory formats: 2 passes over it forward, 3 backward."""
     for where, B, C, side in PICTURES:
         weight, bias = (torch.randn(C, device="cuda", dtype=dtype) for _ in range(2))
         for layout, fmt in (("channels last", torch.channels_last), ("contiguous", torch.contiguous_format)):
@@ -246,6 +256,7 @@ def group_norm_rows(dtype):
 
 
 def row_rows(dtype):
+    """The row norms, and the gated units."""
     for where, B, L, D in ROWS:
         weight, shift = torch.randn(D, device="cuda", dtype=dtype), torch.randn(B, D, device="cuda", dtype=dtype)
         size = B * L * D * dtype.itemsize
@@ -269,6 +280,7 @@ def row_rows(dtype):
 
 
 def loss_rows(dtype):
+    """Linear layer and cross-entropy of a captioner's vocabulary, with the peak of memory, which is what it is for."""
     T, D, V = 4096, 2048, 128256
     weight, target = torch.randn(V, D, device="cuda", dtype=dtype) * D**-0.5, torch.randint(0, V, (T,), device="cuda")
 

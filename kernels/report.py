@@ -1,11 +1,16 @@
 """Compile every kernel without a GPU and say what each takes: `make kernels-report`.
 
-    python -m kernels.report [--arch sm_80 sm_90 gfx942] [--only attention] [--json FILE] [--check]
+    python -m kernels.report [--arch sm_80 sm_90 gfx942] [--dtype bfloat16] [--head 40 64] [--json FILE] [--check]
 
 The public launch code runs on meta tensors while Triton believes in a GPU of the named architecture, so what is
 compiled is what a user's GPU would be given: the same configurations, specialisations and flags. Registers, shared
 memory and spilled bytes are read from the cubin (cuobjdump, which comes with Triton), on AMD from the assembly.
 `--check` fails when a kernel spills that SPILLS does not justify, or asks for more shared memory than its GPU has.
+
+How to read a row. registers: of a thread; above 128 with 8 warps (255 with 4) a multiprocessor holds one such program at a time.
+shared: bytes of a program, of which the stages of its loop take most. spilled: bytes a thread keeps in memory for want of registers,
+which every round of a loop pays for. narrow: loads of two bytes where sixteen would go at once; ahead: copies that run while the
+products do. None of it is a time: a GPU has the last word (kernels.bench), this one finds what cannot be right.
 """
 
 import argparse
@@ -35,6 +40,7 @@ def collect(arch, calls, only=None):
 
     from kernels import switch
 
+    # what Triton asks of a GPU, answered without one
     class Driver:
         def get_current_target(self):
             return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
@@ -101,6 +107,7 @@ def loads(arch, binary):
 
 
 def _empty(*shape, dtype):
+    """A tensor of which the launch code sees everything and which has no memory."""
     import torch
 
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -252,6 +259,7 @@ def _table():
 
 
 def justified(row):
+    """Bytes that a row may spill. sm_86 stands for GPUs without a row in the table: what they get must run, and may be slow."""
     if row["arch"] == "sm_86" or by_time(row):
         return row["spilled"]
     return next(

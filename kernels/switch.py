@@ -7,6 +7,9 @@
 The start value is that of the variable NANODIFF_KERNELS, read at import; scripts set it from `--kernels`; `backend("torch")`
 sets it for a `with` block. Names in kernel code: p_ pointer, s_ stride, o_ offsets, m_ mask, and capitals for what is
 known when a kernel is compiled.
+
+Who decides what: a kernel's own file says which tensors it can take (its _why_not()), this one whether it may (mode, device, what the
+table says of training), launch.py keeps the decision for calls that are alike, and table.json has the numbers.
 """
 
 import contextlib
@@ -61,6 +64,7 @@ INTERPRET = UNUSABLE is None and triton.knobs.runtime.interpret  # kernels run o
 
 
 def _mode(name):
+    """`name`, if it is one of MODES; else ValueError."""
     if name not in MODES:
         raise ValueError(f"kernels: {name!r} is not one of {', '.join(MODES)}")
     return name
@@ -96,6 +100,8 @@ def backend(mode):
 
 
 def _say(reason):
+    """Tell a reason for PyTorch's operators on standard error, once, by the first process. Returns True, a constant, since that is
+    what torch.compile keeps of the call (below)."""
     if reason not in _said and os.environ.get("RANK", "0") == "0":
         print(f"kernels: PyTorch's own operators, since {reason}", file=sys.stderr)
     _said.add(reason)
@@ -166,6 +172,7 @@ def set_target(arch):
 
 
 def _change():
+    """Forget every decision that rested on the configurations."""
     _trained_by_torch.cache_clear()
     for forget in changed:
         forget()
@@ -184,6 +191,7 @@ def architecture():
 
 @functools.cache
 def _table():
+    """{architecture: {kernel: {key: configuration}}}, see tune.py."""
     return json.loads(TABLE.read_text())
 
 

@@ -5,6 +5,17 @@
 
 A static choice is the largest tile, in the order of CANDIDATES, whose compiled kernel spills nothing and fits into shared
 memory. It is a sound start, not a measurement; the table says which of the two each architecture has.
+
+What is chosen for an attention kernel, and what pulls which way:
+
+    BLOCK_L, BLOCK_S   sides of a tile. Larger: each value that is loaded enters more products. Smaller: more programs at once, and
+                       accumulators that fit (65,536 registers of 32 bits a multiprocessor, at most 255 a thread)
+    num_warps          4 or 8 warps of 32 threads share a tile: 8 halve what each thread must hold, 4 wait less for each other
+    num_stages         how many blocks of keys are under way at once: each hides latency, and takes its place in shared memory
+    TMA, SPLIT         Hopper's copy engine or loads by the threads; heads of 40 as 32 + 16 or as 64
+    TORCH              not a configuration: one of PyTorch's own attentions was faster, and is taken
+
+Rows are found by head size, length and type (attention_tiles.keys_of), for memory-bound kernels by the width of a row.
 """
 
 import argparse
@@ -12,6 +23,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,6 +56,7 @@ LOOPS = 2  # blocks of queries that share keys on chip
 def hopeless(kind, D, itemsize, rows, keys, warps, stages, shared):
     """Whether a tile cannot fit: its sums alone overflow the registers, or what it loads the shared memory. Compiling
     such a kernel takes minutes."""
+    # fp32 values that live through the loop, beside the scores and their gradient; and rows that are loaded in every round
     sums = {
         "forward": rows * D,
         "short": rows * D,
@@ -58,6 +71,7 @@ def hopeless(kind, D, itemsize, rows, keys, warps, stages, shared):
         "backward_q": 2 * keys,
         "backward_bias": 0,
     }
+    # a thread's share of them: 255 registers are the limit, some are needed for addresses
     values = (sums[kind] + 2 * rows * keys) / (32 * warps)
     return values > 200 or (moving[kind] * stages * D * itemsize > shared and kind != "short")
 
@@ -90,7 +104,8 @@ def calls_of(kind, calls):
 
 
 def static(arch, dtype, K):
-    """{kind: configuration} for one head size, by the compiler's report."""
+    """{kind: configuration} for one head size, by the compiler's report: the first candidate that spills nothing, or else that which
+    spills least."""
     import torch
 
     forward_only = not arch.startswith("sm_")
@@ -158,7 +173,7 @@ TRIED = {  # (BLOCK_L, BLOCK_S, warps, stages) that are worth a measurement on a
     "backward_q": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 128, 8, 2)],
     "short": [(128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 8, 1)],
 }  # fmt: skip
-WIDE_HEADS = [
+WIDE_HEADS = [  # the same for heads above 256, the VAE's
     (64, 64, 4, 2),
     (64, 64, 8, 2),
     (64, 32, 4, 2),
@@ -167,7 +182,7 @@ WIDE_HEADS = [
     (32, 64, 4, 2),
     (128, 32, 8, 2),
 ]
-PICTURES = (
+PICTURES = (  # (B, C, side) before a GroupNorm + SiLU: the UNets' largest, then the VAE's
     (2, 320, 64),
     (2, 960, 64),
     (2, 640, 32),
@@ -177,6 +192,7 @@ PICTURES = (
     (1, 256, 256),
     (1, 128, 512),
 )
+# (values of a tile, channels of it, programs to aim for, warps, stages, how much larger a group on chip may be): group_norm.plan()
 GROUPS = [{"BLOCK": block, "WIDE": wide, "PROGRAMS": 1056, "num_warps": warps, "STAGES": stages, "WHOLE": whole}
           for block, wide, warps, stages in ((2048, 32, 4, 3), (2048, 64, 4, 3), (4096, 64, 4, 1), (4096, 64, 4, 3), (4096, 64, 8, 3),
                                              (8192, 64, 8, 3), (8192, 128, 8, 3)) for whole in (1, 2)]  # fmt: skip
@@ -272,6 +288,7 @@ def compile_one(job):
 
 
 def pictures(B, C, side):
+    """(a function that makes the input, the call) of GroupNorm + SiLU on channels-last pictures."""
     import torch
 
     groups = importlib.import_module("kernels.group_norm")
@@ -300,17 +317,16 @@ def theirs(which):
 def day(path, shapes=SHAPES):
     """Measure every row on this GPU, write the table to `path` after each, and yield what was found.
 
-    Where one of PyTorch's own attentions is faster, the row says which ("TORCH") beside our fastest, and attention() takes that.
+    Times are those of CUDA graphs over inputs that do not fit in the L2 cache (bench.graphed). Candidates are compiled beforehand by
+    all processor cores: compiling takes a second or more each, measuring some milliseconds.
     """
     import torch
-
-    from kernels import bench
+    import triton
 
     table = json.loads(switch.TABLE.read_text())
     arch = table.setdefault(switch.architecture(), {})
-    import triton
-
     arch["measured"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
+    # from sm_90 on there is a copy engine
     engines = (False, True) if not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9 else (False,)
     jobs = [(kind, shape, config) for kind, *shape in shapes for config in tried(kind, shape[3], engines)]
     jobs += [("group_norm", shape, config) for shape in PICTURES for config in GROUPS]
@@ -323,66 +339,93 @@ def day(path, shapes=SHAPES):
     ]
     with concurrent.futures.ProcessPoolExecutor(min(14, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs, chunksize=4))
-    attention, quick = importlib.import_module("kernels.attention"), functools.partial(bench.graphed, replays=10)
+    for row in itertools.chain(attention_day(arch, shapes, engines), movers_day(arch), group_norm_day(arch)):
+        path.write_text(_lines(table))
+        yield row
+
+
+def quickest(call, sets, name, configs):
+    """[milliseconds of the call under each configuration of the kernel `name`, or None where that was refused]."""
+    from kernels import bench
+
+    took = []
+    for config in configs:
+        with switch.forced(name, config):
+            took.append(bench.attempt(functools.partial(bench.graphed, replays=10), call, sets))
+    return took
+
+
+def attention_day(arch, shapes, engines):
+    """Fill the attention rows of `arch`, a table's part, and yield what was measured.
+
+    Where one of PyTorch's own attentions is faster, the row says which ("TORCH") beside our fastest, and attention() takes that.
+    """
+    import torch
+
+    from kernels import bench
+
+    fused = importlib.import_module("kernels.attention").FUSED
     keys_of = importlib.import_module("kernels.attention_tiles").keys_of
     for kind, *shape in shapes:
         B, L, N, K, S = shape
         make, call = inputs(kind, *shape)
-        sets = bench.sets(make)
-        best = None
-        for config in tried(kind, K, engines):
-            with switch.forced(f"attention.{kind}", config):
-                took = bench.attempt(quick, call, sets)
-            if took and (best is None or took < best[0]):
-                best = (took, config)
+        sets, configs = bench.sets(make), tried(kind, K, engines)
+        took = {i: t for i, t in enumerate(quickest(call, sets, f"attention.{kind}", configs)) if t}
         row = {"case": f"{kind} {B}x{L}x{N}x{K}, {S} keys"}
-        if best is None:
+        if not took:
             yield row | {"found": "nothing fits"}
             continue
-        config = dict(best[1])
-        row |= {"us": best[0] * 1e3, "config": str(best[1])}
+        best = min(took, key=took.get)
+        config, ours = dict(configs[best]), took[best]
+        row |= {"us": ours * 1e3, "config": str(config)}
         if not kind.startswith("backward"):
-            peers = {w: took for w in attention.FUSED if (took := bench.attempt(quick, theirs(w), sets))}
+            quick = functools.partial(bench.graphed, replays=10)
+            peers = {w: t for w in fused if (t := bench.attempt(quick, theirs(w), sets))}
             fastest = min(peers, key=peers.get, default=None)
-            row |= {"tflops": 4 * B * N * L * S * K / best[0] / 1e9}
+            row |= {"tflops": 4 * B * N * L * S * K / ours / 1e9}
             if fastest:
-                row |= {"best": fastest, "best_us": peers[fastest] * 1e3, "ratio": peers[fastest] / best[0]}
-                if peers[fastest] < 0.97 * best[0]:  # less is noise
+                row |= {"best": fastest, "best_us": peers[fastest] * 1e3, "ratio": peers[fastest] / ours}
+                if peers[fastest] < 0.97 * ours:  # less is noise
                     config["TORCH"] = fastest
         keys = keys_of(K, S if kind != "short" and not kind.startswith("backward_kv") else L, torch.bfloat16)
         for key in keys:
-            for dtype in ("bfloat16", "float16"):
+            for dtype in ("bfloat16", "float16"):  # as wide as each other, so as fast
                 arch.setdefault(f"attention.{kind}", {})[key.replace("bfloat16", dtype)] = config
-        path.write_text(_lines(table))
         yield row
+
+
+def movers_day(arch):
+    """Fill the rows of MOVERS, one for all shapes that share it: the configuration that loses least over them."""
+    from kernels import bench
+
     for name, (keys, configs) in MOVERS.items():
         for key, several in keys.items():
             took = {}
             for shape in several:
                 make, call = mover(name, shape)
-                sets = bench.sets(make)
-                for i, config in enumerate(configs):
-                    with switch.forced(name, config):
-                        took[shape, i] = bench.attempt(quick, call, sets) or 1e9
+                times = quickest(call, bench.sets(make), name, configs)
+                took |= {(shape, i): t or 1e9 for i, t in enumerate(times)}
             chosen, loss = fairest(took, several, len(configs))
             arch.setdefault(name, {})[key] = configs[chosen]
-            path.write_text(_lines(table))
             best = [round(took[s, chosen] * 1e3, 1) for s in several]
             yield {"case": f"{name} {key}", "us": str(best), "config": str(configs[chosen]), "loss": loss}
-    times = {}
+
+
+def group_norm_day(arch):
+    """Fill the one row of GroupNorm, and yield for each picture the three fastest with the rate at which memory was moved."""
+    from kernels import bench
+
+    took = {}
     for shape in PICTURES:
         make, call = pictures(*shape)
-        sets = bench.sets(make)
-        for i, config in enumerate(GROUPS):
-            with switch.forced("group_norm", config):
-                times[shape, i] = bench.attempt(quick, call, sets) or 1e9
-        order = sorted(range(len(GROUPS)), key=lambda i, shape=shape: times[shape, i])
-        moved = 4 * shape[0] * shape[1] * shape[2] ** 2
-        yield {"case": f"group_norm {shape}", "us": times[shape, order[0]] * 1e3, "gb_s": moved / times[shape, order[0]] / 1e6,
-               "first": str([(round(times[shape, i] * 1e3, 1), tuple(GROUPS[i].values())) for i in order[:3]])}  # fmt: skip
-    chosen, loss = fairest(times, PICTURES, len(GROUPS))
+        times = [t or 1e9 for t in quickest(call, bench.sets(make), "group_norm", GROUPS)]
+        took |= {(shape, i): t for i, t in enumerate(times)}
+        order = sorted(range(len(GROUPS)), key=times.__getitem__)
+        moved = 4 * shape[0] * shape[1] * shape[2] ** 2  # bytes: read once and written once, two each
+        yield {"case": f"group_norm {shape}", "us": times[order[0]] * 1e3, "gb_s": moved / times[order[0]] / 1e6,
+               "first": str([(round(times[i] * 1e3, 1), tuple(GROUPS[i].values())) for i in order[:3]])}  # fmt: skip
+    chosen, loss = fairest(took, PICTURES, len(GROUPS))
     arch.setdefault("group_norm", {})["channels_last/2"] = GROUPS[chosen]
-    path.write_text(_lines(table))
     yield {"case": "group_norm", "chosen": str(GROUPS[chosen]), "loss": loss}
 
 

@@ -4,6 +4,8 @@ All 1,227 take ten minutes and more, so they are slow tests; what models ship wi
 compiled each time.
 """
 
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import torch
 from util import ROOT
 
-from kernels import report, tune
+from kernels import report, switch, tune
 
 
 def module(name, *argv, **kwargs):
@@ -129,3 +131,41 @@ def test_candidates_go_from_large_to_small():
 def test_a_table_has_a_line_for_each_kernel_and_reads_back():
     table = json.loads((ROOT / "kernels" / "table.json").read_text())
     assert json.loads(tune._lines(table)) == table
+
+
+def test_measured_rows_are_the_fastest(monkeypatch):
+    """The choices of a tuning day with the GPU's times replaced by known ones: a tile's, one of PyTorch's own, one that is refused."""
+    bench = importlib.import_module("kernels.bench")
+
+    def took(run, call, sets):
+        (name,) = [k for k, v in switch._forced.items() if v] or [None]
+        if name is None:  # one of PyTorch's own
+            return 0.9 if next(fused) == peer else None
+        config = switch._forced[name]
+        if config.get("num_warps") == 8:
+            return None
+        return 1.0 if wanted.items() <= config.items() else 2.0
+
+    monkeypatch.setattr(bench, "attempt", took)
+    monkeypatch.setattr(bench, "sets", lambda make: None)
+    monkeypatch.setattr(tune, "mover", lambda name, shape: (None, None))
+    monkeypatch.setattr(tune, "pictures", lambda *shape: (None, None))
+    arch, wanted = {}, {"BLOCK_L": 64, "BLOCK_S": 64}
+    shapes = [("forward", 2, 4096, 10, 64, 4096), ("backward_q", 2, 4096, 10, 64, 4096)]
+    for peer, ratio in (("cudnn", 0.9), ("flash", 0.9), (None, None)):
+        fused = itertools.cycle(("flash", "cudnn", "efficient"))
+        rows = list(tune.attention_day(arch, shapes, (False,)))
+        assert [r.get("ratio") for r in rows] == [ratio, None] and [r["us"] for r in rows] == [1e3, 1e3]
+        for kind in ("forward", "backward_q"):
+            for key in ("64/4096/bfloat16", "64/float16"):
+                row = arch[f"attention.{kind}"][key]
+                assert row.items() >= wanted.items() and row["num_warps"] == 4
+                assert row.get("TORCH") == (peer if kind == "forward" else None)
+    wanted = {"num_warps": 9}  # in none: everything takes the same but what is refused
+    first, *_ = tune.movers_day(arch)
+    assert first["case"] == "norms.layer 512"
+    assert arch["norms.layer"]["512"] == tune.WARPS[0] and arch["add_bias"]["2"]["num_warps"] == 2
+    wanted = {"WIDE": 64, "STAGES": 1}
+    *_, last = tune.group_norm_day(arch)
+    assert last["loss"] == 1.0 and arch["group_norm"]["channels_last/2"].items() >= wanted.items()
+    assert not switch._forced or not any(switch._forced.values())
