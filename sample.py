@@ -8,12 +8,11 @@
 The same model, prompt, seed and settings give the picture that diffusers gives with CPU generators.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import DEVICES, UserError, arg, check_bounds, script
+from nanodiff.config import DEVICES, UserError, arg, check_bounds, is_given, script
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -49,8 +48,12 @@ class Config:
     prompt_2: str | None = arg(None, "for the second text encoder (SDXL, SD 3); default: --prompt")
     prompt_3: str | None = arg(None, "for the third text encoder (SD 3); default: --prompt")
     negative_prompt: str | None = arg(None, "what to keep away from", often=True)
-    negative_prompt_2: str | None = arg(None, "for the second text encoder; default: --negative-prompt")
-    negative_prompt_3: str | None = arg(None, "for the third text encoder; default: --negative-prompt")
+    negative_prompt_2: str | None = arg(
+        None, "for the second text encoder; default: --negative-prompt", needs="negative_prompt"
+    )
+    negative_prompt_3: str | None = arg(
+        None, "for the third text encoder; default: --negative-prompt", needs="negative_prompt"
+    )
     max_sequence_length: int | None = arg(None, "T5's tokens (SD 3), up to 512; default 256")
     long_prompts: bool = arg(False, "no limit of 75 tokens: encode longer prompts in chunks")
     prompt_weights: bool = arg(
@@ -65,9 +68,11 @@ class Config:
     embedding: list[str] = arg([], "file of a learned word (textual inversion), used by its name; repeatable")
     lora: list[str] = arg([], "FILE or FILE:SCALE of a LoRA; repeatable", group="LoRA", often=True)
     lora_dir: str | None = arg(None, "folder of the LoRAs that <lora:name:scale> in a prompt names")
-    lora_scale: float = arg(1.0, "multiplies the scale of every --lora")
-    lora_fuse: bool = arg(False, "add LoRAs into the weights: no cost per step, but not for --quantize")
-    allow_partial: bool = arg(False, "use a LoRA although layers of it are not in this model")
+    lora_scale: float = arg(1.0, "multiplies the scale of every --lora", needs="lora")
+    lora_fuse: bool = arg(False, "add LoRAs into the weights: no cost per step, but not for --quantize", needs="lora")
+    allow_partial: bool = arg(
+        False, "use a LoRA although layers of it are not in this model", needs=("lora", "lora_dir")
+    )
     steps: int | None = arg(
         None,
         "sampling steps; default: what the model was made for",
@@ -82,17 +87,22 @@ class Config:
         "classifier-free guidance; 1 or less = off; default: what the model was made for",
         "cfg-scale",
         often=True,
+        low=0,
+        high=100,
     )
-    guidance_rescale: float = arg(0.0, "std correction of the guidance, 0 to 1")
+    guidance_rescale: float = arg(0.0, "std correction of the guidance, 0 to 1", low=0, high=1)
     skip_layers: str | None = arg(None, "skip-layer guidance of SD 3.5 medium: blocks, such as 7,8,9")
-    skip_layer_scale: float = arg(2.8, "strength of --skip-layers")
-    skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins")
-    skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends")
+    skip_layer_scale: float = arg(2.8, "strength of --skip-layers", needs="skip_layers")
+    skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins", needs="skip_layers")
+    skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends", needs="skip_layers")
     perturbed_scale: float = arg(
         0.0, "perturbed-attention guidance of a UNet; 3 is usual, 0 = none", "pag-scale", low=0, high=100
     )
     perturbed_layers: str = arg(
-        "mid", "its self-attentions: parts of their names, such as mid,up_blocks.1", "pag-applied-layers"
+        "mid",
+        "its self-attentions: parts of their names, such as mid,up_blocks.1",
+        "pag-applied-layers",
+        needs="perturbed_scale",
     )
     freeu: str | None = arg(None, "B1,B2,S1,S2 of FreeU, such as 1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL)")
     ip_adapter: list[str] = arg(
@@ -101,16 +111,23 @@ class Config:
         group="picture as a prompt",
     )
     ip_adapter_image: list[str] = arg(
-        [], "picture that it is shown; repeatable: several for one --ip-adapter, or one for each"
+        [], "picture that it is shown; repeatable: several for one --ip-adapter, or one for each", needs="ip_adapter"
     )
     image_encoder: str | None = arg(
-        None, "folder or Hub id of its CLIP vision tower; default: image_encoder beside the adapter's file"
+        None,
+        "folder or Hub id of its CLIP vision tower; default: image_encoder beside the adapter's file",
+        needs="ip_adapter",
     )
     refiner: str | None = arg(
         None, "SDXL: folder, file or Hub id of a refiner that draws the last steps", group="SDXL's refiner and sizes"
     )
     refiner_start: float = arg(
-        0.8, "part of the noise that is gone when --refiner takes over", "refiner-switch-at", low=0.01, high=0.99
+        0.8,
+        "part of the noise that is gone when --refiner takes over",
+        "refiner-switch-at",
+        low=0.01,
+        high=0.99,
+        needs="refiner",
     )
     aesthetic_score: float | None = arg(
         None, "the refiner's: how much people like such a picture, 1 to 10; default 6", low=0, high=10
@@ -137,32 +154,39 @@ class Config:
         "grid of noise levels: karras, exponential, beta, lu, sgm_uniform, simple or ays (Align Your Steps); default: the sampler's own",
         "schedule-type",
     )
-    eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1")
+    eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1", low=0, high=1)
     s_churn: float = arg(
         0.0, "euler: fresh noise before each step, as much as Karras et al.'s S_churn says", low=0, high=1000
     )
-    s_tmin: float = arg(0.0, "--s-churn only where sigma is at least this", low=0)
-    s_tmax: float | None = arg(None, "--s-churn only where sigma is at most this", low=0)
-    s_noise: float = arg(1.0, "multiplies the noise of --s-churn", low=0, high=10)
-    height: int | None = arg(None, "pixels; default: the model's own", often=True)
-    width: int | None = arg(None, "pixels; default: the model's own", often=True)
-    num_images: int = arg(1, "pictures per prompt", often=True)
-    batch_size: int = arg(4, "pictures at a time")
+    s_tmin: float = arg(0.0, "--s-churn only where sigma is at least this", low=0, needs="s_churn")
+    s_tmax: float | None = arg(None, "--s-churn only where sigma is at most this", low=0, needs="s_churn")
+    s_noise: float = arg(1.0, "multiplies the noise of --s-churn", low=0, high=10, needs="s_churn")
+    height: int | None = arg(None, "pixels; default: the model's own", often=True, low=1)
+    width: int | None = arg(None, "pixels; default: the model's own", often=True, low=1)
+    num_images: int = arg(1, "pictures per prompt", often=True, low=1)
+    batch_size: int = arg(4, "pictures at a time", low=1)
     seed: int | None = arg(None, "picture i uses seed + i; default: random, printed", often=True)
     clip_skip: int = arg(0, "leave out the last N layers of the text encoder")
     init_image: str | None = arg(None, "start from this picture (image-to-image)", group="from a picture", often=True)
     strength: float | None = arg(
-        None, "how much of --init-image is repainted, above 0 to 1; default 0.8, of an inpainting model 1"
+        None,
+        "how much of --init-image is repainted, above 0 to 1; default 0.8, of an inpainting model 1",
+        needs="init_image",
     )
-    mask: str | None = arg(None, "white where --init-image is repainted (inpainting)")
+    mask: str | None = arg(None, "white where --init-image is repainted (inpainting)", needs="init_image")
     mask_blur: int = arg(
-        0, "pixels over which the mask's edge is softened; what is outside stays --init-image's", low=0, high=256
+        0,
+        "pixels over which the mask's edge is softened; what is outside stays --init-image's",
+        low=0,
+        high=256,
+        needs="mask",
     )
     mask_padding: int | None = arg(
         None,
         "repaint only the masked part and so many pixels around it, enlarged to the model's size",
         low=0,
         high=4096,
+        needs="mask",
     )
     hires: float | None = arg(
         None,
@@ -173,12 +197,16 @@ class Config:
         often=True,
         unit="x",
     )
-    hires_strength: float = arg(0.6, "how much of it the second pass repaints, above 0 to 1", low=0.01, high=1)
+    hires_strength: float = arg(
+        0.6, "how much of it the second pass repaints, above 0 to 1", low=0.01, high=1, needs="hires"
+    )
     hires_steps: int | None = arg(
-        None, "steps of the second pass, of which it takes that part; default: --steps", low=1, high=1000
+        None, "steps of the second pass, of which it takes that part; default: --steps", low=1, high=1000, needs="hires"
     )
     hires_latent: bool = arg(
-        False, "enlarge the latents (bicubic), not the picture (Lanczos): sharper, and less like the first"
+        False,
+        "enlarge the latents (bicubic), not the picture (Lanczos): sharper, and less like the first",
+        needs="hires",
     )
     control: list[str] = arg(
         [],
@@ -189,7 +217,9 @@ class Config:
         [],
         "what the ControlNet is shown, in the order of --control: a picture, or canny:PICTURE for its edges; repeatable",
     )
-    control_guess: bool = arg(False, "draw what the ControlNet sees, also without a prompt (guess mode)")
+    control_guess: bool = arg(
+        False, "draw what the ControlNet sees, also without a prompt (guess mode)", needs="control"
+    )
     output_dir: str = arg(
         "out", "folder of the pictures 00000.png, 00001.png, … and run.json", group="what is written", often=True
     )
@@ -200,9 +230,9 @@ class Config:
         None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)", often=True
     )
     base_dir: str = arg(".", "folder that relative --output, --output-dir and model paths start from")
-    nrow: int | None = arg(None, "pictures in a row of the sheet")
+    nrow: int | None = arg(None, "pictures in a row of the sheet", low=1, needs="output")
     named: bool = arg(False, "file names from prompt, model and settings instead of numbers")
-    labels: bool = arg(False, "write each prompt above its picture in the sheet")
+    labels: bool = arg(False, "write each prompt above its picture in the sheet", needs="output")
     save_latents: bool = arg(False, "write latents.safetensors")
     progress_strip: bool = arg(False, "write a strip of the x0 estimates over the steps for each picture")
     resize: str | None = arg(None, "WIDTHxHEIGHT of the written pictures")
@@ -258,72 +288,49 @@ class Config:
             self.scheduler = "ddim"
         if self.steps == 0 or self.ddim_steps == 0:
             raise UserError("--steps 0 makes no picture; use 1 or more")
-        for name in ("num_images", "batch_size", "height", "width", "nrow"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
-            raise UserError(f"--guidance-scale {self.guidance_scale:g} must be between 0 and 100")
-        if not 0 <= self.eta <= 1 or not 0 <= self.guidance_rescale <= 1:
-            raise UserError("--eta and --guidance-rescale must be between 0 and 1")
-        if self.mask and not self.init_image:
-            raise UserError("--mask needs --init-image")
-        if self.mask_padding is not None and not self.mask:
-            raise UserError("--mask-padding does nothing without --mask")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
-        needed = (
-            ("strength", "init_image"),
-            ("mask_blur", "mask"),
-            ("nrow", "output"),
-            ("labels", "output"),
-            ("lora_fuse", "lora"),
-        )
-        needed += (("s_tmin", "s_churn"), ("s_tmax", "s_churn"), ("s_noise", "s_churn"))
-        needed += (("hires_strength", "hires"), ("hires_steps", "hires"), ("hires_latent", "hires"))
-        needed += (
-            ("negative_prompt_2", "negative_prompt"),
-            ("negative_prompt_3", "negative_prompt"),
-        )
+        if self.denoising_end is not None and not 0 < self.denoising_end < 1:
+            raise UserError(f"--denoising-end {self.denoising_end:g} must be between 0 and 1")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise UserError(f"--seed {self.seed} must be between 0 and 2^63 - 1")
+        self.check_words()
+        self.check_pairs()
+        self.check_together()
+
+    def check_words(self):
+        """What --prompt-syntax decides."""
         if self.prompt_weights and self.prompt_syntax:
             raise UserError("--prompt-weights is part of --prompt-syntax; do not give them together")
+        a1111 = self.prompt_syntax == "a1111"
         for name in ("wildcards", "lora_dir"):
-            if getattr(self, name) and self.prompt_syntax != "a1111":
+            if getattr(self, name) and not a1111:
                 raise UserError(f"--{name.replace('_', '-')} does nothing without --prompt-syntax a1111")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        needed += tuple((f"skip_layer_{part}", "skip_layers") for part in ("scale", "start", "stop"))
-        for name, needs in (*needed, ("lora_scale", "lora")):
-            if getattr(self, name) not in (None, False, defaults[name]) and getattr(self, needs) in (None, [], 0.0):
-                raise UserError(f"--{name.replace('_', '-')} does nothing without --{needs.replace('_', '-')}")
-        if self.allow_partial and not self.lora and not self.lora_dir:
-            raise UserError("--allow-partial does nothing without --lora or --lora-dir")
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"):
-            if self.prompt_syntax == "a1111" and getattr(self, name) is not None:
+            if a1111 and getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')} is not for --prompt-syntax a1111, which has one prompt for all text encoders"
                 )
-        if self.perturbed_layers != "mid" and not self.perturbed_scale:
-            raise UserError("--perturbed-layers does nothing without --perturbed-scale")
+
+    def check_pairs(self):
+        """Lists whose members belong together."""
         if len(self.control) != len(self.control_image):
             raise UserError(
                 f"{len(self.control)} --control and {len(self.control_image)} --control-image: one of each makes a pair"
             )
-        if self.control_guess and not self.control:
-            raise UserError("--control-guess does nothing without --control")
         if self.ip_adapter and not self.ip_adapter_image:
             raise UserError("--ip-adapter needs a picture: --ip-adapter-image")
-        for name in ("ip_adapter_image", "image_encoder"):
-            if getattr(self, name) and not self.ip_adapter:
-                raise UserError(f"--{name.replace('_', '-')} does nothing without --ip-adapter")
         if 1 < len(self.ip_adapter) != len(self.ip_adapter_image):
             raise UserError(
                 f"{len(self.ip_adapter_image)} --ip-adapter-image for {len(self.ip_adapter)} --ip-adapter: one for each, or several for one"
             )
-        if self.refiner and (self.hires or self.mask or self.denoising_end is not None):
-            raise UserError("--refiner is not for --hires, --mask or --denoising-end")
-        if self.refiner_start != 0.8 and not self.refiner:
-            raise UserError("--refiner-start does nothing without --refiner")
-        if self.hires and (self.mask or self.denoising_end is not None):
-            raise UserError("--hires is not for --mask or --denoising-end")
+
+    def check_together(self):
+        """Options that exclude each other."""
+        for name, others in (("refiner", ("hires", "mask", "denoising_end")), ("hires", ("mask", "denoising_end"))):
+            if is_given(self, name) and any(is_given(self, other) for other in others):
+                flags = [f"--{other.replace('_', '-')}" for other in others]
+                raise UserError(f"--{name} is not for {', '.join(flags[:-1])} or {flags[-1]}")
         if self.cuda_graph == "on" and self.control:
             raise UserError("--cuda-graph is not for --control")
         if self.cuda_graph == "on" and (self.offload != "none" or self.quantize):
@@ -332,10 +339,6 @@ class Config:
             raise UserError("--compile needs the whole model in one place; use --offload model or none")
         if self.fast_vae and self.vae_tiling:
             raise UserError("--fast-vae decodes instead of the VAE; --vae-tiling has nothing to do")
-        if self.denoising_end is not None and not 0 < self.denoising_end < 1:
-            raise UserError(f"--denoising-end {self.denoising_end:g} must be between 0 and 1")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise UserError(f"--seed {self.seed} must be between 0 and 2^63 - 1")
 
 
 @dataclass

@@ -60,17 +60,30 @@ class Stopped(Exception):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks and savers run."""
 
 
-def arg(default, help="", *aliases, choices=None, const=None, low=None, high=None, group=None, often=False, unit=None):
+def arg(
+    default,
+    help="",
+    *aliases,
+    choices=None,
+    const=None,
+    low=None,
+    high=None,
+    group=None,
+    often=False,
+    unit=None,
+    needs=None,
+):
     """A dataclass field with its help string.
 
     aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
-    (`--resume` alone), which makes the flag's value optional. low, high: its bounds (see check_bounds).
+    (`--resume` alone), which makes the flag's value optional. low, high: its bounds; needs: the field, or a tuple of fields,
+    without one of which it does nothing (see check_bounds).
     group: heading of this option and of those after it in --help. often: shown by --help; of a long list the others by --help-all.
     unit: what may stand behind a number on the command line ("x": 1.5x).
     A field of a derived class keeps the bounds and the group of the one that it replaces.
     """
     metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "low": low, "high": high, "group": group,
-                "often": often, "unit": unit}  # fmt: skip
+                "often": often, "unit": unit, "needs": needs}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -87,7 +100,8 @@ def _inherited(cls, name, key):
 
 
 def check_bounds(cfg):
-    """Raise UserError for a number outside the bounds of its option; None has none."""
+    """Raise UserError for a number outside the bounds of its option (None has none), and for an option that was given without the one
+    that it needs."""
     for field in dataclasses.fields(cfg):
         low, high = (_inherited(type(cfg), field.name, key) for key in ("low", "high"))
         values = getattr(cfg, field.name)
@@ -98,6 +112,18 @@ def check_bounds(cfg):
             if high is None:
                 raise UserError(f"{flag} must be at least {low:g}, not {value:g}")
             raise UserError(f"{flag} {value:g} must be between {low:g} and {high:g}")
+        needs = field.metadata.get("needs") or ()
+        needs = (needs,) if isinstance(needs, str) else needs
+        default = [] if field.default is dataclasses.MISSING else field.default
+        given = values is not None and values is not False and values != default  # 0 is a number that was given
+        if needs and given and not any(is_given(cfg, name) for name in needs):
+            others = " or ".join(f"--{name.replace('_', '-')}" for name in needs)
+            raise UserError(f"--{field.name.replace('_', '-')} does nothing without {others}")
+
+
+def is_given(cfg, name):
+    """Whether an option that is off by default, a text, a list, a number or a switch, was set."""
+    return getattr(cfg, name) not in (None, [], 0, False)
 
 
 def nearest(name, known, n=3):

@@ -172,3 +172,30 @@ def test_a_unit_may_stand_behind_a_number():
     for text in ("x", "1.5y", "1.5xx", "0.5x"):
         with pytest.raises(UserError, match="hires"):
             parse(Config, ["--hires", text], "doc", {}, "prog")
+
+
+def test_an_option_may_need_another():
+    """Given means set to another value than the default, 0 too; of several needed ones one is enough."""
+
+    @dataclass
+    class Needy:
+        mask: str | None = config.arg(None)
+        lora: list[str] = config.arg([])
+        padding: int | None = config.arg(None, needs="mask")
+        scale: float = config.arg(1.0, needs=("mask", "lora"))
+        fuse: bool = config.arg(False, needs="lora")
+
+    for fine in (
+        {},
+        {"mask": "m", "padding": 0},
+        {"lora": ["a"], "scale": 0.0, "fuse": True},
+        {"mask": "m", "scale": 2.0},
+    ):
+        config.check_bounds(Needy(**fine))
+    for wrong, says in (
+        ({"padding": 0}, "--padding does nothing without --mask"),
+        ({"scale": 0.0}, "--scale does nothing without --mask or --lora"),
+        ({"mask": "m", "fuse": True}, "--fuse does nothing without --lora"),
+    ):
+        with pytest.raises(UserError, match=f"^{says}$"):
+            config.check_bounds(Needy(**wrong))

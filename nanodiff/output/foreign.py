@@ -74,110 +74,151 @@ def _comment(value):
     return value[8:].decode("utf-16-be" if value[:1] == b"U" else "ascii", "replace")
 
 
+class Graph:
+    """ComfyUI's graph as a way backwards from its sampler: which node gives an input, and with what value.
+
+    used: ids of the nodes whose values were taken; the others are told to the user."""
+
+    def __init__(self, nodes, sampler):
+        self.nodes, self.sampler, self.used = nodes, sampler, {sampler}
+
+    def inputs(self, key):
+        """{name: value or [id, output]} of a node; {} for what is none."""
+        found = self.nodes.get(key, {}).get("inputs", {})
+        return found if isinstance(found, dict) else {}
+
+    def behind(self, key, name):
+        """The id of the node that gives an input, or None."""
+        link = self.inputs(key).get(name)
+        return str(link[0]) if isinstance(link, list) and link and str(link[0]) in self.nodes else None
+
+    def value(self, key, name):
+        """An input's value, also where another node (a primitive, a text) gives it; None where none can be told."""
+        got = self.inputs(key).get(name)
+        if not isinstance(got, list):
+            return got
+        other = self.behind(key, name)
+        plain = {k: v for k, v in self.inputs(other).items() if isinstance(v, int | float | str)}
+        # a node of one value, or one that is called as what it is for
+        called = (name, "seed" if "seed" in name else name, "value", "text", "string")
+        got = next(iter(plain.values())) if len(plain) == 1 else next((plain[k] for k in called if k in plain), None)
+        if got is not None:
+            self.used.add(other)
+        return got
+
+    def kind(self, key):
+        """The class of a node, as people are shown it."""
+        return short(self.nodes[key].get("class_type"))
+
+
 def comfyui(graph, path="the graph"):
     """({our setting: value}, [what is not used]) of ComfyUI's graph. Raises UserError for one without a sampler, or with several."""
     nodes = {str(k): v for k, v in graph.items() if isinstance(v, dict)} if isinstance(graph, dict) else {}
     mine = [k for k, v in nodes.items() if v.get("class_type") in SAMPLING]
     if len(mine) != 1:
         raise UserError(f"{path}: a graph of ComfyUI's with {len(mine)} KSampler nodes; only one can be repeated")
-    used = {mine[0]}
+    g = Graph(nodes, mine[0])
+    found, left = {"prompt_syntax": "comfyui"}, []
+    for part in (_numbers, _texts, _beginning, _model, _stages, _grid):
+        settings, rest = part(g, found)
+        found |= settings
+        left += rest
+    quiet = ("VAEDecode", "SaveImage", "PreviewImage", "Note")
+    others = [k for k, v in nodes.items() if k not in g.used and v.get("class_type") not in quiet]
+    return found, [*left, *(f"{g.kind(k)} (node {k})" for k in others)]
 
-    def inputs(key):
-        found = nodes.get(key, {}).get("inputs", {})
-        return found if isinstance(found, dict) else {}
 
-    def behind(key, name):
-        """The id of the node that gives an input, or None."""
-        link = inputs(key).get(name)
-        return str(link[0]) if isinstance(link, list) and link and str(link[0]) in nodes else None
+# Each: (settings, [what is not used]) of one part of a graph; found: the settings so far.
 
-    def value(key, name):
-        """An input's value, also where another node (a primitive, a text) gives it; None where none can be told."""
-        got = inputs(key).get(name)
-        if isinstance(got, list):
-            other = behind(key, name)
-            plain = {k: v for k, v in inputs(other).items() if isinstance(v, int | float | str)}
-            # a node of one value, or one that is called as what it is for
-            named = [
-                plain[k] for k in (name, "seed" if "seed" in name else name, "value", "text", "string") if k in plain
-            ]
-            got = next(iter(plain.values())) if len(plain) == 1 else named[0] if named else None
-            if got is not None:
-                used.add(other)
-        return got
 
-    sampler, found = mine[0], {"prompt_syntax": "comfyui"}
-    left = []
+def _numbers(g, found):
+    """Steps, guidance and seed."""
+    settings, left = {}, []
     for name, keys, kind in (
         ("steps", ("steps",), int),
         ("guidance_scale", ("cfg",), float),
         ("seed", ("seed", "noise_seed"), int),
     ):
-        got = next((v for v in (value(sampler, key) for key in keys) if v is not None), None)
+        got = next((v for v in (g.value(g.sampler, key) for key in keys) if v is not None), None)
         if isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got):
-            found[name] = kind(got)
+            settings[name] = kind(got)
         else:
             left.append(f"{name}, which no node gives as a number")
+    return settings, left
+
+
+def _texts(g, found):
+    """Prompt and negative prompt; of SDXL's node also the two CLIPs' own, of which ours names the first one's first."""
+    settings, left = {}, []
     for name, key in (("prompt", "positive"), ("negative_prompt", "negative")):
-        text = behind(sampler, key)
-        said = next(
-            (v for v in (value(text, k) for k in ("text", "text_g", "clip_g") if text) if isinstance(v, str)), None
-        )
-        if said is None:
-            left.append(
-                f"{name}, which no text node gives" + (f" ({short(nodes[text].get('class_type'))})" if text else "")
-            )
+        text = g.behind(g.sampler, key)
+        said = [v for v in (g.value(text, k) for k in ("text", "text_g", "clip_g") if text) if isinstance(v, str)]
+        if not said:
+            left.append(f"{name}, which no text node gives" + (f" ({g.kind(text)})" if text else ""))
             continue
-        used.add(text)
-        found[name] = [said] if name == "prompt" else said
-        second = next((v for v in (value(text, k) for k in ("text_l", "clip_l")) if isinstance(v, str)), said)
-        if second != said:  # the two CLIPs' own texts; ours names the first one's first
-            first = [second] if name == "prompt" else second
-            found |= {name: first, f"{name}_2": said}
-    latent = behind(sampler, "latent_image")
-    if latent and str(nodes[latent].get("class_type")).startswith("Empty"):
-        used.add(latent)
-        found |= {side: value(latent, side) for side in ("width", "height") if isinstance(value(latent, side), int)}
-        if isinstance(n := value(latent, "batch_size"), int) and n > 1:
-            left.append(f"batch_size: {n} (the first picture is drawn; the others' noise follows it)")
-    elif latent:
-        left.append("the picture that it began with")
-    model, behind_it = behind(sampler, "model"), set()
-    while model and model not in behind_it and not any(name in inputs(model) for name in NAMES):
-        behind_it.add(model)  # LoRAs and what else changes a model on its way; a graph may lead back to itself
-        if "lora_name" in inputs(model):
-            used.add(model)
-            lora = f"{value(model, 'lora_name')} at {value(model, 'strength_model')}"
+        g.used.add(text)
+        second = next((v for v in (g.value(text, k) for k in ("text_l", "clip_l")) if isinstance(v, str)), said[0])
+        settings[name] = [second] if name == "prompt" else second
+        if second != said[0]:
+            settings[f"{name}_2"] = said[0]
+    return settings, left
+
+
+def _beginning(g, found):
+    """The size of empty latents; a picture that was begun with is named."""
+    latent = g.behind(g.sampler, "latent_image")
+    if latent is None:
+        return {}, []
+    if not str(g.nodes[latent].get("class_type")).startswith("Empty"):
+        return {}, ["the picture that it began with"]
+    g.used.add(latent)
+    sides = {side: g.value(latent, side) for side in ("width", "height")}
+    n = g.value(latent, "batch_size")
+    several = isinstance(n, int) and n > 1
+    left = [f"batch_size: {n} (the first picture is drawn; the others' noise follows it)"] if several else []
+    return {side: value for side, value in sides.items() if isinstance(value, int)}, left
+
+
+def _model(g, found):
+    """The name of the file that was loaded, behind the LoRAs and what else changes a model on its way."""
+    settings, left, passed = {}, [], set()
+    node = g.behind(g.sampler, "model")
+    while node and node not in passed and not any(name in g.inputs(node) for name in NAMES):
+        passed.add(node)  # a graph may lead back to itself
+        if "lora_name" in g.inputs(node):
+            g.used.add(node)
+            lora = f"{g.value(node, 'lora_name')} at {g.value(node, 'strength_model')}"
             left.append(f"LoRA {short(lora)} (give it with --lora)")
-        model = behind(model, "model")
-    if model and (key := next((name for name in NAMES if name in inputs(model)), None)):
-        used.add(model)
-        found["model"] = str(value(model, key))
+        node = g.behind(node, "model")
+    if node and (key := next((name for name in NAMES if name in g.inputs(node)), None)):
+        g.used.add(node)
+        settings["model"] = str(g.value(node, key))
+    return settings, left
+
+
+def _stages(g, found):
+    """What KSamplerAdvanced and `denoise` do otherwise than a whole run: named, not repeated."""
+    left = []
     for name, usual in (
         ("add_noise", "enable"),
         ("start_at_step", 0),
         ("return_with_leftover_noise", "disable"),
         ("end_at_step", 10_000),
+        ("denoise", 1),
     ):
-        got = value(sampler, name)
-        if got not in (None, usual) and not (
-            name == "end_at_step" and isinstance(got, int) and got >= found.get("steps", 0)
-        ):
+        got = g.value(g.sampler, name)
+        to_the_end = name == "end_at_step" and isinstance(got, int) and got >= found.get("steps", 0)
+        if got not in (None, usual) and not to_the_end:
             left.append(f"{name}: {short(got)}")
-    pair = value(sampler, "sampler_name"), value(sampler, "scheduler")
-    plain = infotext.sampler_of(COMFYUI, pair[0], "normal")
-    if ours := infotext.sampler_of(COMFYUI, *pair):
-        found["scheduler"] = ours
-    elif pair[1] in GRIDS and plain not in (None, *infotext.UNSPACED):
-        found |= {"scheduler": plain, "sigmas": pair[1]}
-    else:
-        left.append(f"sampler {short(pair[0])} with scheduler {short(pair[1])}")
-    if (denoise := value(sampler, "denoise")) not in (None, 1, 1.0):
-        left.append(f"denoise: {short(denoise)}")
-    quiet = ("VAEDecode", "SaveImage", "PreviewImage", "Note")
-    left += [
-        f"{short(v.get('class_type'))} (node {k})"
-        for k, v in nodes.items()
-        if k not in used and v.get("class_type") not in quiet
-    ]
-    return found, left
+    return {}, left
+
+
+def _grid(g, found):
+    """Sampler and scheduler: one of ours that is both, or a sampler with --sigmas."""
+    sampler, scheduler = g.value(g.sampler, "sampler_name"), g.value(g.sampler, "scheduler")
+    if ours := infotext.sampler_of(COMFYUI, sampler, scheduler):
+        return {"scheduler": ours}, []
+    plain = infotext.sampler_of(COMFYUI, sampler, "normal")
+    if scheduler in GRIDS and plain not in (None, *infotext.UNSPACED):
+        return {"scheduler": plain, "sigmas": scheduler}, []
+    return {}, [f"sampler {short(sampler)} with scheduler {short(scheduler)}"]

@@ -108,7 +108,6 @@ def parameters(text):
     found = {"prompt": ["\n".join(lines[:negative]).strip()], "prompt_syntax": "a1111"}
     if negative < len(lines):
         found["negative_prompt"] = "\n".join([lines[negative][16:], *lines[negative + 1 :]]).strip()
-    take = facts.pop
     for name, key, kind in (
         ("steps", "Steps", int),
         ("guidance_scale", "CFG scale", float),
@@ -117,10 +116,29 @@ def parameters(text):
     ):
         if (value := _number(facts.get(key), kind)) is not None:
             found[name] = value
-            take(key)
+            del facts[key]
     if size := re.fullmatch(r"(\d+)x(\d+)", facts.get("Size", "")):
         found["width"], found["height"] = map(int, size.groups())
-        take("Size")
+        del facts["Size"]
+    found |= _sampling(facts) | _hires(facts, found.get("steps"))
+    if (skip := _number(facts.get("Clip skip"), int)) is not None:
+        found["clip_skip"] = max(skip - 1, 0)  # 1 leaves out none
+        del facts["Clip skip"]
+    for name, key in (("model", "Model"), ("model_hash", "Model hash")):
+        if key in facts:
+            found[name] = facts.pop(key)
+    if facts.get("RNG") == "CPU":
+        del facts["RNG"]
+    elif pairs:  # its default is the graphics card's, which draws other numbers
+        facts["RNG"] = facts.get("RNG", "GPU") + " (noise is drawn on the CPU here: another picture)"
+    facts.pop("Version", None)
+    return found, [f"{k}: {short(v)}" for k, v in facts.items()]
+
+
+def _sampling(facts):
+    """{scheduler, sigmas, Karras's churn} by the menu's names; what is used is taken from `facts`, what means another picture is told
+    there."""
+    found = {}
     name, kind = _spoken(facts)
     sampler = sampler_of(MENU, name, kind)
     if sampler is None and kind in SPACINGS and (plain := sampler_of(MENU, name, "Uniform")) not in (None, *UNSPACED):
@@ -129,40 +147,34 @@ def parameters(text):
         for ours, theirs in CHURN.items():
             if (value := _number(facts.get(theirs), float)) is not None:
                 found[ours] = value
-                take(theirs)
+                del facts[theirs]
     if sampler:
         found["scheduler"] = sampler
-        take("Sampler")
+        del facts["Sampler"]
         if name in OTHERWISE:
             facts["Sampler"] = f"{name} (another picture: there {OTHERWISE[name]})"
         facts.pop("Schedule type", None)
-    if (skip := _number(facts.get("Clip skip"), int)) is not None:
-        found["clip_skip"] = max(skip - 1, 0)  # 1 leaves out none
-        take("Clip skip")
-    for name, key in (("model", "Model"), ("model_hash", "Model hash")):
-        if key in facts:
-            found[name] = take(key)
-    if (times := _number(facts.get("Hires upscale"), float)) is not None:
-        strength, upscaler = _number(facts.get("Denoising strength"), float), facts.get("Hires upscaler", "")
-        found |= {"hires": times, "hires_latent": upscaler.startswith("Latent")}
-        if strength:
-            # there all steps of the second pass are taken, here the part `hires_strength` of them
-            taken = _number(facts.get("Hires steps"), int) or found.get("steps")
-            found |= {"hires_strength": strength} | (
-                {"hires_steps": int(taken / min(strength, 0.999))} if taken else {}
-            )
-        for key in ("Hires upscale", "Hires steps", "Denoising strength"):
-            facts.pop(key, None)
-        if upscaler in UPSCALERS.values():
-            take("Hires upscaler")
-        elif upscaler:
-            facts["Hires upscaler"] += f" ({UPSCALERS[found['hires_latent']]} is used)"
-    if facts.get("RNG") == "CPU":
-        take("RNG")
-    elif pairs:  # its default is the graphics card's, which draws other numbers
-        facts["RNG"] = facts.get("RNG", "GPU") + " (noise is drawn on the CPU here: another picture)"
-    facts.pop("Version", None)
-    return found, [f"{k}: {short(v)}" for k, v in facts.items()]
+    return found
+
+
+def _hires(facts, steps):
+    """Settings of the second, larger pass, taken from `facts`; {} without one."""
+    if (times := _number(facts.get("Hires upscale"), float)) is None:
+        return {}
+    strength, upscaler = _number(facts.get("Denoising strength"), float), facts.get("Hires upscaler", "")
+    found = {"hires": times, "hires_latent": upscaler.startswith("Latent")}
+    if strength:
+        found["hires_strength"] = strength
+        # there all steps of the second pass are taken, here the part `hires_strength` of them
+        if taken := _number(facts.get("Hires steps"), int) or steps:
+            found["hires_steps"] = int(taken / min(strength, 0.999))
+    for key in ("Hires upscale", "Hires steps", "Denoising strength"):
+        facts.pop(key, None)
+    if upscaler in UPSCALERS.values():
+        del facts["Hires upscaler"]
+    elif upscaler:
+        facts["Hires upscaler"] += f" ({UPSCALERS[found['hires_latent']]} is used)"
+    return found
 
 
 def _number(text, kind):
