@@ -36,15 +36,12 @@ def train(cfg):
     if cfg.lora:
         captioner_model.adapt(net, captioner_model.Adapters(cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, listed(cfg.lora_targets)),
                         captioner_model.Adapters(cfg.vit_lora_r, cfg.vit_lora_alpha, cfg.vit_lora_dropout, captioner_model.VIT_TARGETS))  # fmt: skip
-    ids = {n: dist.together(captions_of, net, rows[n], cfg, n) for n in rows}
     sets = {n: captionset.pictures(rows[n], cfg.train_csv_path) for n in rows}
-    how = net.pictures.transform
-    change = loader.Transform(
-        how.resolution, True, cfg.random_flip, cfg.random_jitter, cfg.random_rotate, how.interpolation, True
+    feed, checks = feeds(cfg, sets, net.pictures.transform)
+    texts, check_texts = (
+        Texts(dist.together(captions_of, net, rows[n], cfg, n), seed, run.device)
+        for n, seed in (("train", cfg.seed), ("val", None))
     )
-    policy = {"policy": "skip" if cfg.skip_bad else "stop", "limit": 1.0, "timeout": cfg.dist_timeout}
-    feed = loader.Feed(sets["train"], change, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers, **policy)
-    checks = loader.Feed(sets["val"], how, cfg.seed, cfg.batch_size, **policy)
     run.cfg = cfg = dataclasses.replace(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
     calls = run.trainable({"captioner": net})
     run.schedule(feed.per_epoch)
@@ -56,57 +53,74 @@ def train(cfg):
     dist.say(f"captioner: {trained / 1e6:.2f} M of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters learn; "
              f"{len(sets['train'])} training and {len(sets['val'])} validation pictures")  # fmt: skip
 
-    def chosen(part, index, position):
-        """One of a picture's captions: for training drawn by its global sample index, else the first."""
-        own = ids[part][position]
-        one = objective.generator(cfg.seed, "caption", index) if part == "train" and len(own) > 1 else None
-        return own[torch.randint(len(own), (), generator=one).item() if one else 0]
-
-    def rows_of(part, batch):
-        texts = [chosen(part, i, p) for i, p in zip(batch.indices, batch.positions, strict=True)]
-        longest = max(map(len, texts))
-        return torch.tensor([t + [captioner_model.NO_LABEL] * (longest - len(t)) for t in texts], device=run.device)
-
-    def tokens(step):
-        """Caption tokens of a whole update over its pictures: by it a micro-batch's sum becomes its part of the mean over tokens."""
-        first, positions = feed.plan.update(step)
-        return sum(len(chosen("train", first + k, int(p))) for k, p in enumerate(positions)) / len(positions)
-
     for step in run.steps():
-        mean = tokens(step)
+        mean = texts.mean_length(*feed.plan.update(step))
         for batch in feed.update(step):
             torch.manual_seed(objective.generator(cfg.seed, "dropout", next(iter(batch.indices), 0)).initial_seed())
             with run.forward(batch):
-                loss = calls["captioner"](batch.pixels.to(run.device), rows_of("train", batch)) / (
-                    mean * len(batch.positions)
-                )
+                loss = calls["captioner"](batch.pixels.to(run.device), texts.of(batch))  # summed over tokens
+                loss = loss / (mean * len(batch.positions))
             run.backward(loss, batch)
         run.update()
         if run.epoch_ended() or step + 1 == run.total:
-            epoch = -(-(step + 1) // feed.per_epoch)
             feed.report_bad(run.out)
-            with run.averaged():
-                found = validate(run, net, checks, lambda b: rows_of("val", b))
-                run.log(val_loss=found)
-                captioned = show(run, net, sets["val"], rows["val"], cfg, epoch)
-                best = run.judge(found)
-                facts = {
-                    "epoch": epoch,
-                    "step": step + 1,
-                    "val_loss": found if math.isfinite(found) else None,
-                    "best_val_loss": run.best,
-                }
-                names = (
-                    ["last_checkpoint"] + ["best_model"] * best + [f"epoch_{epoch}"] * run.every_epochs(cfg.save_epochs)
-                )
-                for name in names:
-                    write(run, net, name, facts, not cfg.lora)
-            dist.say(
-                f"epoch {epoch}: validation loss {found:.4f}"
-                + (" (the best so far)" if best else f" (best: {run.best:.4f})" if run.best is not None else "")
-            )
-            for line in captioned:
-                dist.say(line)
+            judge(run, cfg, net, checks, check_texts, sets["val"], rows["val"], -(-(step + 1) // feed.per_epoch))
+    finish(run)
+
+
+def feeds(cfg, sets, transform):
+    """(training, validation) Feeds of pictures; only training changes them at random."""
+    change = loader.Transform(transform.resolution, True, cfg.random_flip, cfg.random_jitter, cfg.random_rotate,
+                              transform.interpolation, True)  # fmt: skip
+    policy = {"policy": "skip" if cfg.skip_bad else "stop", "limit": 1.0, "timeout": cfg.dist_timeout}
+    feed = loader.Feed(sets["train"], change, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers, **policy)
+    return feed, loader.Feed(sets["val"], transform, cfg.seed, cfg.batch_size, **policy)
+
+
+class Texts:
+    """The captions of a set as ids: [[ids] of each caption] of each picture. seed: draw one of a picture's by its global sample index;
+    None: always the first."""
+
+    def __init__(self, ids, seed, device):
+        self.ids, self.seed, self.device = ids, seed, device
+
+    def chosen(self, index, position):
+        own = self.ids[position]
+        if self.seed is None or len(own) == 1:
+            return own[0]
+        one = objective.generator(self.seed, "caption", index)
+        return own[torch.randint(len(own), (), generator=one).item()]
+
+    def of(self, batch):
+        """ids [B, L] of a batch, filled up with NO_LABEL."""
+        texts = [self.chosen(i, p) for i, p in zip(batch.indices, batch.positions, strict=True)]
+        longest = max(map(len, texts))
+        return torch.tensor([t + [captioner_model.NO_LABEL] * (longest - len(t)) for t in texts], device=self.device)
+
+    def mean_length(self, first, positions):
+        """Tokens a caption in a whole update, all processes and micro-batches: by it a micro-batch's sum becomes its part of the mean
+        over tokens."""
+        return sum(len(self.chosen(first + k, int(p))) for k, p in enumerate(positions)) / len(positions)
+
+
+def judge(run, cfg, net, checks, texts, dataset, rows, epoch):
+    """After an epoch: the validation loss, captions to look at, and the captioners that are written."""
+    with run.averaged():
+        found = validate(run, net, checks, texts.of)
+        run.log(val_loss=found)
+        captioned = show(run, net, dataset, rows, cfg, epoch)
+        best = run.judge(found)
+        loss = found if math.isfinite(found) else None
+        facts = {"epoch": epoch, "step": run.step + 1, "val_loss": loss, "best_val_loss": run.best}
+        names = ["last_checkpoint"] + ["best_model"] * best + [f"epoch_{epoch}"] * run.every_epochs(cfg.save_epochs)
+        for name in names:
+            write(run, net, name, facts, not cfg.lora)
+    beside = " (the best so far)" if best else f" (best: {run.best:.4f})" if run.best is not None else ""
+    dist.say("\n".join([f"epoch {epoch}: validation loss {found:.4f}{beside}", *captioned]))
+
+
+def finish(run):
+    """The last checkpoint, run.json, the figure of losses, and what to type next."""
     run.save()
     if run.best is not None:
         run.record.result("best_val_loss", run.best)

@@ -89,19 +89,17 @@ def augment(cfg):
     """The stage `augment`: new captions for each of a CSV's, by a language model; the same for any number of processes."""
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
-    chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
+    template = template_of(cfg)
     device, record = begin(cfg)
     rows = dist.on_main(captionset.read, cfg.data_csv, cfg.clean, cfg.skip_bad)
     if cfg.start_idx >= len(rows):
         raise UserError(f"--start-idx {cfg.start_idx}: {cfg.data_csv} has {len(rows)} captions")
-    template = template_of(cfg)
     with record.timed("load"):
-        net, tokenizer = language(cfg, device)
-    chat = cfg.chat == "yes" or (cfg.chat == "auto" and net.cfg.gemma)
-    template = template or (REQUEST if chat else EXAMPLE)
+        writer = Writer(cfg, template, rows, *language(cfg, device))
     settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",
                                              "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
-    settings |= {"template": template, "chat": chat, "dtype": str(net.output.dtype).removeprefix("torch.")}
+    dtype = str(writer.net.output.dtype).removeprefix("torch.")
+    settings |= {"template": writer.template, "chat": writer.chat, "dtype": dtype}
     settings |= {"quantize": cfg.quantize} if cfg.quantize else {}
     work = captionset.Journal(record.out, JOURNAL, rows, settings, cfg.overwrite_output_dir)
     some = range(cfg.start_idx, min(len(rows), cfg.start_idx + (cfg.max_samples or len(rows))))
@@ -109,57 +107,20 @@ def augment(cfg):
     todo = [g for g in groups if any(i not in work.done for i in g)]
     if len(todo) < len(groups):
         dist.say(f"{record.out}: {sum(i in work.done for i in some)} of {len(some)} captions are varied already")
-    mine, rates = todo[dist.world().rank :: dist.world().size], []
-
-    def enough(ids):
-        """Has a reply said what is read of it?"""
-        return ("\n" if "{first}" in template else "\n\n") in tokenizer.decode(ids)
-
-    def one(group):
-        """{row: (variations, replies)} of a group, whose rows ask again until they have enough."""
-        got = {i: ([], 0) for i in group}
-        for attempt in range(cfg.attempts if cfg.temperature else 1):  # the likeliest reply is always the same
-            lacking = [i for i in group if len(got[i][0]) < cfg.variations]
-            if not lacking:
-                break
-            texts = [asked(cfg, template, rows[i], cfg.variations - len(got[i][0])) for i in lacking]
-            ids = [
-                tokenizer.ids(textgen.chat([{"role": "user", "content": t}]) if chat else t, begin=not chat)
-                for t in texts
-            ]
-            seeds = [captionset.seed_of(cfg.seed, rows[i].name, attempt) for i in lacking]
-            start = time.perf_counter()
-            written = textgen.generate(net, ids, cfg.max_new_tokens, chance, net.cfg.eos_token_id, seeds,
-                                       until=None if chat else enough)  # fmt: skip
-            rates.append((sum(len(w.ids) for w in written), time.perf_counter() - start))
-            for i, prompt, w in zip(lacking, ids, written, strict=True):
-                reply = tokenizer.rest(prompt, w.ids)
-                if "{first}" in template:
-                    reply = rows[i].captions[0].split()[0] + reply.split("\n")[0]
-                elif not chat:
-                    reply = reply.split("\n\n")[0]
-                known, _ = got[i]
-                # what was cut off above, at a line's end, left whole lines
-                whole = w.ended or reply.count("\n") != tokenizer.rest(prompt, w.ids).count("\n")
-                fresh = captionset.variations(
-                    reply, rows[i].captions[0], cfg.min_words, cfg.max_words, (*known, *rows[i].captions), not whole
-                )
-                fresh = [captionset.cleaned(t) for t in fresh] if cfg.clean else fresh
-                got[i] = ([*known, *fresh][: cfg.variations], attempt + 1)
-        return got
+    mine = todo[dist.world().rank :: dist.world().size]
 
     def run():
         for group in dist.progress(mine, len(mine), "captions (batches)"):
-            for i, (found, replies) in one(group).items():
+            for i, (found, replies) in writer.vary(group).items():
                 work.add(i, found, replies)
 
     with record.timed("write"):
         dist.together(run)
     counts = work.finish(cfg.variations)
-    tokens, seconds = (sum(column) for column in zip(*rates, strict=True)) if rates else (0, 0.0)
-    if seconds:
-        dist.say(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s in a process")
-        record.data["results"]["tokens_per_s"] = tokens / seconds
+    if writer.seconds:
+        rate = writer.tokens / writer.seconds
+        dist.say(f"{writer.tokens} tokens in {writer.seconds:.1f} s: {rate:.1f} tokens/s in a process")
+        record.data["results"]["tokens_per_s"] = rate
     for name, value in counts.items():
         record.result(name, value)
     if counts["captions_with_fewer"]:
@@ -169,6 +130,65 @@ def augment(cfg):
         )
     record.file(work.csv)
     end(record)
+
+
+class Writer:
+    """A language model that is asked for variations of captions. template: the request, None: the model's own kind of it (a chat's
+    REQUEST, or for a model that only goes on with a text EXAMPLE)."""
+
+    def __init__(self, cfg, template, rows, net, tokenizer):
+        self.cfg, self.rows, self.net, self.tokenizer = cfg, rows, net, tokenizer
+        self.chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
+        self.chat = cfg.chat == "yes" or (cfg.chat == "auto" and net.cfg.gemma)
+        self.template = template or (REQUEST if self.chat else EXAMPLE)
+        self.tokens, self.seconds = 0, 0.0  # written, and how long that took
+
+    def vary(self, group):
+        """{row: (variations, replies)} of a group, whose rows ask again until they have enough."""
+        cfg, got = self.cfg, {i: ([], 0) for i in group}
+        for attempt in range(cfg.attempts if cfg.temperature else 1):  # the likeliest reply is always the same
+            lacking = [i for i in group if len(got[i][0]) < cfg.variations]
+            if not lacking:
+                break
+            wanted = [cfg.variations - len(got[i][0]) for i in lacking]
+            for i, (reply, whole) in zip(lacking, self.replies(lacking, wanted, attempt), strict=True):
+                known, own = got[i][0], self.rows[i].captions
+                fresh = captionset.variations(
+                    reply, own[0], cfg.min_words, cfg.max_words, (*known, *own), cut=not whole
+                )
+                fresh = [captionset.cleaned(t) for t in fresh] if cfg.clean else fresh
+                got[i] = ([*known, *fresh][: cfg.variations], attempt + 1)
+        return got
+
+    def replies(self, some, wanted, attempt):
+        """[(reply, was it written to its end?)] for each row of `some`."""
+        cfg, tokenizer = self.cfg, self.tokenizer
+        texts = [asked(cfg, self.template, self.rows[i], n) for i, n in zip(some, wanted, strict=True)]
+        if self.chat:
+            texts = [textgen.chat([{"role": "user", "content": t}]) for t in texts]
+        ids = [tokenizer.ids(t, begin=not self.chat) for t in texts]
+        seeds = [captionset.seed_of(cfg.seed, self.rows[i].name, attempt) for i in some]
+        start = time.perf_counter()
+        written = textgen.generate(self.net, ids, cfg.max_new_tokens, self.chance, self.net.cfg.eos_token_id, seeds,
+                                   until=None if self.chat else self.enough)  # fmt: skip
+        self.tokens += sum(len(w.ids) for w in written)
+        self.seconds += time.perf_counter() - start
+        return [self.read(i, tokenizer.rest(p, w.ids), w.ended) for i, p, w in zip(some, ids, written, strict=True)]
+
+    def enough(self, ids):
+        """Has a reply said what is read of it?"""
+        return ("\n" if "{first}" in self.template else "\n\n") in self.tokenizer.decode(ids)
+
+    def read(self, i, text, ended):
+        """(what of the text is the reply for row i, is its last line whole?)"""
+        reply = text
+        if "{first}" in self.template:  # the request ends with the caption's first word
+            reply = self.rows[i].captions[0].split()[0] + text.split("\n")[0]
+        elif not self.chat:
+            reply = text.split("\n\n")[0]
+        return reply, ended or reply.count("\n") != text.count(
+            "\n"
+        )  # what was cut off at a line's end left whole lines
 
 
 def template_of(cfg):
