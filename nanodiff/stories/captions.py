@@ -89,13 +89,14 @@ def augment(cfg):
     """The stage `augment`: new captions for each of a CSV's, by a language model; the same for any number of processes."""
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
+    chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
     template = template_of(cfg)
     device, record = begin(cfg)
     rows = dist.on_main(captionset.read, cfg.data_csv, cfg.clean, cfg.skip_bad)
     if cfg.start_idx >= len(rows):
         raise UserError(f"--start-idx {cfg.start_idx}: {cfg.data_csv} has {len(rows)} captions")
     with record.timed("load"):
-        writer = Writer(cfg, template, rows, *language(cfg, device))
+        writer = Writer(cfg, chance, template, rows, *language(cfg, device))
     settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",
                                              "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
     dtype = str(writer.net.output.dtype).removeprefix("torch.")
@@ -136,9 +137,8 @@ class Writer:
     """A language model that is asked for variations of captions. template: the request, None: the model's own kind of it (a chat's
     REQUEST, or for a model that only goes on with a text EXAMPLE)."""
 
-    def __init__(self, cfg, template, rows, net, tokenizer):
-        self.cfg, self.rows, self.net, self.tokenizer = cfg, rows, net, tokenizer
-        self.chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
+    def __init__(self, cfg, chance, template, rows, net, tokenizer):
+        self.cfg, self.chance, self.rows, self.net, self.tokenizer = cfg, chance, rows, net, tokenizer
         self.chat = cfg.chat == "yes" or (cfg.chat == "auto" and net.cfg.gemma)
         self.template = template or (REQUEST if self.chat else EXAMPLE)
         self.tokens, self.seconds = 0, 0.0  # written, and how long that took

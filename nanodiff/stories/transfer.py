@@ -191,27 +191,45 @@ def transfer_evaluate(cfg, record, device):
     arms = ["original", "finetuned", *(["online"] if cfg.method == "both" else []), "teacher"]
     failed = {}
     for arm in arms:
-        trained = (
-            None if arm in ("original", "teacher") else taught(cfg, "online" if arm == "online" else cfg.methods[0])
-        )
-        if arm == "teacher":
-            sd = painter(cfg.teacher, device)
-            how = teacher_settings(cfg, sd)
-        else:
-            whole = trained is not None and (trained / "model_index.json").is_file()
-            sd = painter(trained if whole else cfg.model, device, None if whole else trained)
-            how = gallery.settings(sd, arm, cfg.steps, cfg.guidance_scale, cfg.resolution, cfg.resolution)
-        failed |= gallery.draw(
-            sd, jobs, cfg.root / ARMS[arm], how, cfg.eval_batch_size, anew=True, what=arm, captions=True
-        )
-        teach.free(sd)
-    names = [j.name for j in jobs if j.name not in failed]
+        failed |= draw_arm(cfg, arm, jobs, device)
+    names = {j.name for j in jobs if j.name not in failed}
     if len(names) < 2:
         raise UserError("fewer than two pictures could be drawn by all models, so nothing can be compared")
     folders = {}
     for arm in arms:
         every = dist.on_main(data.load, cfg.root / ARMS[arm])
-        folders[arm] = every.subset([i for i, key in enumerate(every.keys) if key in set(names)])
+        folders[arm] = every.subset([i for i, key in enumerate(every.keys) if key in names])
+    found, metrics, skipped = compare_arms(cfg, folders, device)
+    for reason in dict.fromkeys(skipped.values()):
+        dist.say(f"note: not computed: {printable(reason)}")
+    facts = {"skipped": skipped, "dropped": failed, "prompts": {job.name: job.prompt for job in jobs}}
+    for path in dist.on_main(write_comparison, cfg, found, metrics, folders, facts):
+        record.file(path)
+    for metric in ("mse", "ssim"):
+        for arm in ("original", "finetuned", "online"):
+            if (name := f"{arm}_vs_teacher.{metric}") in metrics:
+                record.result(name, metrics[name]["value"])
+    record.result("pictures_compared", len(names))
+
+
+def draw_arm(cfg, arm, jobs, device):
+    """Draw one arm's pictures; returns {name: why it could not be drawn}."""
+    if arm == "teacher":
+        sd = painter(cfg.teacher, device)
+        how = teacher_settings(cfg, sd)
+    else:
+        trained = None if arm == "original" else taught(cfg, "online" if arm == "online" else cfg.methods[0])
+        whole = trained is not None and (trained / "model_index.json").is_file()
+        sd = painter(trained if whole else cfg.model, device, None if whole else trained)
+        how = gallery.settings(sd, arm, cfg.steps, cfg.guidance_scale, cfg.resolution, cfg.resolution)
+    failed = gallery.draw(sd, jobs, cfg.root / ARMS[arm], how, cfg.eval_batch_size, anew=True, what=arm, captions=True)
+    teach.free(sd)
+    return failed
+
+
+def compare_arms(cfg, folders, device):
+    """(the pairs of pictures, {metric: …}, {metric: why it was not computed}) of {arm: its pictures}: PAIRINGS, and with both methods
+    the online student against its teacher."""
     settings = image_sets.Settings(("fid", "clip_score"), weights_dir=cfg.weights_dir, clip=cfg.clip, seed=cfg.seed, device=device,
                                  cache=str(cfg.root / "cache"))  # fmt: skip
     three = {k: v for k, v in folders.items() if k != "online"}
@@ -219,46 +237,34 @@ def transfer_evaluate(cfg, record, device):
     metrics = image_pairs.pair_metrics(found, {}, resized, cfg.seed)
     whole, skipped = image_pairs.of_sets(three, PAIRINGS, settings)
     metrics |= whole
-    if "online" in folders:
-        both = {k: folders[k] for k in ("finetuned", "online", "teacher")}
-        second, resized = image_pairs.pairs(both, [("online", "teacher")], settings)
-        metrics |= {
-            f"online_vs_teacher.{k}": m for k, m in image_pairs.pair_metrics(second, {}, resized, cfg.seed).items()
-        }
-        whole, _ = image_pairs.of_sets(
-            {k: folders[k] for k in ("online", "teacher")}, [("online", "teacher")], settings
-        )
-        metrics |= {
-            k if k.startswith(("online.", "teacher.")) else f"online_vs_teacher.{k}": m for k, m in whole.items()
-        }
-        found = [p._replace(numbers=p.numbers | q.numbers) for p, q in zip(found, second, strict=True)]
-    for reason in dict.fromkeys(skipped.values()):
-        dist.say(f"note: not computed: {printable(reason)}")
+    if "online" not in folders:
+        return found, metrics, skipped
+    pairing = [("online", "teacher")]
+    both = {k: folders[k] for k in ("finetuned", "online", "teacher")}
+    second, resized = image_pairs.pairs(both, pairing, settings)
+    more = image_pairs.pair_metrics(second, {}, resized, cfg.seed)
+    metrics |= {f"online_vs_teacher.{k}": m for k, m in more.items()}
+    whole, _ = image_pairs.of_sets({k: folders[k] for k in ("online", "teacher")}, pairing, settings)
+    named = ("online.", "teacher.")  # what says already whose it is
+    metrics |= {k if k.startswith(named) else f"online_vs_teacher.{k}": m for k, m in whole.items()}
+    found = [p._replace(numbers=p.numbers | q.numbers) for p, q in zip(found, second, strict=True)]
+    return found, metrics, skipped
 
-    def write():
-        folder, side, maps = (out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons"))
-        # this one is written last: without it nothing was evaluated to the end
-        (folder / "evaluation.json").unlink(missing_ok=True)
-        for old in folder.glob("metrics_*"):
-            old.unlink()
-        files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
-        facts = {k: str(v) for k, v in as_dict(cfg).items() if v not in (None, "", [])}
-        for old in (*side.glob("comparison_all_*"), *maps.glob("difference_*")):
-            old.unlink()
-        files += pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
-        told = {job.name: job.prompt for job in jobs}
-        write_json(
-            folder / "evaluation.json", {"settings": facts, "skipped": skipped, "dropped": failed, "prompts": told}
-        )
-        return files
 
-    for path in dist.on_main(write):
-        record.file(path)
-    for name in ("original_vs_teacher.mse", "finetuned_vs_teacher.mse", "online_vs_teacher.mse", "original_vs_teacher.ssim",
-                 "finetuned_vs_teacher.ssim", "online_vs_teacher.ssim"):  # fmt: skip
-        if name in metrics:
-            record.result(name, metrics[name]["value"])
-    record.result("pictures_compared", len(names))
+def write_comparison(cfg, found, metrics, folders, facts):
+    """Tables, figures and pictures of a comparison in the document's folders; returns their paths. Older ones make room."""
+    folder, side, maps = (out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons"))
+    # this one is written last: without it nothing was evaluated to the end
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    for old in folder.glob("metrics_*"):
+        old.unlink()
+    files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
+    for old in (*side.glob("comparison_all_*"), *maps.glob("difference_*")):
+        old.unlink()
+    files += pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
+    settings = {k: str(v) for k, v in as_dict(cfg).items() if v not in (None, "", [])}
+    write_json(folder / "evaluation.json", {"settings": settings, **facts})
+    return files
 
 
 def taught(cfg, method):
