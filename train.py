@@ -329,7 +329,6 @@ def train_vae(cfg):
             f"--kl-warmup {cfg.kl_warmup} epochs would not end within the run; the best model is picked after it"
         )
     check_feed = make_feed(cfg, held, training=False) if held else None
-    perceptual = vae.make_perceptual(cfg, run.device)
     nets = {"vae": net} | ({"discriminator": patchgan.PatchDiscriminator()} if cfg.discriminator_weight else {})
     calls = run.trainable(nets)
     run.schedule(feed.per_epoch)
@@ -338,25 +337,7 @@ def train_vae(cfg):
     feed.interrupted = run.interrupted
     run.more.setdefault("kl_scale", 1.0)  # what --kl-target has made of the weight
     say_size(net, "VAE")
-    shape = vae.latent_shape(cfg, net)
-
-    def losses(batch, kl_weight, gan):
-        pixels = batch.pixels.to(run.device)
-        noise = objective.draw(cfg.seed, "posterior", batch.indices, lambda g: torch.randn(shape, generator=g))
-        loss, parts, made = objective.vae(calls["vae"], pixels, noise.to(run.device), kl_weight, cfg.l1, cfg.free_bits)
-        if perceptual:
-            distance = perceptual(made, pixels).mean()
-            loss, parts["perceptual"] = loss + cfg.perceptual_weight * distance, distance
-        if cfg.discriminator_weight:
-            if gan:
-                parts["generator"] = patchgan.generator_loss(nets["discriminator"], made)
-                loss = loss + cfg.discriminator_weight * parts["generator"]
-            parts["discriminator"] = patchgan.discriminator_loss(calls["discriminator"], pixels, made)
-            loss = loss + parts["discriminator"]
-        # what epochs are compared by: always the final weight, whatever the warm-up and --kl-target make of it, and no opponent
-        parts["judged"] = parts["reconstruction"] + cfg.kl_weight * parts["kl"] / pixels[0].numel()
-        parts["judged"] = parts["judged"] + cfg.perceptual_weight * parts.get("perceptual", 0)
-        return loss, parts
+    losses = vae.losses(cfg, net, nets, calls, run.device)
 
     for step in run.steps():
         final = step >= cfg.kl_warmup * feed.per_epoch  # is the warm-up over?

@@ -11,7 +11,8 @@ import torch
 from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.device import choice, dist
-from nanodiff.models import lpips
+from nanodiff.diffusion import objective
+from nanodiff.models import lpips, patchgan
 from nanodiff.output import images
 from nanodiff.stories.training import advice_loss, spread
 from nanodiff.training import loader
@@ -34,6 +35,32 @@ def make_perceptual(cfg, device):
     if cfg.lpips_weights:
         return lpips.load_lpips(cfg.vgg_weights, cfg.lpips_weights).to(device)
     return lpips.load_vgg(cfg.vgg_weights).to(device).features_mse
+
+
+def losses(cfg, net, nets, calls, device):
+    """f(batch, KL's weight, has the discriminator begun to count?) -> (loss, {part: number}) of a micro-batch. net: the VAE; nets: what
+    is trained; calls: what to call in place of each of them."""
+    shape, perceptual = latent_shape(cfg, net), make_perceptual(cfg, device)
+
+    def of(batch, kl_weight, gan):
+        pixels = batch.pixels.to(device)
+        noise = objective.draw(cfg.seed, "posterior", batch.indices, lambda g: torch.randn(shape, generator=g))
+        loss, parts, made = objective.vae(calls["vae"], pixels, noise.to(device), kl_weight, cfg.l1, cfg.free_bits)
+        if perceptual:
+            distance = perceptual(made, pixels).mean()
+            loss, parts["perceptual"] = loss + cfg.perceptual_weight * distance, distance
+        if cfg.discriminator_weight:
+            if gan:
+                parts["generator"] = patchgan.generator_loss(nets["discriminator"], made)
+                loss = loss + cfg.discriminator_weight * parts["generator"]
+            parts["discriminator"] = patchgan.discriminator_loss(calls["discriminator"], pixels, made)
+            loss = loss + parts["discriminator"]
+        # what epochs are compared by: always the final weight, whatever the warm-up and --kl-target make of it, and no opponent
+        parts["judged"] = parts["reconstruction"] + cfg.kl_weight * parts["kl"] / pixels[0].numel()
+        parts["judged"] = parts["judged"] + cfg.perceptual_weight * parts.get("perceptual", 0)
+        return loss, parts
+
+    return of
 
 
 def pictures_of(dataset, cfg):
