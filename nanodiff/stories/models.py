@@ -43,31 +43,10 @@ def load(cfg, record, device, src=None):
             name=cfg.model or EMBEDDED,
         )
         if cfg.vae_checkpoint:
-            path, cls = hub.trained(cfg.vae_checkpoint), pipeline.BUILDERS["vae"]
-            if sd.vae is None:
-                raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
-            home = (dtype, device) if cfg.offload == "none" else (None, "cpu")
-            if path.is_file():
-                sd.vae = single.load_vae(path, sd.vae.cfg, cls, *home)
-            else:
-                sd.vae = sources.load_vae(path, *home)
-            if cfg.offload != "none":
-                memory.Resident(sd.vae, dtype, device)
-            sd.check_fit()
+            exchange_vae(cfg, sd, dtype, device)
         for path in cfg.embedding:
             print(f"learned word: {printable(sd.learn(path, cfg.allow_pickle))}")
-        sd.loras, sd.hashes = [], {}
-        for text in cfg.lora:
-            path, scale = lora.parse(text)
-            sd.hashes |= hashes(path)
-            found = lora.read(path, sd.models(), cfg.allow_partial, words=True)
-            for word, vectors in found.words.items():
-                print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
-            if cfg.lora_fuse:
-                lora.fuse(sd.models(), found, scale * cfg.lora_scale, keep=False)
-            else:
-                sd.loras.append((lora.attach(sd.models(), found, scale), scale))
-            print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
+        add_loras(cfg, sd)
         sd.model_hash = hashed(cfg)
         sd.refiner = load_refiner(cfg, src, sd, dtype, device) if cfg.refiner else None
         sd.pictures = load_pictures(cfg, dtype, device)
@@ -81,6 +60,37 @@ def load(cfg, record, device, src=None):
         if cfg.compile and part:
             part.net.compile()
     return sd
+
+
+def exchange_vae(cfg, sd, dtype, device):
+    """The VAE of --vae-checkpoint in place of the model's own."""
+    path, cls = hub.trained(cfg.vae_checkpoint), pipeline.BUILDERS["vae"]
+    if sd.vae is None:
+        raise UserError(f"--vae-checkpoint {path}: this model works in pixels and has no VAE")
+    home = (dtype, device) if cfg.offload == "none" else (None, "cpu")
+    if path.is_file():
+        sd.vae = single.load_vae(path, sd.vae.cfg, cls, *home)
+    else:
+        sd.vae = sources.load_vae(path, *home)
+    if cfg.offload != "none":
+        memory.Resident(sd.vae, dtype, device)
+    sd.check_fit()
+
+
+def add_loras(cfg, sd):
+    """Every --lora with the words it brings: attached (sd.loras: [(attached, scale)]), or with --lora-fuse added into the weights."""
+    sd.loras, sd.hashes = [], {}
+    for text in cfg.lora:
+        path, scale = lora.parse(text)
+        sd.hashes |= hashes(path)
+        found = lora.read(path, sd.models(), cfg.allow_partial, words=True)
+        for word, vectors in found.words.items():
+            print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
+        if cfg.lora_fuse:
+            lora.fuse(sd.models(), found, scale * cfg.lora_scale, keep=False)
+        else:
+            sd.loras.append((lora.attach(sd.models(), found, scale), scale))
+        print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
 
 
 def told(cfg, src):

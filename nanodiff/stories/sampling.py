@@ -225,53 +225,37 @@ def study(cfg, device):
             raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
     axes = grid.parse(cfg.study, type(cfg))
     cells = grid.cells(axes)
-    variants = [dataclasses.replace(cfg, **cell) for cell in cells]
-    for cell, variant in zip(cells, variants, strict=True):
-        rebase(variant, [name for name in PATHS if name in cell])
-    for variant in variants:  # all of them, before any work
-        variant.check()
-        note_marks(variant, prompts_of(variant), variant.negative_prompt)
-        options(variant)
+    variants = variants_of(cfg, cells)
     record = Record(cfg, device)
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
     if finished.seed is None:
         finished.seed = secrets.randbelow(1 << 32)
     print(f"seed: {finished.seed}")
     cfg.seed = finished.seed
-    rows, base, sd, loaded, skipped = {}, None, None, None, 0  # rows: {(cell, picture): row of study.csv}
+    rows, base, loaded, skipped = {}, None, None, 0  # rows: {(cell, picture): row of study.csv}
     total = sum(len(prompts_of(variant)) * cfg.num_images * (2 if variant.hires else 1) for variant in variants)
     try:
         with Progress(total) as progress:
-            for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
-                jobs = [(prompt, i) for prompt in prompts_of(variant) for i in range(cfg.num_images)]
-                for j, (prompt, _) in enumerate(jobs):
-                    seed = (cfg.seed if variant.seed is None else variant.seed) + j
-                    facts = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME} | {
-                        "prompt": prompt,
-                        "seed": seed,
-                    }
-                    key = json.dumps(facts, sort_keys=True)
-                    if row := finished.get(key):
-                        rows[c, j] = row | cell
-                        skipped += 1
-                        progress.skip(2 if variant.hires else 1)
-                        continue
-                    wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
-                    if loaded != wanted:
-                        base = sd = None  # the old one leaves before the new one comes
-                        gc.collect()
-                        if device.type == "cuda":
-                            torch.cuda.empty_cache()
-                        base, loaded = load(variant, record, device), wanted
-                        base.tagged = Tagged(variant.lora_dir, variant.allow_partial)
-                    path, began = record.out / finished.name(key), time.perf_counter()
-                    sd = under(variant, base)
-                    sd.tagged = base.tagged
-                    with record.timed("sample"):
-                        one_picture(variant, sd, prompt, seed, path, progress)
-                    seconds = round(time.perf_counter() - began, 3)
-                    rows[c, j] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
-                    finished.add(key, rows[c, j])
+            for at, cell, variant, prompt, seed, key in planned(cfg, cells, variants):
+                if row := finished.get(key):
+                    rows[at] = row | cell
+                    skipped += 1
+                    progress.skip(2 if variant.hires else 1)
+                    continue
+                wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
+                if loaded != wanted:
+                    base = None  # the old one leaves before the new one comes
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    base, loaded = load(variant, record, device), wanted
+                    base.tagged = Tagged(variant.lora_dir, variant.allow_partial)
+                path, began = record.out / finished.name(key), time.perf_counter()
+                with record.timed("sample"):
+                    one_picture(variant, base, prompt, seed, path, progress)
+                seconds = round(time.perf_counter() - began, 3)
+                rows[at] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
+                finished.add(key, rows[at])
     finally:  # what was finished is kept, listed and shown, also after Ctrl-C
         if rows:
             finished.write_csv(rows.values(), dict(axes))
@@ -284,8 +268,39 @@ def study(cfg, device):
     print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")
 
 
-def one_picture(cfg, sd, prompt, seed, path, progress):
-    """Make and write one picture of a study."""
+def variants_of(cfg, cells):
+    """The Config of each cell, all of them checked before any work."""
+    variants = [dataclasses.replace(cfg, **cell) for cell in cells]
+    for cell, variant in zip(cells, variants, strict=True):
+        rebase(variant, [name for name in PATHS if name in cell])
+    for variant in variants:
+        variant.check()
+        note_marks(variant, prompts_of(variant), variant.negative_prompt)
+        options(variant)
+    return variants
+
+
+def planned(cfg, cells, variants):
+    """((cell, picture) by number, the cell's settings, its Config, prompt, seed, what the picture is known by) of a study's pictures."""
+    for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
+        fixed = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME}
+        prompts = [prompt for prompt in prompts_of(variant) for _ in range(cfg.num_images)]
+        for j, prompt in enumerate(prompts):
+            seed = (cfg.seed if variant.seed is None else variant.seed) + j
+            yield (
+                (c, j),
+                cell,
+                variant,
+                prompt,
+                seed,
+                json.dumps(fixed | {"prompt": prompt, "seed": seed}, sort_keys=True),
+            )
+
+
+def one_picture(cfg, base, prompt, seed, path, progress):
+    """Make and write one picture of a study by the loaded pipeline `base`."""
+    sd = under(cfg, base)
+    sd.tagged = base.tagged
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
     check(cfg, sd, steps, scale, size, start)
