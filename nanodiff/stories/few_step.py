@@ -59,14 +59,7 @@ def few_step(cfg):
             master = None if cfg.lora else fewstep.frozen(sd.net)
             teacher = sd
             if begins != last:
-                teacher = dist.together(pipeline.load, last, torch.float32, "cpu")
-                fewstep.same_space(sd, teacher)
-                if sd.schedule.prediction != teacher.schedule.prediction:
-                    raise UserError(
-                        f"--student {begins} predicts {sd.schedule.prediction}, its teacher {teacher.schedule.prediction}"
-                    )
-                if loader.fingerprint(*sd.encoders) != loader.fingerprint(*teacher.encoders):
-                    raise UserError(f"--student {begins} has another text encoder than its teacher")
+                teacher = teacher_of(sd, begins, last)
                 master = teacher.net.requires_grad_(False).eval()
             scale, steps = (
                 guidance_of(cfg, teacher) if i == 0 else 1.0,
@@ -96,6 +89,20 @@ def few_step(cfg):
             f'student: {target}\nnext: python sample.py --model {cfg.model + " --lora " if cfg.lora else ""}{target} --prompt "…" --output-dir OUT'
         )
     dist.finish()
+
+
+def teacher_of(sd, student, teacher):
+    """The teacher's pipeline for a student `sd` that begins elsewhere. Raises UserError where one cannot learn from the other: another
+    latent space, prediction type or text encoder."""
+    found = dist.together(pipeline.load, teacher, torch.float32, "cpu")
+    fewstep.same_space(sd, found)
+    if sd.schedule.prediction != found.schedule.prediction:
+        raise UserError(
+            f"--student {student} predicts {sd.schedule.prediction}, its teacher {found.schedule.prediction}"
+        )
+    if loader.fingerprint(*sd.encoders) != loader.fingerprint(*found.encoders):
+        raise UserError(f"--student {student} has another text encoder than its teacher")
+    return found
 
 
 def few_tidy(folder, work):
