@@ -43,10 +43,10 @@ def _delta(p_out, p_dout, p_dlse, p_delta, s_gb, s_gl, s_gn, s_gd, N, L, K: tl.c
     lse itself enters here too, since ∂lse_i/∂s_ij is p_ij."""
     s_gb, s_gl, s_gn = known(s_gb, s_gl, s_gn, ALIGN)
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
-    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    o0, o1 = heads(p_out + (b * L * N + n) * K, o_l, N * K, 1, L, K, True, K, D0, D1)
-    g0, g1 = heads(p_dout + b * s_gb + n.to(tl.int64) * s_gn, o_l, s_gl, s_gd, L, K, True, K, D0, D1)
-    delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
+    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # [queries]
+    o0, o1 = heads(p_out + (b * L * N + n) * K, o_l, N * K, 1, L, K, True, K, D0, D1)  # [queries, D0], [queries, D1]
+    g0, g1 = heads(p_dout + b * s_gb + n.to(tl.int64) * s_gn, o_l, s_gl, s_gd, L, K, True, K, D0, D1)  # do, as q
+    delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)  # [queries]
     if D1 > 0:
         delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     p_row = (b * N + n) * L + o_l
@@ -81,12 +81,12 @@ def _backward_kv(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dk, p_
     cols = K - col
     b, n_k = (tl.program_id(1) // M).to(tl.int64), tl.program_id(1) % M
     first = tl.program_id(0) // parts * BLOCK_S
-    o_s = first + tl.arange(0, BLOCK_S)
+    o_s = first + tl.arange(0, BLOCK_S)  # [keys]
     p_k += b * s_kb + n_k.to(tl.int64) * s_kn
     p_v += b * s_vb + n_k.to(tl.int64) * s_vn
     if not WIDE:
-        k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, cols, EDGE, K, D0, D1)
-        v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, cols, EDGE, K, D0, D1)
+        k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, cols, EDGE, K, D0, D1)  # [keys, D0], [keys, D1]
+        v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, cols, EDGE, K, D0, D1)  # [keys, D0], [keys, D1]
     # for all queries the same, so it is kept in registers like the keys
     if MASK:
         kept = tl.load(p_mask + b * s_mb + o_s * s_ms, mask=o_s < S, other=0) != 0
@@ -107,22 +107,23 @@ def _backward_kv(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dk, p_
         p_qn, p_gn = p_q + b * s_qb + n * s_qn, p_dout + b * s_gb + n * s_gn
         p_ln, p_dn = p_lse + (b * N + n) * L, p_delta + (b * N + n) * L
         for start in tl.range(lo, hi, BLOCK_L):
-            o_l = start + tl.arange(0, BLOCK_L)
+            o_l = start + tl.arange(0, BLOCK_L)  # [queries]
+            # [queries, D0], [queries, D1]
             q0, q1 = heads(p_qn + col * s_qd, o_l, s_ql, s_qd, L, cols, True, HELD, D0, D1)
-            g0, g1 = heads(p_gn + col * s_gd, o_l, s_gl, s_gd, L, cols, True, HELD, D0, D1)
-            lse, delta = _row_terms(p_ln, p_dn, o_l, L)
+            g0, g1 = heads(p_gn + col * s_gd, o_l, s_gl, s_gd, L, cols, True, HELD, D0, D1)  # do, as q
+            lse, delta = _row_terms(p_ln, p_dn, o_l, L)  # [queries] each
             if WIDE:
                 s = product_wide(p_k, o_s, s_ks, s_kd, S, p_qn, o_l, s_ql, s_qd, L, K, PRECISION)
                 dp = product_wide(p_v, o_s, s_vs, s_vd, S, p_gn, o_l, s_gl, s_gd, L, K, PRECISION)
             else:
-                s = product(k0, k1, q0, q1, D1, PRECISION)
-                dp = product(v0, v1, g0, g1, D1, PRECISION)
+                s = product(k0, k1, q0, q1, D1, PRECISION)  # [keys, queries]
+                dp = product(v0, v1, g0, g1, D1, PRECISION)  # [keys, queries]: v_j·do_i
             # p as it was in the forward pass: no maximum is needed, lse has the whole denominator
             s *= scale * LOG2E
             if BIAS:
                 p_b = p_bias + b * s_bb + n * s_bn
                 s += LOG2E * tile(p_b, o_s, s_bs, o_l, s_bl, S, L, True, True).to(tl.float32)
-            p = tl.exp2(s - lse[None, :])
+            p = tl.exp2(s - lse[None, :])  # [keys, queries]
             if CAUSAL or WINDOW > 0:
                 p = tl.where(seen(o_l[None, :], o_s[:, None], L, S, CAUSAL, WINDOW), p, 0.0)
             if MASK:
@@ -130,8 +131,8 @@ def _backward_kv(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dk, p_
             # the softmax's gradient, then dv += pᵀ do and dk += dsᵀ q, [BLOCK_S, BLOCK_L] times [BLOCK_L, D]
             ds = p * (dp - delta[None, :])
             p, ds = p.to(g0.dtype), ds.to(q0.dtype)
-            dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
-            dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+            dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)  # [keys, D0]
+            dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)  # [keys, D0]
             if D1 > 0:
                 dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
                 dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
@@ -151,16 +152,16 @@ def _gradient(p_q, s_ql, s_qd, p_k, s_ks, s_kd, p_v, s_vs, s_vd, p_dout, s_gl, s
         s = product_wide(p_q, o_l, s_ql, s_qd, L, p_k, o_s, s_ks, s_kd, S, K, PRECISION)
         dp = product_wide(p_dout, o_l, s_gl, s_gd, L, p_v, o_s, s_vs, s_vd, S, K, PRECISION)
     else:
-        q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, K, True, K, D0, D1)
-        g0, g1 = heads(p_dout, o_l, s_gl, s_gd, L, K, True, K, D0, D1)
-        k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, K, EDGE, K, D0, D1)
-        v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, K, EDGE, K, D0, D1)
-        s = product(q0, q1, k0, k1, D1, PRECISION)
-        dp = product(g0, g1, v0, v1, D1, PRECISION)
+        q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, K, True, K, D0, D1)  # [queries, D0], [queries, D1]
+        g0, g1 = heads(p_dout, o_l, s_gl, s_gd, L, K, True, K, D0, D1)  # do, as q
+        k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, K, EDGE, K, D0, D1)  # [keys, D0], [keys, D1]
+        v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, K, EDGE, K, D0, D1)  # [keys, D0], [keys, D1]
+        s = product(q0, q1, k0, k1, D1, PRECISION)  # [queries, keys]
+        dp = product(g0, g1, v0, v1, D1, PRECISION)  # [queries, keys]: do_i·v_j
     s *= scale * LOG2E
     if BIAS:
         s += LOG2E * tile(p_bias, o_l, s_bl, o_s, s_bs, L, S, True, True).to(tl.float32)
-    p = tl.exp2(s - lse[:, None])
+    p = tl.exp2(s - lse[:, None])  # [queries, keys]
     if CAUSAL or WINDOW > 0 or EDGE:
         p = tl.where(seen(o_l[:, None], o_s[None, :], L, S, CAUSAL, WINDOW), p, 0.0)
     if MASK:
@@ -183,9 +184,9 @@ def _backward_q(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dq, s_q
     col = tl.program_id(2) * D0
     cols = K - col
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
-    n_k = (n // (N // M)).to(tl.int64)
-    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    lse, delta = _row_terms(p_lse + (b * N + n) * L, p_delta + (b * N + n) * L, o_l, L)
+    n_k = (n // (N // M)).to(tl.int64)  # the head of k and v that it looks at
+    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # [queries]
+    lse, delta = _row_terms(p_lse + (b * N + n) * L, p_delta + (b * N + n) * L, o_l, L)  # [queries] each
     p_q += b * s_qb + n.to(tl.int64) * s_qn
     p_dout += b * s_gb + n.to(tl.int64) * s_gn
     p_k += b * s_kb + n_k * s_kn
@@ -194,14 +195,14 @@ def _backward_q(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dq, s_q
     dq1 = tl.zeros([BLOCK_L, D1 if D1 > 0 else 16], tl.float32)
     lo, _, _, hi = keys_range(tl.program_id(0) * BLOCK_L, BLOCK_L, L, S, CAUSAL, WINDOW, BLOCK_S)
     for start in tl.range(lo, hi, BLOCK_S):
-        o_s = start + tl.arange(0, BLOCK_S)
+        o_s = start + tl.arange(0, BLOCK_S)  # [keys]
         ds = _gradient(p_q, s_ql, s_qd, p_k, s_ks, s_kd, p_v, s_vs, s_vd, p_dout, s_gl, s_gd, lse, delta,
                        p_bias + b * s_bb + n.to(tl.int64) * s_bn, s_bl, s_bs, p_mask + b * s_mb, s_ms, o_l, o_s, L, S, scale, K, D0,
                        D1, BIAS, MASK, CAUSAL, WINDOW, EDGE, PRECISION, WIDE)  # fmt: skip
         # dq += ds k; of heads in parts, this program's columns of k
-        k0, k1 = heads(p_k + col * s_kd, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)
+        k0, k1 = heads(p_k + col * s_kd, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)  # [keys, D0], [keys, D1]
         ds = ds.to(k0.dtype)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)  # [queries, D0]
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
     store(p_dq + (b * L * N + n) * K + col, dq0 * scale, dq1 * scale, o_l, N * K, L, cols, D0, D1)
@@ -219,16 +220,16 @@ def _backward_bias(p_q, p_k, p_v, p_bias, p_mask, p_dout, p_lse, p_delta, p_dbia
     s_kb, s_ks, s_kn = known(s_kb, s_ks, s_kn, ALIGN)
     s_vb, s_vs, s_vn = known(s_vb, s_vs, s_vn, ALIGN)
     s_gb, s_gl, s_gn = known(s_gb, s_gl, s_gn, ALIGN)
-    b0 = tl.program_id(2) // bias_heads * rows
-    n0 = tl.program_id(2) % bias_heads * heads
-    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    b0 = tl.program_id(2) // bias_heads * rows  # the first picture that shares this member of the bias
+    n0 = tl.program_id(2) % bias_heads * heads  # the first head that does
+    o_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # [queries]
+    o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)  # [keys]
     # ds itself is the gradient of what was added to the scores; where pictures or heads share a bias, the sum of theirs
     total = tl.zeros([BLOCK_L, BLOCK_S], tl.float32)
     for member in range(rows * heads):
         b, n = (b0 + member // heads).to(tl.int64), (n0 + member % heads).to(tl.int64)
-        n_k = n // (N // M)
-        lse, delta = _row_terms(p_lse + (b * N + n) * L, p_delta + (b * N + n) * L, o_l, L)
+        n_k = n // (N // M)  # the head of k and v that it looks at
+        lse, delta = _row_terms(p_lse + (b * N + n) * L, p_delta + (b * N + n) * L, o_l, L)  # [queries] each
         total += _gradient(p_q + b * s_qb + n * s_qn, s_ql, s_qd, p_k + b * s_kb + n_k * s_kn, s_ks, s_kd,
                            p_v + b * s_vb + n_k * s_vn, s_vs, s_vd, p_dout + b * s_gb + n * s_gn, s_gl, s_gd, lse,
                            delta, p_bias + b * s_bb + n * s_bn, s_bl, s_bs, p_mask + b * s_mb, s_ms, o_l, o_s, L, S,
@@ -260,12 +261,14 @@ def _backward_launches(q, k, v, bias, key_mask, dout, scale, causal, window, wan
     masked = causal or window > 0 or bias is not None or key_mask is not None
 
     cfg = configured("backward_kv", q, k, masked)
+    # dk and dv: as many programs as there are blocks of keys, times the parts into which the queries are cut
     cuts = splits(L, S, cfg["BLOCK_L"], cfg["BLOCK_S"], B * M * parts)
     per_split = cdiv(cdiv(L, cuts), cfg["BLOCK_L"]) * cfg["BLOCK_L"]
     cuts = cdiv(L, per_split)
     kv = Launch(_backward_kv, (cdiv(S, cfg["BLOCK_S"]) * parts, B * M, cuts), *strides, B, N, M, L, S, scale, per_split,
                 parts, **flags, **cfg, EDGE=S % cfg["BLOCK_S"] != 0)  # fmt: skip
 
+    # dq: as the forward pass, a program a block of queries
     cfg = configured("backward_q", q, k, masked)
     of_q = Launch(_backward_q, (cdiv(L, cfg["BLOCK_L"]), B * N, parts), *strides, N, M, L, S, scale, **flags, **cfg,
                   EDGE=S % cfg["BLOCK_S"] != 0)  # fmt: skip

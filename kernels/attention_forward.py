@@ -51,7 +51,7 @@ def _forward_blocks(acc0, acc1, m_i, l_i, q0, q1, p_q, s_ql, s_qd, k0_from, k1_f
     State, a row each: m_i the largest score so far (in units of log 2), l_i = Σ_j 2^(s_j − m_i), and acc = Σ_j 2^(s_j − m_i) v_j in two
     parts. It is true after every block, of the keys seen so far."""
     for start in tl.range(lo, hi, BLOCK_S):
-        o_s = start + tl.arange(0, BLOCK_S)
+        o_s = start + tl.arange(0, BLOCK_S)  # [keys]
         # s = q kᵀ [BLOCK_L, BLOCK_S]: the first of the two products
         if WIDE:
             s = product_wide(p_q, o_l, s_ql, s_qd, L, k0_from, o_s, s_ks, s_kd, S, K, PRECISION)
@@ -60,10 +60,10 @@ def _forward_blocks(acc0, acc1, m_i, l_i, q0, q1, p_q, s_ql, s_qd, k0_from, k1_f
             k1 = k0
             if D1 > 0:
                 k1 = k1_from.load([start, D0])
-            s = product(q0, q1, k0, k1, D1, PRECISION)
+            s = product(q0, q1, k0, k1, D1, PRECISION)  # [queries, keys]
         else:
-            k0, k1 = heads(k0_from, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)
-            s = product(q0, q1, k0, k1, D1, PRECISION)
+            k0, k1 = heads(k0_from, o_s, s_ks, s_kd, S, cols, EDGE, HELD, D0, D1)  # [keys, D0], [keys, D1]
+            s = product(q0, q1, k0, k1, D1, PRECISION)  # [queries, keys]
         unit = scale * LOG2E  # of a score, in units of log 2: without a bias, part of the multiply-add before exp2
         if BIAS:
             s = s * unit + LOG2E * tile(p_bias, o_l, s_bl, o_s, s_bs, L, S, True, EDGE).to(tl.float32)
@@ -74,9 +74,9 @@ def _forward_blocks(acc0, acc1, m_i, l_i, q0, q1, p_q, s_ql, s_qd, k0_from, k1_f
         if MASK:
             s = tl.where(tl.load(p_mask + o_s * s_ms, mask=o_s < S, other=0)[None, :] != 0, s, -float("inf"))
         # the online softmax: all sums so far were of 2^(s − m_i), so they are brought to the new maximum
-        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
-        p = tl.exp2(s * unit - m_new[:, None])
-        correction = tl.exp2(m_i - m_new)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)  # [queries]
+        p = tl.exp2(s * unit - m_new[:, None])  # [queries, keys]
+        correction = tl.exp2(m_i - m_new)  # [queries]
         m_i = m_new
         l_i = l_i * correction + tl.sum(p, 1)
         if TMA:
@@ -85,7 +85,7 @@ def _forward_blocks(acc0, acc1, m_i, l_i, q0, q1, p_q, s_ql, s_qd, k0_from, k1_f
             if D1 > 0:
                 v1 = v1_from.load([start, D0])
         else:
-            v0, v1 = heads(v0_from, o_s, s_vs, s_vd, S, cols, EDGE, HELD, D0, D1)
+            v0, v1 = heads(v0_from, o_s, s_vs, s_vd, S, cols, EDGE, HELD, D0, D1)  # [keys, D0], [keys, D1]
         # o = p v: p is rounded to the type of v for the tensor cores, each p ≤ 1, and added up in fp32
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, acc0 * correction[:, None], input_precision=PRECISION)
@@ -105,7 +105,7 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
     s_kb, s_ks, s_kn = known(s_kb, s_ks, s_kn, ALIGN)
     s_vb, s_vs, s_vn = known(s_vb, s_vs, s_vn, ALIGN)
     HELD: tl.constexpr = 0 if WIDE else K  # columns that need no check: none when a program has but a part of them
-    first = tl.program_id(2) * D0
+    first = tl.program_id(2) * D0  # column of o that this program begins with: 0 but for WIDE
     cols = K - first
     block = tl.program_id(0)
     if CAUSAL:  # the longest rows first, so that the last programs to start are short ones
@@ -113,13 +113,13 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
     # offsets of whole tensors in 64 bits, those within one head in 32 (_why_not() sees to it): 64-bit sums cost twice the instructions
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     n_k = (n // (N // M)).to(tl.int64)  # grouped queries: N / M heads of q look at the same keys
-    o_l = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_l = block * BLOCK_L + tl.arange(0, BLOCK_L)  # [queries]
     p_k += b * s_kb + n_k * s_kn
     p_v += b * s_vb + n_k * s_vn + first * s_vd
     p_bias += b * s_bb + n.to(tl.int64) * s_bn
     p_mask += b * s_mb
     p_q += b * s_qb + n.to(tl.int64) * s_qn
-    q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, cols, True, HELD, D0, D1)
+    q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, cols, True, HELD, D0, D1)  # [queries, D0], [queries, D1]
     k0_from, k1_from, v0_from, v1_from = p_k, p_k, p_v, p_v
     # Hopper's copy engine, which also fills with zeros beyond S and K. (Its companion, warp specialisation, is no option
     # here: Triton 3.7 refuses this loop with 4 warps on sm_90 and with 8 makes the same code as without.)
@@ -132,7 +132,7 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
         else:
             k1_from, v1_from = k0_from, v0_from
 
-    acc0 = tl.zeros([BLOCK_L, D0], tl.float32)
+    acc0 = tl.zeros([BLOCK_L, D0], tl.float32)  # the output before it is divided by l
     acc1 = tl.zeros([BLOCK_L, D1 if D1 > 0 else 16], tl.float32)
     # Finite, so that nothing needs a guard against ∞ − ∞; what lies below it counts as hidden.
     m_i, l_i = tl.full([BLOCK_L], -1e30, tl.float32), tl.zeros([BLOCK_L], tl.float32)
@@ -147,9 +147,9 @@ def _forward(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn, s_qd
                 BIAS, MASK, CAUSAL, WINDOW, part != 1, PRECISION, TMA, WIDE)  # fmt: skip
 
     # Once at the end: o = acc / l, and lse, all that the backward pass needs to find every p again
-    row = 1 / tl.where(l_i == 0, 1.0, l_i)[:, None]
+    row = 1 / tl.where(l_i == 0, 1.0, l_i)[:, None]  # a query that sees nothing: 0 / 1
     store(p_out + (b * L * N + n) * K + first, acc0 * row, acc1 * row, o_l, N * K, L, cols, D0, D1)
-    lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) / LOG2E)
+    lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) / LOG2E)  # [queries], in units of e again
     tl.store(p_lse + (b * N + n) * L + o_l, lse, mask=o_l < L)
 
 
@@ -185,24 +185,24 @@ def _forward_short(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn
     p_mask += b * s_mb
     # all keys and values, in a large part and a small one as heads are: 77 = 64 + 13 of 16, not 128
     o_s = tl.arange(0, S0)
-    k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, K, True, K, D0, D1)
-    v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, K, True, K, D0, D1)
+    k0, k1 = heads(p_k, o_s, s_ks, s_kd, S, K, True, K, D0, D1)  # [keys, D0], [keys, D1]
+    v0, v1 = heads(p_v, o_s, s_vs, s_vd, S, K, True, K, D0, D1)  # [keys, D0], [keys, D1]
     if S1 > 0:
         o_t = S0 + tl.arange(0, S1)
-        kt0, kt1 = heads(p_k, o_t, s_ks, s_kd, S, K, True, K, D0, D1)
-        vt0, vt1 = heads(p_v, o_t, s_vs, s_vd, S, K, True, K, D0, D1)
+        kt0, kt1 = heads(p_k, o_t, s_ks, s_kd, S, K, True, K, D0, D1)  # [S1, D0], [S1, D1]
+        vt0, vt1 = heads(p_v, o_t, s_vs, s_vd, S, K, True, K, D0, D1)  # [S1, D0], [S1, D1]
     for i in range(LOOPS):
-        o_l = (tl.program_id(0) * LOOPS + i) * BLOCK_L + tl.arange(0, BLOCK_L)
-        q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, K, True, K, D0, D1)
+        o_l = (tl.program_id(0) * LOOPS + i) * BLOCK_L + tl.arange(0, BLOCK_L)  # [queries]
+        q0, q1 = heads(p_q, o_l, s_ql, s_qd, L, K, True, K, D0, D1)  # [queries, D0], [queries, D1]
         s = _short_scores(q0, q1, k0, k1, p_bias, s_bl, s_bs, p_mask, s_ms, o_l, o_s, L, S, scale, D1, BIAS, MASK,
                           CAUSAL, WINDOW, PRECISION)  # fmt: skip
-        m_i = tl.maximum(tl.max(s, 1), -1e30)
+        m_i = tl.maximum(tl.max(s, 1), -1e30)  # [queries]
         if S1 > 0:
             t = _short_scores(q0, q1, kt0, kt1, p_bias, s_bl, s_bs, p_mask, s_ms, o_l, o_t, L, S, scale, D1, BIAS,
                               MASK, CAUSAL, WINDOW, PRECISION)  # fmt: skip
-            m_i = tl.maximum(m_i, tl.max(t, 1))
+            m_i = tl.maximum(m_i, tl.max(t, 1))  # [queries]
         # the plain softmax: the maximum is known before the first exp2
-        p = tl.exp2(s - m_i[:, None])
+        p = tl.exp2(s - m_i[:, None])  # [queries, keys]
         l_i = tl.sum(p, 1)
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, input_precision=PRECISION)
@@ -210,15 +210,15 @@ def _forward_short(p_q, p_k, p_v, p_bias, p_mask, p_out, p_lse, s_qb, s_ql, s_qn
         if D1 > 0:
             acc1 = tl.dot(p, v1, input_precision=PRECISION)
         if S1 > 0:
-            p = tl.exp2(t - m_i[:, None])
+            p = tl.exp2(t - m_i[:, None])  # [queries, keys]
             l_i += tl.sum(p, 1)
             p = p.to(v0.dtype)
             acc0 = tl.dot(p, vt0, acc0, input_precision=PRECISION)
             if D1 > 0:
                 acc1 = tl.dot(p, vt1, acc1, input_precision=PRECISION)
-        row = 1 / tl.where(l_i == 0, 1.0, l_i)[:, None]
+        row = 1 / tl.where(l_i == 0, 1.0, l_i)[:, None]  # a query that sees nothing: 0 / 1
         store(p_out + (b * L * N + n) * K, acc0 * row, acc1 * row, o_l, N * K, L, K, D0, D1)
-        lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) / LOG2E)
+        lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) / LOG2E)  # [queries], in units of e again
         tl.store(p_lse + (b * N + n) * L + o_l, lse, mask=o_l < L)
 
 

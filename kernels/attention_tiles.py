@@ -109,10 +109,8 @@ def keys_range(start, rows, L, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BL
     blocks that every one of these queries sees entirely.
 
     So of a causal square half of the blocks are never loaded, and only those on the diagonal are masked element by element."""
-    first, last = (
-        start + S - L,
-        start + rows - 1 + S - L,
-    )  # the diagonal: the keys at the place of the first and last query
+    # the diagonal: the keys at the place of the first and of the last query
+    first, last = start + S - L, start + rows - 1 + S - L
     lo, full_lo, full_hi, hi = 0, 0, S, S
     if CAUSAL:
         hi = tl.minimum(hi, last + 1)
@@ -143,6 +141,7 @@ def config(kind, K, itemsize):
     kind: forward, short, backward_kv, backward_q or backward_bias; forward, backward_kv and backward_q also with "_masked"
     (causal, window, bias or key mask). itemsize: bytes of an element.
     """
+    # the wider a head, the fewer rows of it fit: five levels by its padded width
     D = sum(columns(K, itemsize)[:2])
     level = next(i for i, most in enumerate((64, 96, 128, 256, 512)) if most >= D)
     if kind == "short":

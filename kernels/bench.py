@@ -54,6 +54,8 @@ class Attention(NamedTuple):
     train: bool = True
 
 
+# Lengths L are those of the latents a model's levels have: 64 × 64 = 4,096 at 512 px, a quarter of it a level below, and so on; text is
+# 77 tokens for CLIP, 77 + 256 more beside the picture's in SD 3.5 (4,096 + 333 = 4,429). Batches of 2 are one guided picture.
 ATTENTION = [
     *(Attention(f"SD 1.5 {s} px self", 2, L, 8, K) for s, L, K in ((512, 4096, 40), (512, 1024, 80), (512, 256, 160), (512, 64, 160))),
     *(Attention(f"SD 1.5 {s} px text", 2, L, 8, K, S=77) for s, L, K in ((512, 4096, 40), (512, 1024, 80), (512, 256, 160))),
@@ -79,6 +81,7 @@ PICTURES = [  # [B, C, H, W] before a GroupNorm + SiLU, 32 groups
     ("SDXL 1024 px", 2, 1920, 32), ("VAE 512 px", 1, 512, 64), ("VAE 512 px", 1, 256, 256), ("VAE 512 px", 1, 128, 512),
     ("VAE 1024 px", 1, 256, 1024), ("VAE 1024 px", 1, 128, 1024), ("training, 16 images", 16, 320, 64),
 ]  # fmt: skip
+# [B, L, D] before a LayerNorm, and before a gate (D of each half)
 ROWS = [("SD 1.5", 2, 4096, 320), ("SDXL", 2, 1024, 1280), ("SD 3.5 medium", 2, 4096, 1536), ("SD 3.5 large", 2, 4096, 2432),
         ("T5-XXL", 2, 512, 4096), ("LLaMA 1B", 8, 1024, 2048)]  # fmt: skip
 GATES = [("SD 1.5", 2, 4096, 1280), ("SDXL", 2, 1024, 5120), ("T5-XXL", 2, 512, 10240), ("LLaMA 1B", 8, 1024, 8192)]
@@ -219,7 +222,8 @@ def attention_rows(dtype):
 
 
 def elementwise(kernel, where, shape, make, call, forward_bytes, backward_bytes, dtype):
-    """Rows of one memory-bound operator: call(*inputs) under the switch."""
+    """Rows of one memory-bound operator: call(*inputs) under the switch, forward and backward. forward_bytes, backward_bytes: what must
+    be moved at least, each tensor once."""
 
     def under(mode):
         def run(*one):
@@ -427,7 +431,7 @@ def _beside(case, make, call, moved):
 
 
 def write(stem, lines, rows, flops, bandwidth, argv, seconds):
-    """What is known so far, as JSON and as a table."""
+    """What is known so far, as JSON and as a table: after every family, so that a run which is cut off leaves what it found."""
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": switch.triton.__version__,
              "command": " ".join(["python -m kernels.bench", *argv]), "tflops": flops, "copy_gb_s": bandwidth,
              "seconds": round(seconds), "rows": rows}  # fmt: skip

@@ -72,8 +72,8 @@ def _gated_forward(p_value, p_gate, p_y, s_value, s_gate, D, KIND: tl.constexpr,
     """BLOCK columns of one row: grid [rows, blocks of D]. Two values read and one written, in place of three read and two written by
     act() and the product after each other."""
     row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m = o < D
-    value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)
+    m = o < D  # [columns]
+    value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)  # [columns]
     y, _ = _activation(tl.load(p_gate + row * s_gate + o, mask=m, other=0.0).to(tl.float32), KIND)
     tl.store(p_y + row * D + o, (value * y).to(p_y.dtype.element_ty), mask=m)
 
@@ -83,9 +83,9 @@ def _gated_backward(p_value, p_gate, p_dy, p_dvalue, p_dgate, s_value, s_gate, s
                     KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Both gradients of BLOCK columns of one row: grid [rows, blocks of D]. act is computed again, not kept."""
     row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m = o < D
-    value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)
-    dy = tl.load(p_dy + row * s_dy + o, mask=m, other=0.0).to(tl.float32)
+    m = o < D  # [columns]
+    value = tl.load(p_value + row * s_value + o, mask=m, other=0.0).to(tl.float32)  # [columns]
+    dy = tl.load(p_dy + row * s_dy + o, mask=m, other=0.0).to(tl.float32)  # [columns]
     y, slope = _activation(tl.load(p_gate + row * s_gate + o, mask=m, other=0.0).to(tl.float32), KIND)
     tl.store(p_dvalue + row * s_dvalue + o, (dy * y).to(p_dvalue.dtype.element_ty), mask=m)
     tl.store(p_dgate + row * s_dgate + o, (dy * value * slope).to(p_dgate.dtype.element_ty), mask=m)
@@ -97,11 +97,11 @@ def _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T: tl.constexpr, BLOCK_
     """x_t·w_v of one tile, −∞ beyond the vocabulary: [BLOCK_T, BLOCK_V] in fp32, added up over D by BLOCK_D columns at a time."""
     s = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for start in range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
+        o_d = start + tl.arange(0, BLOCK_D)  # [columns]
         m_d = (o_d < D)[None, :]
         x = tl.load(p_x + o_t.to(tl.int64)[:, None] * s_x + o_d[None, :], mask=(o_t < T)[:, None] & m_d, other=0.0)
         w = tl.load(p_w + o_v.to(tl.int64)[:, None] * s_w + o_d[None, :], mask=(o_v < V)[:, None] & m_d, other=0.0)
-        s = tl.dot(x, tl.trans(w), s, input_precision=PRECISION)
+        s = tl.dot(x, tl.trans(w), s, input_precision=PRECISION)  # [tokens, words]
     return tl.where((o_v < V)[None, :], s, -float("inf"))
 
 
@@ -109,18 +109,18 @@ def _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T: tl.constexpr, BLOCK_
 def _losses(p_x, p_w, p_target, p_lse, p_at, s_x, s_w, T, V, D, per_split, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
             BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Log-sum-exp over per_split words, and the target's logit where it is among them: grid [blocks of T, splits]."""
-    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [tokens]
     target = tl.load(p_target + o_t, mask=o_t < T, other=-1)
     m_i, l_i = tl.full([BLOCK_T], -1e30, tl.float32), tl.zeros([BLOCK_T], tl.float32)
     at = tl.zeros([BLOCK_T], tl.float32)
-    first = tl.program_id(1) * per_split
+    first = tl.program_id(1) * per_split  # word of this split
     for start in range(first, tl.minimum(first + per_split, V), BLOCK_V):
-        o_v = start + tl.arange(0, BLOCK_V)
-        s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)
+        o_v = start + tl.arange(0, BLOCK_V)  # [words]
+        s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)  # [tokens, words]
         # the target's logit comes by in exactly one tile, of all splits together
         at += tl.sum(tl.where(o_v[None, :] == target[:, None], s, 0.0), 1)
         # the online softmax's sum, as in attention.py
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_new = tl.maximum(m_i, tl.max(s, 1))  # [tokens]
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(s - m_new[:, None]), 1)
         m_i = m_new
     # a line for each split; their log-sum-exp is that of all words
@@ -133,13 +133,13 @@ def _losses(p_x, p_w, p_target, p_lse, p_at, s_x, s_w, T, V, D, per_split, BLOCK
 def _gradient(p_x, p_w, p_target, p_lse, p_dloss, p_g, s_x, s_w, first, T, V, D, BLOCK_T: tl.constexpr,
               BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """G [T, V] for V words from `first` on, to which p_w points: grid [blocks of V, blocks of T]."""
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [words]
+    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)  # [tokens]
     m_t = o_t < T
-    s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)
+    s = _logits(p_x, p_w, s_x, s_w, o_t, o_v, T, V, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION)  # [tokens, words]
     # the softmax itself, from the kept lse; an ignored token has dloss 0, so its row is 0
     p = tl.exp(s - tl.load(p_lse + o_t, mask=m_t, other=0.0)[:, None])
-    hit = (o_v + first)[None, :] == tl.load(p_target + o_t, mask=m_t, other=-1)[:, None]
+    hit = (o_v + first)[None, :] == tl.load(p_target + o_t, mask=m_t, other=-1)[:, None]  # [tokens, words]
     g = (p - tl.where(hit, 1.0, 0.0)) * tl.load(p_dloss + o_t, mask=m_t, other=0.0)[:, None]
     p_g += o_t.to(tl.int64)[:, None] * V + o_v[None, :]
     tl.store(p_g, g.to(p_g.dtype.element_ty), mask=m_t[:, None] & (o_v < V)[None, :])
@@ -248,6 +248,7 @@ def losses(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, fused: 
     (T, D), V = x.shape, len(weight)
     if fused:
         tile = _product_tile(x)
+        # enough programs to fill a GPU also where there are few tokens: each takes a part of the words
         splits = max(1, min(32, 512 // cdiv(T, tile["BLOCK_T"])))
         per_split = cdiv(cdiv(V, splits), tile["BLOCK_V"]) * tile["BLOCK_V"]
         splits = cdiv(V, per_split)
@@ -283,6 +284,7 @@ def losses_backward(
     (T, D), V = x.shape, len(weight)
     dloss = dloss.masked_fill(target == ignore_index, 0.0).float().contiguous()
     dx, dweight = x.new_zeros(T, D, dtype=torch.float32), weight.new_empty(V if learns else 0, D)
+    # G [T, WORDS] lives for one round: 8,192 tokens of 8,192 words are 128 MiB in bf16, of a vocabulary of 128,256 they would be 2 GB
     for first in range(0, V, WORDS):
         w = weight[first : first + WORDS]
         if fused:
@@ -293,7 +295,7 @@ def losses_backward(
                 **tile)  # fmt: skip
         else:
             p = ((_exact(x) @ _exact(w).T).float() - lse[:, None]).exp()
-            hit = target[:, None] - first == torch.arange(len(w), device=x.device)
+            hit = target[:, None] - first == torch.arange(len(w), device=x.device)  # [tokens, words]
             g = ((p - hit.float()) * dloss[:, None]).to(x.dtype)
         dx += _exact(g) @ _exact(w)
         if learns:

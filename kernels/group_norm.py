@@ -87,20 +87,20 @@ def _whole_forward(p_x, p_shift, p_weight, p_bias, p_y, p_mean, p_rstd, s_b, s_c
                    WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
     """One group of one image on chip: grid [G, B]. WIDTH = C/G channels, P pixels; s_t: from image to image of the shift."""
-    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # which group, which image
     # one tile is the whole group, its sides rounded up to powers of two; what is beyond is masked
     o_p, o_w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
-    m = (o_p < P)[:, None] & m_c[None, :]
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH  # [channels] of this group
+    m = (o_p < P)[:, None] & m_c[None, :]  # [pixels, channels]
     o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
     u = _shifted(p_x + o, p_shift + b * s_t + tl.where(m_c, o_c, 0), m, SHIFT)  # the only reading of x
     n = P * WIDTH
     mean = tl.sum(u) / n
     # the variance of what was centred before: as exact as the mean, at no cost but arithmetic, since u is in registers
     u = tl.where(m, u - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(u * u) / n + eps)
-    weight, bias = _channel(p_weight, o_c, m_c), _channel(p_bias, o_c, m_c)
-    y, _ = _activated(u, (rstd * weight)[None, :], bias[None, :], SILU)
+    rstd = 1 / tl.sqrt(tl.sum(u * u) / n + eps)  # one number for the group
+    weight, bias = _channel(p_weight, o_c, m_c), _channel(p_bias, o_c, m_c)  # [channels] each
+    y, _ = _activated(u, (rstd * weight)[None, :], bias[None, :], SILU)  # [pixels, channels]
     tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
     # what the backward pass needs to find û again: two numbers a group
     row = b * tl.num_programs(0) + g
@@ -116,27 +116,27 @@ def _statistics(p_x, p_shift, p_parts, s_b, s_c, s_p, s_t, C, P, per_chunk, SHIF
     Sums of d and d², d the distance from the mean of the chunk's first block: one pass, whose sums stay in the threads to
     the end, and nothing large is ever taken from something large.
     """
-    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
     m_c = o_c < C
     p_shift += b * s_t + tl.where(m_c, o_c, 0)
     p_x += b * s_b + o_c[None, :] * s_c
     first = chunk * per_chunk
-    last = tl.minimum(first + per_chunk, P)
+    last = tl.minimum(first + per_chunk, P)  # of the chunk, not included
     o_p = first + tl.arange(0, BLOCK_P)
-    m = (o_p < last)[:, None] & m_c[None, :]
+    m = (o_p < last)[:, None] & m_c[None, :]  # [pixels, channels]
     # `near`, the mean of the first block: d = x − near is small where x is large, so Σ d² and (Σ d)² can be subtracted
     near = tl.sum(tl.load(p_x + o_p[:, None] * s_p, mask=m, other=0.0).to(tl.float32), 0)
     near /= tl.minimum(last - first, BLOCK_P).to(tl.float32)
     # a sum for each place of the tile: threads need not speak to each other before the loop is over
     d1, d2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
-        o_p = start + tl.arange(0, BLOCK_P)
-        m = (o_p < last)[:, None] & m_c[None, :]
+        o_p = start + tl.arange(0, BLOCK_P)  # [pixels]
+        m = (o_p < last)[:, None] & m_c[None, :]  # [pixels, channels]
         d = tl.load(p_x + o_p[:, None] * s_p, mask=m, other=0.0).to(tl.float32) - near[None, :]
         d = tl.where(m, d, 0.0)
-        d1 += d
-        d2 += d * d
+        d1 += d  # Σ d
+        d2 += d * d  # Σ d²
     count = (last - first).to(tl.float32)
     s1 = tl.sum(d1, 0)
     mean = near + s1 / count
@@ -152,14 +152,14 @@ def _statistics(p_x, p_shift, p_parts, s_b, s_c, s_p, s_t, C, P, per_chunk, SHIF
 def _join(p_parts, p_mean, p_rstd, C, P, chunks, per_chunk, eps, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
           BLOCK_C: tl.constexpr):  # fmt: skip
     """The chunks' and channels' statistics into those of the group: grid [G, B]. (Chan, Golub & LeVeque's formula, of all at once.)"""
-    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # which group, which image
     o_k, o_w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_C)
     m = (o_k < chunks)[:, None] & (o_w < WIDTH)[None, :]
     p_parts += (b * chunks + o_k[:, None]) * 2 * C + g * WIDTH + o_w[None, :]
     count = tl.maximum(tl.minimum(P - o_k * per_chunk, per_chunk), 0).to(tl.float32)[:, None]
-    means = tl.load(p_parts, mask=m, other=0.0)
+    means = tl.load(p_parts, mask=m, other=0.0)  # [chunks, channels]
     n = P * WIDTH
-    mean = tl.sum(means * count) / n
+    mean = tl.sum(means * count) / n  # one number for the group
     off = means - mean  # how far each part lies from the whole: its share of M₂ beside its own
     m2 = tl.sum(tl.where(m, tl.load(p_parts + C, mask=m, other=0.0) + off * off * count, 0.0))
     row = b * tl.num_programs(0) + g
@@ -172,21 +172,22 @@ def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_
                WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
                BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y of a chunk of pixels, from the group's mean and rstd: grid [chunks, blocks of C, B], last chunk first."""
-    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
     m_c = o_c < C
+    # [channels] each: every channel has its group's
     mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
     weight = _channel(p_weight, o_c, m_c) * rstd  # γ r: one product a value, not two
     bias = _channel(p_bias, o_c, m_c)
     p_shift += b * s_t + tl.where(m_c, o_c, 0)
     first = chunk * per_chunk
-    last = tl.minimum(first + per_chunk, P)
+    last = tl.minimum(first + per_chunk, P)  # of the chunk, not included
     for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
-        o_p = start + tl.arange(0, BLOCK_P)
-        m = (o_p < last)[:, None] & m_c[None, :]
+        o_p = start + tl.arange(0, BLOCK_P)  # [pixels]
+        m = (o_p < last)[:, None] & m_c[None, :]  # [pixels, channels]
         o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
         u = _shifted(p_x + o, p_shift, m, SHIFT) - mean[None, :]
-        y, _ = _activated(u, weight[None, :], bias[None, :], SILU)
+        y, _ = _activated(u, weight[None, :], bias[None, :], SILU)  # [pixels, channels]
         tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 
 
@@ -197,24 +198,24 @@ def _whole_backward(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_dx, 
     """Everything of one group of one image that fits on chip: grid [G, B]. d_: strides of dy.
 
     x and dy are read once, dx is written once; z, its sigmoid and û are computed again from x, mean and rstd."""
-    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # which group, which image
     o_p, o_w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
-    m = (o_p < P)[:, None] & m_c[None, :]
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH  # [channels] of this group
+    m = (o_p < P)[:, None] & m_c[None, :]  # [pixels, channels]
     o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
     row = b * tl.num_programs(0) + g
-    mean, rstd = tl.load(p_mean + row), tl.load(p_rstd + row)
-    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    mean, rstd = tl.load(p_mean + row), tl.load(p_rstd + row)  # of the group
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]  # [1, channels] each
     u = _shifted(p_x + o, p_shift + b * C + tl.where(m_c, o_c, 0), m, SHIFT)
     u = tl.where(m, (u - mean) * rstd, 0.0)
     dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
     _, slope = _activated(u, weight, bias, SILU)
-    dz = dy * slope
+    dz = dy * slope  # [pixels, channels]
     s1, s2, s3 = tl.sum(dz, 0), tl.sum(dz * u, 0), tl.sum(u, 0)  # [channels], over the pixels
     n = P * WIDTH
     # A/n and B/n: what the mean and the deviation, which depend on every value of the group, send back to each of them
     a, c = tl.sum(s1[None, :] * weight) / n, tl.sum(s2[None, :] * weight) / n
-    dx = rstd * (weight * dz - (a + u * c))
+    dx = rstd * (weight * dz - (a + u * c))  # [pixels, channels]
     tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), mask=m)
     # for dβ and dγ, which PyTorch adds over the few images
     tl.store(p_s1 + b * C + o_c, s1, mask=m_c)
@@ -229,24 +230,25 @@ def _sums(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_sums, s_b, s_c
           per_chunk, WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
           BLOCK_C: tl.constexpr):  # fmt: skip
     """s₁, s₂, s₃ of a chunk of pixels: grid [chunks, blocks of C, B]. The first of two passes over x and dy."""
-    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
     m_c = o_c < C
+    # [channels] each: every channel has its group's
     mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
-    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]  # [1, channels] each
     p_shift += b * C + tl.where(m_c, o_c, 0)
     s1, s2, s3 = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     first = chunk * per_chunk
-    last = tl.minimum(first + per_chunk, P)
+    last = tl.minimum(first + per_chunk, P)  # of the chunk, not included
     for start in tl.range(first, last, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        m = (o_p < last)[:, None] & m_c[None, :]
+        o_p = start + tl.arange(0, BLOCK_P)  # [pixels]
+        m = (o_p < last)[:, None] & m_c[None, :]  # [pixels, channels]
         u = _shifted(p_x + b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c, p_shift, m, SHIFT)
         u = tl.where(m, (u - mean[None, :]) * rstd[None, :], 0.0)
         dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
         _, slope = _activated(u, weight, bias, SILU)
-        dz = dy * slope
-        s1 += tl.sum(dz, 0)
+        dz = dy * slope  # [pixels, channels]
+        s1 += tl.sum(dz, 0)  # [channels], as the other two
         s2 += tl.sum(dz * u, 0)
         s3 += tl.sum(u, 0)
     o = ((b * tl.num_programs(0) + chunk) * 3) * C + o_c
@@ -259,9 +261,9 @@ def _sums(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_sums, s_b, s_c
 def _join_sums(p_sums, p_weight, p_rstd, p_s1, p_s2, p_a, p_dshift, C, P, chunks, WIDTH: tl.constexpr,
                SHIFT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """The chunks' sums into s₁, s₂ per channel, A/n and B/n per group (p_a: [B, G, 2]), and dt: grid [G, B]."""
-    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # which group, which image
     o_k, o_w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_C)
-    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH
+    o_c, m_c = g * WIDTH + o_w, o_w < WIDTH  # [channels] of this group
     m = (o_k < chunks)[:, None] & m_c[None, :]
     p = p_sums + (b * chunks + o_k[:, None]) * 3 * C + o_c[None, :]
     s1, s2 = tl.sum(tl.load(p, mask=m, other=0.0), 0), tl.sum(tl.load(p + C, mask=m, other=0.0), 0)
@@ -284,24 +286,24 @@ def _backward_x(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_a, p_dy, p_dx,
                 per_chunk, WIDTH: tl.constexpr, SILU: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
                 BLOCK_C: tl.constexpr):  # fmt: skip
     """dx of a chunk of pixels: grid [chunks, blocks of C, B], last chunk first. The second pass, once A and B are known."""
-    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
     m_c = o_c < C
     o_g = b * G + o_c // WIDTH
     mean, rstd = _channel(p_mean, o_g, m_c)[None, :], _channel(p_rstd, o_g, m_c)[None, :]
     a, c = _channel(p_a, 2 * o_g, m_c)[None, :], _channel(p_a, 2 * o_g + 1, m_c)[None, :]
-    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]
+    weight, bias = _channel(p_weight, o_c, m_c)[None, :], _channel(p_bias, o_c, m_c)[None, :]  # [1, channels] each
     p_shift += b * C + tl.where(m_c, o_c, 0)
     first = chunk * per_chunk
-    last = tl.minimum(first + per_chunk, P)
+    last = tl.minimum(first + per_chunk, P)  # of the chunk, not included
     for start in tl.range(first, last, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        m = (o_p < last)[:, None] & m_c[None, :]
+        o_p = start + tl.arange(0, BLOCK_P)  # [pixels]
+        m = (o_p < last)[:, None] & m_c[None, :]  # [pixels, channels]
         o = b * s_b + o_p[:, None] * s_p + o_c[None, :] * s_c
         u = (_shifted(p_x + o, p_shift, m, SHIFT) - mean) * rstd
         dy = tl.load(p_dy + b * d_b + o_p[:, None] * d_p + o_c[None, :] * d_c, mask=m, other=0.0).to(tl.float32)
         _, slope = _activated(u, weight, bias, SILU)
-        dx = rstd * (weight * dy * slope - (a + u * c))
+        dx = rstd * (weight * dy * slope - (a + u * c))  # [pixels, channels]
         tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), mask=m)
 
 

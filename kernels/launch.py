@@ -60,6 +60,7 @@ def planned(decide, *args):
             key.append((a.shape, a.stride(), a.dtype, a.data_ptr() & 15 == 0))
         else:
             key.append(a)
+    # the one setting of PyTorch's that changes what an fp32 kernel does
     if args[0].dtype == torch.float32:
         key.append(torch.backends.cuda.matmul.fp32_precision)
     key = tuple(key)
@@ -84,6 +85,7 @@ class Launch:
         self.ready = {}
 
     def __call__(self, *tensors):
+        """Start it on the current stream. The first call of each pattern of alignment compiles, the others go straight to the driver."""
         aligned = 1
         for t in tensors:
             aligned = aligned << 1 | (t.data_ptr() & 15 == 0)
@@ -93,6 +95,7 @@ class Launch:
             run(*self.grid, stream_of(device), *head, *tensors, *tail)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        # what the next call hands to the driver: the code, and all that does not change
         if compiled is not None:  # the interpreter, which has run it, gives nothing
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             tail = (*self.numbers, *(self.constants[name] for name in names))

@@ -74,10 +74,10 @@ def _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, RMS: tl.
     """(y, mean, rstd) of rows u of image b, in fp32; the mean is 0 for RMSNorm."""
     mean = tl.zeros([u.shape[0]], tl.float32)
     if not RMS:
-        mean = tl.sum(u, 1) / D
+        mean = tl.sum(u, 1) / D  # [rows]
         u = tl.where(m_d[None, :], u - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
-    y = u * rstd[:, None] * _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)
+    rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)  # [rows]
+    y = u * rstd[:, None] * _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)  # [rows, D]
     if OFFSET:
         y += tl.load(p_offset + b * s_offset + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     return y, mean, rstd
@@ -88,10 +88,10 @@ def _norm_forward(p_x, p_gain, p_offset, p_y, p_mean, p_rstd, s_b, s_l, s_gain, 
                   GAIN: tl.constexpr, OFFSET: tl.constexpr, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr,
                   BLOCK_D: tl.constexpr):  # fmt: skip
     """ROWS rows of one image: grid [blocks of L, B]."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)  # which image
     o_l, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    m = (o_l < L)[:, None] & m_d[None, :]
+    m_d = o_d < D  # [D]
+    m = (o_l < L)[:, None] & m_d[None, :]  # [rows, D]
     # rows may lie apart (s_l), their values may not: a view of a joint projection is read without a copy
     u = tl.load(p_x + b * s_b + o_l.to(tl.int64)[:, None] * s_l + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     y, mean, rstd = _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, RMS, GAIN, OFFSET, PLUS_ONE)
@@ -107,16 +107,16 @@ def _norm_backward(p_x, p_gain, p_mean, p_rstd, p_dy, p_dx, p_sums, s_b, s_l, d_
                    RMS: tl.constexpr, GAIN: tl.constexpr, PLUS_ONE: tl.constexpr, SUMS: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """dx of per_program rows, and their sums for the gain and the offset: grid [programs, B]. d_: strides of dy."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)  # which image
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    a = _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)
+    m_d = o_d < D  # [D]
+    a = _gain(p_gain, s_gain, b, o_d, m_d, GAIN, PLUS_ONE)  # [1, D]
     da, dc = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    first = tl.program_id(0) * per_program
+    first = tl.program_id(0) * per_program  # of the rows that this program adds up
     for start in range(first, tl.minimum(first + per_program, L), ROWS):
-        o_l = start + tl.arange(0, ROWS)
+        o_l = start + tl.arange(0, ROWS)  # [rows]
         m_l = o_l < tl.minimum(first + per_program, L)
-        m = m_l[:, None] & m_d[None, :]
+        m = m_l[:, None] & m_d[None, :]  # [rows, D]
         rows = o_l.to(tl.int64)[:, None]
         u = tl.load(p_x + b * s_b + rows * s_l + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         dy = tl.load(p_dy + b * d_b + rows * d_l + o_d[None, :], mask=m, other=0.0).to(tl.float32)
@@ -124,15 +124,15 @@ def _norm_backward(p_x, p_gain, p_mean, p_rstd, p_dy, p_dx, p_sums, s_b, s_l, d_
         if not RMS:
             u -= tl.load(p_mean + b * L + o_l, mask=m_l, other=0.0)[:, None]
         u = tl.where(m, u * rstd, 0.0)  # û, from x and the two numbers that the forward pass kept
-        g = dy * a
+        g = dy * a  # [rows, D]
         # less what goes through r: its part along û; and through μ: its mean
         dx = g - u * (tl.sum(g * u, 1) / D)[:, None]
         if not RMS:
             dx -= (tl.sum(g, 1) / D)[:, None]
         tl.store(p_dx + (b * L + rows) * D + o_d[None, :], (dx * rstd).to(p_dx.dtype.element_ty), mask=m)
         if SUMS:
-            da += tl.sum(dy * u, 0)
-            dc += tl.sum(dy, 0)
+            da += tl.sum(dy * u, 0)  # [D]
+            dc += tl.sum(dy, 0)  # [D]
     if SUMS:
         p_sums += (b * tl.num_programs(0) + tl.program_id(0)) * 2 * D + o_d
         tl.store(p_sums, da, mask=m_d)
@@ -159,15 +159,15 @@ def _rope_forward(p_x, p_weight, p_cos, p_sin, p_y, p_rstd, s_b, s_l, s_n, s_rop
                   BLOCK: tl.constexpr):  # fmt: skip
     """ROWS heads, counted through L·N of one image: grid [blocks of L·N, B]. Norm and rotation of q, or of k, in one pass: each half
     of a head is a tile, so the rotation is four products and no shuffling of values."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)  # which image
     o_r, o_h = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    m_h = o_h < HALF
-    o_l, o_n = o_r // N, o_r % N
-    m = (o_r < L * N)[:, None] & m_h[None, :]
+    m_h = o_h < HALF  # [K/2]
+    o_l, o_n = o_r // N, o_r % N  # token and head of each row
+    m = (o_r < L * N)[:, None] & m_h[None, :]  # [rows, K/2]
     rows = (b * s_b + o_l.to(tl.int64) * s_l + o_n * s_n)[:, None]
-    x1, x2 = _halves(p_x, rows, o_h, m, HALF)
+    x1, x2 = _halves(p_x, rows, o_h, m, HALF)  # [rows, K/2] each
     if NORM:
-        rstd = 1 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)
+        rstd = 1 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)  # [rows]
         tl.store(p_rstd + b * L * N + o_r, rstd, mask=o_r < L * N)
         a1, a2 = _gain(p_weight, 0, 0, o_h, m_h, True, PLUS_ONE), _gain(p_weight + HALF, 0, 0, o_h, m_h, True, PLUS_ONE)
         x1 *= rstd[:, None] * a1
@@ -175,7 +175,7 @@ def _rope_forward(p_x, p_weight, p_cos, p_sin, p_y, p_rstd, s_b, s_l, s_n, s_rop
     y1, y2 = x1, x2
     # the pair (x₁ᵢ, x₂ᵢ) is turned by the angle of its token and frequency; the product of two heads then depends on their distance alone
     if ROPE:
-        cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)
+        cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)  # [rows, K/2] each
         y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     p_y += (b * L * N + o_r)[:, None] * (2 * HALF) + o_h[None, :]
     tl.store(p_y, y1.to(p_y.dtype.element_ty), mask=m)
@@ -187,26 +187,28 @@ def _rope_backward(p_x, p_weight, p_cos, p_sin, p_rstd, p_dy, p_dx, p_sums, s_b,
                    per_program, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PLUS_ONE: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dx of per_program heads and their sum for the weight: grid [programs, B]. d_: strides of dy."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)  # which image
     o_h = tl.arange(0, BLOCK)
-    m_h = o_h < HALF
+    m_h = o_h < HALF  # [K/2]
     da1, da2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if NORM:
         a1, a2 = _gain(p_weight, 0, 0, o_h, m_h, True, PLUS_ONE), _gain(p_weight + HALF, 0, 0, o_h, m_h, True, PLUS_ONE)
-    first = tl.program_id(0) * per_program
+    first = tl.program_id(0) * per_program  # of the rows that this program adds up
     last = tl.minimum(first + per_program, L * N)
     for start in range(first, last, ROWS):
         o_r = start + tl.arange(0, ROWS)
-        o_l, o_n = o_r // N, o_r % N
-        m = (o_r < last)[:, None] & m_h[None, :]
+        o_l, o_n = o_r // N, o_r % N  # token and head of each row
+        m = (o_r < last)[:, None] & m_h[None, :]  # [rows, K/2]
+        # [rows, K/2] each
         g1, g2 = _halves(p_dy, (b * d_b + o_l.to(tl.int64) * d_l + o_n * d_n)[:, None], o_h, m, HALF)
         dx1, dx2 = g1, g2
         # in the opposite order: first turned back, then through the norm
         if ROPE:
-            cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)
+            cos, sin = _angles(p_cos, p_sin, s_rope, b, o_l, o_h, m, HALF)  # [rows, K/2] each
             dx1, dx2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
         if NORM:
             rstd = tl.load(p_rstd + b * L * N + o_r, mask=o_r < last, other=0.0)[:, None]
+            # [rows, K/2] each
             x1, x2 = _halves(p_x, (b * s_b + o_l.to(tl.int64) * s_l + o_n * s_n)[:, None], o_h, m, HALF)
             x1, x2 = x1 * rstd, x2 * rstd
             da1 += tl.sum(dx1 * x1, 0)
@@ -214,7 +216,7 @@ def _rope_backward(p_x, p_weight, p_cos, p_sin, p_rstd, p_dy, p_dx, p_sums, s_b,
             dx1, dx2 = dx1 * a1, dx2 * a2
             # the part along û over both halves, which are one row of the norm
             both = ((tl.sum(dx1 * x1, 1) + tl.sum(dx2 * x2, 1)) / (2 * HALF))[:, None]
-            dx1, dx2 = (dx1 - x1 * both) * rstd, (dx2 - x2 * both) * rstd
+            dx1, dx2 = (dx1 - x1 * both) * rstd, (dx2 - x2 * both) * rstd  # [rows, K/2] each
         p = p_dx + (b * L * N + o_r)[:, None] * (2 * HALF) + o_h[None, :]
         tl.store(p, dx1.to(p_dx.dtype.element_ty), mask=m)
         tl.store(p + HALF, dx2.to(p_dx.dtype.element_ty), mask=m)

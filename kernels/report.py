@@ -114,7 +114,9 @@ def _empty(*shape, dtype):
 
 
 def attention_calls(K, dtype, forward_only=False):
-    """{label: call} of every attention kernel for one head size: plain and with everything that masks."""
+    """{label: call} of every attention kernel for one head size: plain and with everything that masks.
+
+    Lengths that are multiples of a block and odd ones: without edges to check, the same kernel is other code."""
     import importlib
 
     import torch
@@ -200,7 +202,9 @@ def other_calls(dtype, forward_only=False):
 
 
 def rows(arch, dtype, K):
-    """One part of the report, in a process of its own: a row for every kernel of head size K (0: all the others)."""
+    """One part of the report, in a process of its own: a row for every kernel of head size K (0: all the others).
+
+    Two calls that end in the same code are one row: most of what a kernel is called with does not change it."""
     import torch
 
     kind = getattr(torch, dtype)

@@ -56,11 +56,11 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
                    OFFSET: tl.constexpr, PLUS_ONE: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
                    BLOCK_D: tl.constexpr):  # fmt: skip
     """ROWS rows of one image, contiguous: grid [blocks of L, B]."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)  # which image, for its gates
     o_l, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    m = (o_l < L)[:, None] & m_d[None, :]
-    o = (b * L + o_l)[:, None] * D + o_d[None, :]
+    m_d = o_d < D  # [D]
+    m = (o_l < L)[:, None] & m_d[None, :]  # [rows, D]
+    o = (b * L + o_l)[:, None] * D + o_d[None, :]  # [rows, D]
     # s = x + g y + h z; a gate that is not there is 1, and is not loaded
     s = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     s += tl.load(p_y + o, mask=m, other=0.0).to(tl.float32) * _gain(p_gate, s_gate, b, o_d, m_d, GATE, False)
@@ -73,6 +73,7 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
     if MORE:
         s += tl.load(p_more + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     tl.store(p_sum + o, s.to(p_sum.dtype.element_ty), mask=m)
+    # [rows, D]
     y, _, _ = _normed(u, p_gain, p_offset, s_gain, s_offset, b, o_d, m_d, D, eps, False, GAIN, OFFSET, PLUS_ONE)
     tl.store(p_out + o, y.to(p_out.dtype.element_ty), mask=m)
 
@@ -81,7 +82,7 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
 def _add_bias(p_y, p_x, p_bias, n, C, INNER: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """y += bias (+ x) in place; INNER: values that share a channel lie together so many at a time. Grid [blocks of n]."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
+    m = o < n  # [BLOCK]
     s = tl.load(p_y + o, mask=m, other=0.0).to(tl.float32)
     # the channel of a value: every value its own in channels last (INNER = 1), H·W of them together else
     s += tl.load(p_bias + o // INNER % C, mask=m, other=0.0).to(tl.float32)
@@ -94,7 +95,7 @@ def _add_bias(p_y, p_x, p_bias, n, C, INNER: tl.constexpr, ADD: tl.constexpr, BL
 def _interleave(p_y, p_bias, p_out, n, C, H, W, BLOCK: tl.constexpr):
     """Phases to a picture, channels last: grid [blocks of n = 4 B H W C]."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
+    m = o < n  # [BLOCK]
     # from the place in the picture to the phase (a, e) that made it, and to its place there
     c, pixel = o % C, o // C
     column, row = pixel % (2 * W), pixel // (2 * W) % (2 * H)

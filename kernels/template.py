@@ -32,6 +32,7 @@ def _scaled(p_x, p_gain, p_y, D, BLOCK: tl.constexpr):
 
 @on_device
 def _launch(x, gain):
+    """A program for each piece of up to 1,024 columns of each row: x contiguous."""
     y, D = torch.empty_like(x), x.shape[-1]
     block = min(power_of_2(D), 1024)
     _scaled[(x.numel() // D, cdiv(D, block))](x, gain, y, D, BLOCK=block)
@@ -42,6 +43,8 @@ def _launch(x, gain):
 
 
 class _Scaled(torch.autograd.Function):
+    """The kernel and its gradients: dx is the same kernel over dy; dg, a sum over all rows, is left to PyTorch."""
+
     @staticmethod
     def forward(ctx, x, gain):
         ctx.save_for_backward(x, gain)
