@@ -198,6 +198,7 @@ def _gated_setup(ctx, inputs, output):
 
 
 def _gated_gradients(ctx, dy):
+    """dvalue and dgate of one kernel."""
     dvalue, dgate = gated_backward_op(dy, *ctx.saved_tensors, ctx.activation).unbind(1)
     return dvalue, dgate, None
 
@@ -219,6 +220,7 @@ halves_op.register_fake(lambda x, activation: x.new_empty(len(x), x.shape[1] // 
 
 
 def _halves_setup(ctx, inputs, output):
+    """What the backward pass keeps: the projection as it came."""
     x, ctx.activation = inputs
     ctx.save_for_backward(x)
 
@@ -322,6 +324,7 @@ def _losses_setup(ctx, inputs, output):
 
 
 def _losses_gradients(ctx, dloss, _):
+    """dx, and dweight where the weight learns (under LoRA it does not, and costs nothing); lse itself has no gradient."""
     learns = ctx.needs_input_grad[1]
     dx, dweight = losses_backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.fused, learns)
     return dx, dweight if learns else None, None, None, None

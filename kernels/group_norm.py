@@ -473,6 +473,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, *_):
+    """dx, dweight, dbias, dshift; mean and rstd have no gradients of their own."""
     saved = ctx.saved_tensors  # once: with checkpointing, this is what computes them again
     dx, dweight, dbias, dshift = backward_op(dy, *saved, ctx.groups, ctx.silu)
     return dx, dweight, dbias, None if saved[3] is None else dshift, None, None, None

@@ -329,6 +329,7 @@ def _norm_setup(ctx, inputs, output):
 
 
 def _norm_gradients(ctx, dy, *_):
+    """dx, dgain, doffset; mean and rstd have no gradients of their own."""
     saved = ctx.saved_tensors  # once: with checkpointing, this is what computes them again
     dx, dgain, doffset = norm_backward_op(dy, *saved, ctx.rms, ctx.plus_one)
     return dx, None if saved[1] is None else dgain, None if saved[2] is None else doffset, None, None, None
@@ -401,6 +402,7 @@ def _(dy, x, weight, cos, sin, rstd, plus_one):
 
 
 def _rope_setup(ctx, inputs, output):
+    """What the backward pass keeps: x and rstd, neither the normed nor the turned."""
     x, weight, cos, sin, _, ctx.plus_one = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, cos, sin, output[1])
