@@ -97,6 +97,7 @@ def _backward(ctx, dout, dlse):
     return dq, dk, dv, dbias if want_bias else None, None, None, None, None
 
 
+# one node for autograd and for torch.compile, whatever the kernels do inside; without gradients, attention() goes past it (launch.py)
 op.register_autograd(_backward, setup_context=_setup)
 
 
@@ -109,7 +110,7 @@ def _faster(q, k, masked):
     return tuned(f"attention.{kind}", keys_of(q.shape[3], length, q.dtype), {}).get("TORCH")
 
 
-# 5. The public function ------------------------------------------------------------------------------------
+# 5. The public function, and why it may fall back ------------------------------------------------------------------------------------
 
 
 def _why_not(q, k, v, scale, bias, key_mask):

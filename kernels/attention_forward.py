@@ -294,6 +294,7 @@ def forward(
 op = torch.library.custom_op("nanodiff::attention", forward, mutates_args=())
 
 
+# what it gives, in shape and type, for tensors without memory (torch.compile, meta)
 @op.register_fake
 def _(q, k, v, bias, key_mask, scale, causal, window):
     B, L, N, K = q.shape
