@@ -18,7 +18,8 @@ augment and synthesize may be killed at any moment: the same command goes on wit
 import sys
 from dataclasses import dataclass
 
-from nanodiff.config import DEVICES, UserError, arg, script
+from nanodiff.commandline import DEVICES, arg, script
+from nanodiff.config import UserError
 from nanodiff.training.options import LR_SCHEDULERS, OPTIMIZERS, Training
 
 LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --batch-size, --gradient-checkpointing, fewer --max-new-tokens"

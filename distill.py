@@ -22,7 +22,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, script
+from nanodiff.commandline import arg, script
+from nanodiff.config import UserError
 from nanodiff.training.options import Adapters, Noise, Training
 
 LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a smaller --resolution"

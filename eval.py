@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import DEVICES, arg, script
+from nanodiff.commandline import DEVICES, arg, script
 
 # torch is imported inside the stages, so that --help answers at once.
 

@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import DEVICES, UserError, arg, check_bounds, is_given, script
+from nanodiff.commandline import DEVICES, arg, check_bounds, is_given, script
+from nanodiff.config import UserError
 
 # torch is imported inside main(), so that --help answers at once.
 

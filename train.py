@@ -15,7 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.config import UserError, arg, script
+from nanodiff.commandline import arg, script
+from nanodiff.config import UserError
 from nanodiff.training.options import Adapters, Noise, Training, under
 
 # torch is imported inside main(), so that --help answers at once.

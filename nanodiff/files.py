@@ -11,7 +11,7 @@ import platform
 import stat
 from pathlib import Path
 
-from nanodiff import config, system
+from nanodiff import commandline, system
 from nanodiff.config import UserError
 
 ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
@@ -115,8 +115,8 @@ def claim(folder, user=None):
     path = out_dir(folder).resolve() / ".lock"
     if path not in held:
         held[path] = (_locked(path, folder), [])
-        if _let_go not in config.endings:
-            config.endings.append(_let_go)
+        if _let_go not in commandline.endings:
+            commandline.endings.append(_let_go)
     elif user and user in [other.user for other in held[path][1]]:
         raise UserError(f"{folder}: another run is using this folder (process {os.getpid()})")
     return Claim(path, user)

@@ -12,7 +12,7 @@ import distill
 import eval as evaluation
 import sample
 import train
-from nanodiff import config
+from nanodiff import commandline
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(p.read_text() for p in PAGES)
@@ -30,16 +30,16 @@ def test_commands_parse(command):
     _, script, *argv = shlex.split(command)
     if script == "sample.py":
         stage = argv.pop(0) if argv and argv[0] in sample.STAGES else ""
-        config.parse(sample.STAGES[stage][0], argv, presets=sample.PRESETS.get(stage))
+        commandline.parse(sample.STAGES[stage][0], argv, presets=sample.PRESETS.get(stage))
     elif script == "train.py":
-        config.parse(train.STAGES[argv[0]][0], argv[1:], presets=train.PRESETS[argv[0]])
+        commandline.parse(train.STAGES[argv[0]][0], argv[1:], presets=train.PRESETS[argv[0]])
     elif script == "eval.py":
-        config.parse(evaluation.STAGES[argv[0]][0], argv[1:])
+        commandline.parse(evaluation.STAGES[argv[0]][0], argv[1:])
     elif script == "distill.py":
         words = 2 if " ".join(argv[:2]) in distill.STAGES else 1
-        config.parse(distill.STAGES[" ".join(argv[:words])][0], argv[words:])
+        commandline.parse(distill.STAGES[" ".join(argv[:words])][0], argv[words:])
     elif script == "caption.py":
-        config.parse(caption.STAGES[argv[0]][0], argv[1:])
+        commandline.parse(caption.STAGES[argv[0]][0], argv[1:])
     elif script == "-m":
         place = ROOT / argv[0].replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists()

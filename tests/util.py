@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data._utils import signal_handling
 
-from nanodiff import config
+from nanodiff import commandline
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,7 +165,7 @@ def in_process(module, name, *argv):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [name, *map(str, argv)])
         try:
-            code = config.script(module.STAGES, module.__doc__, getattr(module, "PRESETS", None))
+            code = commandline.script(module.STAGES, module.__doc__, getattr(module, "PRESETS", None))
         finally:
             signal.signal(signal.SIGTERM, before)
             signal_handling._SIGCHLD_handler_set = False  # a script that fails takes PyTorch's away

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 ARMS = {"original": 0, "original + synthetic 1:1": 1, "original + synthetic 1:3": 3}

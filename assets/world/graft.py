@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanodiff import data, pipeline
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir
 from nanodiff.output import images
 from nanodiff.training import recipe

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from nanodiff import pipeline
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir
 
 

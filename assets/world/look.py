@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from assets.world import reader, scenes, score
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_json
 
 

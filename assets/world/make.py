@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from assets.emoji.make import add
 from assets.world import scenes
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_file
 
 

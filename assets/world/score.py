@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from assets.world import reader, scenes
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_json
 from nanodiff.output import images
 

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from assets.world import score
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import images
 

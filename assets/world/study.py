@@ -19,7 +19,8 @@ import numpy as np
 
 from assets.nano.captions import said
 from assets.world import make, scenes, score
-from nanodiff.config import UserError, read_json, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, read_json
 from nanodiff.files import out_dir, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,8 @@ from PIL import Image
 
 from assets.nano.captions import VARY, interval, learn, said, step
 from assets.world import reader, scenes, score
-from nanodiff.config import UserError, read_json, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, read_json
 from nanodiff.files import out_dir, write_bytes, write_json
 
 ARMS = ("originals", "with synthetic", "with synthetic, filtered", "with real ones")

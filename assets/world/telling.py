@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from assets.world import reader, scenes, score
-from nanodiff.config import tool
+from nanodiff.commandline import tool
 from nanodiff.files import out_dir, write_json
 from nanodiff.output import images
 

@@ -40,7 +40,8 @@ from docs.book.drawing import (
     nano,
     show,
 )
-from nanodiff.config import UserError, read_json, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, read_json
 from nanodiff.diffusion import samplers, schedule
 from nanodiff.evaluation import metrics, similarity
 from nanodiff.files import out_dir, write_bytes, write_json

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from docs.book import markdown
-from nanodiff.config import UserError, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_bytes
 
 FOLDER = Path(__file__).parent

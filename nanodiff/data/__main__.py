@@ -8,7 +8,7 @@ python -m nanodiff.data prepare-corel …           the Corel layout (corel.py)
 import argparse
 import sys
 
-from nanodiff.config import tool
+from nanodiff.commandline import tool
 from nanodiff.data import corel
 from nanodiff.data.tools import check, pack
 

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanodiff.config import UserError, printable, short, spreadsheet, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, printable, short, spreadsheet
 from nanodiff.data import sources, tables
 from nanodiff.device import dist
 from nanodiff.files import append, claim, write_bytes

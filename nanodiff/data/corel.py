@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from nanodiff.config import UserError, printable, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, printable
 from nanodiff.data import tables
 from nanodiff.files import write_bytes
 from nanodiff.output import images

@@ -20,7 +20,7 @@ import torch.distributed as td
 from torch import nn
 from tqdm import tqdm
 
-from nanodiff import config
+from nanodiff import commandline
 from nanodiff.config import UserError
 from nanodiff.device import derived
 
@@ -48,7 +48,7 @@ def is_main():
 def say(message):
     """A line for people, from rank 0 alone."""
     if is_main():
-        print(config.flagged(message), file=sys.stderr)
+        print(commandline.flagged(message), file=sys.stderr)
 
 
 def progress(items, total, what):
@@ -78,12 +78,12 @@ def start(device, timeout):
         timeout=datetime.timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
-    config.speaks = functools.partial(_speaks, store)
+    commandline.speaks = functools.partial(_speaks, store)
 
 
 def finish():
     """Leave the group of processes."""
-    config.speaks = None
+    commandline.speaks = None
     if td.is_initialized():
         _settle()
         td.destroy_process_group()

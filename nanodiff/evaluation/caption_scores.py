@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nanodiff.config import UserError, flagged
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError
 from nanodiff.evaluation import textmetrics
 from nanodiff.evaluation.wordnet import WordNet
 from nanodiff.output import report

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nanodiff.config import UserError, flagged, read_json
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError, read_json
 from nanodiff.evaluation import image_pairs, similarity
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import charts, images, report

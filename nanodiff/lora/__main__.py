@@ -10,7 +10,7 @@ python -m nanodiff.lora verify A B
 import argparse
 import sys
 
-from nanodiff.config import tool
+from nanodiff.commandline import tool
 from nanodiff.lora.tools import convert, extract, inspect, merge, verify
 from nanodiff.lora.writing import FORMS
 

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import pipeline, weights
-from nanodiff.config import UserError, flagged, printable
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError, printable
 from nanodiff.lora import format, reading, running
 from nanodiff.lora.writing import NETWORKS, family_of, write
 from nanodiff.pipeline import families, sources

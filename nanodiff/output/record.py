@@ -8,7 +8,8 @@ import time
 import torch
 
 from nanodiff import config, system
-from nanodiff.config import SECRETS, UserError, as_dict
+from nanodiff.commandline import SECRETS, as_dict
+from nanodiff.config import UserError
 from nanodiff.device import dist, onednn
 from nanodiff.files import claim, out_dir, write_json
 

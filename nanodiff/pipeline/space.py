@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from nanodiff.config import UserError, flagged
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError
 from nanodiff.device import memory
 
 

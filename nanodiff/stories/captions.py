@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from nanodiff import pipeline
-from nanodiff.config import UserError, as_dict, printable
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError, printable
 from nanodiff.data import captionset, tables
 from nanodiff.data.promptset import names_in
 from nanodiff.device import choice, dist, quantize
@@ -153,9 +154,7 @@ class Writer:
             wanted = [cfg.variations - len(got[i][0]) for i in lacking]
             for i, (reply, whole) in zip(lacking, self.replies(lacking, wanted, attempt), strict=True):
                 known, own = got[i][0], self.rows[i].captions
-                fresh = captionset.variations(
-                    reply, own[0], cfg.min_words, cfg.max_words, (*known, *own), cut=not whole
-                )
+                fresh = captionset.variations(reply, own[0], cfg.min_words, cfg.max_words, (*known, *own), not whole)
                 fresh = [captionset.cleaned(t) for t in fresh] if cfg.clean else fresh
                 got[i] = ([*known, *fresh][: cfg.variations], attempt + 1)
         return got

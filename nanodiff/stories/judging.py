@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from nanodiff import data, pipeline
-from nanodiff.config import UserError, as_dict, printable
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError, printable
 from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
 from nanodiff.evaluation import caption_scores, features, image_pairs, image_sets, pages, similarity, textmetrics

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from nanodiff import weights
-from nanodiff.config import UserError, as_dict, from_mapping, printable, short
+from nanodiff.commandline import as_dict, from_mapping
+from nanodiff.config import UserError, printable, short
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record
 from nanodiff.pipeline import control, pictures

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 
 from nanodiff import data, pipeline, weights
-from nanodiff.config import UserError, as_dict, printable
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
 from nanodiff.files import ASSETS, out_dir, write_bytes

@@ -16,7 +16,8 @@ import re
 import typing
 from pathlib import Path
 
-from nanodiff.config import UserError, from_mapping, nearest, printable, spreadsheet
+from nanodiff.commandline import from_mapping
+from nanodiff.config import UserError, nearest, printable, spreadsheet
 from nanodiff.diffusion import samplers
 from nanodiff.files import write_bytes, write_json
 from nanodiff.output import images

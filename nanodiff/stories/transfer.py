@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from nanodiff import data, lora, pipeline
-from nanodiff.config import UserError, as_dict, printable, read_json
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError, printable, read_json
 from nanodiff.data import promptset
 from nanodiff.device import choice, dist, memory
 from nanodiff.diffusion import fewstep, objective

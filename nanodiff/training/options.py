@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nanodiff.config import DEVICES, UserError, arg, check_bounds, printable
+from nanodiff.commandline import DEVICES, arg, check_bounds
+from nanodiff.config import UserError, printable
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_warm_restarts",
                  "polynomial", "plateau", "none")  # fmt: skip

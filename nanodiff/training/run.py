@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import system
-from nanodiff.config import Stopped, UserError, as_dict, printable, short
+from nanodiff.commandline import as_dict
+from nanodiff.config import Stopped, UserError, printable, short
 from nanodiff.device import choice, cudagraph, dist
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import append, claim, link, write_bytes

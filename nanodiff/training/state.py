@@ -5,7 +5,8 @@ import shutil
 
 import torch
 
-from nanodiff.config import UserError, as_dict
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError
 from nanodiff.device import dist
 from nanodiff.files import write_bytes
 from nanodiff.training import checkpoint, recipe

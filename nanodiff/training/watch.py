@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nanodiff.config import UserError, as_dict
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError
 from nanodiff.device import dist
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from nanodiff import pipeline
-from nanodiff.config import UserError, printable, tool
+from nanodiff.commandline import tool
+from nanodiff.config import UserError, printable
 from nanodiff.weights.safetensors import PICKLES, find_files, header, load_pickle, save_tensors
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from util import run
 
-from nanodiff import config
+from nanodiff import commandline, config
 from nanodiff.config import UserError
 from nanodiff.device import dist
 from nanodiff.models.layers import ResnetBlock
@@ -74,17 +74,17 @@ def test_the_first_to_fail_speaks(monkeypatch):
 
 def test_what_ends_a_script():
     """Exit codes and lines, also of failures that only several processes know."""
-    verdict = config._verdict
+    verdict = commandline._verdict
     assert verdict(UserError("a\nb"), "")[0] == 2 and verdict(KeyboardInterrupt(), "") == (130, "interrupted")
     assert verdict(config.Stopped(), "") == (143, "terminated") and verdict(ValueError("x"), "") == (None, None)
     assert "try less" in verdict(torch.OutOfMemoryError("CUDA out of memory"), "try less")[1]
     lost = RuntimeError("gloo: Connection closed by peer")
     assert verdict(lost, "") == (None, None)
-    config.speaks = lambda e: True
+    commandline.speaks = lambda e: True
     try:
         assert verdict(lost, "")[0] == 1 and verdict(RuntimeError("shapes do not match"), "") == (None, None)
     finally:
-        config.speaks = None
+        commandline.speaks = None
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_what_ends_a_script():
 )
 def test_a_lost_process_is_known_by_its_words(monkeypatch, said):
     """What PyTorch says of a broken connection, in each of its wordings (the second has been met once, on a busy machine)."""
-    monkeypatch.setattr(config, "speaks", lambda error: True)
-    code, line = config._verdict(RuntimeError(said), "")
+    monkeypatch.setattr(commandline, "speaks", lambda error: True)
+    code, line = commandline._verdict(RuntimeError(said), "")
     assert code == 1 and line.startswith("error: another process was lost, or did not answer in time")
 
 

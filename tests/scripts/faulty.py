@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from nanodiff import config, data, pipeline
+from nanodiff import commandline, config, data, pipeline
 from nanodiff.training import checkpoint, loader
 
 
@@ -62,7 +62,7 @@ def main():
         sys.argv += ["--lr", "0.5"]
     elif fault == "oom":
         pipeline.Pipeline.denoise = at(3, pipeline.Pipeline.denoise, out_of_memory)
-    return config.script(train.STAGES, train.__doc__, train.PRESETS, train.LESS_MEMORY)
+    return commandline.script(train.STAGES, train.__doc__, train.PRESETS, train.LESS_MEMORY)
 
 
 def out_of_memory():

@@ -7,7 +7,7 @@ import pytest
 from util import ROOT, in_process
 
 import distill
-from nanodiff import config, data, pipeline
+from nanodiff import commandline, data, pipeline
 from nanodiff.output import images
 from nanodiff.stories import gallery
 
@@ -160,7 +160,7 @@ def test_what_a_generation_learns_from(study, tmp_path, more, suffix, size):
     "--cfg_scales 1.0 7.5", "--baseline", "--finetune --real x",
 ])  # fmt: skip
 def test_the_documents_commands_parse(argv):
-    cfg = config.parse(distill.Recursive, argv.split())
+    cfg = commandline.parse(distill.Recursive, argv.split())
     cfg.check()
     assert cfg.cfg_scales == ([1.0, 7.5] if "scales" in argv else []) and cfg.model == "CompVis/stable-diffusion-v1-4"
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from util import TINY, error_line, run
 
-from nanodiff import config
+from nanodiff import commandline
 from nanodiff.data import corel
 
 # VGG's weights are not here, and neither 150 epochs nor 128 pixels are wanted
@@ -123,7 +123,7 @@ def test_s2_generation_by_default_takes_all_of_ddpms_steps():
     """S2-26, as the settings say it: a thousand steps are not taken here."""
     import sample
 
-    cfg = config.parse(
+    cfg = commandline.parse(
         sample.Corel, ["--diffusion-checkpoint", "d", "--vae-checkpoint", "v"], presets=sample.PRESETS["corel"]
     )
     cfg.check()
@@ -135,7 +135,7 @@ def test_s2_generation_by_default_takes_all_of_ddpms_steps():
         4,
         "generated_images.png",
     )
-    cfg = config.parse(
+    cfg = commandline.parse(
         sample.Corel,
         ["--diffusion-checkpoint", "d", "--vae-checkpoint", "v", "--ddim-steps", "50"],
         presets=sample.PRESETS["corel"],
@@ -178,7 +178,7 @@ def test_s2_sizes_and_lengths_by_default():
     import train
 
     for stage, epochs in (("corel-vae", 300), ("corel-diffusion", 500)):
-        cfg = config.parse(train.STAGES[stage][0], ["--data-dir", "d", "--vae-checkpoint", "v"][: 4 if stage == "corel-diffusion" else 2],
+        cfg = commandline.parse(train.STAGES[stage][0], ["--data-dir", "d", "--vae-checkpoint", "v"][: 4 if stage == "corel-diffusion" else 2],
                            presets=train.PRESETS[stage])  # fmt: skip
         assert (cfg.resolution, cfg.epochs, cfg.batch_size, cfg.num_workers) == (128, epochs, 16, 4)
 

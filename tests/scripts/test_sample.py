@@ -790,6 +790,6 @@ def test_two_runs_at_once_in_one_folder(tmp_path):
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path):
     """A file size limit stands for the full disk: one line that names the file, and nothing under its final name."""
-    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sample; from nanodiff.config import script; sys.argv = {['sample.py', '--model', str(TINY / 'sd15'), '--prompt', 'a', '--steps', '1', '--output-dir', str(tmp_path)]!r}; sys.exit(script(sample.STAGES, sample.__doc__))"
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sample; from nanodiff.commandline import script; sys.argv = {['sample.py', '--model', str(TINY / 'sd15'), '--prompt', 'a', '--steps', '1', '--output-dir', str(tmp_path)]!r}; sys.exit(script(sample.STAGES, sample.__doc__))"
     done = run("-c", limit)
     assert "cannot be written" in error_line(done) and not list(tmp_path.glob("*.png"))

@@ -10,7 +10,7 @@ from PIL import Image
 from util import GOLDEN, TINY, copy_model, error_line, run
 
 import sample
-from nanodiff import config, weights
+from nanodiff import commandline, weights
 from nanodiff.config import UserError
 from nanodiff.models import taesd
 from nanodiff.output import images
@@ -22,14 +22,14 @@ LORA = GOLDEN / "lora"
 
 def make(out, model, *argv, prompt="a cat"):
     argv = ["--model", model, "--prompt", prompt, "--seed", 1, "--output-dir", out, *argv]
-    sampling.main(config.parse(sample.Config, [str(a) for a in argv]))
+    sampling.main(commandline.parse(sample.Config, [str(a) for a in argv]))
     return Image.open(out / "00000.png")
 
 
 def refused(out, model, *argv):
     with pytest.raises(UserError) as caught:
         make(out, model, "--steps", 1, *argv)
-    return config.flagged(caught.value)
+    return commandline.flagged(caught.value)
 
 
 def test_defaults_of_the_families(tmp_path, capsys):
@@ -136,7 +136,9 @@ def test_loras_beside_and_fused(tmp_path, capsys):
         assert max(abs(a - b) for a, b in zip(beside, other, strict=True)) <= 1
     again = tmp_path / "again"
     sampling.main(
-        config.parse(sample.Config, ["--from-image", str(tmp_path / "a" / "00000.png"), "--output-dir", str(again)])
+        commandline.parse(
+            sample.Config, ["--from-image", str(tmp_path / "a" / "00000.png"), "--output-dir", str(again)]
+        )
     )
     assert Image.open(again / "00000.png").tobytes() == beside
 

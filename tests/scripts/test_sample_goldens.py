@@ -7,7 +7,7 @@ from PIL import Image
 from util import GOLDEN, TINY, copy_model, golden, max_error
 
 import sample
-from nanodiff import config, weights
+from nanodiff import commandline, weights
 from nanodiff.diffusion import samplers
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.files import write_json
@@ -97,7 +97,7 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert case in UNREACHABLE, case
         return
     assert case not in UNREACHABLE
-    sampling.main(config.parse(sample.Config, argv))
+    sampling.main(commandline.parse(sample.Config, argv))
     want, _ = golden(case)
     got = weights.load_tensors(tmp_path / "latents.safetensors")["latents"]
     assert max_error(got, want["final_latents"]) < 1e-4
@@ -107,6 +107,6 @@ def test_golden_through_the_command_line(case, tmp_path):
         assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
     if "--init-image" not in argv:  # what stands in the picture makes it again
         picture, again = tmp_path / "00000.png", tmp_path / "again"
-        sampling.main(config.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
+        sampling.main(commandline.parse(sample.Config, ["--from-image", str(picture), "--output-dir", str(again)]))
         first, second = (to_pixels(Image.open(p)) * 127.5 for p in (picture, again / "00000.png"))
         assert (first - second).abs().max() <= 1.01

@@ -15,7 +15,7 @@ from PIL import Image
 from util import ROOT, TINY, error_line, in_process, recipe, run, start
 
 import train
-from nanodiff import config, lora, pipeline, weights
+from nanodiff import commandline, lora, pipeline, weights
 from nanodiff.pipeline import control
 from nanodiff.stories import training, vae
 from nanodiff.training import build
@@ -191,7 +191,7 @@ S1 = (  # the document's command, as it stands (its data set as a local copy)
 
 def test_the_s1_command_parses_unchanged():
     """S1-01"""
-    cfg = config.parse(
+    cfg = commandline.parse(
         train.DiffusionConfig, ["--preset", "pokemon", *shlex.split(S1)], presets=train.PRESETS["diffusion"]
     )
     assert (cfg.data, cfg.output_dir, cfg.resolution, cfg.batch_size, cfg.grad_accum) == ("DATA", "OUT", 32, 3, 4)
@@ -202,7 +202,7 @@ def test_the_s1_command_parses_unchanged():
 
 def test_the_s1_defaults():
     """S1-05 to S1-18"""
-    cfg = config.parse(train.DiffusionConfig, ["--preset", "pokemon"], presets=train.PRESETS["diffusion"])
+    cfg = commandline.parse(train.DiffusionConfig, ["--preset", "pokemon"], presets=train.PRESETS["diffusion"])
     got = (
         cfg.output_dir,
         cfg.resolution,
@@ -238,7 +238,7 @@ def test_the_s1_defaults():
 
 def test_the_s2_defaults():
     """S2-04 to S2-09, S2-14 to S2-21"""
-    cfg = config.parse(train.VAEConfig, ["--preset", "corel"], presets=train.PRESETS["vae"])
+    cfg = commandline.parse(train.VAEConfig, ["--preset", "corel"], presets=train.PRESETS["vae"])
     got = (cfg.output_dir, cfg.epochs, cfg.batch_size, cfg.lr, cfg.num_workers, cfg.seed, cfg.latent_dim)
     assert got == ("vae_models", 300, 16, 1e-4, 4, 42, 128)
     got = (
@@ -252,7 +252,7 @@ def test_the_s2_defaults():
     )
     assert got == (1.0, 150, 25.0, True, 0.03, 128, 1.0)
     assert (cfg.random_flip, cfg.random_jitter, cfg.adam_weight_decay, cfg.checkpoint_epochs) == (True, 0.1, 1e-5, 20)
-    cfg = config.parse(train.DiffusionConfig, ["--preset", "corel"], presets=train.PRESETS["diffusion"])
+    cfg = commandline.parse(train.DiffusionConfig, ["--preset", "corel"], presets=train.PRESETS["diffusion"])
     got = (
         cfg.output_dir,
         cfg.epochs,
@@ -292,7 +292,7 @@ def test_help_lists_every_option_with_its_default():
 
 def test_the_pokemon_unet_is_the_documents():
     """S1-26: eight levels, 59.5 M parameters, runs at 32 px although 2^7 > 32."""
-    cfg = config.parse(
+    cfg = commandline.parse(
         train.DiffusionConfig, ["--preset", "pokemon", "--resolution", "32"], presets=train.PRESETS["diffusion"]
     )
     text = type("Text", (), {"hidden_size": 768, "projection_dim": 768})
@@ -305,7 +305,7 @@ def test_the_pokemon_unet_is_the_documents():
 def test_new_models_predict_nothing(tmp_path):
     """Residual ends and the output begin at zero."""
     for size in ("tiny", "mmdit-tiny"):
-        cfg = config.parse(train.DiffusionConfig, ["--model-size", size, "--resolution", "16"])
+        cfg = commandline.parse(train.DiffusionConfig, ["--model-size", size, "--resolution", "16"])
         text = type("Text", (), {"hidden_size": 32, "projection_dim": 32})
         net = build.make_denoiser(cfg, None, text)
         build.init(net, None)

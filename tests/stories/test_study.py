@@ -8,7 +8,7 @@ from PIL import Image
 from util import TINY, error_line, run
 
 import sample
-from nanodiff import config
+from nanodiff import commandline
 from nanodiff.config import UserError
 from nanodiff.stories import sampling, study
 
@@ -65,7 +65,7 @@ def test_cells_are_all_combinations_last_axis_fastest():
 
 
 def do(out, *argv):
-    sampling.main(config.parse(sample.Config, [*MODEL, "--output-dir", str(out), *argv]))
+    sampling.main(commandline.parse(sample.Config, [*MODEL, "--output-dir", str(out), *argv]))
     return list(csv.DictReader((out / "study.csv").open()))
 
 
@@ -96,7 +96,7 @@ def test_a_study_shares_noise_and_text(tmp_path, monkeypatch):
             "--overwrite",
         ]
         argv += ["--scheduler", row["scheduler"], "--guidance-scale", row["guidance_scale"]]
-        sampling.main(config.parse(sample.Config, argv))
+        sampling.main(commandline.parse(sample.Config, argv))
         assert Image.open(alone / "00000.png").tobytes() == Image.open(tmp_path / "s" / row["file"]).tobytes()
     sheet = Image.open(tmp_path / "s" / "study.png")
     assert sheet.width == 2 * (192 + 4) + 4 and sheet.height > 4 * 192
@@ -122,7 +122,7 @@ def test_a_stopped_study_goes_on(tmp_path, capsys):
 def test_a_random_seed_is_kept(tmp_path, capsys):
     argv = ["--model", str(TINY / "sd15"), "--prompt", "a", "--output-dir", str(tmp_path), "--study", "steps=1,2"]
     for _ in range(2):
-        sampling.main(config.parse(sample.Config, argv))
+        sampling.main(commandline.parse(sample.Config, argv))
     out = capsys.readouterr().out.splitlines()
     seeds = [line for line in out if line.startswith("seed:")]
     assert seeds[0] == seeds[1] and "2 of them finished before" in out[-1]
@@ -134,7 +134,7 @@ def test_studies_of_lora_scale_and_negative_prompts(tmp_path):
     pictures = [Image.open(tmp_path / "l" / r["file"]).tobytes() for r in rows]
     assert len(set(pictures)) == 3
     plain = tmp_path / "plain"
-    sampling.main(config.parse(sample.Config, [*MODEL, "--steps", "1", "--output-dir", str(plain)]))
+    sampling.main(commandline.parse(sample.Config, [*MODEL, "--steps", "1", "--output-dir", str(plain)]))
     assert Image.open(plain / "00000.png").tobytes() == pictures[0], "scale 0 is no LoRA"
     rows = do(tmp_path / "n", "--study", 'negative_prompt=none,"a, b"', "--steps", "1", "--guidance-scale", "5")
     assert [r["negative_prompt"] for r in rows] == ["", "a, b"]

@@ -118,9 +118,9 @@ def test_file_size_limit_leaves_the_old_one(tmp_path):
     """A full disk, as RLIMIT_FSIZE plays it: one line, exit code 2, the older checkpoint whole, nothing half left."""
     save(tmp_path, 1)
     code = (
-        "import resource, sys, torch; sys.path.insert(0, '.'); from nanodiff import config; from nanodiff.training import checkpoint\n"
+        "import resource, sys, torch; sys.path.insert(0, '.'); from nanodiff import commandline; from nanodiff.training import checkpoint\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))\n"
-        "sys.exit(config.tool(lambda: checkpoint.save(sys.argv[1], 2, {'w': torch.zeros(50000)}, {}, 1)))"
+        "sys.exit(commandline.tool(lambda: checkpoint.save(sys.argv[1], 2, {'w': torch.zeros(50000)}, {}, 1)))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr

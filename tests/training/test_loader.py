@@ -155,15 +155,15 @@ def test_a_killed_worker_is_one_line(pictures):
     """In a process of its own: PyTorch's signal handler may raise anywhere."""
     code = (
         "import os, signal, sys; sys.path[:0] = ['.', 'tests', 'tests/training']\n"
-        "from nanodiff import config; import test_loader as t\n"
+        "from nanodiff import commandline; import test_loader as t\n"
         "def main():\n"
         "    f = t.feed(sys.argv[1], workers=1, timeout=20)\n"
         "    next(f.update(0))\n"
         "    os.kill(f.stream._workers[0].pid, signal.SIGKILL)\n"
         "    t.seen(f, 0, 400)\n"
-        "config.parse = lambda *a: None\n"
+        "commandline.parse = lambda *a: None\n"
         "sys.argv[1:] = sys.argv[1:]\n"
-        "sys.exit(config.script({'': (None, lambda cfg: main())}, ''))"
+        "sys.exit(commandline.script({'': (None, lambda cfg: main())}, ''))"
     )
     done = subprocess.run([sys.executable, "-c", code, pictures], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "a data worker was lost" in error_line(done)
