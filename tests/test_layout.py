@@ -1,6 +1,8 @@
 """The house: floors, circles, banned packages, README tree, no unsafe calls, files that stay readable."""
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -209,3 +211,21 @@ def test_requirements_state_floors_and_lock():
 def test_golden_files_stay_small():
     size = sum(p.stat().st_size for p in Path(ROOT / "tests" / "golden").rglob("*") if p.is_file())
     assert size < 42e6
+
+
+@pytest.mark.parametrize(
+    "front", ["nanodiff", "nanodiff.pipeline", "nanodiff.lora", "nanodiff.data", "nanodiff.weights"]
+)
+def test_what_a_front_offers_says_its_types(front):
+    """Functions, and the methods of classes; SDXL and SD 3 answer what their bases ask."""
+    offered = importlib.import_module(front)
+    for name in offered.__all__:
+        one = getattr(offered, name)
+        own = inspect.isclass(one) and one.__module__.startswith("nanodiff") and name not in ("SD3", "SDXL", "Joint")
+        methods = [f for k, f in vars(one).items() if inspect.isfunction(f) and k[0] != "_"] if own else []
+        for function in [one] if inspect.isfunction(one) else methods:
+            said = inspect.signature(function)
+            bare = [
+                p.name for p in said.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")
+            ]
+            assert not bare and said.return_annotation is not said.empty, f"{function.__qualname__}: {', '.join(bare)}"

@@ -23,11 +23,13 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from nanodiff.config import UserError, printable
 from nanodiff.data import tables
@@ -79,7 +81,7 @@ class Dataset:
     def __len__(self):
         return len(self.items)
 
-    def data(self, i):
+    def data(self, i: int) -> bytes:
         """The encoded bytes of picture i."""
         item = self.items[i]
         try:
@@ -94,23 +96,29 @@ class Dataset:
             raise UserError(f"{item.path}: {printable(item.key)}: the file became shorter")
         return data
 
-    def image(self, i):
+    def image(self, i: int) -> Image.Image:
         """Picture i as an RGB PIL image. Raises UserError naming the file."""
         item = self.items[i]
         return open_image(
             io.BytesIO(self.data(i)), item.path if item.path.endswith(item.key) else f"{item.path}: {item.key}"
         )
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A hash of keys, captions and labels."""
         parts = zip(self.keys, self.texts, self.labels, strict=True)
         return hashlib.blake2b(json.dumps(list(parts)).encode("utf-8", "replace"), digest_size=12).hexdigest()
 
-    def subset(self, positions):
+    def subset(self, positions: Sequence[int]) -> "Dataset":
         return Dataset([self.items[i] for i in positions], self.root, self.image_column, self.known_labels)
 
 
-def load(path, captions=True, image_column=None, caption_column=None, skip=False):
+def load(
+    path: str | Path,
+    captions: bool = True,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    skip: bool = False,
+) -> Dataset:
     """A Dataset from any layout of the module docstring.
 
     captions=False allows pictures without one (VAE training). image_column, caption_column: names in jsonl, csv and
@@ -505,7 +513,7 @@ class Pictures:
         self.dataset, self.resolution = dataset, resolution
         self.room, self.kept = limit // (3 * resolution * resolution), {}
 
-    def one(self, i):
+    def one(self, i: int) -> torch.Tensor:
         if i in self.kept:
             return self.kept[i]
         image = fit(self.dataset.image(i), self.resolution, self.resolution)
@@ -514,6 +522,6 @@ class Pictures:
             self.kept[i] = array
         return array
 
-    def batch(self, positions):
+    def batch(self, positions: Sequence[int]) -> torch.Tensor:
         """Pixels [B, 3, R, R] in [-1, 1] of the given dataset positions."""
         return torch.from_numpy(np.stack([self.one(i) for i in positions])).float() / 127.5 - 1

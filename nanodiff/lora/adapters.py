@@ -8,6 +8,7 @@ Explained in the book (docs/book): chapter 12.
 import contextlib
 import fnmatch
 import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,17 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "
              "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # fmt: skip
 
 
-def adapt(model, rank=4, alpha=None, targets=ATTENTION, component="model", rank_pattern=None, alpha_pattern=None, dropout=0.0,
-          rslora=False):  # fmt: skip
+def adapt(
+    model: nn.Module,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION,
+    component: str = "model",
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> int:
     """Freeze `model` and put trainable adapters beside the layers that `targets` name: y = W x + s · B (A drop(x)), A drawn as a
     linear layer's weights are, B zero, both in fp32 (an fp16 adapter could not be unscaled). The base keeps its names; the
     adapters are `….lora_A.weight` and `….lora_B.weight`.
@@ -60,7 +70,7 @@ def adapt(model, rank=4, alpha=None, targets=ATTENTION, component="model", rank_
     return len(found)
 
 
-def matches(name, target):
+def matches(name: str, target: str) -> bool:
     """Does `target` name a layer? See adapt()."""
     return fnmatch.fnmatchcase(name, target) if "*" in target else name == target or name.endswith(f".{target}")
 
@@ -79,7 +89,7 @@ def _by_name(found, patterns, what):
 
 
 @contextlib.contextmanager
-def without(model):
+def without(model: nn.Module) -> Iterator[None]:
     """Inside, an adapt()ed model is its base again: a teacher that costs no memory."""
     scales = {layer: layer.lora_scale for layer in model.modules() if hasattr(layer, "lora_scale")}
     try:
@@ -103,7 +113,12 @@ def _beside(dropout, layer, args, out):
     return out + (layer.lora_B(layer.lora_A(x)) * layer.lora_scale).to(out.dtype)
 
 
-def trained(models, states=None, dtype=torch.float32, name="adapters"):
+def trained(
+    models: dict[str, nn.Module],
+    states: dict[str, dict[str, torch.Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    name: str = "adapters",
+) -> Lora:
     """The Lora of adapt()ed models ({component: module}). states: {component: state_dict} in place of the models' own."""
     deltas = []
     for component, model in models.items():

@@ -10,6 +10,7 @@ Explained in the book (docs/book): chapter 12.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Delta(NamedTuple):
     up: torch.Tensor  # [out, r, (1, 1)]
     scale: float  # alpha / rank
 
-    def matrix(self, shape):
+    def matrix(self, shape: Sequence[int]) -> torch.Tensor:
         """scale · up @ down in fp32, shaped like the weight it changes."""
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(shape) * self.scale
 
@@ -76,7 +77,7 @@ class Lora:
     words: dict = field(default_factory=dict)
 
 
-def names_of(models):
+def names_of(models: dict[str, nn.Module]) -> dict[str, list[tuple[str, str]]]:
     """{every name that a dialect may use: [(component, module path)]}; a fused q-k-v stands for three modules."""
     found = {}
 

@@ -20,7 +20,9 @@ from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Del
 from nanodiff.weights import original_names
 
 
-def read(path, models, allow_partial=False, words=False):
+def read(
+    path: str | Path, models: dict[str, torch.nn.Module], allow_partial: bool = False, words: bool = False
+) -> Lora:
     """A Lora for `models` ({component: module}). words: the caller teaches the text encoders the learned words that come with it.
     Raises UserError for keys that none of the models knows (unless allow_partial, then each is said), for shapes that do not fit,
     for methods that are no LoRA, and for learned words that nobody would learn."""
@@ -97,14 +99,14 @@ def bundled_words(tensors, file):
     return words
 
 
-def file_of(path):
+def file_of(path: str | Path) -> Path:
     """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder."""
     path = Path(path)
     names = ("adapter_model.safetensors", DIFFUSERS_NAME)
     return next((path / n for n in names if (path / n).exists()), path / names[0]) if path.is_dir() else path
 
 
-def grouped(tensors, file):
+def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """({layer name: {"down", "up", "alpha"}}, keys of no known form)"""
     groups, strange = {}, []
     for key, tensor in tensors.items():
@@ -189,7 +191,7 @@ def _delta(target, parts, models, scale, file):
     return Delta(component, module, down, up, scale)
 
 
-def parse(text):
+def parse(text: str) -> tuple[str, float]:
     """ "FILE" or "FILE:SCALE" of the command line -> (path, scale)."""
     path, colon, scale = text.rpartition(":")
     if colon and not Path(text).exists():

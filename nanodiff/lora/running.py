@@ -13,6 +13,7 @@ from torch import nn
 
 from nanodiff.config import UserError
 from nanodiff.device import derived, onednn
+from nanodiff.lora.format import Lora
 
 
 class Attached:
@@ -40,12 +41,12 @@ class Attached:
         )
         return out + F.conv2d(h, up.flatten(1)[:, :, None, None]) * strength
 
-    def remove(self):
+    def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
 
-def attach(models, lora, scale=1.0):
+def attach(models: dict[str, nn.Module], lora: Lora, scale: float = 1.0) -> Attached:
     """Run `lora` beside the weights of `models`; returns an Attached."""
     return Attached(models, lora, scale)
 
@@ -73,7 +74,7 @@ class Fused:
         for model in models.values():
             derived.weights_changed(model)
 
-    def remove(self):
+    def remove(self) -> None:
         for model in self.models.values():
             onednn.undo(model)
         for weight, data in reversed(self.before):
@@ -82,7 +83,7 @@ class Fused:
             derived.weights_changed(model)
 
 
-def fuse(models, lora, scale=1.0, keep=True):
+def fuse(models: dict[str, nn.Module], lora: Lora, scale: float = 1.0, keep: bool = True) -> Fused:
     """Add `lora` into the weights of `models`; returns a Fused. keep: so that it can be taken out again, at the price of
     the changed weights' memory. Not while they are at work (memory.Resident)."""
     return Fused(models, lora, scale, keep)

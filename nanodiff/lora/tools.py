@@ -5,6 +5,9 @@ Which module a key stands for is known from the model: the one that is named, or
 Explained in the book (docs/book): chapter 12.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from tqdm import tqdm
 
@@ -20,13 +23,13 @@ from nanodiff.pipeline.single import Known
 # Which model
 
 
-def skeletons(model):
+def skeletons(model: str | Path) -> dict[str, torch.nn.Module]:
     """{component: module without weights} of a model's networks, by name, folder or file."""
     src = sources.configs(model)
     return {n: weights.skeleton(src.builder(n), src.config(n)) for n in NETWORKS if n in src.parts}
 
 
-def models_for(path, model=None):
+def models_for(path: str | Path, model: str | None = None) -> tuple[dict[str, torch.nn.Module], format.Lora]:
     """({component: module without weights}, Lora) of a file. Without a model, the released one whose layers all fit it."""
     if model:
         models = skeletons(model)
@@ -50,7 +53,7 @@ def models_for(path, model=None):
 # Tools
 
 
-def inspect(path, model=None):
+def inspect(path: str | Path, model: str | None = None) -> None:
     """Print every layer with its shapes, rank and alpha, and how strong other programs take the file to be."""
     file = reading.file_of(path)
     tensors = weights.load_weights(file)
@@ -82,7 +85,7 @@ def inspect(path, model=None):
     return None
 
 
-def convert(source, target, form, model=None):
+def convert(source: str | Path, target: str | Path, form: str, model: str | None = None) -> None:
     """Translate a file. Names change, numbers do not."""
     models, found = models_for(source, model)
     if found.words:
@@ -101,7 +104,7 @@ def convert(source, target, form, model=None):
     print(f"{written}: {len(found.deltas)} layers, {form}, {family_of(models)}")
 
 
-def merge(model, loras, target):
+def merge(model: str, loras: Sequence[str], target: str | Path) -> None:
     """Add LoRAs into a model's weights for good, and write it as a Hub folder, in the types that it was stored in."""
     sd = pipeline.load(model, None)
     for text in loras:
@@ -115,7 +118,7 @@ def merge(model, loras, target):
     print(target)
 
 
-def extract(model, tuned, rank, target, form="kohya"):
+def extract(model: str, tuned: str, rank: int, target: str | Path, form: str = "kohya") -> None:
     """The LoRA that comes nearest to tuned - model: the largest singular values of each layer's difference (Eckart and Young 1936)."""
     if rank < 1:
         raise UserError(f"`rank` {rank} must be at least 1")
@@ -161,7 +164,7 @@ def _nearest(component, module, difference, rank):
     return format.Delta(component, module, down.contiguous(), up.contiguous(), 1.0)
 
 
-def verify(a, b, model=None, tolerance=1e-6):
+def verify(a: str | Path, b: str | Path, model: str | None = None, tolerance: float = 1e-06) -> int:
     """Compare what two files add to each layer. Prints the largest relative difference; the exit code is 1 above the tolerance."""
     models, first = models_for(a, model)
     changes = [_changes(found) for found in (first, reading.read(b, models, words=True))]

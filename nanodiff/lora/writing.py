@@ -17,6 +17,7 @@ of a matrix: there and back gives the same bytes in each tensor.
 import collections
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from nanodiff import weights
 from nanodiff.config import UserError
 from nanodiff.files import write_json
+from nanodiff.lora.format import Delta, Lora
 from nanodiff.weights import original_names
 
 FORMS = ("kohya", "diffusers", "peft")
@@ -48,7 +50,13 @@ def family_of(models):
     return "SD 2" if wide == 1024 else "SD 1"
 
 
-def write(path, found, models, form="kohya", facts=None):
+def write(
+    path: str | Path,
+    found: Lora,
+    models: dict[str, torch.nn.Module],
+    form: str = "kohya",
+    facts: dict[str, str] | None = None,
+) -> Path:
     """Write a Lora. models: {component: module} of its whole pipeline, for the names. facts: {name: text} for kohya's header, such as
     title, steps, epoch, seed, learning_rate, resolution. peft: a folder, with one inside it for each component when there are several.
 
@@ -80,18 +88,18 @@ def write(path, found, models, form="kohya", facts=None):
     return path
 
 
-def form_for(form, models):
+def form_for(form: str, models: dict[str, torch.nn.Module]) -> str:
     """--lora-format with `auto` decided: kohya, or diffusers for an MMDiT, of which kohya's form has no names."""
     return form if form != "auto" else "diffusers" if "transformer" in models else "kohya"
 
 
-def alpha_of(delta):
+def alpha_of(delta: Delta) -> float:
     """The alpha that gives a layer its strength by the plain rule, alpha / rank."""
     alpha = delta.scale * delta.down.shape[0]
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(abs(alpha), 1) else alpha
 
 
-def kohya_name(delta, models):
+def kohya_name(delta: Delta, models: dict[str, torch.nn.Module]) -> str:
     """lora_unet_… (SDXL's in the names of its original file), lora_te_… (lora_te1_, lora_te2_ where there are two encoders),
     lora_transformer_…"""
     component, path = delta.component, delta.module
@@ -105,7 +113,9 @@ def kohya_name(delta, models):
     return prefix + path.replace(".", "_")
 
 
-def header(deltas, models, facts, title):
+def header(
+    deltas: Sequence[Delta], models: dict[str, torch.nn.Module], facts: dict[str, str], title: str
+) -> dict[str, str]:
     """kohya's metadata and the modelspec's, as texts: what A1111 and ComfyUI read, and nothing about the machine or the pictures."""
     family = family_of(models)
     version, architecture = BASES[family]
@@ -144,7 +154,7 @@ def _write_hashed(path, tensors, metadata):
     weights.save_tensors(path, tensors, metadata | {"sshs_model_hash": digest})
 
 
-def settings_of(deltas):
+def settings_of(deltas: Sequence[Delta]) -> dict[str, object]:
     """LoraConfig's fields for one component's layers: the commonest rank and alpha, the others by their names.
 
     Names are matched by their ends, and are without `text_model.`, which the newer transformers do not have in memory."""

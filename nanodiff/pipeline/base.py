@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 
 from nanodiff.config import UserError
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
+from nanodiff.diffusion.schedule import Schedule
 from nanodiff.models.unet import UNet2DConditionModel, perturbed
 from nanodiff.output import images
 from nanodiff.pipeline import control, families, pictures, saving
@@ -114,7 +116,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
 
     unet = property(lambda self: self.net)
 
-    def check_fit(self):
+    def check_fit(self) -> None:
         """Raise UserError when the parts are not of one model, naming the two that disagree."""
         self.check_latents()
         unet = self.net.cfg
@@ -130,7 +132,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """Adversarially distilled (sd-turbo, sdxl-turbo): to be sampled in one to four steps without guidance."""
         return is_turbo(self.schedule.raw, self.name)
 
-    def sampling(self, name: str):
+    def sampling(self, name: str) -> float | None:
         """ "steps" or "guidance_scale" that the model's folder asks for, or None."""
         value = (self.index.get(SAMPLING) or {}).get(name)
         return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e5 else None
@@ -157,7 +159,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """{component: millions of parameters}"""
         return {k: round(memory.count(m) / 1e6, 2) for k, m in self.models().items()}
 
-    def with_scheduler(self, name: str | None, sigmas: str | None = None, **fields) -> "Pipeline":
+    def with_scheduler(self, name: str | None, sigmas: str | None = None, **fields: object) -> "Pipeline":
         """The same models under another sampler; None keeps the model's own. sigmas: of another grid (grids.SIGMAS). fields: of
         scheduler_config.json."""
         if name is None and not fields and sigmas is None:
@@ -167,14 +169,19 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.sizes > 0)
         return self.with_schedule(schedule)
 
-    def with_schedule(self, schedule) -> "Pipeline":
+    def with_schedule(self, schedule: Schedule) -> "Pipeline":
         """The same models under another Schedule."""
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
         other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
         other.packs, other.replays = self.packs, self.replays
         return other
 
-    def save(self, folder, dtype=None, states=None):
+    def save(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        states: dict[str, dict[str, torch.Tensor]] | None = None,
+    ) -> None:
         """Write a Hub pipeline folder: model_index.json, components, tokenizers, scheduler. states: {component: state_dict} in
         place of the components' own."""
         saving.save(self, folder, dtype, states)
@@ -197,7 +204,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         on_step: Callable | None = None,
         decode: Callable | None = None,
         output_type: str = "pil",
-        **settings,
+        **settings: object,
     ) -> Result:
         """One batch of pictures, one per prompt; a single text is a batch of one.
 
@@ -334,7 +341,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """The step at which image-to-image starts."""
         return max(steps - min(int(steps * strength), steps), 0)
 
-    def check_options(self, drawing, start, words):
+    def check_options(self, drawing: Drawing, start: Start, words: Words) -> None:
         """Raise UserError for settings of another family, and for those that need another."""
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
             needs = int(name[-1] if name[-1] in "23" else "3")
@@ -366,7 +373,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 "this is an inpainting model, which repaints a picture under a mask: give `image` and `mask`"
             )
 
-    def size_ids(self, n, height, width, sizes):
+    def size_ids(self, n: int, height: int, width: int, sizes: object) -> torch.Tensor | None:
         """SDXL's size condition; None for the others."""
 
 

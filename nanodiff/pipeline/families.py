@@ -236,7 +236,7 @@ FAMILIES |= {REFINER.name: REFINER}  # which shares its class with SDXL's image-
 SAMPLING = "_sampling"
 
 
-def is_turbo(raw, name):
+def is_turbo(raw: dict, name: str) -> bool:
     """Is this an adversarially distilled model? sd-turbo and sdxl-turbo are told by the scheduler that only they ship:
     Euler, "trailing", ε (v-prediction models with zero terminal SNR are "trailing" too). SD 3.5 large-turbo's files are
     those of large in all but their values, so there the model's name must tell. raw: its scheduler_config.json."""

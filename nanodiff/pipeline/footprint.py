@@ -1,5 +1,6 @@
 """The memory of a run, predicted on the meta device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from nanodiff.models.control_mmdit import SD3ControlNetModel
 from nanodiff.pipeline.families import BUILDERS
 from nanodiff.pipeline.loading import FAMILIES
 from nanodiff.pipeline.sdxl import SDXL
+from nanodiff.pipeline.single import Single
+from nanodiff.pipeline.sources import Folder
 
 
 @dataclass
@@ -79,7 +82,19 @@ class Inputs:
         return lambda: other(x, t, other.text_kv(text), other.look(picture), added)
 
 
-def plan(src, dtype, height, width, batch, guided, quantized, with_t5, length, tiled, controls=()):
+def plan(
+    src: Folder | Single,
+    dtype: torch.dtype,
+    height: int | None,
+    width: int | None,
+    batch: int,
+    guided: bool,
+    quantized: str | None,
+    with_t5: bool,
+    length: int,
+    tiled: bool,
+    controls: Sequence[torch.nn.Module] = (),
+) -> list[memory.Stage]:
     """[memory.Stage] of a run, predicted on the meta device. controls: ControlNets, on the meta device too."""
     family, stages = FAMILIES[src.kind], []
     meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in BUILDERS if n in src.parts}

@@ -19,7 +19,7 @@ from nanodiff.weights import original_names
 
 
 def load(
-    model=None,
+    model: str | Path | Folder | Single | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     variant: str | None = None,
@@ -29,10 +29,10 @@ def load(
     offload: str = "none",
     quantized: str | None = None,
     no_t5: bool = False,
-    components=None,
+    components: str | None = None,
     prediction_type: str | None = None,
     allow_pickle: bool = False,
-    name=None,
+    name: str | None = None,
 ) -> Pipeline:
     """A Pipeline from a folder, single file or Hub id (see hub.resolve), from what source() returned, or the embedded model.
 
@@ -73,7 +73,13 @@ def load(
     return sd
 
 
-def convert(model, target, allow_pickle=False, components=None, prediction_type=None):
+def convert(
+    model: str | Path,
+    target: str | Path,
+    allow_pickle: bool = False,
+    components: str | None = None,
+    prediction_type: str | None = None,
+) -> None:
     """A single-file checkpoint as a Hub folder, or a Hub folder as one file in the original names. Types stay."""
     src = source(model, components=components, prediction_type=prediction_type, allow_pickle=allow_pickle)
     single, target = isinstance(src, Single), Path(target)

@@ -6,7 +6,10 @@
 What model_index.json names is data: only classes that we have are built, names are never paths, no code is run.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from nanodiff import weights
 from nanodiff.config import UserError, printable, read_json, short, typed
@@ -66,28 +69,28 @@ class Folder:
         self.index = read_json(path / "model_index.json")
         self.kind, self.parts = check_index(self.index, path)
 
-    def folder(self, name):
+    def folder(self, name: str) -> Path:
         return self.path / name
 
-    def builder(self, name):
+    def builder(self, name: str) -> type:
         """The class of a component."""
         entry = self.index.get(name)
         return OWN.get(entry[1] if isinstance(entry, list) else None, BUILDERS[name])
 
-    def config(self, name):
+    def config(self, name: str) -> object:
         path = self.folder(name) / "config.json"
         return self.builder(name).Config.from_json(read_json(path), str(path))
 
-    def check_there(self, name):
+    def check_there(self, name: str) -> None:
         """Raise UserError when a part that SD 3 could do without is missing."""
         if name.endswith("_3") and not self.folder(name).is_dir():
             raise UserError(f"{self.path}: {name} is missing; download it, or go without it with `no_t5`")
 
-    def module(self, name, dtype, device):
+    def module(self, name: str, dtype: torch.dtype | None, device: str | torch.device) -> torch.nn.Module:
         self.check_there(name)
         return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant)
 
-    def tokenizer(self, name):
+    def tokenizer(self, name: str) -> object:
         self.check_there(name)
         if self.index[name][1] == "LabelTokenizer":
             return LabelTokenizer.load(self.path / name)
@@ -96,7 +99,7 @@ class Folder:
         encoder = self.config(name.replace("tokenizer", "text_encoder"))
         return CLIPTokenizer.load(self.path / name, encoder.max_position_embeddings)
 
-    def scheduler(self):
+    def scheduler(self) -> tuple[dict, str]:
         """(scheduler_config.json as a dict, where it is from). The class is the one that model_index.json names, as in diffusers."""
         path = self.path / "scheduler" / "scheduler_config.json"
         raw, entry = read_json(path), self.index.get("scheduler")
@@ -134,16 +137,16 @@ class Component(Folder):
 
 
 def source(
-    model,
-    variant=None,
-    revision=None,
-    token=None,
-    components=None,
-    prediction_type=None,
-    allow_pickle=False,
-    no_t5=False,
-    without=(),
-):
+    model: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    components: str | None = None,
+    prediction_type: str | None = None,
+    allow_pickle: bool = False,
+    no_t5: bool = False,
+    without: Sequence[str] = (),
+) -> Folder | Single:
     """The Folder, Component or single.Single that `model` names. components: what a single file or a component
     lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
     skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))

@@ -10,6 +10,7 @@ Explained in the book (docs/book): chapter 16.
 import contextlib
 import mmap
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 RENAMES["CLIPModel"] = RENAMES["CLIPVisionModelWithProjection"] = [(r"^(.*\.)?position_ids$", None)]
 
 
-def renamed(key, class_name):
+def renamed(key: str, class_name: str) -> str | None:
     """The name under which `class_name` knows a tensor of a file; None when it is to be dropped."""
     for pattern, replacement in RENAMES.get(class_name, ()):
         if re.search(pattern, key):
@@ -66,7 +67,7 @@ def renamed(key, class_name):
     return key
 
 
-def check_names(expected, found, where):
+def check_names(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str | Path) -> None:
     """expected, found: {name: shape}. Raises UserError for the first differences, with the nearest names."""
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
@@ -98,7 +99,7 @@ class WithoutInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton(cls, cfg):
+def skeleton(cls: type, cfg: object) -> torch.nn.Module:
     """The module without weights: on the meta device, built in no time. Raises UserError for sizes that make no model."""
     try:
         with torch.device("meta"), WithoutInit():
@@ -107,7 +108,15 @@ def skeleton(cls, cfg):
         raise UserError(f"config.json of a {cls.__name__}: its sizes make no model: {str(e).splitlines()[0]}") from e
 
 
-def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=()):
+def load(
+    cls: type,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    cfg: object = None,
+    without: Sequence[str] = (),
+) -> torch.nn.Module:
     """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
 
     dtype: torch dtype, None keeps the stored one. without: parts of the file that are not wanted, by the first word of their
@@ -134,7 +143,13 @@ def load(cls, folder, dtype=None, device="cpu", variant=None, cfg=None, without=
     return model.eval().requires_grad_(False)
 
 
-def read_all(paths, names, shapes, dtype, device):
+def read_all(
+    paths: Sequence[str | Path],
+    names: dict[str, str | None],
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> dict[str, torch.Tensor]:
     """{model's name: tensor} for the files' tensors with a name in `names` (None = dropped), in one pass.
 
     dtype None, or the stored one, on a CPU: tensors stay mapped (nothing is read before it is used; write_bytes() never
@@ -215,7 +230,12 @@ def _check_depth(cfg, shapes, folder):
             raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
 
 
-def save(model, folder, dtype=None, state=None):
+def save(
+    model: torch.nn.Module,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict()."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ STORED = {  # names of the safetensors format
 }
 
 
-def check_file(path):
+def check_file(path: str | Path) -> None:
     """Raise UserError when `path` is plainly not a safetensors file, saying what it is instead."""
     try:
         check_regular(path)
@@ -64,7 +65,7 @@ def check_file(path):
         raise UserError(f"{path}: truncated inside its header ({size} bytes); download it again")
 
 
-def open_file(path, device="cpu"):
+def open_file(path: str | Path, device: str | torch.device = "cpu") -> safe_open:
     """safe_open with errors that name the file and its fault. The tensors stay mapped, not read."""
     check_file(path)
     try:
@@ -83,7 +84,7 @@ def open_file(path, device="cpu"):
         raise UserError(f"{path}: {reason}") from None
 
 
-def header(paths):
+def header(paths: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     """{tensor name: shape} of safetensors files, without reading a tensor."""
     shapes = {}
     for path in paths:
@@ -92,12 +93,12 @@ def header(paths):
     return shapes
 
 
-def metadata(path):
+def metadata(path: str | Path) -> dict[str, str]:
     """The `__metadata__` of a safetensors file: {str: str}."""
     return dict(open_file(path).metadata() or {})
 
 
-def find_files(folder, variant=None):
+def find_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     """The weight files of a component folder, as a list of paths: one file, or the shards of an index.
 
     variant: "fp16" prefers `….fp16.safetensors`; a component without it loads the plain file, with a line, and one that has
@@ -186,7 +187,7 @@ def _table(path):
     return 8 + length, table
 
 
-def tensor_hash(path):
+def tensor_hash(path: str | Path) -> str:
     """The SHA-256 of a file's tensors, whatever its metadata say: what A1111 and Civitai call AutoV3, and kohya sshs_model_hash."""
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
@@ -194,7 +195,7 @@ def tensor_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def model_hash(path, digits=10):
+def model_hash(path: str | Path, digits: int = 10) -> str:
     """A1111's "Model hash" of a file: ten digits of its SHA-256 (Civitai's AutoV2); eight digits, as before 2023, of that of 64 kB from the first
     megabyte on."""
     with open(path, "rb") as f:
@@ -213,7 +214,7 @@ def check_kind(wanted, stored, key, path):
         raise UserError(f"{path}: {printable(key)} is stored as {kind}, which cannot be {what}{hint}")
 
 
-def as_weight(tensor, key, path):
+def as_weight(tensor: torch.Tensor, key: str, path: str | Path) -> torch.Tensor:
     """A tensor of a file as a weight: 8-bit floating-point numbers as fp32, as nothing computes with them; whole numbers are refused, but for
     a single one (a counter, an alpha). Raises UserError naming file, tensor and type."""
     if tensor.numel() != 1:
@@ -221,12 +222,12 @@ def as_weight(tensor, key, path):
     return tensor.float() if tensor.dtype in FLOAT8 else tensor
 
 
-def as_weights(tensors, path):
+def as_weights(tensors: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a file of weights, each by as_weight()."""
     return {key: as_weight(tensor, key, path) for key, tensor in tensors.items()}
 
 
-def load_pickle(path, inside="state_dict", nested=False):
+def load_pickle(path: str | Path, inside: str = "state_dict", nested: bool = False) -> dict[str, torch.Tensor]:
     """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback.
 
     inside: the key under which the tensors may be nested. nested: dicts in it are parts, whose names stand before those of their tensors.
@@ -248,7 +249,9 @@ def load_pickle(path, inside="state_dict", nested=False):
     return tensors
 
 
-def opened(path, allow_pickle=False, nested=False):
+def opened(
+    path: Path, allow_pickle: bool = False, nested: bool = False
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
     """({name: shape}, name -> tensor) of a file, of a pickle only where that is allowed. nested: see load_pickle(). Raises UserError."""
     if path.suffix not in PICKLES:
         return header([path]), open_file(path).get_tensor
@@ -258,7 +261,7 @@ def opened(path, allow_pickle=False, nested=False):
     return {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
 
 
-def save_tensors(path, tensors, metadata=None):
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """{name: tensor} -> a safetensors file, the bytes that safetensors' own writer makes (metadata sorted), but tensor by tensor, so that the
     file is never in memory as a whole. The new file replaces the old one, so a mapped file stays intact."""
     kinds = {dtype: name for name, dtype in STORED.items()}
@@ -287,12 +290,12 @@ def save_tensors(path, tensors, metadata=None):
     write_file(path, write)
 
 
-def load_weights(path):
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a safetensors file of weights, in memory. See as_weights()."""
     return as_weights(load_tensors(path), path)
 
 
-def load_tensors(path):
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a safetensors file, in memory (the file may be replaced afterwards)."""
     f = open_file(path)
     return {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
