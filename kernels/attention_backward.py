@@ -298,11 +298,13 @@ def backward(
         return dq, k.new_zeros(B, S, M, K), v.new_zeros(B, S, M, K), dbias.zero_()
     of_delta, of_kv, of_q, of_bias, cuts = kept(_backward_launches, q, k, v, bias, key_mask, dout, scale, causal, window,
                                                 want_bias, one_tf32(q.dtype))  # fmt: skip
+    # three kernels, or four: Δ first, which the others read
     delta = torch.empty_like(lse)
     of_delta(out, dout, torch.zeros_like(lse) if dlse is None else dlse.contiguous(), delta)
     inputs = (q, k, v, *given(bias, key_mask, q), dout, lse, delta)
     dk, dv = (x.new_empty(cuts, B, S, M, K, dtype=x.dtype if cuts == 1 else torch.float32) for x in (k, v))
     of_kv(*inputs, dk, dv)
+    # sums of the splits, in one order
     dk, dv = (x[0] if cuts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
     of_q(*inputs, dq)
     if want_bias:

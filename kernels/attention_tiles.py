@@ -108,7 +108,7 @@ def keys_range(start, rows, L, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BL
     """(lo, full_lo, full_hi, hi): keys that queries start … start + rows − 1 see at all, and between them the whole
     blocks that every one of these queries sees entirely.
 
-    So of a causal square half of the blocks are never loaded, and only those on the diagonal are masked element by element."""
+    So of a causal square half of the blocks are never loaded, and the forward pass masks none but those on the diagonal."""
     # the diagonal: the keys at the place of the first and of the last query
     first, last = start + S - L, start + rows - 1 + S - L
     lo, full_lo, full_hi, hi = 0, 0, S, S

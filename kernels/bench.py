@@ -10,7 +10,7 @@ the same run. Writes GPU.json and GPU.md, GPU being the device's name.
 
 Why so: a call that takes ten microseconds is launched in longer than that, so calls are captured and replayed, or the host would be
 measured; inputs that were used before lie in the L2 cache, where no model would find them; a single time says little, since clocks
-move. Operations are counted as the mathematics has them, 4 B N L S K for attention (half of that if causal), bytes as what must be
+move. Operations are counted as the mathematics has them, 4 B N L S K for an attention's forward pass (half of that if causal, 2.5 times that backward), bytes as what must be
 read and written once: the rate is that of useful work, and can be held against the ceiling.
 """
 

@@ -117,7 +117,7 @@ def _statistics(p_x, p_shift, p_parts, s_b, s_c, s_p, s_t, C, P, per_chunk, SHIF
     the end, and nothing large is ever taken from something large.
     """
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of whichever groups
     m_c = o_c < C
     p_shift += b * s_t + tl.where(m_c, o_c, 0)
     p_x += b * s_b + o_c[None, :] * s_c
@@ -173,7 +173,7 @@ def _normalise(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_y, s_b, s_c, s_
                BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y of a chunk of pixels, from the group's mean and rstd: grid [chunks, blocks of C, B], last chunk first."""
     chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of whichever groups
     m_c = o_c < C
     # [channels] each: every channel has its group's
     mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
@@ -231,7 +231,7 @@ def _sums(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_dy, p_sums, s_b, s_c
           BLOCK_C: tl.constexpr):  # fmt: skip
     """s₁, s₂, s₃ of a chunk of pixels: grid [chunks, blocks of C, B]. The first of two passes over x and dy."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of whichever groups
     m_c = o_c < C
     # [channels] each: every channel has its group's
     mean, rstd = _channel(p_mean + b * G, o_c // WIDTH, m_c), _channel(p_rstd + b * G, o_c // WIDTH, m_c)
@@ -287,7 +287,7 @@ def _backward_x(p_x, p_shift, p_weight, p_bias, p_mean, p_rstd, p_a, p_dy, p_dx,
                 BLOCK_C: tl.constexpr):  # fmt: skip
     """dx of a chunk of pixels: grid [chunks, blocks of C, B], last chunk first. The second pass, once A and B are known."""
     chunk, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2).to(tl.int64)  # which pixels, which image
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of one group or several
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [channels], of whichever groups
     m_c = o_c < C
     o_g = b * G + o_c // WIDTH
     mean, rstd = _channel(p_mean, o_g, m_c)[None, :], _channel(p_rstd, o_g, m_c)[None, :]
@@ -382,6 +382,7 @@ def _run(chunks, launches, x, weight, bias, shift, groups):
     if not chunks:
         launches[0](x, shift, weight, bias, y, mean, rstd)
         return y, mean, rstd
+    # three kernels: numbers of each chunk and channel, numbers of each group, and y
     statistics, join, normalise = launches
     parts = x.new_empty((B, chunks, 2, C), dtype=torch.float32)
     statistics(x, shift, parts)
@@ -447,6 +448,7 @@ def backward(
     if not chunks:
         launches[0](*inputs, dy, out, s1, s2, dshift)
     else:
+        # three again: sums of each chunk, sums of each group, and dx
         sums, join, gradient = launches
         parts = x.new_empty(B, chunks, 3, C, dtype=torch.float32)
         a = x.new_empty(B, groups, 2, dtype=torch.float32)

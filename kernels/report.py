@@ -7,7 +7,7 @@ compiled is what a user's GPU would be given: the same configurations, specialis
 memory and spilled bytes are read from the cubin (cuobjdump, which comes with Triton), on AMD from the assembly.
 `--check` fails when a kernel spills that SPILLS does not justify, or asks for more shared memory than its GPU has.
 
-How to read a row. registers: of a thread; above 128 with 8 warps (255 with 4) a multiprocessor holds one such program at a time.
+How to read a row. registers: of a thread; above 128 with 8 warps a multiprocessor holds one such program at a time.
 shared: bytes of a program, of which the stages of its loop take most. spilled: bytes a thread keeps in memory for want of registers,
 which every round of a loop pays for. narrow: loads of two bytes where sixteen would go at once; ahead: copies that run while the
 products do. None of it is a time: a GPU has the last word (kernels.bench), this one finds what cannot be right.

@@ -11,8 +11,8 @@ and for pictures x, y [B, C, H, W]:
 For inference: where gradients are asked for, or torch.compile does the fusing, the same is composed of operators that know
 them. Everything is computed in fp32; s is rounded to the type of x, and it is the rounded s that is normed.
 
-Counted in passes over [B, L, D]: a residual and its norm are three read and two written by PyTorch, x and y read and s and its norm
-written here, 4 in place of 5; with a gate 4 in place of 7, with two gates 5 in place of 10. Each is also a launch less.
+Counted in passes over [B, L, D], reads and writes together: a residual and its norm take PyTorch 5 (x and y read, s written; s read,
+its norm written) and this kernel 4, since s is normed while it is there; with two gated parts 8 and 5. One launch in place of two or three.
 """
 
 import torch
@@ -66,7 +66,7 @@ def _residual_norm(p_x, p_y, p_gate, p_z, p_gate_z, p_gain, p_offset, p_more, p_
     s += tl.load(p_y + o, mask=m, other=0.0).to(tl.float32) * _gain(p_gate, s_gate, b, o_d, m_d, GATE, False)
     if TWO:
         s += tl.load(p_z + o, mask=m, other=0.0).to(tl.float32) * _gain(p_gate_z, s_gate_z, b, o_d, m_d, GATE_Z, False)
-    # rounded as it will be stored: the next block adds to that number, so this norm must be of it
+    # the norm is of s rounded to its type, as it is where s and its norm are operators of their own
     u = s.to(p_sum.dtype.element_ty).to(tl.float32)
     s = u
     # the bias of a product that is to be added to s by the product itself: here, where s is in registers, it costs nothing

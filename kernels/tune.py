@@ -11,11 +11,11 @@ What is chosen for an attention kernel, and what pulls which way:
     BLOCK_L, BLOCK_S   sides of a tile. Larger: each value that is loaded enters more products. Smaller: more programs at once, and
                        accumulators that fit (65,536 registers of 32 bits a multiprocessor, at most 255 a thread)
     num_warps          4 or 8 warps of 32 threads share a tile: 8 halve what each thread must hold, 4 wait less for each other
-    num_stages         how many blocks of keys are under way at once: each hides latency, and takes its place in shared memory
+    num_stages         how many blocks (of keys; for dk and dv of queries) are under way at once: each hides latency, and takes its place in shared memory
     TMA, SPLIT         Hopper's copy engine or loads by the threads; heads of 40 as 32 + 16 or as 64
     TORCH              not a configuration: one of PyTorch's own attentions was faster, and is taken
 
-Rows are found by head size, length and type (attention_tiles.keys_of), for memory-bound kernels by the width of a row.
+Rows are found by head size, length and type (attention_tiles.keys_of), for memory-bound kernels by the width of a row, or by memory format and bytes of a value.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def day(path, shapes=SHAPES):
     """Measure every row on this GPU, write the table to `path` after each, and yield what was found.
 
     Times are those of CUDA graphs over inputs that do not fit in the L2 cache (bench.graphed). Candidates are compiled beforehand by
-    all processor cores: compiling takes a second or more each, measuring some milliseconds.
+    up to 14 processor cores: compiling takes a second or more each, measuring some milliseconds.
     """
     import torch
     import triton

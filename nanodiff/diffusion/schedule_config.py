@@ -42,8 +42,8 @@ DEFAULTS = {
     | _SIGMAS
     | {
         "timestep_spacing": "linspace",
-        "interpolation_type": "linear",  # of σ between the training's timesteps, or of ln σ
-        "sigma_min": None,  # ends of the other spacings; None: the training's own
+        "interpolation_type": "linear",  # "log_linear": even in ln σ from end to end
+        "sigma_min": None,  # ends of the other spacings; None: those of the grid itself (multistep classes: of the training)
         "sigma_max": None,
         "timestep_type": "discrete",
         "final_sigmas_type": "zero",  # where the last step ends: no noise, or "sigma_min", the training's least
@@ -105,7 +105,7 @@ DEFAULTS = {
 }
 _THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _MULTISTEP = {
-    "solver_order": 2,  # how many past predictions a step is fitted to
+    "solver_order": 2,  # how many predictions a step is fitted to
     "lower_order_final": True,
     "use_flow_sigmas": False,
     "flow_shift": 1.0,

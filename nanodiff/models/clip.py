@@ -13,7 +13,7 @@ projected into the space where a picture and its caption are near each other (B/
 | SDXL and SD 3: ViT-L/14 and bigG | 12, 32 | 768, 1280 | 123 M, 695 M | last state but one of both side by side, bigG's pooled vector (SD 3: both's) |
 
 Why the last state but one (`clip_skip`): the contrastive loss looks at the end token alone, so the last layer has nothing
-to keep of the other words; since SD 2 the denoisers are trained on the state before it (Podell et al. 2023 §2.1).
+to keep of the other words; SDXL (Podell et al. 2023, arXiv 2307.01952 §2.1) is trained on the states before it.
 
 Explained in the book (docs/book): chapter 9.
 """
@@ -28,7 +28,7 @@ from torch import nn
 from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import LayerNorm, attend
 
-# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
+# Fields of config.json that released models leave at these values; any other is refused: it may be another network.
 FIXED = {
     "attention_dropout": [0.0],
     "dropout": [0.0],
@@ -163,8 +163,8 @@ def _without_generation(raw):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention [B, S, D] -> [B, S, D]: causal in the text tower (a word sees those before it, a habit of the language
-    models that CLIP's text tower was taken from), of all patches to all in the vision tower."""
+    """Multi-head attention [B, S, D] -> [B, S, D]: causal in the text tower, so that a language model could have been its beginning (§2.4),
+    of all patches to all in the vision tower."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers at each place by itself, four times as wide between: [B, S, D] -> [B, S, D]."""
+    """Two layers at each place by itself, wider between: [B, S, D] -> [B, S, D]."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -218,7 +218,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm (Wu & He 2018, arXiv 1803.08494), optionally of x + shift [B, C] and followed by SiLU: [B, C, H, W] -> the same.
 
     Mean and variance of each group of channels over the whole picture, so every place hears of all others; not over the
-    batch, whose sizes of one or two a diffusion model is trained and run with."""
+    batch, so a picture does not depend on those that are drawn or learned beside it."""
 
     def __init__(self, groups, channels, eps, silu=False):
         super().__init__(groups, channels, eps)

@@ -35,7 +35,7 @@ from nanodiff.config import UserError, from_json
 from nanodiff.device import onednn
 from nanodiff.models.layers import attention, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
 
-# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
+# Fields of config.json that released models leave at these values; any other is refused: it may be another network.
 FIXED = {
     "attention_bias": [False],
     "attention_dropout": [0.0],
@@ -284,7 +284,7 @@ def hidden(L, S, window, mask, dtype):
 
 
 class MLP(nn.Module):
-    """down(act(gate x) · up x): [B, L, D] -> [B, L, D]. Three matrices, D_ff = 8/3 D or 4 D wide between."""
+    """down(act(gate x) · up x): [B, L, D] -> [B, L, D]. Three matrices, 3.5 to 6 D wide between."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -17,8 +17,8 @@ carried along, changed by every block as the image is; position is told by a tab
 | SD 3.5 medium | 24 | 24 | 1536 | 2,243 M | yes | blocks 0 to 12 |
 | SD 3.5 large, large-turbo | 38 | 38 | 2432 | 8,057 M | yes | none |
 
-A third of the weights turns the condition into shifts, scales and gates (AdaLN), which are the same at every place and
-for every step of a schedule.
+A third of the weights turns the condition into shifts, scales and gates (AdaLN), which are the same at every place of
+the picture. Not counted: the table of positions, which is no weight (57 million numbers in SD 3, 226 in SD 3.5 medium).
 
 Explained in the book (docs/book): chapter 11.
 """
@@ -64,7 +64,7 @@ class Config:
     pos_embed_max_size: int = 96  # the largest picture, in patches along a side: 384 in SD 3.5 medium, 192 in large
     dual_attention_layers: tuple[int, ...] = ()  # blocks in which the image also attends to itself alone
     qk_norm: str | None = (
-        None  # "rms_norm": scores stay within √K times its gains, which keeps long training in bf16 stable (§5.3.2)
+        None  # "rms_norm": scores stay within √K times its gains: large pictures no longer diverge in mixed precision (§5.3.2)
     )
 
     @property

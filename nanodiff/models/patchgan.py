@@ -13,8 +13,8 @@ from nanodiff.models.layers import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
-    """Strided convolutions: each logit sees its patch alone, so texture is judged, and what the whole shows is left to the
-    other losses. levels: how many times beyond the first; 3 see 70 pixels."""
+    """Strided convolutions: each logit is made of its patch (and of the norms' statistics), so texture is judged, and what the whole
+    shows is left to the other losses. levels: how many times beyond the first; 3 see 70 pixels."""
 
     def __init__(self, width=64, levels=3, groups=16):
         super().__init__()

@@ -4,7 +4,7 @@ A pre-norm encoder without biases: RMS norms, attention without the 1/√K scale
 distance, gated-GELU feed-forward (Raffel et al. 2020, arXiv 1910.10683 §2.1; Shazeer 2020, arXiv 2002.05202). SD 3
 gives no attention mask: padding is attended to.
 
-XXL: 24 blocks, D = 4096, 64 heads of 64, 9.5 GB in bf16, more than the denoiser of SD 3.5 medium (4.5 GB); a run without
+XXL: 24 blocks, D = 4096, 64 heads of 64, 9.5 GB in bf16, twice the denoiser of SD 3.5 medium (4.9 GB); a run without
 it draws too, with zeros in its place, and loses written words above all (Esser et al. 2024, arXiv 2403.03206).
 Three habits of T5 differ from all other models here. Positions: no vectors are added; each head adds to its scores a
 number that depends on the distance, so a text may be longer than those of training. Scale: 1/√K is in the initial weights
@@ -24,7 +24,7 @@ from torch import nn
 from nanodiff.config import from_json
 from nanodiff.models.layers import attend, swiglu
 
-# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
+# Fields of config.json that released models leave at these values; any other is refused: it may be another network.
 FIXED = {
     "classifier_dropout": [0.0],
     "decoder_start_token_id": [0],
@@ -56,7 +56,7 @@ class Config:
     num_layers: int = 6
     num_heads: int = 8
     relative_attention_num_buckets: int = 32  # see buckets()
-    relative_attention_max_distance: int = 128  # all that is farther is in one bucket
+    relative_attention_max_distance: int = 128  # all that is farther is in the last bucket of its direction
     layer_norm_epsilon: float = 1e-6
     pad_token_id: int = 0
     eos_token_id: int = 1
@@ -77,7 +77,7 @@ def buckets(length, n, far, device=None):
     position = torch.arange(length, device=device)
     distance = position[None, :] - position[:, None]
     n = n // 2  # 16 for keys before the query and the query itself, 16 for those behind it
-    exact = n // 2  # distances 0 … 7 have a bucket each; 8 … 127 share the other eight
+    exact = n // 2  # distances 0 … 7 have a bucket each; all from 8 on share the other eight
     size = distance.abs()
     log = exact + (torch.log(size.clamp(min=1).float() / exact) / math.log(far / exact) * (n - exact)).long()
     return (distance > 0).long() * n + torch.where(size < exact, size, log.clamp(max=n - 1))

@@ -3,8 +3,7 @@
     pixels = decoder(latents)          a hundredth of the VAE's work, latents scaled as the denoiser has them
 
 A distilled stand-in for the VAE of a model family: plain 3×3 convolutions and ReLUs at 64 channels, no norms, no
-attention. It was trained on what the VAE decodes, with adversarial and perceptual losses in place of the VAE's own, and
-learned its latents' scale with it, so there is no scaling_factor here. Files are sequential: the layer at position n is stored as `n.…`; the layers are read from those names.
+attention. Its latents have the denoiser's scale, so there is no scaling_factor here. Files are sequential: the layer at position n is stored as `n.…`; the layers are read from those names.
 """
 
 import re

@@ -14,8 +14,8 @@ A picture of 512 × 512 in Stable Diffusion's VAE (84 million weights), R a resi
                     64²  512  R A R                    512²  128  R R R
                   -> 8 channels, mean and logvar      -> 3 channels
 
-786,432 numbers become 16,384 (65,536 in SD 3), 48 (12) times fewer. Decoding takes as many operations as two guided
-steps of SD 1.5, and far more memory: one tensor of 128 channels at 512² is 64 MiB in bf16, and the levels near the picture are the
+786,432 numbers become 16,384 (65,536 in SD 3), 48 (12) times fewer. Decoding takes as many operations as three
+calls of SD 1.5's denoiser, and far more memory: one tensor of 128 channels at 512² is 64 MiB in bf16, and the levels near the picture are the
 dear ones. KL is weighted by 1e-6, so q(z|x) is nearly a point: this is an autoencoder with a smooth latent space, not a
 generative model, and the denoiser is its prior.
 
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)  # [B, C₁, H, W]
         for block in self.down_blocks:
-            x = block(x)  # [B, Cᵢ, H/2ⁱ, W/2ⁱ]
+            x = block(x)  # halved by each but the last
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))  # [B, 2C, h, w], mean and logvar
 
 
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))  # [B, Cₙ, h, w]
         for block in self.up_blocks:
-            x = block(x)  # [B, Cᵢ, 2ⁱh, 2ⁱw]
+            x = block(x)  # doubled by each but the last
         return self.conv_out(self.conv_norm_out(x))  # [B, 3, H, W]
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import LayerNorm, attend
 
-# Fields of config.json that released models leave at these values; any other would be another network, and is refused.
+# Fields of config.json that released models leave at these values; any other is refused: it may be another network.
 FIXED = {
     "attention_probs_dropout_prob": [0.0],
     "hidden_dropout_prob": [0.0],
