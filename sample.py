@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.commandline import DEVICES, arg, check_bounds, is_given, script
+from nanodiff.commandline import DEVICES, arg, check_bounds, check_needs, is_given, script
 from nanodiff.config import UserError
 
 # torch is imported inside main(), so that --help answers at once.
@@ -283,6 +283,7 @@ class Config:
     def check(self):
         """Settings that make no sense are refused before anything is loaded."""
         check_bounds(self)  # also of those that a picture or a study brought
+        check_needs(self)
         if self.ddim_steps is not None:
             if self.steps is not None or self.scheduler not in (None, "ddim"):
                 raise UserError("--ddim-steps is --scheduler ddim --steps N; do not give them together")

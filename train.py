@@ -330,6 +330,9 @@ def train_vae(cfg):
             f"--kl-warmup {cfg.kl_warmup} epochs would not end within the run; the best model is picked after it"
         )
     check_feed = make_feed(cfg, held, training=False) if held else None
+    perceptual = vae.make_perceptual(
+        cfg, run.device
+    )  # before resume(): what is refused here loses nothing of an older run
     nets = {"vae": net} | ({"discriminator": patchgan.PatchDiscriminator()} if cfg.discriminator_weight else {})
     calls = run.trainable(nets)
     run.schedule(feed.per_epoch)
@@ -338,7 +341,7 @@ def train_vae(cfg):
     feed.interrupted = run.interrupted
     run.more.setdefault("kl_scale", 1.0)  # what --kl-target has made of the weight
     say_size(net, "VAE")
-    losses = vae.losses(cfg, net, nets, calls, run.device)
+    losses = vae.losses(cfg, net, nets, calls, perceptual, run.device)
 
     for step in run.steps():
         final = step >= cfg.kl_warmup * feed.per_epoch  # is the warm-up over?

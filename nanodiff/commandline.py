@@ -60,7 +60,7 @@ def arg(
 
     aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
     (`--resume` alone), which makes the flag's value optional. low, high: its bounds; needs: the field, or a tuple of fields,
-    without one of which it does nothing (see check_bounds).
+    without one of which it does nothing (see check_needs).
     group: heading of this option and of those after it in --help. often: shown by --help; of a long list the others by --help-all.
     unit: what may stand behind a number on the command line ("x": 1.5x).
     A field of a derived class keeps the bounds and the group of the one that it replaces.
@@ -83,8 +83,7 @@ def _inherited(cls, name, key):
 
 
 def check_bounds(cfg):
-    """Raise UserError for a number outside the bounds of its option (None has none), and for an option that was given without the one
-    that it needs."""
+    """Raise UserError for a number outside the bounds of its option; None has none."""
     for field in dataclasses.fields(cfg):
         low, high = (_inherited(type(cfg), field.name, key) for key in ("low", "high"))
         values = getattr(cfg, field.name)
@@ -95,6 +94,13 @@ def check_bounds(cfg):
             if high is None:
                 raise UserError(f"{flag} must be at least {low:g}, not {value:g}")
             raise UserError(f"{flag} {value:g} must be between {low:g} and {high:g}")
+
+
+def check_needs(cfg):
+    """Raise UserError for an option that was given without the one that it needs. Not a part of parse(): what is needed may come from
+    elsewhere, such as the picture whose settings are repeated."""
+    for field in dataclasses.fields(cfg):
+        values = getattr(cfg, field.name)
         needs = field.metadata.get("needs") or ()
         needs = (needs,) if isinstance(needs, str) else needs
         default = [] if field.default is dataclasses.MISSING else field.default

@@ -173,11 +173,11 @@ def test_an_option_may_need_another():
         {"lora": ["a"], "scale": 0.0, "fuse": True},
         {"mask": "m", "scale": 2.0},
     ):
-        commandline.check_bounds(Needy(**fine))
+        commandline.check_needs(Needy(**fine))
     for wrong, says in (
         ({"padding": 0}, "--padding does nothing without --mask"),
         ({"scale": 0.0}, "--scale does nothing without --mask or --lora"),
         ({"mask": "m", "fuse": True}, "--fuse does nothing without --lora"),
     ):
         with pytest.raises(UserError, match=f"^{says}$"):
-            commandline.check_bounds(Needy(**wrong))
+            commandline.check_needs(Needy(**wrong))

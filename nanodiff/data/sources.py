@@ -513,7 +513,7 @@ class Pictures:
         self.dataset, self.resolution = dataset, resolution
         self.room, self.kept = limit // (3 * resolution * resolution), {}
 
-    def one(self, i: int) -> torch.Tensor:
+    def one(self, i: int) -> np.ndarray:
         if i in self.kept:
             return self.kept[i]
         image = fit(self.dataset.image(i), self.resolution, self.resolution)

@@ -77,8 +77,9 @@ class Lora:
     words: dict = field(default_factory=dict)
 
 
-def names_of(models: dict[str, nn.Module]) -> dict[str, list[tuple[str, str]]]:
-    """{every name that a dialect may use: [(component, module path)]}; a fused q-k-v stands for three modules."""
+def names_of(models: dict[str, nn.Module]) -> dict[str, list[tuple[str, ...]]]:
+    """{every name that a dialect may use: [(component, module path)]}; a fused q-k-v stands for three modules, each with the
+    form in which it is there as a third member."""
     found = {}
 
     def add(name, target):

@@ -55,7 +55,7 @@ def write(
     found: Lora,
     models: dict[str, torch.nn.Module],
     form: str = "kohya",
-    facts: dict[str, str] | None = None,
+    facts: dict[str, object] | None = None,
 ) -> Path:
     """Write a Lora. models: {component: module} of its whole pipeline, for the names. facts: {name: text} for kohya's header, such as
     title, steps, epoch, seed, learning_rate, resolution. peft: a folder, with one inside it for each component when there are several.
@@ -114,7 +114,7 @@ def kohya_name(delta: Delta, models: dict[str, torch.nn.Module]) -> str:
 
 
 def header(
-    deltas: Sequence[Delta], models: dict[str, torch.nn.Module], facts: dict[str, str], title: str
+    deltas: Sequence[Delta], models: dict[str, torch.nn.Module], facts: dict[str, object], title: str
 ) -> dict[str, str]:
     """kohya's metadata and the modelspec's, as texts: what A1111 and ComfyUI read, and nothing about the machine or the pictures."""
     family = family_of(models)

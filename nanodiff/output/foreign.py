@@ -152,15 +152,16 @@ def _texts(g, found):
     settings, left = {}, []
     for name, key in (("prompt", "positive"), ("negative_prompt", "negative")):
         text = g.behind(g.sampler, key)
-        said = [v for v in (g.value(text, k) for k in ("text", "text_g", "clip_g") if text) if isinstance(v, str)]
-        if not said:
+        values = (g.value(text, k) for k in ("text", "text_g", "clip_g") if text)
+        said = next((v for v in values if isinstance(v, str)), None)
+        if said is None:
             left.append(f"{name}, which no text node gives" + (f" ({g.kind(text)})" if text else ""))
             continue
         g.used.add(text)
-        second = next((v for v in (g.value(text, k) for k in ("text_l", "clip_l")) if isinstance(v, str)), said[0])
+        second = next((v for v in (g.value(text, k) for k in ("text_l", "clip_l")) if isinstance(v, str)), said)
         settings[name] = [second] if name == "prompt" else second
-        if second != said[0]:
-            settings[f"{name}_2"] = said[0]
+        if second != said:
+            settings[f"{name}_2"] = said
     return settings, left
 
 

@@ -11,7 +11,7 @@ from nanodiff.models.control_mmdit import SD3ControlNetModel
 from nanodiff.pipeline.families import BUILDERS
 from nanodiff.pipeline.loading import FAMILIES
 from nanodiff.pipeline.sdxl import SDXL
-from nanodiff.pipeline.single import Single
+from nanodiff.pipeline.single import Known, Single
 from nanodiff.pipeline.sources import Folder
 
 
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def plan(
-    src: Folder | Single,
+    src: Folder | Single | Known,
     dtype: torch.dtype,
     height: int | None,
     width: int | None,

@@ -91,11 +91,11 @@ def augment(cfg):
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
     chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
-    template = template_of(cfg)
     device, record = begin(cfg)
     rows = dist.on_main(captionset.read, cfg.data_csv, cfg.clean, cfg.skip_bad)
     if cfg.start_idx >= len(rows):
         raise UserError(f"--start-idx {cfg.start_idx}: {cfg.data_csv} has {len(rows)} captions")
+    template = template_of(cfg)
     with record.timed("load"):
         writer = Writer(cfg, chance, template, rows, *language(cfg, device))
     settings = {k: getattr(cfg, k) for k in ("model", "variations", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens",

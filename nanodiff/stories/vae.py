@@ -37,10 +37,10 @@ def make_perceptual(cfg, device):
     return lpips.load_vgg(cfg.vgg_weights).to(device).features_mse
 
 
-def losses(cfg, net, nets, calls, device):
+def losses(cfg, net, nets, calls, perceptual, device):
     """f(batch, KL's weight, has the discriminator begun to count?) -> (loss, {part: number}) of a micro-batch. net: the VAE; nets: what
-    is trained; calls: what to call in place of each of them."""
-    shape, perceptual = latent_shape(cfg, net), make_perceptual(cfg, device)
+    is trained; calls: what to call in place of each of them; perceptual: make_perceptual()'s."""
+    shape = latent_shape(cfg, net)
 
     def of(batch, kl_weight, gan):
         pixels = batch.pixels.to(device)

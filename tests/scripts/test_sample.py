@@ -332,6 +332,11 @@ def test_drawn_again_larger(tmp_path):
     assert plain.returncode == twice.returncode == byhand.returncode == 0, plain.stderr + twice.stderr + byhand.stderr
     b = pixels(tmp_path / "b" / "00000.png")
     assert b.shape == (96, 72, 3) and np.array_equal(b, pixels(tmp_path / "c" / "00000.png"))
+    # what an option needs may come from the picture
+    other = run(
+        "sample.py", "--from-image", tmp_path / "b" / "00000.png", "--hires-steps", "2", "--output-dir", tmp_path / "d2"
+    )
+    assert other.returncode == 0 and (tmp_path / "d2" / "00000.png").exists(), other.stderr
     again = run("sample.py", "--from-image", tmp_path / "b" / "00000.png", "--output-dir", tmp_path / "d")
     assert again.returncode == 0 and np.array_equal(pixels(tmp_path / "d" / "00000.png"), b), again.stderr
     latent = sample(tmp_path / "e", "--prompt", "a cat", "--height", "64", "--width", "48", "--hires", "1.5", "--hires-strength", "0.5",

@@ -437,6 +437,10 @@ def test_perceptual_loss_from_local_weights(tmp_path, pictures):
         done = train_("vae", pictures, out, "--max-steps", "2", "--perceptual-weight", "0.5", "--vgg-weights",
                       tmp_path / "vgg.safetensors", *more)  # fmt: skip
         assert done.returncode == 0 and metrics(out)[0]["perceptual"] > 0, done.stderr
+    # what is refused takes nothing of an older run with it
+    kept = sorted(p.name for p in out.iterdir())
+    again = train_("vae", pictures, out, "--max-steps", "2", "--perceptual-weight", "0.5", "--overwrite-output-dir")
+    assert "--vgg-weights" in error_line(again) and sorted(p.name for p in out.iterdir()) == kept and "model" in kept
 
 
 def test_kl_weight_and_best_model(tmp_path, pictures):
