@@ -110,7 +110,7 @@ def _faster(q, k, masked):
     return tuned(f"attention.{kind}", keys_of(q.shape[3], length, q.dtype), {}).get("TORCH")
 
 
-# 5. The public function, and why it may fall back ------------------------------------------------------------------------------------
+# 5. The public function, and why it may fall back ------------------------------------------------------------
 
 
 def _why_not(q, k, v, scale, bias, key_mask):

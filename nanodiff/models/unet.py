@@ -16,10 +16,10 @@ places and over the text, and where its 860 million weights are:
     16 × 16     1280    R A  R A  ↓              R A  R A  R A  ↑         140 + 258
      8 × 8      1280    R    R      ->  R A R -> R    R    R    ↑          62 + 97 + 162
 
-What comes out of the first convolution, of every R (behind its A) and of every ↓ is kept as a skip, and
-read by an R of that size on the way up: twelve of them. With half the side and twice the channels a level's residual
-blocks cost as much as those above (down to 16 × 16) and have four times their weights; its attention costs less. 63 % of them are in residual blocks here; in SDXL (2,567 million) 86 % are in transformers, ten blocks deep at
-the lowest level.
+What comes out of the first convolution, of every R (behind its A) and of every ↓ is kept as a skip, and read by an R of
+that size on the way up: twelve of them. With half the side and twice the channels a level's residual blocks cost as much
+as those above (down to 16 × 16) and have four times their weights; its attention costs less. 63 % of all weights are in
+residual blocks here; in SDXL (2,567 million) 86 % are in transformers, ten blocks deep at the lowest level.
 
 Explained in the book (docs/book): chapters 5, 6 and 9.
 """
