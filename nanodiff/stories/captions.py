@@ -18,6 +18,7 @@ from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
 from nanodiff.stories import gallery
 from nanodiff.text import textgen
+from nanodiff.training import loader
 from nanodiff.training.options import parse_size
 from nanodiff.weights import hub
 
@@ -102,6 +103,7 @@ def augment(cfg):
                                              "min_words", "max_words", "attempts", "clean", "seed")}  # fmt: skip
     dtype = str(writer.net.output.dtype).removeprefix("torch.")
     settings |= {"template": writer.template, "chat": writer.chat, "dtype": dtype}
+    settings |= {"model_sha256": loader.fingerprint(writer.net)}  # a path says little of what lies there
     settings |= {"quantize": cfg.quantize} if cfg.quantize else {}
     work = captionset.Journal(record.out, JOURNAL, rows, settings, cfg.overwrite_output_dir)
     some = range(cfg.start_idx, min(len(rows), cfg.start_idx + (cfg.max_samples or len(rows))))

@@ -14,7 +14,7 @@ import caption
 from nanodiff.config import printable
 from nanodiff.data import captionset
 from nanodiff.stories import captioner, captioner_model
-from nanodiff.weights import hub, load_tensors
+from nanodiff.weights import hub, load_tensors, save_tensors
 
 SMALL = {"vision-model": TINY / "vit", "model-name": TINY / "llama", "lora-r": 4, "lora-dropout": 0.1, "vit-lora-r": 2, "lr": 3e-3,
          "mixed-precision": "no", "max-new-tokens": 6, "samples": 2, "seed": 3}  # fmt: skip
@@ -296,6 +296,21 @@ def test_varying_goes_on(home, monkeypatch):
         == want
         == (home / "v4" / "augmented_captions.csv").read_bytes()
     )
+
+
+def test_another_model_in_the_same_folder_is_another_model(home, tmp_path):
+    """A journal knows a language model by its weights: another one under the same path does not go on with it."""
+    model = tmp_path / "llama"
+    shutil.copytree(TINY / "llama", model)
+    options = VARY | {"data-csv": home / "titles.csv", "model": model, "max-samples": 2, "output-dir": tmp_path / "v"}
+    assert stage("augment", **options)[0] == 0
+    kept = (tmp_path / "v" / "augmented.jsonl").read_bytes()
+    tensors = load_tensors(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_tensors(model / "model.safetensors", tensors)
+    code, _, err = stage("augment", **options)
+    assert code == 2 and "was begun with another model_sha256" in err, err
+    assert (tmp_path / "v" / "augmented.jsonl").read_bytes() == kept
 
 
 def test_a_gemma_is_asked_in_its_chat_form(home):
