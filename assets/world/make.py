@@ -22,11 +22,11 @@ from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_file
 
 
-def write(path, count, seed, task=None, held=False, colour=None, first=0):
+def write(path, count, seed, task=None, held=False, colour=None, first=0, in_order=0.0):
     """`count` scenes into a tar: 000000.png, .txt. Scene i is drawn from (seed, i), so that a longer set begins as a shorter one, and
     shards with scenes first, first + 1, … are together what one would be."""
     numbers = range(first, first + count)
-    drawn = (scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour) for i in numbers)
+    drawn = (scenes.random_scene(np.random.default_rng((seed, i)), task, held, colour, in_order) for i in numbers)
     pack(path, drawn, count, first)
 
 
@@ -55,15 +55,23 @@ def main():
     parser.add_argument("--task", choices=scenes.TASKS, help="only these")
     parser.add_argument("--colour", choices=scenes.PAINTS, help="of the first object of each scene")
     parser.add_argument("--held-out", action="store_true", help="only what is held out, in place of none of it")
+    parser.add_argument(
+        "--in-order",
+        type=float,
+        default=0.0,
+        help="share of the captions of two things that name the one on the left, or above, first; the others name either",
+    )
     args = parser.parse_args()
 
     def run():
         if args.held_out and args.colour in scenes.NINTH:
             raise UserError(f"--held-out: nothing of {args.colour} is held out, it is in no scene for training")
+        if not 0 <= args.in_order <= 1:
+            raise UserError(f"--in-order {args.in_order:g}: a share lies between 0 and 1")
         if args.first < 0:
             raise UserError(f"--first {args.first}: the first scene is number 0")
         out_dir(args.target.parent)
-        write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour, args.first)
+        write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour, args.first, args.in_order)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")
 
     return tool(run)

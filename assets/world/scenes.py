@@ -262,9 +262,10 @@ def random_things(rng, task):
             ), ground
 
 
-def random_scene(rng, task=None, held=False, colour=None):
+def random_scene(rng, task=None, held=False, colour=None, in_order=0.0):
     """A scene and a caption of it. task: of TASKS, default any; held: False, for training (nothing held out), True (something
-    is), None (as it comes). colour: of PAINTS, that the first object has (each, where they are of a kind); default any."""
+    is), None (as it comes). colour: of PAINTS, that the first object has (each, where they are of a kind); default any. in_order:
+    share of the captions of two objects that name the one on the left, or above, first; the others name either."""
     if held and colour in NINTH:
         raise ValueError(f"{colour} is in no scene at all, so nothing of it is held out")
     task = task or str(rng.choice(TASKS, p=(0.1, 0.1, 0.15, 0.4, 0.25)))
@@ -277,11 +278,14 @@ def random_scene(rng, task=None, held=False, colour=None):
                 continue
         if held is None or held == bool(held_out().why(things)):
             break
+    ordered = bool(in_order) and rng.random() < in_order and task in ("binding", "relation")
+    if ordered and relation(*things) in ("right", "below"):
+        things = things[::-1]
     told = Told(task, tuple((t.kind, t.size if task == "size" or rng.random() < 0.4 else None) for t in things), ground,
                 relation(*things) if task == "relation" else None)  # fmt: skip
     if task == "count":
         told = Told(task, (told.objects[0],) * len(things), ground)
-    return Scene(things, ground, told, caption(told, rng))
+    return Scene(things, ground, told, caption(told, rng, ordered))
 
 
 # -- words ---------------------------------------------------------------------------------------------------
@@ -306,8 +310,9 @@ def say(thing, rng=None):
     return ways[rng.integers(len(ways))] if rng is not None else ways[0]
 
 
-def caption(told, rng=None):
-    """A sentence that says what `told` holds. rng: draws synonyms and word order; without it the plain way."""
+def caption(told, rng=None, in_order=False):
+    """A sentence that says what `told` holds. rng: draws synonyms and word order; without it the plain way. in_order: the first object of
+    `told` is named first, whichever way it is said."""
     pick = lambda *ways: ways[rng.integers(len(ways))] if rng is not None else ways[0]  # noqa: E731
 
     def words(thing, many=False):
@@ -325,10 +330,12 @@ def caption(told, rng=None):
     elif told.task == "relation":
         a, b = told.objects
         rel = told.relation
-        if pick(False, True):
+        way = pick(0, 1, 2) if in_order else None  # all but the first begin with the other object
+        if way if in_order else pick(False, True):
             a, b, rel = b, a, OPPOSITE[rel]
         where = say(rel, rng)
-        text = pick(f"{one(a)} {where} {one(b)}", f"{one(b)} with {one(a)} {where} it", f"{where} {one(b)} is {one(a)}")
+        ways = (f"{one(a)} {where} {one(b)}", f"{one(b)} with {one(a)} {where} it", f"{where} {one(b)} is {one(a)}")
+        text = ways[way] if in_order else pick(*ways)
     else:
         text = " and ".join(one(t) for t in told.objects)
     if told.ground != "white":

@@ -163,6 +163,34 @@ def test_words():
     assert len(said) > 100
 
 
+@pytest.mark.parametrize("task", ["binding", "relation"])
+def test_captions_in_order_name_the_left_or_upper_one_first(task):
+    """In each of the three ways to tell a relation; and they are true of their pictures, the same scenes as in any order."""
+    ways = Counter()
+    for i in range(300):
+        drawn = lambda share, i=i: scenes.random_scene(np.random.default_rng((5, i)), task, in_order=share)  # noqa: E731
+        s = drawn(1.0)
+        told = scenes.parse(s.caption)
+        first = min(told.objects, key=lambda o: min(s.caption.index(w) for w in nouns(o[0]) if w in s.caption))
+        a, b = s.things
+        assert scenes.relation(a, b) in ("left", "above") and {a, b} == set(drawn(0.0).things)
+        assert a.kind.shape == b.kind.shape or first[0] == a.kind, s.caption
+        assert reader.true_of(reader.Reading(s.things, s.ground), told) is None, s.caption
+        ways[told.relation, s.caption.split()[0] in ("a", "an"), " with " in s.caption] += 1
+    assert min(ways.values()) > 30 and len(ways) == (6 if task == "relation" else 1), ways
+
+
+def nouns(kind):
+    return scenes.WORDS.get(kind.shape, (kind.shape,))
+
+
+def test_a_share_of_captions_in_order():
+    """Half of them, and of the others half by chance."""
+    some = [scenes.random_scene(np.random.default_rng((6, i)), "relation", in_order=0.5) for i in range(600)]
+    count = sum(scenes.relation(*s.things) in ("left", "above") for s in some)
+    assert abs(count / 600 - 0.75) < 0.07, count
+
+
 def test_the_shard(tmp_path):
     """make.py's pictures and captions, read as any data set."""
     from assets.world import make
@@ -513,6 +541,7 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         (("study", "runs", "--only", "x", "--output-dir", "{}"), "error: --only x: is none of recipe, "),
         (("study", "emergence", "--run", "{}", "--tasks", "two", "--output-dir", "{}"), "error: --tasks two: is none of one, "),
         (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
+        (("make", "{}/w.tar", "--in-order", "2"), "error: --in-order 2: a share lies between 0 and 1"),
         (("look", "nowhere"), "error: nowhere: no such folder"),
         (("look", "--series", "alone"), "error: name the data: DATA …, or --series NAME DATA …"),
     ],
