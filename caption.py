@@ -26,14 +26,14 @@ LESS_MEMORY = "try --dtype bf16 (train: --mixed-precision bf16), a smaller --bat
 
 
 @dataclass
-class Common:
+class Stage:
     device: str = arg("auto", "where to compute", choices=DEVICES)
     dtype: str = arg(
         "auto", "weights: auto is half precision on a GPU and fp32 on a CPU", choices=("auto", "fp32", "fp16", "bf16")
     )
     kernels: str = arg("auto", "our Triton kernels on a GPU: auto falls back and says why, triton never falls back, torch uses none",
                        choices=("auto", "triton", "torch"))  # fmt: skip
-    hf_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)", "token", "hub-token")
+    hf_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ class Common:
 
 
 @dataclass
-class Complete(Common):
-    model: str = arg("", "folder or Hub id of a LLaMA 3.2 or Gemma 3 text model", "model-name")
+class Complete(Stage):
+    model: str = arg("", "folder or Hub id of a LLaMA 3.2 or Gemma 3 text model")
     prompt: str = arg("", "the text to go on with")
     chat: bool = arg(False, "the prompt is a request, in Gemma's chat form")
     max_new_tokens: int = arg(128, "at most so many new tokens", low=1)
@@ -64,17 +64,11 @@ class Complete(Common):
 
 
 @dataclass
-class Augment(Common):
-    data_csv: str = arg(
-        "data/titles.csv", "captions to vary: Image_Name and Title (a text, or a list of texts)", "captions"
-    )
-    model: str = arg(
-        "google/gemma-3-1b-it", "the language model: folder or Hub id of a Gemma 3 or LLaMA 3.2", "model-name"
-    )
+class Augment(Stage):
+    data_csv: str = arg("data/titles.csv", "captions to vary: Image_Name and Title (a text, or a list of texts)")
+    model: str = arg("google/gemma-3-1b-it", "the language model: folder or Hub id of a Gemma 3 or LLaMA 3.2")
     output_dir: str = arg("results/synthetic_data", "augmented_captions.csv, and what synthesize makes of it")
-    overwrite_output_dir: bool = arg(
-        False, "begin again: what an earlier run there made by other settings is deleted", "overwrite"
-    )
+    overwrite_output_dir: bool = arg(False, "begin again: what an earlier run there made by other settings is deleted")
     variations: int = arg(3, "new captions for each", low=1)
     start_idx: int = arg(0, "begin at this caption", low=0)
     max_samples: int | None = arg(None, "no more captions than so many", low=1)
@@ -103,21 +97,17 @@ class Augment(Common):
 
 
 @dataclass
-class Synthesize(Common):
-    data_csv: str | None = arg(
-        None, "captions, one picture each; default: OUTPUT_DIR/augmented_captions.csv", "captions"
-    )
-    model: str = arg("stabilityai/stable-diffusion-2-1", "what draws: folder or Hub id", "model-id")
+class Synthesize(Stage):
+    data_csv: str | None = arg(None, "captions, one picture each; default: OUTPUT_DIR/augmented_captions.csv")
+    model: str = arg("stabilityai/stable-diffusion-2-1", "what draws: folder or Hub id")
     output_dir: str = arg("results/synthetic_data", "images/ and synthetic_captions.csv")
-    overwrite_output_dir: bool = arg(
-        False, "begin again: what an earlier run there made by other settings is deleted", "overwrite"
-    )
+    overwrite_output_dir: bool = arg(False, "begin again: what an earlier run there made by other settings is deleted")
     template: str = arg("A professional, realistic photograph of {caption}, appetizing, natural light, sharp focus", "the positive prompt, with {caption}")  # fmt: skip
     negative_prompt: str = arg(
         "blurry, unrealistic, low resolution, overexposed, unnatural colors, text, watermark", "what to keep away from"
     )
     scheduler: str = arg("auto", "sampler; auto: ddpm, or a flow's own")
-    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1)
+    steps: int = arg(50, "sampling steps", low=1)
     guidance_scale: float = arg(7.5, "guidance")
     height: int | None = arg(None, "pixels drawn; default: the model's own")
     width: int | None = arg(None, "pixels drawn; default: the model's own")
@@ -182,14 +172,13 @@ class Train(Training, Files):
     model_name: str = arg(
         "meta-llama/Llama-3.2-1B",
         "the language model: folder or Hub id of a LLaMA 3.2 (1B, 3B) or Gemma 3",
-        "language-model",
         group="the models",
         often=True,
     )
     vision_model: str = arg("google/vit-base-patch16-224", "the ViT: folder or Hub id", often=True)
     model_size: str = arg("pretrained", "pretrained: those two; else a small ViT and LLaMA from scratch, wholly trained", choices=("pretrained", "tiny", "nano", "world"), often=True)  # fmt: skip
     lora: bool = arg(True, "train adapters beside frozen models; --no-lora: all of both", group="adapters", often=True)
-    lora_r: int = arg(8, "rank of the language model's adapters", "lora-rank", low=1, often=True)
+    lora_r: int = arg(8, "rank of the language model's adapters", low=1, often=True)
     lora_alpha: float = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.5, "of the adapters' inputs, while training", low=0, high=0.99)
     lora_targets: str = arg("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers of the language model")
@@ -206,24 +195,22 @@ class Train(Training, Files):
     samples: int = arg(5, "sample captions printed after each epoch", low=0)
     save_epochs: int = arg(5, "epochs between checkpoints/epoch_N; 0: none", low=0)
     output_dir: str = arg("results/vit_llama3_2_1B", "checkpoints/, metrics.jsonl, samples.jsonl, loss.png")
-    epochs: int = arg(10, "passes over the training pictures", "num-epochs", "num-train-epochs")
-    batch_size: int = arg(12, "pictures of a process in a micro-batch", "train-batch-size")
-    lr: float = arg(3e-4, "peak learning rate", "learning-rate")
+    epochs: int = arg(10, "passes over the training pictures")
+    batch_size: int = arg(12, "pictures of a process in a micro-batch")
+    lr: float = arg(3e-4, "peak learning rate")
     lr_scheduler: str = arg("constant_with_warmup", "learning rate over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: float = arg(0.03, "updates of linear warm-up; below 1: a share of the run")
     optimizer: str = arg("schedule_free", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule; muon: "
                          "orthogonal updates for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS)  # fmt: skip
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
-    ema: bool = arg(False, "average the weights", "use-ema")
+    ema: bool = arg(False, "average the weights")
     checkpointing_steps: int = arg(0, "updates between states to resume from; 0: an epoch's")
     checkpoints_total_limit: int | None = arg(1, "such states to keep")
     random_flip: bool = arg(False, "mirror half of the pictures", group="pictures")
-    random_jitter: float = arg(
-        0.0, "brightness, contrast and saturation times 1 ± this", "color-jitter", low=0, high=0.9
-    )
+    random_jitter: float = arg(0.0, "brightness, contrast and saturation times 1 ± this", low=0, high=0.9)
     random_rotate: float = arg(0.0, "turn by up to so many degrees", low=0, high=180)
-    num_workers: int = arg(0, "processes that decode pictures", "dataloader-num-workers", low=0, high=256)
-    hf_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)", "token", "hub-token")
+    num_workers: int = arg(0, "processes that decode pictures", low=0, high=256)
+    hf_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
 
     def check(self):
         self.check_ranges()
@@ -248,9 +235,9 @@ class Train(Training, Files):
 
 
 @dataclass
-class Inference(Common):
+class Inference(Stage):
     model_file: str = arg("", "a captioner: OUTPUT_DIR/checkpoints/best_model (.pt), last_checkpoint, epoch_N")
-    model_name: str | None = arg(None, "the language model, where it lies elsewhere than in training", "language-model")
+    model_name: str | None = arg(None, "the language model, where it lies elsewhere than in training")
     vision_model: str | None = arg(None, "the ViT, where it lies elsewhere than in training")
     max_new_tokens: int = arg(120, "of a caption", low=1)
     beams: int = arg(1, "captions that are searched at a time; 1: the likeliest token each time", low=1)
@@ -259,7 +246,7 @@ class Inference(Common):
 
 @dataclass
 class Infer(Inference):
-    infer_image_path: str = arg("", "a picture, a folder of pictures, or a CSV with Image_Name", "image")
+    infer_image_path: str = arg("", "a picture, a folder of pictures, or a CSV with Image_Name")
     image_path: list[str] = arg([], "folder of a CSV's pictures; may be repeated [images/ beside the CSV]")
     skip_bad: bool = arg(False, "leave out, counted and said, pictures that cannot be read")
     output_dir: str = arg("out/infer", "captions.csv, sheet.png")

@@ -38,10 +38,10 @@ class Recursive(Training, Noise):
     data_root: str = arg("data/coco", "the generations' pictures go here")
     models_root: str = arg("models", "the generations' models go here")
     output_dir: str = arg("out/recursive", "numbers, figures and the report")
-    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", "guidance-scale", often=True)
+    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", often=True)
     cfg_scales: list[float] = arg([], "several of them, one study each")
     target_gen: int = arg(3, "last generation", low=0, often=True)
-    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1, often=True)
+    steps: int = arg(50, "sampling steps", low=1, often=True)
     num_images: int = arg(100, "pictures of each generation after the first", low=1, often=True)
     gen0_images: int = arg(100, "pictures of generation 0", low=1, often=True)
     draw_batch_size: int = arg(4, "pictures drawn at a time", low=1)
@@ -57,14 +57,12 @@ class Recursive(Training, Noise):
     features: str = arg("inception,pixels", "spaces of FID and the like, comma-separated: inception, clip, pixels")
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
     nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage")
-    epochs: int = arg(
-        5, "passes over the pictures, per generation", "num-epochs", "num-train-epochs", low=1, group="the run"
-    )
-    batch_size: int = arg(1, "samples of a process in a micro-batch", "train-batch-size")
-    lr: float = arg(1e-5, "peak learning rate", "learning-rate")
+    epochs: int = arg(5, "passes over the pictures, per generation", low=1, group="the run")
+    batch_size: int = arg(1, "samples of a process in a micro-batch")
+    lr: float = arg(1e-5, "peak learning rate")
     lr_warmup_steps: float = arg(0.1, "updates of linear warm-up; below 1: a share of the run")
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
-    ema: bool = arg(False, "average the weights", "use-ema")
+    ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
     caption_dropout: float = arg(0.0, "share of captions replaced by the empty text, for guidance")
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of a generation's")
@@ -109,20 +107,22 @@ class Transfer(Training, Noise, Adapters):
     model: str = arg(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "the student: folder or Hub id",
-        "base-model-id",
-        "student",
         group="teacher and student",
         often=True,
     )
-    teacher: str = arg("stabilityai/stable-diffusion-xl-base-1.0", "the teacher", "teacher-model-id", often=True)
-    prompt_source: str = arg("assets/prompts/dogs.json", "words and templates (JSON, to be edited), .csv, .txt, or pictures with captions", "prompts", often=True)  # fmt: skip
+    teacher: str = arg("stabilityai/stable-diffusion-xl-base-1.0", "the teacher", often=True)
+    prompt_source: str = arg(
+        "assets/prompts/dogs.json",
+        "words and templates (JSON, to be edited), .csv, .txt, or pictures with captions",
+        often=True,
+    )
     prompt_column: str | None = arg(None, "column of the prompts in a table")
-    num_images: int = arg(1000, "the teacher's pictures to learn from", "num-images-to-generate", low=1, often=True)
-    sdxl_image_dir: str | None = arg(None, "where they are; default OUTPUT_DIR/sdxl_images", "teacher-image-dir")
+    num_images: int = arg(1000, "the teacher's pictures to learn from", low=1, often=True)
+    sdxl_image_dir: str | None = arg(None, "where they are; default OUTPUT_DIR/sdxl_images")
     output_dir: str = arg("output", "everything goes here (visualize with --metrics-dir: the figures)")
     method: str = arg("data", "learn from the teacher's pictures, from its denoiser's output on them, or both, one after the other, compared", choices=("data", "online", "both"), often=True)  # fmt: skip
     feature_weight: float = arg(0.0, "online: weight of the difference between both UNets' attention maps", low=0)
-    steps: int = arg(50, "sampling steps", "num-inference-steps", low=1, often=True)
+    steps: int = arg(50, "sampling steps", low=1, often=True)
     guidance_scale: float = arg(7.5, "guidance", often=True)
     teacher_steps: int | None = arg(None, "the teacher's; default --steps")
     teacher_guidance_scale: float | None = arg(None, "the teacher's; default --guidance-scale")
@@ -130,7 +130,7 @@ class Transfer(Training, Noise, Adapters):
     resolution: int | None = arg(
         None, "pixels along one side of the student's pictures; default: its own (SD 1.5: 512)", low=1, high=8192
     )
-    eval_batch_size: int = arg(1, "pictures drawn at a time", "draw-batch-size", low=1, high=4096)
+    eval_batch_size: int = arg(1, "pictures drawn at a time", low=1, high=4096)
     evaluation_prompts: str | None = arg(
         None,
         "as --prompt-source, with a column `category`; default: other prompts of --prompt-source",
@@ -144,19 +144,22 @@ class Transfer(Training, Noise, Adapters):
     panels: int = arg(12, "pictures of which panels and difference maps are drawn", low=0)
     weights_dir: str | None = arg(None, "Inception's and CLIP's weights, for FID and CLIP score (see eval.py)")
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
-    lora: bool = arg(True, "train adapters; --no-lora: the whole denoiser", "use-lora", group="LoRA", often=True)
-    lora_rank: int = arg(16, "rank of the adapters", "lora-r", "rank")
+    lora: bool = arg(True, "train adapters; --no-lora: the whole denoiser", group="LoRA", often=True)
+    lora_rank: int = arg(16, "rank of the adapters")
     lora_alpha: float | None = arg(32.0, "their strength is alpha / rank")
     lora_dropout: float = arg(0.1, "of the adapters' inputs, while training")
     lora_format: str = arg("auto", "the file beside PEFT's folder: kohya's or diffusers' form; auto is kohya, for an MMDiT diffusers; peft: none", choices=("auto", "kohya", "diffusers", "peft"))  # fmt: skip
-    lora_targets: list[str] = arg([], "layers to adapt, of the denoiser (to_q …) or the text encoder (q_proj, fc1 …); default: the denoiser's attention", "lora-target-modules")  # fmt: skip
+    lora_targets: list[str] = arg(
+        [],
+        "layers to adapt, of the denoiser (to_q …) or the text encoder (q_proj, fc1 …); default: the denoiser's attention",
+    )
     seed: int = arg(42, "every random draw is a function of it")
-    batch_size: int = arg(4, "samples of a process in a micro-batch", "train-batch-size")
-    epochs: int = arg(10, "passes over the pictures", "num-epochs", "num-train-epochs")
-    lr: float = arg(1e-4, "peak learning rate", "learning-rate")
+    batch_size: int = arg(4, "samples of a process in a micro-batch")
+    epochs: int = arg(10, "passes over the pictures")
+    lr: float = arg(1e-4, "peak learning rate")
     lr_warmup_steps: float = arg(0, "updates of linear warm-up; below 1: a share of the run")
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
-    ema: bool = arg(False, "average the weights", "use-ema")
+    ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
     caption_dropout: float = arg(0.0, "share of captions replaced by the empty text, for guidance")
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
@@ -201,7 +204,6 @@ class FewStep(Training, Adapters):
     model: str = arg(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "the teacher: folder or Hub id",
-        "teacher",
         group="teacher and student",
         often=True,
     )
@@ -219,7 +221,7 @@ class FewStep(Training, Adapters):
         None, "steps of the first round of progressive, halved in every other; default: four times --student-steps"
     )
     substeps: int = arg(2, "the teacher's steps in one of the student's, in every round of progressive", low=2)
-    known_steps: int = arg(50, "times that a latent consistency student knows", "original-inference-steps", low=2)
+    known_steps: int = arg(50, "times that a latent consistency student knows", low=2)
     critic_steps: int = arg(5, "updates of dmd's critic for one of the student", low=1)
     lora: bool = arg(
         False, "train adapters in place of the whole denoiser (LCM-LoRA; consistency and guidance)", often=True
@@ -232,11 +234,11 @@ class FewStep(Training, Adapters):
     weights_dir: str | None = arg(None, "Inception's weights (see eval.py images)")
     features: str = arg("pixels", "spaces of the distances, comma-separated: inception, clip, pixels")
     output_dir: str = arg("out/few-step", "checkpoints, the student, figures")
-    batch_size: int = arg(4, "samples of a process in a micro-batch", "train-batch-size")
-    lr: float = arg(1e-5, "peak learning rate", "learning-rate")
-    max_steps: int = arg(1000, "updates (of each round); 0 = by --epochs", "max-train-steps")
-    ema: bool = arg(True, "average the weights; the student is the average", "use-ema")
-    ema_decay: float = arg(0.99, "largest decay of the average", "ema-max-decay")
+    batch_size: int = arg(4, "samples of a process in a micro-batch")
+    lr: float = arg(1e-5, "peak learning rate")
+    max_steps: int = arg(1000, "updates (of each round); 0 = by --epochs")
+    ema: bool = arg(True, "average the weights; the student is the average")
+    ema_decay: float = arg(0.99, "largest decay of the average")
     sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40)
     caption_dropout: float = arg(0.0, "share of captions replaced by the empty text", low=0, high=1)
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")

@@ -23,7 +23,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "nano"
 
 
 @dataclass
-class Common:
+class Report:
     output_dir: str = arg(
         "out/eval", "folder of metrics.json, metrics.csv, report.md, report.html and figures", often=True
     )
@@ -31,7 +31,7 @@ class Common:
 
 
 @dataclass
-class Weights(Common):
+class Weights(Report):
     seed: int = arg(
         2020, "of subsets, splits and resamples", low=0, high=(1 << 32) - 1, group="where and how it computes"
     )
@@ -53,7 +53,11 @@ class Images(Weights):
     real: str | None = arg(
         None, "folder or tar shards of real pictures (memorisation: the training pictures)", often=True
     )
-    prompts: str | None = arg(None, "the pictures' prompts: a line each, or captions by name (.json, .csv); default: what lies beside or inside the pictures", "prompts-file", often=True)  # fmt: skip
+    prompts: str | None = arg(
+        None,
+        "the pictures' prompts: a line each, or captions by name (.json, .csv); default: what lies beside or inside the pictures",
+        often=True,
+    )
     model: str | None = arg(
         None,
         "draw the pictures first: folder, file or Hub id; default without --generated: the embedded model",
@@ -61,8 +65,8 @@ class Images(Weights):
         often=True,
     )
     num_images: int | None = arg(None, "pictures per prompt to draw; default 1", low=1)
-    steps: int | None = arg(None, "sampling steps; default: the model's own", "num-inference-steps", low=1)
-    guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own", "cfg-scale")
+    steps: int | None = arg(None, "sampling steps; default: the model's own", low=1)
+    guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own")
     scheduler: str | None = arg(None, "sampler; default: the model's own")
     draw_seed: int | None = arg(None, "picture i is drawn from this seed + i; default 0")
     dtype: str | None = arg(None, "type of the model that draws; the networks that measure are always fp32", choices=("auto", "fp32", "fp16", "bf16"))  # fmt: skip
@@ -95,14 +99,14 @@ class Images(Weights):
 class Compare(Weights):
     a: str | None = arg(None, "folder of pictures")
     b: str | None = arg(None, "folder with pictures of the same names")
-    original: str | None = arg(None, "pictures before; with --finetuned, and perhaps --teacher", "before")
-    finetuned: str | None = arg(None, "pictures after", "after")
+    original: str | None = arg(None, "pictures before; with --finetuned, and perhaps --teacher")
+    finetuned: str | None = arg(None, "pictures after")
     teacher: str | None = arg(None, "what they should become")
     metrics: str | None = arg(
         None, "comma-separated; default: all that can be had (lpips, fid and clip_score need weights)"
     )
     prompts: str | None = arg(
-        None, "the pictures' prompts, for clip_score; default: captions beside one of the folders", "prompts-file"
+        None, "the pictures' prompts, for clip_score; default: captions beside one of the folders"
     )
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
     fid_mode: str = arg("torch-fidelity", "whose resize and scaling to repeat", choices=("torch-fidelity", "pytorch-fid", "clean-fid", "torchmetrics"))  # fmt: skip
@@ -110,7 +114,7 @@ class Compare(Weights):
 
 
 @dataclass
-class Captions(Common):
+class Captions(Report):
     seed: int = arg(2020, "of the resamples", low=0, high=(1 << 32) - 1)
     candidates: str | None = arg(None, "JSON {id: caption}, COCO results, or CSV (Image_Name, Title)")
     references: str | None = arg(None, "JSON {id: [captions]}, COCO annotations, or CSV")
@@ -123,7 +127,7 @@ class Captions(Common):
 
 
 @dataclass
-class Summary(Common):
+class Summary(Report):
     inputs: list[str] = arg([], "folders of earlier runs; repeatable")
     title: str = arg("Evaluation", "heading of the report")
 

@@ -29,8 +29,6 @@ class Config:
     model: str | None = arg(
         None,
         "folder, single-file checkpoint or Hub id org/name[@revision]; default: the embedded model",
-        "model-id",
-        "diffusion-checkpoint",
         group="model",
         often=True,
     )
@@ -77,8 +75,6 @@ class Config:
     steps: int | None = arg(
         None,
         "sampling steps; default: what the model was made for",
-        "num-inference-steps",
-        "number-inference-steps",
         group="how it is drawn",
         often=True,
     )
@@ -86,7 +82,6 @@ class Config:
     guidance_scale: float | None = arg(
         None,
         "classifier-free guidance; 1 or less = off; default: what the model was made for",
-        "cfg-scale",
         often=True,
         low=0,
         high=100,
@@ -96,13 +91,10 @@ class Config:
     skip_layer_scale: float = arg(2.8, "strength of --skip-layers", needs="skip_layers")
     skip_layer_start: float = arg(0.01, "part of the steps after which --skip-layers begins", needs="skip_layers")
     skip_layer_stop: float = arg(0.2, "part of the steps after which --skip-layers ends", needs="skip_layers")
-    perturbed_scale: float = arg(
-        0.0, "perturbed-attention guidance of a UNet; 3 is usual, 0 = none", "pag-scale", low=0, high=100
-    )
+    perturbed_scale: float = arg(0.0, "perturbed-attention guidance of a UNet; 3 is usual, 0 = none", low=0, high=100)
     perturbed_layers: str = arg(
         "mid",
         "its self-attentions: parts of their names, such as mid,up_blocks.1",
-        "pag-applied-layers",
         needs="perturbed_scale",
     )
     freeu: str | None = arg(None, "B1,B2,S1,S2 of FreeU, such as 1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL)")
@@ -125,7 +117,6 @@ class Config:
     refiner_start: float = arg(
         0.8,
         "part of the noise that is gone when --refiner takes over",
-        "refiner-switch-at",
         low=0.01,
         high=0.99,
         needs="refiner",
@@ -153,7 +144,6 @@ class Config:
     sigmas: str | None = arg(
         None,
         "grid of noise levels: karras, exponential, beta, lu, sgm_uniform, simple or ays (Align Your Steps); default: the sampler's own",
-        "schedule-type",
     )
     eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1", low=0, high=1)
     s_churn: float = arg(
@@ -238,7 +228,7 @@ class Config:
     progress_strip: bool = arg(False, "write a strip of the x0 estimates over the steps for each picture")
     resize: str | None = arg(None, "WIDTHxHEIGHT of the written pictures")
     metadata: bool = arg(True, "write the settings into each PNG")
-    txt: bool = arg(False, "write the prompt and the settings of each picture beside it, as NAME.txt", "metadata-txt")
+    txt: bool = arg(False, "write the prompt and the settings of each picture beside it, as NAME.txt")
     from_image: str | None = arg(None, "repeat a picture from the settings inside it")
     study: str | None = arg(
         None,

@@ -29,27 +29,24 @@ LESS_MEMORY = (
 
 @dataclass
 class Common(Training):
-    data: str = arg("", "folder, .tar shards, .csv, COCO .json or .parquet of pictures (and captions)",
-                    "train-data-dir", "data-dir", "image-dir", "dataset-name", group="data", often=True)  # fmt: skip
+    data: str = arg(
+        "", "folder, .tar shards, .csv, COCO .json or .parquet of pictures (and captions)", group="data", often=True
+    )
     dataset_config_name: str | None = arg(None, "folder inside --data to use")
     image_column: str | None = arg(None, "column of the file names or pictures in a listing or table")
     caption_column: str | None = arg(None, "column of the captions")
-    max_samples: int | None = arg(None, "use only the first N pictures", "max-train-samples", low=1, high=1 << 40)
+    max_samples: int | None = arg(None, "use only the first N pictures", low=1, high=1 << 40)
     base_dir: str = arg(".", "folder that relative paths start from")
     cache_dir: str | None = arg(None, "where encoded pictures and captions are kept; default OUTPUT_DIR/cache")
     resolution: int | None = arg(
-        None, "pixels along one side; default: 64, or --model's own", "image-size", low=1, high=8192, often=True
+        None, "pixels along one side; default: 64, or --model's own", low=1, high=8192, often=True
     )
     interpolation: str = arg("lanczos", "how pictures are resized", choices=("lanczos", "bilinear"))
     center_crop: bool = arg(True, "crop the middle; --no-center-crop: anywhere")
     random_flip: bool = arg(False, "mirror half of the pictures")
-    random_jitter: float = arg(
-        0.0, "brightness, contrast and saturation times 1 ± this", "color-jitter", low=0, high=0.9
-    )
+    random_jitter: float = arg(0.0, "brightness, contrast and saturation times 1 ± this", low=0, high=0.9)
     random_rotate: float = arg(0.0, "turn by up to so many degrees", low=0, high=180)
-    num_workers: int = arg(
-        0, "processes that decode pictures", "dataloader-num-workers", low=0, high=256, group="loading"
-    )
+    num_workers: int = arg(0, "processes that decode pictures", low=0, high=256, group="loading")
     on_bad_image: str = arg("stop", "what a picture that cannot be read does: stop the run, or be replaced and counted",
                             choices=("stop", "skip"))  # fmt: skip
     bad_image_limit: float = arg(0.01, "share of such pictures beyond which the run stops anyway", low=0, high=1)
@@ -64,7 +61,7 @@ class Common(Training):
     keep_best: bool = arg(False, "write best_model after every epoch whose loss is the best so far")
     save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
     sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40, often=True)
-    save_images_epochs: int = arg(0, "epochs between sample sheets; 0 = none", "sample-epochs", low=0, high=1 << 30)
+    save_images_epochs: int = arg(0, "epochs between sample sheets; 0 = none", low=0, high=1 << 30)
     push_to_hub: bool = arg(False, "upload the final model", group="the Hub")
     hub_model_id: str | None = arg(None, "its name, org/name; default: the output folder's")
     hub_token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
@@ -147,14 +144,12 @@ class VAEConfig(Common):
 
 @dataclass
 class DiffusionConfig(Common, Adapters, Noise):
-    vae: str | None = arg(None, "folder of a trained VAE: diffusion in its latents; without: in pixels",
-                          "vae-checkpoint", group="the model", often=True)  # fmt: skip
-    model: str | None = arg(None, "pipeline to go on from (folder or Hub id), in place of a new one",
-                            "pretrained-model-name-or-path", often=True)  # fmt: skip
-    lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is", often=True)
-    model_config: str | None = arg(
-        None, "config.json of a UNet or MMDiT; default: --model-size's", "model-config-name-or-path"
+    vae: str | None = arg(
+        None, "folder of a trained VAE: diffusion in its latents; without: in pixels", group="the model", often=True
     )
+    model: str | None = arg(None, "pipeline to go on from (folder or Hub id), in place of a new one", often=True)
+    lora: bool = arg(False, "train low-rank adapters on --model, which stays as it is", often=True)
+    model_config: str | None = arg(None, "config.json of a UNet or MMDiT; default: --model-size's")
     model_size: str = arg("tiny", "built-in sizes", choices=("tiny", "nano", "world", "pokemon", "flat", "mmdit-tiny", "mmdit-100m", "sd15",
                                                              "sdxl", "sd35-medium"), often=True)  # fmt: skip
     condition: str = arg("text", "the condition: captions, class labels (folders or .cls), or nothing",
@@ -171,7 +166,7 @@ class DiffusionConfig(Common, Adapters, Noise):
     max_length: int = arg(24, "text tokens", low=3, high=4096)
     prediction_type: str | None = arg(None, "what the network predicts; default: v_prediction, or what --model does",
                                       choices=("epsilon", "sample", "v_prediction", "flow"), group="noise schedule", often=True)  # fmt: skip
-    beta_schedule: str = arg("scaled_linear", "noise schedule", "ddpm-beta-schedule", "schedule",
+    beta_schedule: str = arg("scaled_linear", "noise schedule",
                              choices=("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"))  # fmt: skip
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule", low=1, high=100000)
     zero_snr: bool = arg(True, "rescale the betas to zero terminal SNR (not for epsilon)")
@@ -182,7 +177,7 @@ class DiffusionConfig(Common, Adapters, Noise):
         [], "prompts of the sample sheets, or a text file of them; default: captions of the data", often=True
     )
     eval_batch_size: int = arg(16, "pictures on a sample sheet", low=1, high=4096)
-    sample_steps: int = arg(25, "steps of the sample sheets", "ddpm-num-inference-steps", low=1, high=1000)
+    sample_steps: int = arg(25, "steps of the sample sheets", low=1, high=1000)
     sample_guidance: float = arg(3.0, "guidance of the sample sheets")
 
 

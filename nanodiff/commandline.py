@@ -22,6 +22,7 @@ import types
 import typing
 from pathlib import Path
 
+from nanodiff import aliases
 from nanodiff.config import Stopped, UserError, check_regular, clipped, nearest, printable, read_json
 
 SHORT = 25  # options of a stage up to which --help shows them all
@@ -46,7 +47,7 @@ speaks = None  # of several processes: f(error) -> may this one print its failur
 def arg(
     default,
     help="",
-    *aliases,
+    *,
     choices=None,
     const=None,
     low=None,
@@ -58,14 +59,13 @@ def arg(
 ):
     """A dataclass field with its help string.
 
-    aliases: other flag names, without dashes. choices: allowed values. const: value of the bare flag
-    (`--resume` alone), which makes the flag's value optional. low, high: its bounds; needs: the field, or a tuple of fields,
-    without one of which it does nothing (see check_needs).
+    choices: allowed values. const: value of the bare flag (`--resume` alone), which makes the flag's value optional. low, high: its
+    bounds; needs: the field, or a tuple of fields, without one of which it does nothing (see check_needs).
     group: heading of this option and of those after it in --help. often: shown by --help; of a long list the others by --help-all.
     unit: what may stand behind a number on the command line ("x": 1.5x).
     A field of a derived class keeps the bounds and the group of the one that it replaces.
     """
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "low": low, "high": high, "group": group,
+    metadata = {"help": help, "choices": choices, "const": const, "low": low, "high": high, "group": group,
                 "often": often, "unit": unit, "needs": needs}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -184,7 +184,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
                 heading
             )
         shown = whole or _inherited(cls, field.name, "often")
-        _add(group, field, hints[field.name], shown, "--help-all" in argv, presets.get("", {}))
+        _add(
+            group, field, names_of(cls, field.name), hints[field.name], shown, "--help-all" in argv, presets.get("", {})
+        )
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]
@@ -220,15 +222,15 @@ def _dashed(token):
     return flag.replace("_", "-") + eq + value
 
 
-def _add(parser, field, hint, shown_in_help=True, whole=True, defaults=types.MappingProxyType({})):
+def _add(parser, field, names, hint, shown_in_help=True, whole=True, defaults=types.MappingProxyType({})):
     m = field.metadata
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     default = defaults.get(field.name, default)
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
-    names = ["--" + n.replace("_", "-") for n in (field.name, *m["aliases"])]
+    names = ["--" + n.replace("_", "-") for n in names]
     shown = "" if default in (None, [], "") else f" [{default}]"
-    also = f"; also --{', --'.join(m['aliases'])}" if m["aliases"] and whole else ""
+    also = f"; also {', '.join(names[1:])}" if names[1:] and whole else ""
     text = (m["help"] + shown + also).replace("%", "%%") if shown_in_help else argparse.SUPPRESS
     kwargs = {"dest": field.name, "help": text, "default": None}
     if kind is bool:
@@ -264,10 +266,20 @@ def _metavar(name, kind):
     return "MODEL" if last in ("model", "teacher", "student", "encoder") else "TEXT"
 
 
+def names_of(cls, name):
+    """A field's names: its own, and other programs'."""
+    return (name, *aliases.of(cls, name))
+
+
+def by_names(cls):
+    """{each name of a field, with underscores: the field's own}"""
+    return {n.replace("-", "_"): f.name for f in dataclasses.fields(cls) for n in names_of(cls, f.name)}
+
+
 def from_mapping(cls, mapping, where):
-    """{field or alias: value} checked against the dataclass `cls`: {field: value}. Raises UserError naming the key."""
+    """{a name of a field: value} checked against the dataclass `cls`: {field: value}. Raises UserError naming the key."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    by_name = {n.replace("-", "_"): f.name for f in fields.values() for n in (f.name, *f.metadata["aliases"])}
+    by_name = by_names(cls)
     values = {}
     for key, value in mapping.items():
         name = by_name.get(key.replace("-", "_"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from util import ROOT, TINY, error_line, run
 
-from nanodiff import commandline
+from nanodiff import aliases, commandline
 from nanodiff.commandline import arg, parse
 from nanodiff.config import UserError
 
@@ -17,7 +17,7 @@ from nanodiff.config import UserError
 @dataclass
 class Config:
     rate: float = arg(0.5, "a rate")
-    max_steps: int = arg(10, "a count", "steps-alias")
+    max_steps: int = arg(10, "a count")
     name: str | None = arg(None, "a name", choices=("one", "two"))
     tags: list[str] = arg([], "repeatable")
     flip: bool = arg(True, "a switch")
@@ -25,6 +25,11 @@ class Config:
 
 
 PRESETS = {"fast": {"rate": 9.0, "max_steps": 1}}
+
+
+@pytest.fixture(autouse=True)
+def another_name(monkeypatch):
+    monkeypatch.setitem(aliases.OF, "Config", {"max_steps": ("steps-alias",)})
 
 
 def test_defaults_and_types():

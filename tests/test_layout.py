@@ -11,7 +11,7 @@ import pytest
 from util import ROOT
 
 ROOMS = (  # a room imports from those before it only; inner imports and importlib count
-    "system", "config", "commandline", "files", "device", "diffusion", "weights", "models", "text", "output", "pipeline", "lora", "data", "training", "evaluation",
+    "system", "config", "aliases", "commandline", "files", "device", "diffusion", "weights", "models", "text", "output", "pipeline", "lora", "data", "training", "evaluation",
     "stories",
 )  # fmt: skip
 DOORS = {

@@ -16,7 +16,7 @@ import re
 import typing
 from pathlib import Path
 
-from nanodiff.commandline import from_mapping
+from nanodiff.commandline import by_names, from_mapping
 from nanodiff.config import UserError, nearest, printable, spreadsheet
 from nanodiff.diffusion import samplers
 from nanodiff.files import write_bytes, write_json
@@ -43,7 +43,7 @@ def parse(text, cls):
     Raises UserError naming what is unknown.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    names = {n.replace("-", "_"): f.name for f in fields.values() for n in (f.name, *f.metadata["aliases"])}
+    names = by_names(cls)
     hints, axes = typing.get_type_hints(cls), []
     for part in re.findall(r'(?:[^;"]|"[^"]*")+', text):
         key, equals, values = part.strip().partition("=")

@@ -36,25 +36,19 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 class Training:
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(
-        False, "begin again: what an earlier run in --output-dir made, and stands in the way, is deleted", "overwrite"
+        False, "begin again: what an earlier run in --output-dir made, and stands in the way, is deleted"
     )
-    batch_size: int = arg(
-        16, "samples of a process in a micro-batch", "train-batch-size", low=1, high=1 << 20, often=True
-    )
-    grad_accum: int = arg(1, "micro-batches per update", "gradient-accumulation-steps", low=1, high=1 << 20)
-    max_steps: int = arg(0, "updates; 0 = by --epochs", "max-train-steps", low=0, high=1 << 40, often=True)
+    batch_size: int = arg(16, "samples of a process in a micro-batch", low=1, high=1 << 20, often=True)
+    grad_accum: int = arg(1, "micro-batches per update", low=1, high=1 << 20)
+    max_steps: int = arg(0, "updates; 0 = by --epochs", low=0, high=1 << 40, often=True)
     epochs: int = arg(
         1,
         "passes over the data, when --max-steps is 0",
-        "num-epochs",
-        "num-train-epochs",
         low=1,
         high=1 << 30,
         often=True,
     )
-    lr: float = arg(
-        1e-3, "peak learning rate", "learning-rate", low=1e-12, high=1000.0, group="optimisation", often=True
-    )
+    lr: float = arg(1e-3, "peak learning rate", low=1e-12, high=1000.0, group="optimisation", often=True)
     lr_scheduler: str = arg("cosine", "learning rate over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run", low=0, high=1 << 40)
     lr_min: float = arg(0.0, "smallest learning rate after the warm-up", low=0, high=1000.0)
@@ -78,10 +72,8 @@ class Training:
     mixed_precision: str = arg("auto", "type of the forward pass; auto: bf16 where the device computes in it",
                                choices=("auto", "no", "fp16", "bf16"), often=True)  # fmt: skip
     gradient_checkpointing: bool = arg(False, "keep less for the backward pass, compute it again")
-    ema: bool = arg(
-        True, "average the weights; samples and the final model use the average", "use-ema", group="averaged weights"
-    )
-    ema_decay: float = arg(0.999, "largest decay of the average", "ema-max-decay", low=0, high=1)
+    ema: bool = arg(True, "average the weights; samples and the final model use the average", group="averaged weights")
+    ema_decay: float = arg(0.999, "largest decay of the average", low=0, high=1)
     ema_inv_gamma: float = arg(
         1.0, "the average's warm-up: 1 - (1 + step / this)^-power", low=1e-06, high=1000000000000.0
     )
@@ -112,15 +104,18 @@ class Training:
         "our Triton kernels on a GPU: auto falls back to PyTorch and says why, triton never falls back, torch uses none",
         choices=("auto", "triton", "torch"),
     )
-    resume: str | None = arg(None, "continue from the newest checkpoint (auto, latest), or from this folder",
-                             "resume-from-checkpoint", const="auto", group="checkpoints and log", often=True)  # fmt: skip
-    checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end", low=0, high=1 << 40)
-    checkpoint_epochs: int = arg(
-        0, "epochs between checkpoints; 0 = none", "save-checkpoint-epochs", low=0, high=1 << 30
+    resume: str | None = arg(
+        None,
+        "continue from the newest checkpoint (auto, latest), or from this folder",
+        const="auto",
+        group="checkpoints and log",
+        often=True,
     )
+    checkpointing_steps: int = arg(500, "updates between checkpoints; 0 = only at the end", low=0, high=1 << 40)
+    checkpoint_epochs: int = arg(0, "epochs between checkpoints; 0 = none", low=0, high=1 << 30)
     checkpoints_total_limit: int | None = arg(2, "checkpoints to keep", low=1, high=1 << 20)
     log_every: int = arg(20, "updates between lines of metrics.jsonl", low=0, high=1 << 40)
-    report_to: str = arg("none", "also log to", "logger", choices=("none", "tensorboard", "wandb"))
+    report_to: str = arg("none", "also log to", choices=("none", "tensorboard", "wandb"))
     logging_dir: str | None = arg(None, "TensorBoard's folder; default OUTPUT_DIR/logs")
 
     def check_ranges(self):
@@ -158,15 +153,13 @@ class Noise:
 
     loss: str = arg("mse", "of prediction and target: mse, l1, huber", group="the loss")
     min_snr: float | None = arg(
-        None, "gamma of the min-SNR weighting; none = unweighted", "snr-gamma", low=1e-06, high=1000000000000.0
+        None, "gamma of the min-SNR weighting; none = unweighted", low=1e-06, high=1000000000000.0
     )
     snr_weighting: bool = arg(
         False, "with --prediction-type sample: weigh by the SNR, as an epsilon loss does by itself"
     )
     snr_clip: float | None = arg(None, "largest weight of --snr-weighting", low=1e-06, high=1000000000000.0)
-    offset_noise: float = arg(
-        0.0, "strength of noise that is the same everywhere in a channel", "noise-offset", low=0, high=10
-    )
+    offset_noise: float = arg(0.0, "strength of noise that is the same everywhere in a channel", low=0, high=10)
     timestep_sampling: str = arg("uniform", "how a flow's times are drawn", choices=("uniform", "logit_normal"))
     timestep_mean: float = arg(0.0, "of logit_normal")
     timestep_std: float = arg(1.0, "of logit_normal", low=0, high=100)
@@ -183,7 +176,7 @@ class Noise:
 class Adapters:
     """Low-rank adapters."""
 
-    lora_rank: int = arg(4, "rank of the adapters", "rank", low=1, high=16384, group="LoRA", often=True)
+    lora_rank: int = arg(4, "rank of the adapters", low=1, high=16384, group="LoRA", often=True)
     lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
     lora_targets: str = arg(
         "", "layers to adapt: ends of names, or patterns with *, comma-separated; default: all attention projections"
@@ -191,5 +184,5 @@ class Adapters:
     lora_rank_pattern: str = arg("", "another rank for some of them, such as attn2.to_k=8,ff.net.2=2")
     lora_alpha_pattern: str = arg("", "another alpha for some of them")
     lora_dropout: float = arg(0.0, "of the adapters' inputs, while training", low=0, high=0.99)
-    lora_rslora: bool = arg(False, "strength alpha / sqrt(rank), which lets high ranks learn", "use-rslora")
+    lora_rslora: bool = arg(False, "strength alpha / sqrt(rank), which lets high ranks learn")
     lora_format: str = arg("auto", "how they are written: kohya (which every program reads alike), diffusers or peft; auto is kohya, for an MMDiT diffusers", choices=("auto", "kohya", "diffusers", "peft"))  # fmt: skip
