@@ -242,6 +242,9 @@ class Inference(Stage):
     max_new_tokens: int = arg(120, "of a caption", low=1)
     beams: int = arg(1, "captions that are searched at a time; 1: the likeliest token each time", low=1)
     batch_size: int = arg(12, "pictures at a time", low=1)
+    quantize: str | None = arg(
+        None, "weights of the language model in 8 or 4 bits (int4: on a CPU)", choices=("int8", "int4")
+    )
 
 
 @dataclass

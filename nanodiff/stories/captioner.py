@@ -19,7 +19,7 @@ from nanodiff.evaluation import caption_scores, features, image_sets, textmetric
 from nanodiff.files import append, write_bytes
 from nanodiff.output import charts, images, report
 from nanodiff.stories import captioner_model
-from nanodiff.stories.captions import begin, language_dtype
+from nanodiff.stories.captions import begin, language_dtype, quantized
 from nanodiff.training import loader
 from nanodiff.training.options import listed
 from nanodiff.training.run import Run
@@ -261,9 +261,12 @@ def trained_captioner(cfg, device):
     """The Captioner of --model-file, for inference."""
     if not cfg.model_file:
         raise UserError("--model-file is required, such as results/vit_llama3_2_1B/checkpoints/best_model.pt")
+    dtype = language_dtype(cfg, device, cfg.quantize)
     net = captioner_model.load(
-        cfg.model_file, language_dtype(cfg, device), device, cfg.model_name, cfg.vision_model, cfg.hf_token
+        cfg.model_file, dtype, device, cfg.model_name, cfg.vision_model, cfg.hf_token, bool(cfg.quantize)
     )
+    if cfg.quantize:
+        quantized(net.llm, cfg.quantize)
     for name, given in (("language_model", cfg.model_name), ("vision_model", cfg.vision_model)):
         if given and not getattr(net.settings, name):
             raise UserError(f"--{name.replace('_', '-')}: {cfg.model_file} brings its own, which was wholly trained")

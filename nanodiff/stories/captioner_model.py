@@ -301,9 +301,10 @@ def _restored(folder):
     return folder
 
 
-def load(path, dtype, device, language=None, vision=None, token=None):
+def load(path, dtype, device, language=None, vision=None, token=None, fused=False):
     """The Captioner of a folder that save() wrote (`X.pt` means the folder X), for inference. language, vision: models in place of those
-    that it names. Raises UserError naming what is missing or does not fit."""
+    that it names. fused: the language model's adapters are added into its weights, which then may be quantized. Raises UserError naming
+    what is missing or does not fit."""
     folder = hub.trained(path)
     folder = _restored(folder.with_suffix("") if folder.suffix == ".pt" and not folder.exists() else folder)
     if not (folder / RECORD).is_file():
@@ -335,6 +336,10 @@ def load(path, dtype, device, language=None, vision=None, token=None):
         models = {name: getattr(net, name)}
         if not (folder / f"{name}_adapter").is_dir():
             raise UserError(f"{folder}: {name}_adapter is missing; was it copied as a whole?")
-        lora.attach(models, lora.read(folder / f"{name}_adapter", models))
-        onednn.widen(models[name])
+        adapters = lora.read(folder / f"{name}_adapter", models)
+        if fused and name == "llm":
+            lora.fuse(models, adapters, keep=False)
+        else:
+            lora.attach(models, adapters)
+            onednn.widen(models[name])
     return net.to(device).eval().requires_grad_(False)

@@ -50,9 +50,14 @@ def language(cfg, device):
     folder = dist.on_main(hub.resolve, cfg.model, None, cfg.hf_token)
     net, tokenizer = dist.together(sources.load_language, folder, language_dtype(cfg, device, cfg.quantize), device)
     if cfg.quantize:
-        error = dist.together(quantize.language, net, cfg.quantize)
-        dist.say(f"quantized to {cfg.quantize}: the weights are {100 * error:.2g} % off (RMS)")
+        quantized(net, cfg.quantize)
     return net, tokenizer
+
+
+def quantized(net, kind):
+    """Keep a CausalLM's weights in `kind`, and say what that costs."""
+    error = dist.together(quantize.language, net, kind)
+    dist.say(f"quantized to {kind}: the weights are {100 * error:.2g} % off (RMS)")
 
 
 def complete(cfg):

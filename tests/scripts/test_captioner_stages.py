@@ -13,6 +13,7 @@ from util import TINY, error_line, in_process, launch, rms_ratio, run, stop_at_s
 import caption
 from nanodiff.config import printable
 from nanodiff.data import captionset
+from nanodiff.device import quantize
 from nanodiff.stories import captioner, captioner_model
 from nanodiff.weights import hub, load_tensors, save_tensors
 
@@ -197,6 +198,24 @@ def test_telling(home, trained):
         x.split("\t")[1] for x in out.splitlines()[3:5]
     ], err
     assert len(captionset.read(home / "told" / "captions.csv")) == 2
+
+
+def test_telling_with_quantized_weights(home, trained):
+    """The language model in int8, its adapters added in before: the loss of a caption moves by a hundredth, the same by the command."""
+    one = {"model_file": trained[0] / "checkpoints" / "best_model", "output_dir": home / "told8", "max_new_tokens": 6}
+    code, out, err = stage("infer", **one, infer_image_path=home / "images", quantize="int8")
+    assert code == 0 and out.count("\n") == 24 and "quantized to int8: the weights are 0." in err, err
+    plain, fused = (captioner_model.load(one["model_file"], torch.float32, "cpu", fused=f) for f in (False, True))
+    weight = [net.llm.model.layers[0].self_attn.q_proj.weight for net in (plain, fused)]
+    assert not torch.equal(*weight)
+    pixels = plain.pictures.batch([Image.open(home / "images" / "dish_03.jpg")])
+    ids = torch.tensor([plain.caption_ids("a red dish")])
+    loss = [net(pixels, ids).item() for net in (plain, fused)]
+    assert abs(loss[0] - loss[1]) < 1e-4 * abs(loss[0])
+    quantize.language(fused.llm, "int8")
+    assert 0 < abs(fused(pixels, ids).item() - loss[0]) < 0.01 * abs(loss[0])
+    code, _, err = stage("infer", **one, infer_image_path=home / "images", quantize="int4")
+    assert code == 2 and "--quantize int4: a layer of " in err, err
 
 
 def test_judging(home, parts, trained):
