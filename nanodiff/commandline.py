@@ -23,7 +23,7 @@ import typing
 from pathlib import Path
 
 from nanodiff import aliases
-from nanodiff.config import Stopped, UserError, check_regular, clipped, nearest, printable, read_json
+from nanodiff.config import Stopped, UserError, check_regular, clipped, nearest, printable, read_json, short
 
 SHORT = 25  # options of a stage up to which --help shows them all
 ELSEWHERE = {  # other programs' words
@@ -90,10 +90,10 @@ def check_bounds(cfg):
         for value in values if isinstance(values, list) else [values]:
             if value is None or ((low is None or value >= low) and (high is None or value <= high)):
                 continue
-            flag = f"--{field.name.replace('_', '-')}"
+            flag, value = f"--{field.name.replace('_', '-')}", clipped(f"{value:g}" if abs(value) < 1e300 else value)
             if high is None:
-                raise UserError(f"{flag} must be at least {low:g}, not {value:g}")
-            raise UserError(f"{flag} {value:g} must be between {low:g} and {high:g}")
+                raise UserError(f"{flag} must be at least {low:g}, not {value}")
+            raise UserError(f"{flag} {value} must be between {low:g} and {high:g}")
 
 
 def check_needs(cfg):
@@ -129,6 +129,10 @@ def read_settings(path):
     }
     if "CONFIG" not in given:
         raise UserError(f"{path}: has no CONFIG = {{…}}")
+    if changed := [n.lineno for n in tree.body if _changes(n, "CONFIG")]:
+        raise UserError(
+            f"{path}:{changed[0]}: CONFIG is changed after it is written; it is read as it is written, never run"
+        )
     try:
         value = ast.literal_eval(given["CONFIG"])
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
@@ -138,6 +142,16 @@ def read_settings(path):
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{path}: CONFIG is no dict of settings")
     return value
+
+
+def _changes(statement, name):
+    """Does a statement of a Python file change the dict of this name: D[k] = v, D |= …, del D[k], D.update(…)?"""
+    targets = getattr(statement, "targets", []) + [getattr(statement, "target", None)]
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        targets = [statement.value.func]
+    inside = [t.value for t in targets if isinstance(t, ast.Subscript | ast.Attribute)]
+    whole = targets if isinstance(statement, ast.AugAssign) else []
+    return any(isinstance(t, ast.Name) and t.id == name for t in (*inside, *whole))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -280,16 +294,25 @@ def from_mapping(cls, mapping, where):
     """{a name of a field: value} checked against the dataclass `cls`: {field: value}. Raises UserError naming the key."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     by_name = by_names(cls)
-    values = {}
+    values, said = {}, {}
     for key, value in mapping.items():
         name = by_name.get(key.replace("-", "_"))
         if name is None:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, by_name)}")
+            raise UserError(f"{where}: unknown key {short(key)}{nearest(key[:80], by_name)}")
+        if name in said:
+            raise UserError(f"{where}: {said[name]} and {key} are one option; which is meant?")
+        said[name] = key
         hint = typing.get_type_hints(cls)[name]
         options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         kinds = tuple(typing.get_origin(t) or t for t in options)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise UserError(f"{where}: {key} = {short(value)} is out of range") from None
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in text):
+                raise UserError(f"{where}: {key} = {short(text)} is no text")
         if isinstance(value, list) and list in kinds:
             element = typing.get_args(next(t for t in options if typing.get_origin(t) is list))[0]
             if not all(isinstance(v, element) for v in value):

@@ -76,6 +76,23 @@ def check_regular(path):
         raise UserError(f"{path}: is a pipe or a device, not a file")
 
 
+def parse_json(text, where):
+    """A JSON text as a value. Raises UserError for what is none, and for an object with one name twice, of which the first would be lost."""
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [k for k, _ in pairs]
+            twice = next(n for n in names if names.count(n) > 1)
+            raise UserError(f"{where}: {short(twice)} stands twice in one JSON object; which is meant?")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not readable as JSON: {e}") from None
+
+
 def read_json(path):
     """A JSON or TOML file as a dict. Raises UserError naming the file."""
     path = Path(path)
@@ -87,7 +104,7 @@ def read_json(path):
             import tomllib
 
             return tomllib.loads(path.read_text(encoding="utf-8"))
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, parse_json, printable, short
 from nanodiff.data import tables
 
 
@@ -14,7 +14,7 @@ def read(path, by_file=False):
     if path.suffix.lower() in tables.SUFFIXES:
         found = _from_table(path)
     else:
-        found = _from_json(path, tables.parsed(tables.text_of(path), path), by_file)
+        found = _from_json(path, parse_json(tables.text_of(path), path), by_file)
     if not found:
         raise UserError(f"{path}: no captions in it")
     return found
@@ -24,14 +24,24 @@ def _from_json(path, value, by_file):
     names = {}
     if isinstance(value, dict) and isinstance(value.get("annotations"), list):
         if by_file and isinstance(value.get("images"), list):
-            names = {
-                str(v["id"]): str(v["file_name"])
-                for v in value["images"]
-                if isinstance(v, dict) and {"id", "file_name"} <= set(v)
-            }
+            images = [v for v in value["images"] if isinstance(v, dict) and {"id", "file_name"} <= set(v)]
+            names = {str(v["id"]): str(v["file_name"]) for v in images}
+            for what, some in (
+                ("id", [str(v["id"]) for v in images]),
+                ("file_name", [str(v["file_name"]) for v in images]),
+            ):
+                if len(set(some)) < len(some):
+                    raise UserError(
+                        f"{path}: two images have the {what} {short(next(s for s in some if some.count(s) > 1))}"
+                    )
+            ids = {str(v.get("image_id")) for v in value["annotations"] if isinstance(v, dict)}
+            if names and (strange := sorted(ids - set(names))):
+                raise UserError(
+                    f"{path}: {len(strange)} annotations are of pictures that are not in it: {short(strange[0])}"
+                )
         value = value["annotations"]
     if isinstance(value, dict):
-        found = {str(k): [v] if isinstance(v, str) else v for k, v in value.items()}
+        found = {str(k): list(_texts(v, f"{path}: {printable(k)}")) for k, v in value.items()}
     elif isinstance(value, list):
         found = {}
         for i, row in enumerate(value):
@@ -45,6 +55,15 @@ def _from_json(path, value, by_file):
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise UserError(f"{path}: {printable(key)}: expected a caption or a list of captions")
     return found
+
+
+def _texts(value, where):
+    """The captions of a JSON value, an empty one among them: a model that says nothing is judged for that."""
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    if isinstance(value, str):
+        return tables.captions_in(value, where) or [""]
+    raise UserError(f"{where}: expected a caption or a list of captions")
 
 
 def _from_table(path):

@@ -71,6 +71,10 @@ def read(path, clean=False, skip=False, captions=True):
             empty.append(f"{where} ({printable(name)})")
             continue
         known = rows.get(name, Row(name, (), "", source))
+        if source != known.source:
+            raise UserError(
+                f"{where}: {printable(name)} varies {short(source)}, an earlier row says {short(known.source)}"
+            )
         rows[name] = known._replace(captions=tuple(dict.fromkeys(known.captions + titles)))
     if empty:
         what = f"{path}: {len(empty)} captions are empty: {', '.join(empty[:5])}"
@@ -87,11 +91,18 @@ def _table(path, captions=True):
     header, rows = tables.rows(path)
     name = tables.column(None, NAMES, header, path)
     title = tables.column(None, CAPTIONS, header, path) if captions or set(CAPTIONS) & set(header) else None
+    suffixes = {}
     for where, row in rows:
         if not row[name].strip():
             raise UserError(f"{where}: no {name}")
         found = tables.captions_in(row[title], where) if title else ()
-        yield _stem(row[name], where), found, row.get(SOURCE, "").strip(), where
+        stem, source = _stem(row[name], where), row.get(SOURCE, "").strip()
+        suffix = row[name].strip()[len(stem) :]
+        if suffix and suffixes.setdefault(stem, suffix) != suffix:
+            raise UserError(
+                f"{where}: {printable(stem)} is a {suffixes[stem]} in an earlier row and a {suffix} here: one name for two pictures"
+            )
+        yield stem, found, _stem(source, where) if source else "", where
 
 
 def _logged(path):
@@ -179,11 +190,17 @@ def write(path, rows, more=()):
 
 KIND = r"(?:variations?|options?|captions?|versions?|alternatives?|ideas?|suggestions?|rephras\w+)"
 MARK = re.compile(  # what stands before an item of a list: a bullet, a number, a letter, "Option 2 (Simple):"
-    rf"^\s*(?:[-*•–—+▪◦●]+\s+|[-•▪◦●]\s*(?=\S)|\(?\d{{1,2}}\s?[.):\]]\s*(?!\d)|[\[(]\d{{1,2}}[\])]\s*|\(?[a-z][.)]\s+|{KIND}\s*(?:\#?\d+|[a-z]\b)?\s*(?:\([^)]*\))?\s*[:.)–—-]\s*)",
+    rf"^\s*(?:[-*•–—+▪◦●]+\s+|[-•▪◦●]\s*(?=\S)|\(?\d{{1,2}}\s?[.):\]、．）：]\s*(?!\d)|[\[(]\d{{1,2}}[\])]\s*|\(?[a-z][.)]\s+|{KIND}\s*(?:\#?\d+|[a-z]\b)?\s*(?:\([^)]*\))?\s*[:.)–—-]\s*)",
     re.I,
 )
 LABEL = re.compile(r"^\*\*[^*]{1,40}?(?::\*\*|\*\*\s*[:–—-])\s*")  # **Simple:** …
 TAG = re.compile(r"<[/|]?\w[^<>]{0,30}>")
+THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.I | re.S)
+BREAK = re.compile(r"<br\s*/?>|</?(?:li|p|div|tr)>", re.I)
+REMARK = re.compile(  # behind a caption: what the model says of it
+    r"\s+(?:[(\[]|[-–—]+\s)\s*(?:this|adds?|adding|more|less|changes?|changing|emphasi[sz]\w*|focus\w*|simpl\w+|formal\w*|detailed|shorter|longer|descriptive"
+    r"|same|similar|rephras\w*|uses?|using|slightly)\b[^()]*[)\]]?\s*$", re.I
+)  # fmt: skip
 PERSONAL = re.compile(  # words of somebody who talks to somebody
     r"\b(?:i|i'm|i'll|i've|i'd|me|my|you|you'd|you're|your|let's|let me|feel free|hope|please|thanks?|sure|certainly|of course|absolutely|okay|here are|here is"
     r"|here's|below are|as requested|these captions?|these variations?|would like|want me to|note that|note:|explanation)\b",
@@ -203,7 +220,8 @@ def _listed(body):
 
 def _items(text):
     """Lines of a reply, (line, was it an item of a list?); a JSON list is its texts."""
-    body = re.sub(r"^```\w*$", "", text, flags=re.M).strip()
+    body = BREAK.sub("\n", THOUGHT.sub("", text))
+    body = re.sub(r"^```\w*$", "", body, flags=re.M).strip()
     if (value := _listed(body)) is not None:
         return [(v if isinstance(v, str) else "", True) for v in value]
     lines = []
@@ -227,7 +245,7 @@ def _caption(line):
     line = re.sub(r"(?<!\w)[*_`]+(\S.*?\S|\S)[*_`]+(?!\w)", r"\1", line)
     if quoted := re.match(r"[\"“]([^\"”]+)[\"”](?:\s*[-–—:(].*|[.,;!]*)?$", line):
         line = quoted[1]
-    line = line.replace("*", "").strip(" \"'“”‘’`").rstrip(".,; ")
+    line = REMARK.sub("", line.replace("*", "")).strip(" \"'“”‘’`").rstrip(".,; ")
     return "".join(c for c in " ".join(line.split()) if c.isprintable())
 
 
@@ -463,7 +481,9 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
         rest = [row for row in train if row.source not in named]
         counts["left out for their source"] = len(train) - len(rest)
         train = rest
-    held = {row.name for row in test}
+    held, known = {row.name for row in test}, {row.name for row in original} | {UNKNOWN}
+    if strangers := sum(row.source not in known for row in synthetic):
+        counts["synthetic pictures of no original here"] = strangers
     parts = {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
     counts["training pictures whose source is tested"] = sum(row.source in held for row in train)
     for name, rows in parts.items():
@@ -478,12 +498,17 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
 
 def export(source, target):
     """Any data set with captions as TARGET/titles.csv and TARGET/images/, the pictures' bytes as they are."""
-    dataset, target, rows = sources.load(source), Path(target), []
+    dataset, target, rows, taken = sources.load(source), Path(target), [], set()
+    read = {Path(p).resolve() for p in (source, *(item.path for item in dataset.items))}
+    if any(p == (target / "titles.csv").resolve() or p.is_relative_to((target / "images").resolve()) for p in read):
+        raise UserError(f"{target}: its titles.csv or images/ would replace what is read; take another folder")
     (target / "images").mkdir(parents=True, exist_ok=True)
     for i in range(len(dataset)):
         key = Path(dataset.keys[i])
         name = images.slug(key.stem if key.suffix.lower() in sources.SUFFIXES else key.name)
-        name = name if all(row.name != name for row in rows) else f"{name}_{i}"
+        while name in taken:
+            name += f"_{i}"
+        taken.add(name)
         kept = dataset.data(i)
         with images.Image.open(io.BytesIO(kept)) as image:
             suffix = {"JPEG": ".jpg"}.get(image.format, f".{(image.format or 'png').lower()}")

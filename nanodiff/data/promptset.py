@@ -108,6 +108,11 @@ def _words(raw, path):
         raise UserError(f"{path}: templates is no object of texts")
     if not isinstance(words, dict) or not all(texts(v) for v in words.values()):
         raise UserError(f"{path}: words is no object of lists of texts")
+    for name, some in words.items():
+        if twice := [w for w in some if some.count(w) > 1]:
+            raise UserError(
+                f"{path}: words of {name!r}: {short(twice[0])} stands twice, so some prompts would be drawn twice"
+            )
     for category, template in templates.items():
         rest = re.sub(r"\{\w+\}", "", template)
         if "{" in rest or "}" in rest:
@@ -115,6 +120,10 @@ def _words(raw, path):
         if not FOLDER.fullmatch(category):
             raise UserError(f"{path}: category {printable(category)!r} cannot name a folder")
         for name in names_in(template):
+            if not name.isidentifier():
+                raise UserError(
+                    f"{path}: template {category!r}: {{{name}}} is no name (a letter, then letters and digits)"
+                )
             if name not in words:
                 raise UserError(
                     f"{path}: template {category!r} wants {name!r}, which words has not{nearest(name, words)}"

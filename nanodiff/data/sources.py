@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, parse_json, printable
 from nanodiff.data import tables
 from nanodiff.device import dist
 from nanodiff.output.images import SUFFIXES, fit, open_image
@@ -160,7 +160,7 @@ def load(
 
 def _expand(pattern):
     """name-{000..009}.tar -> the ten names."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    match = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
     first, last = match.groups() if match else ("0", "0")
     names = []
     for i in range(int(first), int(last) + 1):
@@ -175,6 +175,7 @@ def _tar_items(shard):
     of one name: one of them would be lost, or get the other's."""
     found, skipped = {}, Counter()
     try:
+        check_plain(shard)
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
@@ -203,6 +204,7 @@ def _tar_items(shard):
                     entry[kind] = _json_caption(tar.extractfile(member).read(), where)
                 else:
                     entry[kind] = tables.captions_in(tables.decoded(tar.extractfile(member).read(), where), where)
+            _check_end(shard, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as e:
         raise UserError(f"{shard}: not a readable tar file: {e}") from None
     lost = [key for key, e in found.items() if "picture" not in e]
@@ -215,6 +217,30 @@ def _tar_items(shard):
     ]
 
 
+def check_plain(shard):
+    """Raise UserError for a compressed shard, whose members have no place of their own in the file."""
+    with open(shard, "rb") as file:
+        packed = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}.get(file.read(2))
+    if packed:
+        raise UserError(f"{shard}: is compressed ({packed}); unpack it first")
+
+
+def _check_end(shard, offset):
+    """Raise UserError unless what stands at `offset`, where reading ended, is the end of a tar: zeros, to the file's end. Python takes
+    a broken or cut header for the end as well, and what lies behind it would be lost."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        at, block = offset, file.read(1 << 16)
+        while block and not any(block):
+            at, block = at + len(block), file.read(1 << 16)
+    if block:
+        raise UserError(
+            f"{shard}: damaged, or several archives in one: no header of a member at byte {offset}, and more behind it"
+        )
+    if at - offset < tarfile.BLOCKSIZE:
+        raise UserError(f"{shard}: cut off after {at} bytes: it has no end mark")
+
+
 def _say_left_out(where, counts):
     if counts:
         listed = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
@@ -223,10 +249,11 @@ def _say_left_out(where, counts):
 
 def _json_caption(data, where):
     """The captions in a shard's .json member, if it has some under a usual name."""
-    value = tables.parsed(tables.decoded(data, where), where)
+    value = parse_json(tables.decoded(data, where), where)
     if not isinstance(value, dict):
         return ()
-    name = next((c for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)), None)
+    there = [c for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)]
+    name = tables.column(None, CAPTION_COLUMNS, there, where.split(": ")[0]) if there else None
     return tables.captions_in(value.get(name), where)
 
 
@@ -236,15 +263,24 @@ def _json_caption(data, where):
 
 def _pictures(root):
     """(sorted pictures, sorted tables, listings) under a folder, and a line for what is left out."""
-    pictures, found, listings, rest = [], [], [], []
-    for folder, folders, files in os.walk(root, followlinks=False):
+    pictures, found, listings, rest, seen, nothing = [], [], [], [], set(), Counter()
+
+    def unreadable(error):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
         here = Path(folder)
-        folders[:] = [name for name in folders if tables.is_data(name)]
+        seen.add(os.path.realpath(here))
+        folders[:] = [n for n in folders if tables.is_data(n) and not (  # a link that leads back is a loop
+            (here / n).is_symlink() and os.path.realpath(here / n) in seen)]  # fmt: skip
         for name in files:
             path = here / name
-            if not tables.is_data(name) or not path.is_file():
-                continue
             suffix = path.suffix.lower()
+            if not tables.is_data(name):
+                continue
+            if not path.is_file():
+                nothing[f"{suffix} that is no file, or a link to nothing ({printable(path)})"] += suffix in SUFFIXES
+                continue
             kind = (
                 pictures
                 if suffix in SUFFIXES
@@ -263,7 +299,7 @@ def _pictures(root):
     )
     if pictures and found:
         left["tables beside pictures"] += len(found)
-    _say_left_out(root, left if pictures else {})
+    _say_left_out(root, (left if pictures else Counter()) + nothing)
     return sorted(pictures), sorted(found), sorted(listings)
 
 
@@ -274,16 +310,20 @@ def _folder_items(root, columns, skip):
     captions = _listed_captions(root, listings, columns)
     if not captions:
         _no_columns(root, columns)
-    items = []
+    items, unused = [], 0
     for path in files:
         key = path.relative_to(root).as_posix()
         texts = captions.pop(key, ())
-        if not texts and (text := path.with_suffix(".txt")).is_file():
-            texts = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
+        if (text := path.with_suffix(".txt")).is_file():
+            beside = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
+            unused += bool(texts and beside and not set(beside) <= set(texts))
+            texts = texts or beside
         label = key.split("/")[0] if "/" in key else None
         items.append(Item(key, str(path), 0, path.stat().st_size, texts, label))
     if captions:
         _absent(root, list(captions), skip)
+    if unused:
+        dist.say(f"note: {root}: {unused} .txt beside pictures say something else than the listing, which counts")
     return items
 
 
@@ -339,13 +379,16 @@ def _jsonl_rows(path, columns):
         where = f"{path}:{n}"
         if not line.strip():
             continue
-        row = tables.parsed(line, where)
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: no JSON object")
         if columns[0] and columns[0] not in (*row, *IMAGE_COLUMNS):
             raise UserError(f"{where}: no {columns[0]}; it has {', '.join(map(printable, row))} (`image_column`)")
         image = next((c for c in ((columns[0],) if columns[0] else ()) + IMAGE_COLUMNS if c in row), None)
-        caption = next((c for c in ((columns[1],) if columns[1] else CAPTION_COLUMNS) if c in row), None)
+        usual = [c for c in CAPTION_COLUMNS if c in row]
+        if len(usual) > 1 and not columns[1] and n == 1:
+            dist.say(f"note: {path}: reading the column {usual[0]}, not {', '.join(usual[1:])}")
+        caption = next((c for c in ((columns[1],) if columns[1] else usual) if c in row), None)
         if columns[1] and caption is None:
             raise UserError(f"{where}: no {columns[1]}; it has {', '.join(map(printable, row))} (`caption_column`)")
         yield (
@@ -356,7 +399,7 @@ def _jsonl_rows(path, columns):
 
 
 def _json_rows(path, columns):
-    value = tables.parsed(tables.text_of(path), path)
+    value = parse_json(tables.text_of(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an object {{file: caption}}, found {type(value).__name__}")
     for name, captions in value.items():
@@ -365,7 +408,7 @@ def _json_rows(path, columns):
 
 def _coco_rows(path):
     """Rows of a COCO annotation file, or of a captions.json that is given by itself."""
-    value = tables.parsed(tables.text_of(path), path)
+    value = parse_json(tables.text_of(path), path)
     if not isinstance(value, dict) or "annotations" not in value:
         return list(_json_rows(path, None))
     try:
@@ -389,11 +432,18 @@ def _listed(listing, rows, skip):
     """Items of a listing whose pictures are searched beside it: by path, else by name or stem in any folder there."""
     root, by_name = listing.parent, {}
     for path in _pictures(root)[0]:
-        for name in (path.relative_to(root).as_posix(), path.name, path.stem):
+        relative = path.relative_to(root)
+        tails = [
+            Path(*relative.parts[i:]) for i in range(len(relative.parts))
+        ]  # a/b.png, b.png: a folder that is named must be the one
+        for name in {n.as_posix() for tail in tails for n in (tail, tail.with_suffix(""))}:
             by_name.setdefault(name, []).append(path)
     items, absent, seen = {}, [], {}
     for where, name, texts in rows:
-        there = by_name.get(name) or by_name.get(Path(name).name, [])
+        there = by_name.get(Path(name).as_posix(), [])
+        if not there:  # the listing may lie inside the folder that its names begin with
+            short = [Path(*Path(name).parts[i:]) for i in range(1, len(Path(name).parts))]
+            there = next(([root / s] for s in short if root / s in by_name.get(s.as_posix(), [])), [])
         if not there:
             absent.append(name)
             continue
@@ -404,7 +454,8 @@ def _listed(listing, rows, skip):
         key = path.relative_to(root).as_posix()
         if key in seen and not texts:
             raise UserError(f"{where}: {printable(name)} is listed twice")
-        seen[key] = where
+        if seen.setdefault(key, name) != name:
+            raise UserError(f"{where}: {printable(seen[key])} and {printable(name)} would both be {path}")
         earlier = items[key].captions if key in items else ()
         items[key] = Item(key, str(path), 0, path.stat().st_size, earlier + texts)  # a row a caption: several captions
     if absent:

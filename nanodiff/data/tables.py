@@ -1,7 +1,6 @@
 """Text files that say something about pictures: tables, JSON, lists of lines. One reader for training, the captioner and evaluation.
 
     for where, row in rows("titles.csv"): row["Title"]          # {column: text}, strict
-    table = parsed(text_of("captions.json"), "captions.json")   # JSON without repeated names
     lines("prompts.txt")                                        # split at line ends alone
 
 What is ambiguous is refused with its line, because a wrong caption trains as well as a right one: a text with commas and no quotes,
@@ -13,6 +12,8 @@ import csv
 import io
 import json
 import re
+import tokenize
+from itertools import pairwise
 from pathlib import Path
 
 from nanodiff.config import UserError, check_regular, clipped, nearest, printable, short
@@ -65,23 +66,6 @@ def lines(path):
     return [line for line in (part.strip() for part in re.split(r"\r\n|\n|\r", text_of(path))) if line]
 
 
-def parsed(text, where):
-    """A JSON text as a value. Raises UserError for what is none, and for an object with one name twice, of which the first would be lost."""
-
-    def unique(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
-            raise UserError(f"{where}: {short(twice)} stands twice in one JSON object; which is meant?")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not readable as JSON: {e}") from None
-
-
 def name_in(value, where):
     """A listed file name: relative, without steps upwards, one that a file can have. Raises UserError."""
     if not isinstance(value, str) or not value.strip():
@@ -90,6 +74,7 @@ def name_in(value, where):
         "\0" in value
         or any("\ud800" <= c <= "\udfff" for c in value)
         or max(len(p.encode()) for p in value.split("/")) > 255
+        or len(value.encode()) > 2000  # with its folder, less than any system's longest path
     ):
         raise UserError(f"{where}: {short(value)} is no file's name")
     if Path(value).is_absolute() or ".." in Path(value).parts:
@@ -104,12 +89,20 @@ def titles(text, where):
     except (ValueError, RecursionError):
         value = None
     try:
-        value = ast.literal_eval(text.strip()) if value is None else value
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = _literal(text.strip()) if value is None else value
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
         raise UserError(f"{where}: {short(text)} is no list of captions") from None
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise UserError(f"{where}: {short(text)} is no list of captions")
     return value
+
+
+def _literal(text):
+    """A Python list. Raises ValueError for two texts with no comma between them, as arrays are printed: Python would join them."""
+    tokens = [t.type for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type != tokenize.NL]
+    if any(a == b == tokenize.STRING for a, b in pairwise(tokens)):
+        raise ValueError("no comma between two texts")
+    return ast.literal_eval(text)
 
 
 def captions_in(value, where):
@@ -141,12 +134,21 @@ def column(given, usual, there, where, flag=None):
     return found[0]
 
 
+def like_a_row(parts, columns):
+    """Do the parts of a line inside a cell look like a row of a table of so many columns? It begins with a picture's name, or with one word
+    and has the number of columns and, unlike a sentence, no space after its commas."""
+    if len(parts) < 2:
+        return False
+    bare = len(parts) == columns and re.fullmatch(r"[\w./-]+", parts[0]) and not any(p[:1].isspace() for p in parts[1:])
+    return bool(ROW.fullmatch(parts[0]) or bare)
+
+
 def rows(path):
     """(header, iterator of (where, {column: text})) of a CSV, or of a TSV by its suffix: strict, see the module docstring."""
     path = Path(path)
     csv.field_size_limit(FIELD_LIMIT)
-    text = io.StringIO(text_of(path), newline="")
-    reader = csv.reader(text, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    text, mark = io.StringIO(text_of(path), newline=""), "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(text, strict=True, delimiter=mark)
 
     def read():
         """(line on which it begins, cells) of every row."""
@@ -162,10 +164,7 @@ def rows(path):
                     f"{path}:{first}: {e}{last}; a text with quotes or commas stands in double quotes, its own quotes doubled"
                 ) from None
             for cell in cells:
-                swallowed = [
-                    n for n in re.split(r"\r\n|\n|\r", cell)[1:] if "," in n and ROW.fullmatch(n.split(",")[0])
-                ]
-                if swallowed:
+                if swallowed := [n for n in re.split(r"\r\n|\n|\r", cell)[1:] if like_a_row(n.split(mark), len(cells))]:
                     raise UserError(
                         f"{path}:{first}: a quote that is opened here swallows what looks like rows ({short(swallowed[0])})"
                     )

@@ -41,6 +41,8 @@ def pack(path, target, image_column=None, caption_column=None):
     """Write any layout as one webdataset shard: 000000.png, 000000.txt (first caption) or 000000.json (all of them)."""
     data = load(path, captions=False, image_column=image_column, caption_column=caption_column)
     target = Path(target)
+    if target.resolve() in {Path(p).resolve() for p in (path, *(item.path for item in data.items))}:
+        raise UserError(f"{target}: is a part of what is packed; take another name")
     partial = target.with_name(f"{target.name}.partial")
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, parse_json
 from nanodiff.data import tables
 
 
@@ -78,11 +78,11 @@ def test_only_line_ends_divide_lines(tmp_path):
 
 
 def test_a_name_stands_once_in_an_object():
-    assert tables.parsed('{"1": "a", "2": {"1": "b"}}', "k.json") == {"1": "a", "2": {"1": "b"}}
+    assert parse_json('{"1": "a", "2": {"1": "b"}}', "k.json") == {"1": "a", "2": {"1": "b"}}
     with pytest.raises(UserError, match=r"k.json: '1' stands twice"):
-        tables.parsed('{"1": "first", "1": "second"}', "k.json")
+        parse_json('{"1": "first", "1": "second"}', "k.json")
     with pytest.raises(UserError, match="not readable as JSON"):
-        tables.parsed("[" * 100_000, "k.json")
+        parse_json("[" * 100_000, "k.json")
 
 
 def test_captions_of_a_cell():
