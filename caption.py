@@ -108,7 +108,7 @@ class Synthesize(Stage):
     )
     scheduler: str = arg("auto", "sampler; auto: ddpm, or a flow's own")
     steps: int = arg(50, "sampling steps", low=1)
-    guidance_scale: float = arg(7.5, "guidance")
+    guidance_scale: float = arg(7.5, "guidance", low=0, high=100)
     height: int | None = arg(None, "pixels drawn; default: the model's own")
     width: int | None = arg(None, "pixels drawn; default: the model's own")
     resize: str = arg("274x169", "WIDTHxHEIGHT of the written pictures; none: as drawn")

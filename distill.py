@@ -38,8 +38,8 @@ class Recursive(Training, Noise):
     data_root: str = arg("data/coco", "the generations' pictures go here")
     models_root: str = arg("models", "the generations' models go here")
     output_dir: str = arg("out/recursive", "numbers, figures and the report")
-    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", often=True)
-    cfg_scales: list[float] = arg([], "several of them, one study each")
+    cfg_scale: float = arg(1.0, "guidance, of every generation; 1 is without", low=0, high=100, often=True)
+    cfg_scales: list[float] = arg([], "several of them, one study each", low=0, high=100)
     target_gen: int = arg(3, "last generation", low=0, often=True)
     steps: int = arg(50, "sampling steps", low=1, often=True)
     num_images: int = arg(100, "pictures of each generation after the first", low=1, often=True)
@@ -123,9 +123,9 @@ class Transfer(Training, Noise, Adapters):
     method: str = arg("data", "learn from the teacher's pictures, from its denoiser's output on them, or both, one after the other, compared", choices=("data", "online", "both"), often=True)  # fmt: skip
     feature_weight: float = arg(0.0, "online: weight of the difference between both UNets' attention maps", low=0)
     steps: int = arg(50, "sampling steps", low=1, often=True)
-    guidance_scale: float = arg(7.5, "guidance", often=True)
+    guidance_scale: float = arg(7.5, "guidance", low=0, high=100, often=True)
     teacher_steps: int | None = arg(None, "the teacher's; default --steps")
-    teacher_guidance_scale: float | None = arg(None, "the teacher's; default --guidance-scale")
+    teacher_guidance_scale: float | None = arg(None, "the teacher's; default --guidance-scale", low=0, high=100)
     teacher_resolution: int | None = arg(None, "pixels along one side of the teacher's pictures; default: its own")
     resolution: int | None = arg(
         None, "pixels along one side of the student's pictures; default: its own (SD 1.5: 512)", low=1, high=8192
@@ -214,7 +214,11 @@ class FewStep(Training, Adapters):
     )
     student_steps: int = arg(4, "steps that the student is to need (guidance keeps the teacher's)", low=1, often=True)
     guidance_scale: float | None = arg(
-        None, "the teacher's guidance, which the student then has by itself; default: the model's", often=True
+        None,
+        "the teacher's guidance, which the student then has by itself; default: the model's",
+        low=0,
+        high=100,
+        often=True,
     )
     teacher_steps: int | None = arg(None, "the teacher's steps, in the comparison; default: the model's")
     first_steps: int | None = arg(

@@ -66,7 +66,7 @@ class Images(Weights):
     )
     num_images: int | None = arg(None, "pictures per prompt to draw; default 1", low=1)
     steps: int | None = arg(None, "sampling steps; default: the model's own", low=1)
-    guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own")
+    guidance_scale: float | None = arg(None, "classifier-free guidance; default: the model's own", low=0, high=100)
     scheduler: str | None = arg(None, "sampler; default: the model's own")
     draw_seed: int | None = arg(None, "picture i is drawn from this seed + i; default 0")
     dtype: str | None = arg(None, "type of the model that draws; the networks that measure are always fp32", choices=("auto", "fp32", "fp16", "bf16"))  # fmt: skip
@@ -82,7 +82,7 @@ class Images(Weights):
     )
     clip: str = arg("clip-vit-base-patch32", "CLIP: a name in --weights-dir, a folder, or a Hub id")
     nearest_k: int = arg(5, "neighbours of precision, recall, density and coverage", low=1)
-    kid_subsets: int = arg(100, "subsets of KID", low=1)
+    kid_subsets: int = arg(100, "subsets of KID", low=1, high=100_000)
     kid_subset_size: int = arg(1000, "pictures in each of them", low=2)
     is_splits: int = arg(10, "parts of the Inception Score", low=1)
     bootstrap: int | None = arg(

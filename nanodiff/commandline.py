@@ -14,6 +14,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import math
 import os
 import re
 import signal
@@ -34,6 +35,7 @@ ELSEWHERE = {  # other programs' words
     "n": "num-images",
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SEEDS = (1 << 63) - 1  # the largest one of torch's generators
 SECRETS = {"token", "hub_token", "hf_token"}
 CONNECTION = re.compile(
     r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|timeout caused pair closure|NCCL"
@@ -83,12 +85,23 @@ def _inherited(cls, name, key):
 
 
 def check_bounds(cfg):
-    """Raise UserError for a number outside the bounds of its option; None has none."""
+    """Raise UserError for a number outside the bounds of its option, for one that is none, and for an integer or a seed that no generator
+    takes."""
     for field in dataclasses.fields(cfg):
         low, high = (_inherited(type(cfg), field.name, key) for key in ("low", "high"))
+        if field.name.endswith("seed"):
+            low, high = (0, SEEDS) if high is None else (low, high)
         values = getattr(cfg, field.name)
         for value in values if isinstance(values, list) else [values]:
-            if value is None or ((low is None or value >= low) and (high is None or value <= high)):
+            if isinstance(value, float) and not math.isfinite(value) and high is None:
+                raise UserError(f"--{field.name.replace('_', '-')} {value} is no number")
+            if isinstance(value, int) and high is None and abs(value) > SEEDS:
+                raise UserError(f"--{field.name.replace('_', '-')} {clipped(value)} is out of range")
+            if (
+                value is None
+                or not isinstance(value, int | float)
+                or ((low is None or value >= low) and (high is None or value <= high))
+            ):
                 continue
             flag, value = f"--{field.name.replace('_', '-')}", clipped(f"{value:g}" if abs(value) < 1e300 else value)
             if high is None:

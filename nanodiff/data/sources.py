@@ -154,6 +154,14 @@ def load(
     return Dataset(items, path, image_column)
 
 
+def check_apart(path, flag, output_dir):
+    """Raise UserError where our own figures would lie among the pictures of a folder."""
+    if Path(path).is_dir() and Path(output_dir).resolve().is_relative_to(Path(path).resolve()):
+        raise UserError(
+            f"`output_dir` {output_dir} lies in `{flag}` {path}, so the next run would count its figures as pictures"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Tar shards
 

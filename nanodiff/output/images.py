@@ -1,8 +1,10 @@
 """PIL images and tensors: pixels are [B, 3, H, W] in [-1, 1]; grids, labels, metadata, safe names."""
 
+import bisect
 import io
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if fea
 SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".ppm", ".pgm", ".pnm",
             *([".avif"] if "AVIF" in FORMATS else []))  # fmt: skip
 CHUNK = "nanodiff"  # our PNG text chunk: the truth; "parameters" beside it is for display in other tools
+ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # EXIF's and TIFF's numbers
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))  # fmt: skip
 FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -32,10 +37,11 @@ def open_image(source, name=None, background="white"):
         image = Image.open(source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{name}: {image.width}x{image.height} pixels are too many")
-        image = ImageOps.exif_transpose(image)
+        tags = getattr(image, "tag_v2", {})  # a TIFF's
+        image = _upright(image)
         clear = image.info.get("transparency")
         if image.mode.startswith("I;16") or image.mode == "I":
-            image = _of_16_bits(image, clear)
+            image = _of_16_bits(image, clear, (tags.get(BITS) or (16,))[0], tags.get(PHOTOMETRIC) == 0)
         elif image.mode == "F":
             raise UserError(f"{name}: has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
         elif image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
@@ -53,12 +59,29 @@ def open_image(source, name=None, background="white"):
         raise UserError(f"{name}: not a readable image: {reason}") from None
 
 
-def _of_16_bits(image, clear):
-    """A grey picture of 16 bits as one of 8, with alpha where a value is said to be transparent (a PNG's tRNS)."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"values from {values.min()} to {values.max()}, expected 0 to 65535")
-    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+def _upright(image):
+    """A picture turned and mirrored as its EXIF says. Pillow's own exif_transpose() also writes the EXIF anew, which fails for some."""
+    try:
+        image.load()
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except (
+        struct.error,
+        TypeError,
+        AttributeError,
+    ) as e:  # what Pillow raises on EXIF of another type than it should be
+        raise ValueError(f"its EXIF is broken ({e})") from None
+    return image if turn is None else image.transpose(turn)
+
+
+def _of_16_bits(image, clear, bits=16, inverted=False):
+    """A grey picture of up to 16 bits as one of 8, with alpha where a value is said to be transparent (a PNG's tRNS). inverted: 0 is white."""
+    if bits > 16:
+        raise ValueError(f"{bits} bits a pixel, whose range nobody knows; save it with 8 or 16")
+    values, most = np.asarray(image).astype(np.int64), (1 << bits) - 1
+    if values.min() < 0 or values.max() > most:
+        raise ValueError(f"values from {values.min()} to {values.max()}, expected 0 to {most}")
+    values = most - values if inverted else values
+    grey = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
@@ -149,8 +172,12 @@ def _wrapped(label, width, font, lines=4):
             rows.append(word)
     rows = rows[:lines]
     for i, row in enumerate(rows):
-        while pen.textlength(rows[i], font) > width and len(row) > 1:
-            rows[i] = row = row[:-1]
+        if pen.textlength(row, font) > width:  # as many letters as fit, found by halving
+            rows[i] = row[
+                : max(
+                    bisect.bisect(range(len(row) + 1), width, key=lambda n, r=row: pen.textlength(r[:n], font)) - 1, 1
+                )
+            ]
     return rows
 
 

@@ -20,6 +20,8 @@ class Record:
     def __init__(self, cfg, device):
         if dist.world().size > 1 and not torch.distributed.is_initialized():  # all would write the same files
             raise UserError("running this on several processes is not supported yet; start it without torchrun")
+        if not str(cfg.output_dir).strip():
+            raise UserError("--output-dir is empty")
         self.out = out_dir(cfg.output_dir)
         dist.on_main(self._claim)
         self.started = time.perf_counter()

@@ -31,6 +31,7 @@ def train(cfg):
     run = Run(cfg)
     rows = {n: dist.on_main(part, cfg, n) for n in ("train", "val")}
     dist.on_main(held_out, cfg, rows)
+    dist.on_main(learned_too, cfg, rows)
     torch.manual_seed(cfg.seed)  # what is trained from scratch
     net = dist.together(make, cfg, rows["train"], run)
     if cfg.lora:
@@ -134,6 +135,14 @@ def finish(run):
     if dist.is_main():
         best = run.out / "checkpoints" / ("best_model" if run.best is not None else "last_checkpoint")
         print(f"the captioner: {best}\nnext: python caption.py infer --model-file {best} --infer-image-path PICTURE")
+
+
+def learned_too(cfg, rows):
+    """A warning when validation pictures are learned from: the best captioner would be the one that knows them by heart."""
+    names = {row.name for row in rows["train"]}
+    if both := [row.name for row in rows["val"] if row.name in names]:
+        dist.say(f"warning: {len(both)} of {len(rows['val'])} validation pictures are also learned from, such as {printable(both[0])}: "
+                 "best_model is chosen by them")  # fmt: skip
 
 
 def held_out(cfg, rows):
@@ -305,6 +314,8 @@ def infer(cfg):
     rows, shown = readable(rows, cfg.skip_bad)
     texts = infer_all(cfg, net, shown, record)
     captioned = [row._replace(captions=(t,)) for row, t in zip(rows, texts, strict=True)]
+    if (record.out / "captions.csv").is_file():
+        dist.say(f"note: {record.out / 'captions.csv'}: replaces an earlier run's captions")
     captionset.write(record.out / "captions.csv", captioned)
     sheet = sheet_of(
         [open_picture() for open_picture in shown[:48]],

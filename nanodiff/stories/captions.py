@@ -282,6 +282,14 @@ def split(cfg):
         if not 0 < getattr(cfg, name) < 0.5:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name):g} must be above 0 and below 0.5")
     record = Record(cfg, choice.pick_device("cpu"))
+    targets = {n: Path(getattr(cfg, f"{n}_csv_path") or record.out / f"{n}.csv") for n in ("train", "val", "test")}
+    taken = {Path(path).resolve(): f"what --{flag} names" for flag, paths in
+             (("original-csv", [cfg.original_csv]), ("synthetic-csv", cfg.synthetic_csv)) for path in paths}  # fmt: skip
+    for name, path in targets.items():
+        if (other := taken.setdefault(path.resolve(), f"the {name} part")) != f"the {name} part":
+            raise UserError(
+                f"{path}: the {name} part would replace {other}; take another --output-dir or --{name}-csv-path"
+            )
 
     def rows_of(path):
         beside = Path(path).parent / "images"
@@ -296,8 +304,12 @@ def split(cfg):
         shares = (1 - cfg.val_share - cfg.test_share, cfg.val_share, cfg.test_share)
         parts, counts = captionset.split(original, synthetic, cfg.seed, shares, cfg.apart, cfg.skip_bad)
     for name, rows in parts.items():
-        path = Path(getattr(cfg, f"{name}_csv_path") or record.out / f"{name}.csv")
+        path, made = targets[name], captionset.table(rows)
         out_dir(path.parent)
+        if path.is_file() and path.read_bytes() != made:
+            dist.say(
+                f"warning: {path}: replaces another split; what was trained on that one may know pictures of this one's test part"
+            )
         captionset.write(path, rows)
         record.file(path)
     for name, value in counts.items():

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import pipeline
-from nanodiff.config import UserError, printable, read_fields
+from nanodiff.commandline import as_dict
+from nanodiff.config import UserError, printable, read_fields, short
 from nanodiff.data import tables
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import images
@@ -28,7 +29,12 @@ def prompts_of(cfg, optional=False):
     """The prompts; [] where none is given and they are optional (some models draw without)."""
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
-        prompts += tables.lines(cfg.prompts_file)
+        listed = tables.lines(cfg.prompts_file)
+        if not listed:
+            raise UserError(f"--prompts-file {cfg.prompts_file}: has no prompts")
+        if strange := [line for line in listed if "\0" in line]:
+            raise UserError(f"--prompts-file {cfg.prompts_file}: {short(strange[0])} is no text")
+        prompts += listed
     if not prompts:
         if optional and cfg.model:
             return []
@@ -203,21 +209,64 @@ def begun(cfg, out):
                 path.unlink(missing_ok=True)
             if old:
                 print(f"note: {out}: {len(old)} pictures of the run before are deleted", file=sys.stderr)
+            if rest := [p for p in there.values() if p not in old]:
+                print(
+                    f"note: {out}: {len(rest)} pictures of earlier runs stay, but for those whose numbers are drawn again",
+                    file=sys.stderr,
+                )
 
         return 0, delete
     if cfg.save_latents and latents.exists():
         raise UserError(f"{latents}: is of an earlier run; take another `output_dir` (or `overwrite`)")
 
-    def keep():
-        if record.is_file():
-            kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
-            record.rename(kept)
-            print(
-                f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
-                file=sys.stderr,
-            )
+    return max(there, default=-1) + 1, lambda: keep_record(out)
 
-    return max(there, default=-1) + 1, keep
+
+def keep_record(out):
+    """What an earlier run wrote down of itself gets a name of its own."""
+    if (out / "run.json").is_file():
+        kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
+        (out / "run.json").rename(kept)
+        print(
+            f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
+            file=sys.stderr,
+        )
+
+
+def check_output(cfg, out):
+    """Raise UserError for a sheet (--output) that would replace something: what this run reads or writes otherwise, or a picture that is no
+    sheet of an earlier run in the folder `out`."""
+    path = Path(cfg.output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
+    for name, value in as_dict(cfg).items():
+        for text in value if isinstance(value, list) else [value]:
+            if (
+                name != "output"
+                and isinstance(text, str)
+                and path.is_file()
+                and _same_file(path, text.rpartition("canny:")[2])
+            ):
+                raise UserError(f"--output {cfg.output}: is what --{name.replace('_', '-')} reads")
+    if path.resolve().parent == out.resolve() and (
+        NUMBERED.fullmatch(path.name) or path.suffix in (".json", ".safetensors", ".txt")
+    ):
+        raise UserError(f"--output {cfg.output}: is a name of the run's own files; take another")
+    known = {Path(str(f["path"])).resolve() for record in out.glob("run*.json") for f in read_fields(record, {"files": list}).get("files", [])
+             if isinstance(f, dict) and "path" in f}  # fmt: skip
+    if path.exists() and path.resolve() not in known:
+        if not cfg.overwrite:
+            raise UserError(
+                f"--output {cfg.output}: is there, and no sheet of an earlier run in {out}; take another name (or --overwrite)"
+            )
+        print(f"note: {cfg.output}: is replaced", file=sys.stderr)
+
+
+def _same_file(path, text):
+    try:
+        return path.samefile(text)
+    except (OSError, ValueError):
+        return False
 
 
 def documented(cfg):

@@ -67,6 +67,16 @@ class Study:
         how = read_json(self.pictures(k) / gallery.PLAN)["settings"]
         return {"begins with": how["model_sha256"]}
 
+    def check_learned(self, k, count):
+        """Raise UserError when generation k is to have another number of pictures than the next one learned from."""
+        folder, later = self.pictures(k), self.model(k + 1)
+        if self.cfg.overwrite_output_dir or self.cfg.finetune or not (later / "training.json").is_file():
+            return
+        if (folder / gallery.PLAN).is_file() and (n := len(gallery.planned(folder))) != count:
+            raise UserError(
+                f"{folder}: {later} learned from its {n} pictures, {count} are asked for; take other folders (or `overwrite_output_dir`)"
+            )
+
     def dataset(self, k):
         """What generation k is trained on."""
         cfg = self.cfg
@@ -91,6 +101,7 @@ class Study:
 def draw(study, k, captions, device):
     """The pictures of generation k, and a listing of them, by which they are a data set."""
     cfg, folder, jobs = study.cfg, study.pictures(k), jobs_of(captions)
+    dist.on_main(study.check_learned, k, len(jobs))
     dtype = choice.pick_dtype("auto", device)
     sd = dist.together(pipeline.load, study.model(k), dtype, device, scheduler=cfg.scheduler)
     how = gallery.settings(sd, Path(study.model(k)).name, cfg.steps, study.scale, cfg.resolution, cfg.resolution)

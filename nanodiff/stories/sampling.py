@@ -29,9 +29,11 @@ from nanodiff.stories.drawing import (
     PATHS,
     Progress,
     begun,
+    check_output,
     defaults,
     documented,
     file_name,
+    keep_record,
     options,
     prompts_of,
     rebase,
@@ -58,15 +60,15 @@ def main(cfg):
     device = choice.pick_device(cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, device)
-    if cfg.study:
+    if cfg.study is not None:
         return study(cfg, device)
     prompts, resize = prompts_of(cfg, optional=True), parse_size(cfg.resize) if cfg.resize else None
     options(cfg)  # what cannot be shows now
 
     record = Record(cfg, device)
     out = record.out
-    if cfg.output and (Path(cfg.output).is_dir() or not Path(cfg.output).absolute().parent.is_dir()):
-        raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
+    if cfg.output:
+        check_output(cfg, out)
     (number, make_room), named = begun(cfg, out), cfg.named or documented(cfg)
     if cfg.seed is None:
         cfg.seed = secrets.randbelow(1 << 32)
@@ -228,6 +230,8 @@ def study(cfg, device):
     cells = grid.cells(axes)
     variants = variants_of(cfg, cells)
     record = Record(cfg, device)
+    if not (record.out / "study.json").is_file():  # the folder is another run's
+        keep_record(record.out)
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
     if finished.seed is None:
         finished.seed = secrets.randbelow(1 << 32)

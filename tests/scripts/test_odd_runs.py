@@ -1,0 +1,272 @@
+"""Commands that would replace what somebody has, or mean two things: one line, and nothing is lost."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from util import TINY, in_process
+
+import caption
+import distill
+import eval as judge
+import sample
+import train
+from nanodiff.commandline import check_bounds
+from nanodiff.config import UserError
+from nanodiff.output import images
+
+CLASSES = {
+    c
+    for m in (caption, distill, sample, train, judge)
+    for c in vars(m).values()
+    if isinstance(c, type) and dataclasses.is_dataclass(c)
+}
+SAMPLE = ("--steps", 1, "--seed", 0, "--prompt", "apple")
+
+
+def draw(*argv):
+    return in_process(sample, "sample.py", *SAMPLE, *argv)
+
+
+def tables_of(root, names=("titles",), count=12):
+    (root / "images").mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (20 * i, 9, 9)).save(root / "images" / f"{i}.png")
+    for name in names:
+        (root / f"{name}.csv").write_text("Image_Name,Title\n" + "".join(f"{i},a {i}\n" for i in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (("--original-csv", "{}/train.csv", "--output-dir", "{}"), "would replace what --original-csv names"),
+        (("--original-csv", "{}/titles.csv", "--val-csv-path", "{}/titles.csv", "--output-dir", "{}/out"), "the val part would replace what --original-csv names"),
+        (("--original-csv", "{}/titles.csv", "--val-csv-path", "{0}/x.csv", "--test-csv-path", "{}/x.csv", "--output-dir", "{}/out"), "the test part would replace the val part"),
+    ],
+)  # fmt: skip
+def test_a_split_replaces_no_table_that_it_reads(tmp_path, argv, line):
+    tables_of(tmp_path, ("titles", "train"))
+    before = (tmp_path / "train.csv").read_bytes(), (tmp_path / "titles.csv").read_bytes()
+    code, _, err = in_process(caption, "caption.py", "split", *(str(a).format(tmp_path) for a in argv))
+    assert code == 2 and line in err, err
+    assert before == ((tmp_path / "train.csv").read_bytes(), (tmp_path / "titles.csv").read_bytes())
+
+
+def test_another_split_in_the_same_folder_is_said(tmp_path):
+    tables_of(tmp_path)
+    split = ("split", "--original-csv", tmp_path / "titles.csv", "--output-dir", tmp_path / "out")
+    assert in_process(caption, "caption.py", *split)[0] == 0
+    code, _, err = in_process(caption, "caption.py", *split)
+    assert code == 0 and "replaces another split" not in err
+    code, _, err = in_process(caption, "caption.py", *split, "--seed", 7)
+    assert code == 0 and "train.csv: replaces another split" in err, err
+
+
+def test_a_sheet_replaces_sheets_alone(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(photo)
+    kept = photo.read_bytes()
+    out = ("--output-dir", tmp_path / "out")
+    for argv, line in (
+        (("--output", photo, "--init-image", photo), "is what --init-image reads"),
+        (("--output", photo), "is there, and no sheet of an earlier run"),
+        (("--output", tmp_path / "out" / "00000.png"), "is a name of the run's own files"),
+        (("--output", tmp_path / "out" / "run.json"), "is a name of the run's own files"),
+    ):
+        code, _, err = draw(*out, *argv)
+        assert code == 2 and line in err, err
+    assert photo.read_bytes() == kept
+    sheet = ("--output", tmp_path / "sheet.png")
+    assert draw(*out, *sheet)[0] == 0
+    code, _, err = draw(*out, *sheet)
+    assert code == 0 and "replaces the sheet of an earlier run" in err, err
+    code, _, err = draw(*out, "--output", photo, "--overwrite")
+    assert code == 0 and "photo.png: is replaced" in err, err
+
+
+def test_a_study_beside_other_pictures(tmp_path):
+    """The run before keeps its record, and what --overwrite may replace is said."""
+    out = ("--output-dir", tmp_path)
+    assert draw(*out, "--num-images", 2)[0] == 0
+    first = (tmp_path / "run.json").read_bytes()
+    assert draw(*out, "--study", "steps=1,2")[0] == 0
+    assert (tmp_path / "run-1.json").read_bytes() == first
+    assert sorted(p.name for p in tmp_path.glob("0*.png")) == [f"{i:05d}.png" for i in range(4)]
+    assert draw(*out, "--study", "steps=1,2")[0] == 0
+    assert not (tmp_path / "run-2.json").exists()  # the study's own record is written anew
+    code, _, err = draw(*out, "--overwrite")
+    assert code == 0 and "2 pictures of the run before are deleted" in err, err
+    assert "2 pictures of earlier runs stay, but for those whose numbers are drawn again" in err, err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (("--study", ""), "--study is empty"),
+        (("--output-dir", "", "--prompt", "a"), "--output-dir is empty"),
+        (("--prompts-file", "{}/empty.txt"), "empty.txt: has no prompts"),
+        (("--prompts-file", "{}/nul.txt"), "nul.txt: 'a\\x00b' is no text"),
+    ],
+)
+def test_what_is_empty_is_named(tmp_path, argv, line):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "nul.txt").write_text("a\0b\n")
+    code, _, err = in_process(sample, "sample.py", "--output-dir", tmp_path / "o", *(a.format(tmp_path) for a in argv))
+    assert code == 2 and line in err, err
+
+
+def test_numbers_of_every_option_are_numbers():
+    """None of the scripts' options takes NaN, infinity, or an integer of 400 digits."""
+    tried = 0
+    for cls in CLASSES:
+        for field in dataclasses.fields(cls):
+            kind = str(field.type)
+            for value in (
+                (float("nan"), float("inf"), -float("inf"))
+                if "float" in kind
+                else (10**400, -(10**400))
+                if "int" in kind
+                else ()
+            ):
+                if "list" in kind:
+                    value = [value]
+                cfg = cls()
+                setattr(cfg, field.name, value)
+                tried += 1
+                with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} "):
+                    check_bounds(cfg)
+    assert tried > 500
+
+
+def test_a_captioner_chosen_by_what_it_learned_is_said(tmp_path):
+    tables_of(tmp_path, ("train", "val"))
+    argv = ("train", "--model-size", "tiny", "--image-path", tmp_path / "images", "--train-csv-path", tmp_path / "train.csv", "--val-csv-path",
+            tmp_path / "val.csv", "--max-steps", 1, "--batch-size", 2, "--output-dir", tmp_path / "cap", "--samples", 0)  # fmt: skip
+    code, _, err = in_process(caption, "caption.py", *argv)
+    assert code == 0 and "12 of 12 validation pictures are also learned from" in err, err
+    told = (
+        "infer",
+        "--model-file",
+        tmp_path / "cap" / "checkpoints" / "best_model",
+        "--output-dir",
+        tmp_path / "told",
+        "--max-new-tokens",
+        2,
+    )
+    assert in_process(caption, "caption.py", *told, "--infer-image-path", tmp_path / "images")[0] == 0
+    code, _, err = in_process(caption, "caption.py", *told, "--infer-image-path", tmp_path / "images" / "3.png")
+    assert code == 0 and "captions.csv: replaces an earlier run's captions" in err, err
+
+
+def test_generations_keep_what_the_next_one_learned_from(tmp_path):
+    """A study with more pictures is refused before it draws any, so that the one that was there goes on."""
+
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({str(i): [f"a {i}"] for i in range(8)}))
+    common = ("recursive", "--model", TINY / "sd15", "--captions", captions, "--data-root", tmp_path / "d", "--models-root", tmp_path / "m",
+              "--output-dir", tmp_path / "o", "--steps", 1, "--max-steps", 1, "--no-evaluate", "--scheduler", "ddim", "--batch-size", 2, "--resolution", 32)  # fmt: skip
+    few = ("--num-images", 2, "--gen0-images", 2, "--target-gen", 1)
+    assert in_process(distill, "distill.py", *common, *few)[0] == 0
+    there = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "d").rglob("*.jpg"))
+    code, _, err = in_process(distill, "distill.py", *common, "--num-images", 3, "--gen0-images", 3, "--target-gen", 2)
+    assert code == 2 and "learned from its 2 pictures, 3 are asked for" in err, err
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "d").rglob("*.jpg")) == there
+    assert in_process(distill, "distill.py", *common, *few)[0] == 0
+    for value in ("nan", "inf", "-5", "1e300"):
+        assert "--cfg-scale" in in_process(distill, "distill.py", *common, *few, "--cfg-scale", value)[2]
+
+
+def test_pictures_whose_exif_pillow_cannot_write(tmp_path):
+    """They are turned as it says, without writing it."""
+    flat = np.zeros((4, 6, 3), np.uint8)
+    flat[:, :3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0100] = 7  # ImageWidth, an integer
+    Image.fromarray(flat).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    at = data.index(b"Exif\0\0") + 6
+    order = "little" if data[at : at + 2] == b"II" else "big"
+    count = int.from_bytes(data[at + 8 : at + 10], order)
+    for i in range(count):  # the width becomes an ASCII text
+        entry = at + 10 + 12 * i
+        if int.from_bytes(data[entry : entry + 2], order) == 0x0100:
+            data[entry + 2 : entry + 4] = (2).to_bytes(2, order)
+            data[entry + 4 : entry + 8] = (4).to_bytes(4, order)
+            data[entry + 8 : entry + 12] = b"abc\0"
+    (tmp_path / "b.jpg").write_bytes(data)
+    for name in "ab":
+        found = images.open_image(tmp_path / f"{name}.jpg")
+        assert found.size == (4, 6) and found.getpixel((0, 0))[0] > 200 and found.getpixel((0, 5))[0] < 60
+
+
+@pytest.mark.parametrize(("bits", "inverted"), [(16, False), (16, True), (12, False)])
+def test_grey_tiffs_of_many_bits(tmp_path, bits, inverted):
+    values = np.linspace(0, (1 << bits) - 1, 64).astype(np.uint16).reshape(8, 8)
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(values, bits, 0 if inverted else 1))
+    want = np.rint(values * (255 / ((1 << bits) - 1)))
+    got = np.asarray(images.open_image(path))[..., 0]
+    assert np.abs(got - (255 - want if inverted else want)).max() <= 1
+
+
+def test_grey_tiffs_of_32_bits_have_no_known_range(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(np.arange(64, dtype=np.uint32).reshape(8, 8), 32, 1))
+    with pytest.raises(UserError, match="32 bits a pixel, whose range nobody knows"):
+        images.open_image(path)
+
+
+def tiff(values, bits, photometric):
+    """Bytes of an uncompressed grey TIFF in one strip (TIFF 6.0; 12 bits are packed, most significant first)."""
+    if bits == 12:
+        text = "".join(f"{v:012b}" for v in values.ravel().tolist())
+        data = int(text, 2).to_bytes(len(text) // 8, "big")
+    else:
+        data = values.astype(f"<u{bits // 8}").tobytes()
+    tags = [
+        (256, 8),
+        (257, 8),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8 + 2 + 12 * 9 + 4),
+        (277, 1),
+        (278, 8),
+        (279, len(data)),
+    ]
+    head = b"II*\0" + (8).to_bytes(4, "little") + len(tags).to_bytes(2, "little")
+    entries = b"".join(
+        t.to_bytes(2, "little") + (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + v.to_bytes(4, "little")
+        for t, v in tags
+    )
+    return head + entries + bytes(4) + data
+
+
+def test_a_long_word_is_cut_to_its_label():
+    font = images.ImageFont.load_default(10)
+    pen = images.ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    for width in (8, 64, 200):
+        (row,) = images._wrapped("x" * 3000, width, font)
+        assert pen.textlength(row, font) <= max(width, pen.textlength("x", font)) < pen.textlength(row + "xx", font) + 8
+
+
+def test_training_does_not_write_among_its_pictures(tmp_path):
+    tables_of(tmp_path / "p")
+    argv = (
+        "vae",
+        "--preset",
+        "tiny",
+        "--max-steps",
+        1,
+        "--data",
+        tmp_path / "p",
+        "--no-perceptual",
+        "--output-dir",
+        tmp_path / "p" / "run",
+    )
+    code, _, err = in_process(train, "train.py", *argv)
+    assert code == 2 and "lies in --data" in err, err
+    assert not (tmp_path / "p" / "run" / "model").exists()
