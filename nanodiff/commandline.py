@@ -448,6 +448,8 @@ FLAGS = {
     "quirks": "diffusers-quirks",
     "image": "init-image",
     "tiled": "vae-tiling",
+    "churn": "s-churn",
+    "perturbed": "perturbed-scale",
     "crops_coords_top_left": "crop",
 }  # named otherwise
 

@@ -221,6 +221,10 @@ def flow_mu(schedule, patches):
     A large picture has more pixels that say the same, so more noise is needed to hide it (Esser et al. 2024 §5.3.2).
     """
     cfg = schedule.cfg
+    if cfg["max_image_seq_len"] == cfg["base_image_seq_len"]:
+        raise UserError(
+            f"base_image_seq_len and max_image_seq_len are both {cfg['base_image_seq_len']}: no line goes through them"
+        )
     slope = (cfg["max_shift"] - cfg["base_shift"]) / (cfg["max_image_seq_len"] - cfg["base_image_seq_len"])
     return cfg["base_shift"] + slope * (patches - cfg["base_image_seq_len"])
 

@@ -245,8 +245,14 @@ def _check_values(cfg, kind, where):
 
 
 def leading(t, offset, T):
-    """A "leading" grid with its offset, lowered where that asks for timestep T: no model knows it, diffusers fails."""
-    return t + min(offset, T - 1 - int(t.max()))
+    """A "leading" grid with its offset, one less where that asks for timestep T: no model knows it, diffusers fails. Raises UserError for an
+    offset that leads further out."""
+    room = T - 1 - int(t.max())
+    if offset > room + 1:
+        raise UserError(
+            f"steps_offset {offset}: leads to timestep {int(t.max()) + offset} with {len(t)} steps, the model knows {T}"
+        )
+    return t + min(offset, room)
 
 
 def split(kind, prediction, x, a, s):

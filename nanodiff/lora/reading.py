@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanodiff import weights
-from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json, short, typed
 from nanodiff.device import onednn
 from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Delta, Lora, names_of
 from nanodiff.weights import original_names
@@ -125,6 +125,15 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
     return groups, strange
 
 
+ADAPTER = {
+    "use_rslora": bool,
+    "use_dora": bool,
+    "lora_alpha": float,
+    "alpha_pattern": dict,
+    "peft_type": str,
+}  # of adapter_config.json
+
+
 def _settings(file, metadata):
     """{prefix: {"r", "lora_alpha", …}} of `lora_adapter_metadata` (JSON in the header), or of adapter_config.json."""
     settings = {}
@@ -141,6 +150,13 @@ def _settings(file, metadata):
     config = file.parent / "adapter_config.json"
     if file.name == "adapter_model.safetensors" and config.exists():
         settings[""] = read_json(config)
+    for prefix, adapter in settings.items():
+        where = f"{file}: {prefix}." if prefix else f"{file}: "
+        for name, hint in ADAPTER.items():
+            adapter[name] = typed(adapter.get(name), hint | None, f"{where}{name}")
+        if adapter["use_dora"] or adapter["peft_type"] not in (None, "LORA"):
+            kind = "DoRA" if adapter["use_dora"] else short(adapter["peft_type"])
+            raise UserError(f"{where}is {kind}; only plain LoRA is supported")
     return settings
 
 
@@ -148,14 +164,13 @@ def _scale(name, target, parts, settings):
     """alpha / rank of a layer (rank-stabilised: alpha / √rank). name: of file and layer, for errors."""
     rank = parts[DOWN].shape[0] if parts[DOWN].dim() else 0
     adapter = settings.get(target[0], settings.get("", {}))
-    alpha = adapter.get("lora_alpha", rank)
+    alpha = rank if adapter.get("lora_alpha") is None else adapter["lora_alpha"]
     patterns = adapter.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{name}: alpha_pattern is no JSON object")
     for pattern, value in patterns.items():
         if target[1] == pattern or target[1].endswith(f".{pattern}"):
-            alpha = value
-        elif not re.fullmatch(r"[\w.]+", pattern):
+            alpha = value  # the first that fits counts, as in PEFT
+            break
+        if not re.fullmatch(r"[\w.]+", pattern):
             raise UserError(
                 f"{name}: alpha_pattern {printable(pattern)!r} is a regular expression; only names are supported"
             )
@@ -184,7 +199,7 @@ def _delta(target, parts, models, scale, file):
     if flat[0] != flat[1] or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} do not fit a layer of shape "
-            f"{list(wanted)}; it is for another family"
+            f"{list(wanted)}; is it for another family, or damaged?"
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise UserError(f"{file}: {component}.{module}: not finite (NaN or infinity)")
@@ -196,6 +211,8 @@ def parse(text: str) -> tuple[str, float]:
     path, colon, scale = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
+            if not math.isfinite(float(scale)):
+                raise ValueError(scale)
             return path, float(scale)
         except ValueError:
             raise UserError(

@@ -8,6 +8,7 @@ Explained in the book (docs/book): chapter 12.
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -70,7 +71,13 @@ class Fused:
                 self.before.append((weight, weight.data.clone() if shared else weight.data))
             delta = d.matrix(weight.shape).to(weight.device)
             # never in place: it may be a mapped file
-            weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
+            made = (weight.data.float() + scale * delta).to(weight.dtype)
+            if not torch.isfinite(made).all():
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{lora.name}: {d.component}.{d.module} is not finite in {kind} with it; is the scale {scale:g} meant?"
+                )
+            weight.data = made
         for model in models.values():
             derived.weights_changed(model)
 

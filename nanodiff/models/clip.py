@@ -80,6 +80,10 @@ class Config:
             raise UserError(
                 f"{where}: hidden_act = {cfg.hidden_act!r} is not supported (only {', '.join(ACTIVATIONS)})"
             )
+        if cfg.hidden_size % max(cfg.num_attention_heads, 1):
+            raise UserError(
+                f"{where}: hidden_size {cfg.hidden_size} cannot be divided among {cfg.num_attention_heads} heads (num_attention_heads)"
+            )
         cfg.with_projection = "CLIPTextModelWithProjection" in (raw.get("architectures") or ())
         return cfg
 

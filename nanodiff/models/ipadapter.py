@@ -38,6 +38,8 @@ class Config:
         """From a file's {name: shape}. Raises UserError for other kinds of adapters."""
         keys = sorted((int(m[1]), k) for k in shapes if (m := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", k)))
         widths = tuple(shapes[k][0] for _, k in keys)
+        if any("lora" in k for k in shapes) and not any(k.startswith(("ip_adapter.", "image_proj.")) for k in shapes):
+            raise UserError(f"{where}: is a LoRA, no IP-Adapter (`lora`)")
         if any("lora" in k for k in shapes):
             raise UserError(f"{where}: is an IP-Adapter FaceID, which is not supported (only the plain one and plus)")
         if widths and "image_proj.latents" in shapes:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.config import from_json
+from nanodiff.config import UserError, from_json
 from nanodiff.models.layers import attend, swiglu
 
 # Fields of config.json that released models leave at these values; any other is refused: it may be another network.
@@ -64,7 +64,12 @@ class Config:
     @classmethod
     def from_json(cls, raw, where="text_encoder_3/config.json"):
         """Raises UserError, naming `where` and the field, for another network."""
-        return from_json(cls, raw, FIXED, where)
+        cfg = from_json(cls, raw, FIXED, where)
+        exact = cfg.relative_attention_num_buckets // 4
+        if exact < 1 or cfg.relative_attention_max_distance <= exact:
+            raise UserError(f"{where}: relative_attention_max_distance {cfg.relative_attention_max_distance} with "
+                            f"{cfg.relative_attention_num_buckets} buckets, of which {exact} are for exact distances")  # fmt: skip
+        return cfg
 
     def to_json(self):
         facts = {"architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu"}

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.config import UserError, from_json, printable
+from nanodiff.config import UserError, from_json, printable, short
 from nanodiff.models.layers import (
     Downsample,
     GroupNorm,
@@ -127,11 +127,16 @@ class DownConfig:
         """Raises UserError, naming `where` and the field, for another network and for levels that do not fit together."""
         raw = dict(raw)
         heads = [raw.pop(name, None) for name in HEADS]
+        if None not in heads and heads[0] != heads[1]:
+            raise UserError(f"{where}: {HEADS[0]} {short(heads[0])} and {HEADS[1]} {short(heads[1])} disagree")
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
         for name in (*cls.types, "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:
                 raise UserError(f"{where}: {name} has {len(getattr(cfg, name))} entries for {levels} levels")
+        for width, n in zip(cfg.block_out_channels, cfg.num_heads, strict=True):
+            if n < 1 or width % n:
+                raise UserError(f"{where}: {width} channels cannot be divided among {n} heads ({HEADS[0]})")
         for name, known in (*cls.types.items(), ("mid_block_type", cls.middles)):
             kinds = getattr(cfg, name)
             for kind in kinds if isinstance(kinds, tuple) else (kinds,):

@@ -42,6 +42,7 @@ GRIDS = (
     "beta",
     "simple",
 )  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
+CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline")  # inputs that are no value of a node
 SAMPLING = ("KSampler", "KSamplerAdvanced")
 NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model
 
@@ -63,7 +64,7 @@ def read(path):
         try:
             graph = json.loads(info["prompt"])
         except (ValueError, RecursionError):
-            raise UserError(f"{path}: its `prompt` is no JSON") from None
+            raise UserError(f"{path}: its text chunk named prompt is no JSON") from None
         return ("ComfyUI", *comfyui(graph, path))
     return None
 
@@ -98,12 +99,13 @@ class Graph:
         if not isinstance(got, list):
             return got
         other = self.behind(key, name)
-        plain = {k: v for k, v in self.inputs(other).items() if isinstance(v, int | float | str)}
-        # a node of one value, or one that is called as what it is for
-        called = (name, "seed" if "seed" in name else name, "value", "text", "string")
-        got = next(iter(plain.values())) if len(plain) == 1 else next((plain[k] for k in called if k in plain), None)
-        if got is not None:
-            self.used.add(other)
+        given = {k: v for k, v in self.inputs(other).items() if k not in CONTROLS}
+        if len(given) != 1:  # it makes something of several: what, only ComfyUI knows
+            return None
+        (got,) = given.values()
+        if not isinstance(got, int | float | str):
+            return None
+        self.used.add(other)
         return got
 
     def kind(self, key):
@@ -173,11 +175,22 @@ def _beginning(g, found):
     if not str(g.nodes[latent].get("class_type")).startswith("Empty"):
         return {}, ["the picture that it began with"]
     g.used.add(latent)
-    sides = {side: g.value(latent, side) for side in ("width", "height")}
+    sides = {side: _whole(g.value(latent, side)) for side in ("width", "height")}
     n = g.value(latent, "batch_size")
     several = isinstance(n, int) and n > 1
     left = [f"batch_size: {n} (the first picture is drawn; the others' noise follows it)"] if several else []
-    return {side: value for side, value in sides.items() if isinstance(value, int)}, left
+    if None in sides.values():
+        return {}, [*left, "the size, which no node gives as two numbers"]
+    return sides, left
+
+
+def _whole(value):
+    """A whole number, also as 64.0 or "64"; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _model(g, found):

@@ -168,7 +168,7 @@ def _hires(facts, steps):
         # there all steps of the second pass are taken, here the part `hires_strength` of them
         if taken := _number(facts.get("Hires steps"), int) or steps:
             found["hires_steps"] = int(taken / min(strength, 0.999))
-    for key in ("Hires upscale", "Hires steps", "Denoising strength"):
+    for key in ("Hires upscale", "Hires steps", *(["Denoising strength"] if strength else [])):
         facts.pop(key, None)
     if upscaler in UPSCALERS.values():
         del facts["Hires upscaler"]

@@ -13,6 +13,7 @@ Explained in the book (docs/book): chapter 10.
 """
 
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, short
 from nanodiff.device import memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.diffusion.schedule import Schedule
@@ -32,7 +33,7 @@ from nanodiff.pipeline import control, families, pictures, saving
 from nanodiff.pipeline.conditions import Conditions, Extra
 from nanodiff.pipeline.families import SAMPLING, is_turbo
 from nanodiff.pipeline.guidance import Guidance
-from nanodiff.pipeline.settings import Drawing, Start, Words, grouped
+from nanodiff.pipeline.settings import Drawing, Start, Words, check_kinds, check_pixels, grouped
 from nanodiff.pipeline.space import LatentSpace
 from nanodiff.pipeline.spoken import Spoken
 from nanodiff.pipeline.start import begin
@@ -215,6 +216,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f"`output_type` {output_type}: is none of pil, np, latent")
+        if sampler is not None and not callable(sampler):
+            raise UserError(f"`sampler` {short(sampler)}: expected a function; with_scheduler() takes a name")
         prompts, generators = _counted(prompts, seeds, generators)
         drawing, start, words = grouped(settings, drawing or Drawing(), start or Start(), words or Words())
         steps, scale, height, width = self.checked(len(prompts), drawing, start, words)
@@ -269,6 +272,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
 
     def checked(self, rows: int, drawing: Drawing, start: Start, words: Words) -> tuple[int, float, int, int]:
         """(steps, guidance scale, height, width) of a run, what was left open filled in. Raises UserError for settings that make no sense."""
+        check_kinds(drawing, start, words)
         steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
         height, width = (
             own if given is None else given
@@ -279,6 +283,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 raise UserError(f"`{name}` {side} must be a positive multiple of {self.multiple}")
         self.check_size(height, width)
         self.check_options(drawing, start, words)
+        check_pixels(start, rows, height, width)
         for one in drawing.controls:
             control.check(one, self, rows, height, width)
         for one in drawing.pictures:
@@ -345,7 +350,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """Raise UserError for settings of another family, and for those that need another."""
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
             needs = int(name[-1] if name[-1] in "23" else "3")
-            if getattr(words, name) is not None and needs > len(self.encoder_names):
+            there = needs <= len(self.encoder_names) and (self.encoders[needs - 1] is not None or "prompt" not in name)
+            if getattr(words, name) is not None and not there:
                 raise UserError(f"`{name}`: this model has no text encoder {needs}")
         if words.max_sequence_length is not None and not 1 <= words.max_sequence_length <= 512:
             raise UserError(f"`max_sequence_length` {words.max_sequence_length} must be between 1 and 512")
@@ -379,9 +385,19 @@ class Pipeline(Conditions, Guidance, LatentSpace):
 
 def _counted(prompts, seeds, generators):
     """([prompt], generators), as many of each. Raises UserError where they do not agree: a picture of another's noise is nobody's."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = (
+        [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+    )
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise UserError(f"`prompts` {short(prompts)}: expected a text, or a list of some")
+    if generators is not None and seeds is not None:
+        raise UserError("`seeds` and `generators` both say what the noise is: give one of them")
     if generators is None:
-        generators = [torch.Generator().manual_seed(int(s)) for s in (range(len(prompts)) if seeds is None else seeds)]
+        try:
+            seeds = list(range(len(prompts)) if seeds is None else map(operator.index, seeds))
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UserError(f"`seeds` {short(seeds)}: expected whole numbers below 2^63, one for each prompt") from None
     if not isinstance(generators, torch.Generator) and len(generators) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(generators)} seeds: one of each makes a picture")
     return prompts, generators

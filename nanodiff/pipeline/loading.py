@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, short
 from nanodiff.device import memory, quantize
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import families
@@ -41,6 +41,12 @@ def load(
     SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
     """
     model = EMBEDDED if model is None else model
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"`dtype` {short(dtype)}: expected a floating-point torch.dtype, such as torch.bfloat16")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"`device` {short(device)}: is no device of torch's, such as 'cpu' or 'cuda'") from None
     ready = isinstance(model, Folder | Single)
     src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle, no_t5)
     family = FAMILIES[src.kind]

@@ -5,12 +5,14 @@ Explained in the book (docs/book): chapter 4.
 
 import dataclasses
 import math
+import numbers as abstract
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from nanodiff.config import nearest
+from nanodiff.config import UserError, nearest, short
+from nanodiff.models.freeu import FreeU
 
 
 class SkipLayers(NamedTuple):
@@ -94,6 +96,51 @@ class Start:
     latents: torch.Tensor | None = None  # [B, C, h, w], in place of an image
     # the latents are what another model left at this part of the noise (its denoising_end), and nothing is added to them
     denoising_start: float | None = None
+
+
+def check_kinds(drawing: Drawing, start: Start, words: Words) -> None:
+    """Raise UserError for a setting of another kind than it is: a text for a number, NaN, a share outside 0 to 1."""
+    for name in ("steps", "height", "width"):
+        value = getattr(drawing, name)
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise UserError(f"`{name}` {short(value)}: expected a whole number")
+    numbers = [(drawing, n) for n in ("guidance_scale", "guidance_rescale", "eta", "denoising_end")]
+    for group, name in (*numbers, (start, "strength"), (start, "denoising_start")):
+        value = getattr(group, name)
+        real = isinstance(value, abstract.Real) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not real:
+            raise UserError(f"`{name}` {short(value)}: expected a number")
+    if not 0 <= drawing.guidance_rescale <= 1:
+        raise UserError(f"`guidance_rescale` {drawing.guidance_rescale:g} must be between 0 and 1")
+    for name, kind in (("skip_layers", SkipLayers), ("perturbed", Perturbed), ("churn", Churn), ("freeu", FreeU)):
+        value = getattr(drawing, name)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"`{name}` {short(value)}: expected a {kind.__name__}")
+    if words.weighted not in (False, True, "comfyui"):
+        raise UserError(f"`weighted` {short(words.weighted)}: is none of False, True, 'comfyui'")
+    if not isinstance(words.syntax, bool):
+        raise UserError(f"`syntax` {short(words.syntax)}: is none of False, True")
+
+
+def check_pixels(start: Start, rows: int, height: int, width: int) -> None:
+    """Raise UserError for an `image` or a `mask` of another kind, size or range than Start says."""
+    if start.image is None and start.latents is None and start.strength != Start.strength:
+        raise UserError("`strength` is how much of `image` is repainted, and there is none")
+    for name, channels, batch, low in (("image", 3, (1, rows), -1.0), ("mask", 1, (1,), 0.0)):
+        value = getattr(start, name)
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise UserError(
+                f"`{name}`: expected a tensor of floats in [{low:g}, 1]; output.images.to_pixels() makes one of a PIL picture"
+            )
+        if value.dim() != 4 or value.shape[0] not in batch or tuple(value.shape[1:]) != (channels, height, width):
+            raise UserError(
+                f"`{name}` of {list(value.shape)}: expected [{batch[-1]}, {channels}, {height}, {width}], the size that is drawn"
+            )
+        least, most = value.amin().item(), value.amax().item()
+        if not (low - 0.01 <= least and most <= 1.01):
+            raise UserError(f"`{name}`: values from {least:g} to {most:g}, expected [{low:g}, 1]")
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg_scale": "guidance_scale"}  # other programs' names

@@ -68,6 +68,8 @@ class Folder:
         self.path, self.variant = path, variant
         self.index = read_json(path / "model_index.json")
         self.kind, self.parts = check_index(self.index, path)
+        for name in {"force_zeros_for_empty_prompt"} & set(self.index):  # null is false, as in Python
+            self.index[name] = bool(typed(self.index[name], bool | None, f"{path}/model_index.json: {name}"))
 
     def folder(self, name: str) -> Path:
         return self.path / name
@@ -79,7 +81,12 @@ class Folder:
 
     def config(self, name: str) -> object:
         path = self.folder(name) / "config.json"
-        return self.builder(name).Config.from_json(read_json(path), str(path))
+        raw, entry = read_json(path), self.index.get(name)
+        if isinstance(entry, list) and str(entry[1]).startswith(
+            "CLIPTextModel"
+        ):  # with or without a projection: the index says it
+            raw["architectures"] = [entry[1]]
+        return self.builder(name).Config.from_json(raw, str(path))
 
     def check_there(self, name: str) -> None:
         """Raise UserError when a part that SD 3 could do without is missing."""
@@ -88,7 +95,8 @@ class Folder:
 
     def module(self, name: str, dtype: torch.dtype | None, device: str | torch.device) -> torch.nn.Module:
         self.check_there(name)
-        return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant)
+        cfg = self.config(name) if name.startswith("text_encoder") else None
+        return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant, cfg=cfg)
 
     def tokenizer(self, name: str) -> object:
         self.check_there(name)

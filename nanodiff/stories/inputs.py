@@ -68,6 +68,11 @@ def opened_mask(cfg, picture):
         raise UserError(
             f"--mask {cfg.mask} is {mask.width}x{mask.height}, --init-image is {picture.width}x{picture.height}"
         )
+    if mask.getextrema()[1] < 128:  # what counts as marked
+        lit = (
+            f"its brightest value is {mask.getextrema()[1]} of 255" if mask.getbbox() else "it is black, or transparent"
+        )
+        raise UserError(f"--mask {cfg.mask}: marks nothing to repaint: {lit}")
     return repaint.blurred(mask, cfg.mask_blur) if cfg.mask_blur else mask
 
 

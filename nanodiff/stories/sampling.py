@@ -44,7 +44,7 @@ from nanodiff.stories.drawing import (
 from nanodiff.stories.inputs import against, check, draw, inputs
 from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, under
 from nanodiff.stories.recall import recall, remembered
-from nanodiff.stories.wording import Tagged, batches_of, job, jobs_of, note_marks, worded
+from nanodiff.stories.wording import Tagged, batches_of, check_words, job, jobs_of, note_marks, worded
 from nanodiff.training.options import parse_size
 
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
@@ -89,6 +89,7 @@ def main(cfg):
     size, start, finished = inputs(cfg, sd)
     check(cfg, sd, steps, scale, size, start)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
+    check_words(cfg, sd, prompts, negative)
     jobs, tagged = jobs_of(cfg, prompts, negative), Tagged(cfg.lora_dir, cfg.allow_partial)
     batches = batches_of(jobs, cfg, sd, steps)
     for _, batch in batches:  # a file that is not there shows now
@@ -309,6 +310,7 @@ def one_picture(cfg, base, prompt, seed, path, progress):
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
     check(cfg, sd, steps, scale, size, start)
+    check_words(cfg, sd, [prompt], negative)
     one = job(cfg, prompt, negative, seed)
     sd.tagged.obey(sd, one.loras)
     result = draw(cfg, sd, [one], steps, scale, size, start, on_step=progress.step)

@@ -25,6 +25,7 @@ class Job(NamedTuple):
 
 # the texts of the further text encoders, as settings of pipeline.Words
 OTHERS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+EMBEDDING = re.compile(r"\bembedding:([\w-]+(?:\.[\w-]+)*)")  # ComfyUI's mark of a learned word
 
 
 def worded(words, batch):
@@ -38,6 +39,21 @@ def jobs_of(cfg, prompts, negative, first=0):
     typed = [prompt for prompt in prompts for _ in range(cfg.num_images)]
     note_marks(cfg, prompts, negative)
     return [job(cfg, prompt, negative, cfg.seed + first + i) for i, prompt in enumerate(typed)]
+
+
+def check_words(cfg, sd, prompts, negative):
+    """Raise UserError for an embedding:NAME of ComfyUI's that no file has taught the tokenizers: without its mark it would be a word like others."""
+    known = {word for tokenizer in sd.tokenizers for word in getattr(tokenizer, "words", {})}
+    texts = (
+        (*prompts, negative or "", *(getattr(cfg, name) or "" for name in OTHERS))
+        if cfg.prompt_syntax == "comfyui"
+        else ()
+    )
+    for name in (name for text in texts for name in EMBEDDING.findall(text)):
+        if not any(name == word or name.startswith(word) for word in known):
+            raise UserError(
+                f"embedding:{printable(name)} in a prompt: no --embedding teaches this word{nearest(name, known)}"
+            )
 
 
 def note_marks(cfg, prompts, negative):
@@ -60,7 +76,7 @@ def job(cfg, prompt, negative, seed):
     prompt = syntax.chosen(prompt, seed, folder)
     negative = None if negative is None else syntax.chosen(negative, seed, folder)
     if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
-        plain = lambda text: text and re.sub(r"\bembedding:(?=[\w.-])", "", text)  # noqa: E731
+        plain = lambda text: text and EMBEDDING.sub(r"\1", text)  # noqa: E731
         others = tuple((name, plain(syntax.chosen(text, seed))) for name, text in others)
         return Job(plain(prompt), plain(prompt), seed, (), plain(negative), others)
     if negative and syntax.NETWORK.search(negative):
@@ -133,7 +149,22 @@ class Tagged:
     def _file(self, name):
         if self.folder is None:
             raise UserError(f"<lora:{printable(name)}:…> needs --lora-dir, the folder it is in")
-        there = {p.stem: p for p in sorted(Path(self.folder).rglob("*.safetensors"))}
-        if name not in there:
-            raise UserError(f"{self.folder}: has no LoRA {printable(name)}{nearest(name, there)}")
-        return there[name]
+        files = sorted(Path(self.folder).rglob("*.safetensors"))
+        exact = {p.relative_to(self.folder).with_suffix("").as_posix(): p for p in files}
+        alike = [p for p in files if p.stem == name]
+        if name in exact:
+            if len(alike) > 1:
+                print(
+                    f"note: <lora:{printable(name)}> is {exact[name]}, not {next(p for p in alike if p != exact[name])}",
+                    file=sys.stderr,
+                )
+            return exact[name]
+        if not alike:
+            raise UserError(
+                f"{self.folder}: has no LoRA {printable(name)}{nearest(name, [*exact, *(p.stem for p in files)])}"
+            )
+        if len(alike) > 1:
+            raise UserError(
+                f"<lora:{printable(name)}> could be {alike[0]} or {alike[1]}; name its folder, <lora:FOLDER/{printable(name)}>"
+            )
+        return alike[0]

@@ -226,6 +226,8 @@ def load_embedding(path, allow_pickle=False):
 def add_embedding(tokenizer, model, name, vectors):
     """Teach a tokenizer and its CLIP text encoder the word `name` of n vectors [n, D]. Raises UserError."""
     table = model.text_model.embeddings.token_embedding
+    if not name.strip() or not len(vectors):
+        raise UserError(f"learned word {printable(name)!r}: {'has no name' if not name.strip() else 'has no vectors'}")
     if vectors.shape[1] != table.weight.shape[1]:
         raise UserError(
             f"learned word {printable(name)}: vectors of width {vectors.shape[1]}, the text encoder has {table.weight.shape[1]}"

@@ -20,6 +20,7 @@ NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*")
 PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WILDCARD = re.compile(r"__([\w./-]+?)__")
+UNREAD = re.compile(r"__[\w./-]*\*[\w./*-]*__|\$\{[^{}]*\}")
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"(.*?)(?:\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
 # what a prompt may hold that means nothing without prompt_syntax: (mark, what it is elsewhere)
@@ -56,6 +57,10 @@ def chosen(prompt, seed, folder=None):
 
 
 def _chosen(text, rng, folder, inside):
+    if strange := UNREAD.search(text):
+        raise UserError(
+            f"{printable(strange[0])} in a prompt: globs and variables of Dynamic Prompts are not supported"
+        )
     while match := re.search(r"\{([^{}]*)\}", text):  # the innermost first
         text = text[: match.start()] + _one_of(match[1], rng) + text[match.end() :]
 

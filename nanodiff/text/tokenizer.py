@@ -353,6 +353,12 @@ def clip_from_merges(pad, length):
 
 def _from_merges(folder):
     vocab, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+    made = {"".join(m) for m in merges} | set(_listed_words(folder)) | {START, END}
+    if lacking := [t for t in vocab if t not in made and len(t.removesuffix("</w>")) > 1 and not t.startswith("<|")]:
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt do not belong together: no merge makes {len(lacking)} of the vocabulary's tokens, such as "
+            f"{printable(lacking[0])!r}"
+        )
     try:
         return _bpe(vocab, merges)
     except Exception as e:  # a merge of pieces outside the vocabulary

@@ -30,6 +30,10 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
 
     Raises UserError without allow_pickle: reading a pickle can run code.
     """
+    if Path(target).suffix in PICKLES:
+        raise UserError(
+            f"{target}: what is written is safetensors; take a name that ends in .safetensors, or a folder's"
+        )
     if Path(source).is_dir() or Path(target).suffix != ".safetensors":
         # Whole models are the pipeline's business; this tool is only where people look for it.
         return pipeline.convert(source, target, allow_pickle, components, prediction_type)
@@ -37,7 +41,7 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
     if not allow_pickle:
         raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
-    tensors = load_pickle(source)
+    tensors = load_pickle(source, nested=True)
     save_tensors(target, {k: v.clone() for k, v in tensors.items()})
     print(f"{target}: {len(tensors)} tensors")
 

@@ -117,13 +117,16 @@ def find_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     for v in [variant, None] if variant else [None]:
         dot = f".{v}" if v else ""
         for stem in STEMS:
-            if (single := folder / f"{stem}{dot}.safetensors").exists():
+            single = folder / f"{stem}{dot}.safetensors"
+            for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
+                if (folder / index).exists():  # before a single file, as in diffusers
+                    if single.exists():
+                        print(f"note: {folder}: {single.name} is not used, since {index} names shards", file=sys.stderr)
+                    return _shards(folder / index)
+            if single.exists():
                 if variant and not v:
                     print(f"{folder}: no {variant} files, taking the plain ones", file=sys.stderr)
                 return [single]
-            for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
-                if (folder / index).exists():
-                    return _shards(folder / index)
     pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise UserError(
@@ -230,7 +233,8 @@ def as_weights(tensors: dict[str, torch.Tensor], path: str | Path) -> dict[str, 
 def load_pickle(path: str | Path, inside: str = "state_dict", nested: bool = False) -> dict[str, torch.Tensor]:
     """Tensors of a .ckpt/.pt/.bin file: {name: tensor}. Only ever with weights_only, and without a fallback.
 
-    inside: the key under which the tensors may be nested. nested: dicts in it are parts, whose names stand before those of their tensors.
+    inside: the key under which the tensors may be nested. nested: dicts and lists in it are parts, whose names stand before those of their
+    tensors; otherwise only tensors that stand there by themselves are read.
     """
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
         raise UserError("reading pickles needs torch >= 2.10 (CVE-2026-24747)")
@@ -240,13 +244,25 @@ def load_pickle(path: str | Path, inside: str = "state_dict", nested: bool = Fal
         raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
     while isinstance(state, dict) and isinstance(state.get(inside), dict):
         state = state[inside]
-    if nested and isinstance(state, dict):
-        parts = {k: v if isinstance(v, dict) else {"": v} for k, v in state.items()}
-        state = {f"{k}.{name}" if name else k: v for k, part in parts.items() for name, v in part.items()}
+    if nested:
+        found = list(_flat(state, ""))
+        state = dict(found)
+        if len(state) < len(found):
+            raise UserError(f"{path}: two of its tensors would have one name")
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors
+
+
+def _flat(value, name):
+    """(joined name, value) of everything in nested dicts and lists."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if parts is None:
+        yield name, value
+        return
+    for key, part in parts:
+        yield from _flat(part, f"{name}.{key}" if name else str(key))
 
 
 def opened(

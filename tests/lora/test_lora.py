@@ -395,8 +395,16 @@ def test_fused_for_good_keeps_no_second_copy(sd15):
         ({"up": torch.zeros(16)}, {}, "no matrices"),
         ({}, {"lora_adapter_metadata": "[1]"}, "no JSON object"),
         ({}, {"lora_adapter_metadata": "[" * 100_000}, "no JSON"),
-        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, r"x\.safetensors: unet.*alpha 'x'"),
-        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "alpha_pattern is no JSON object"),
+        (
+            {},
+            {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'},
+            r"x\.safetensors: unet.lora_alpha = 'x' has the wrong type",
+        ),
+        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, r"alpha_pattern = \[1\] has the wrong type"),
+        ({}, {"lora_adapter_metadata": '{"unet.use_rslora": "false"}'}, "use_rslora = 'false' has the wrong type"),
+        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": true}'}, "lora_alpha = True has the wrong type"),
+        ({}, {"lora_adapter_metadata": '{"unet.use_dora": true}'}, "is DoRA; only plain LoRA is supported"),
+        ({}, {"lora_adapter_metadata": '{"unet.peft_type": "LOHA"}'}, "is 'LOHA'; only plain LoRA is supported"),
         ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"^down.*q$": 2}}'}, "regular expression"),
     ],
 )

@@ -16,6 +16,7 @@ import train
 from nanodiff.commandline import check_bounds
 from nanodiff.config import UserError
 from nanodiff.output import images
+from nanodiff.stories import wording
 
 CLASSES = {
     c
@@ -270,3 +271,67 @@ def test_training_does_not_write_among_its_pictures(tmp_path):
     code, _, err = in_process(train, "train.py", *argv)
     assert code == 2 and "lies in --data" in err, err
     assert not (tmp_path / "p" / "run" / "model").exists()
+
+
+# -- sample.py ----------------------------------------------------------------------------------------------
+
+
+def test_loras_of_one_name(tmp_path, capsys):
+    folder = tmp_path / "loras"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "other").mkdir()
+    for path in ("k", "sub/k", "sub/p", "other/p"):
+        (folder / f"{path}.safetensors").write_bytes(b"")
+    tagged = wording.Tagged(folder)
+    assert tagged._file("k") == folder / "k.safetensors" and "not" in capsys.readouterr().err
+    assert tagged._file("sub/p") == folder / "sub" / "p.safetensors"
+    with pytest.raises(UserError, match=r"<lora:p> could be .*other/p.* or .*sub/p.*; name its folder"):
+        tagged._file("p")
+
+
+def test_an_embedding_that_no_file_gives(tmp_path):
+    code, _, err = draw(
+        "--model",
+        TINY / "sd15",
+        "--output-dir",
+        tmp_path,
+        "--prompt-syntax",
+        "comfyui",
+        "--prompt",
+        "a embedding:nosuch apple",
+    )
+    assert code == 2 and "embedding:nosuch in a prompt: no --embedding teaches this word" in err, err
+
+
+@pytest.mark.parametrize("kind", ["black", "hole", "sixteen bits", "label"])
+def test_a_mask_that_marks_nothing(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    Image.fromarray((rng.random((64, 64, 3)) * 255).astype("uint8")).save(tmp_path / "in.png")
+    if kind == "hole":
+        mask = np.zeros((64, 64, 4), "uint8")
+        mask[..., 3] = 255
+        mask[16:32, 16:32, 3] = 0
+    else:
+        mask = np.zeros((64, 64), "uint16" if kind == "sixteen bits" else "uint8")
+        mask[16:32, 16:32] = {"black": 0, "sixteen bits": 255, "label": 1}[kind]
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    code, _, err = draw("--model", TINY / "sd15", "--output-dir", tmp_path / "o", "--init-image", tmp_path / "in.png", "--mask", tmp_path / "mask.png",
+                        "--strength", 0.7, "--steps", 3)  # fmt: skip
+    assert code == 2 and "mask.png: marks nothing to repaint" in err, err
+
+
+def test_overwriting_waits_for_what_can_be_known(tmp_path):
+    assert draw("--output-dir", tmp_path)[0] == 0
+    code, _, err = draw("--output-dir", tmp_path, "--overwrite", "--lora", "x.safetensors:nan")
+    assert code == 2 and "'nan' is no scale" in err and (tmp_path / "00000.png").is_file(), err
+    code, _, err = draw("--output-dir", tmp_path, "--overwrite", "--lora-scale", "nan")
+    assert code == 2 and "--lora-scale" in err and (tmp_path / "00000.png").is_file(), err
+
+
+def test_flags_of_messages_are_flags(tmp_path):
+    for argv, flag in (
+        (("--s-churn", 1), "--s-churn is Euler's"),
+        (("--perturbed-scale", 3), "--perturbed-scale is for UNets"),
+    ):
+        code, _, err = draw("--model", TINY / "sd35-medium", "--output-dir", tmp_path, *argv)
+        assert code == 2 and flag in err, err
