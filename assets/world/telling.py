@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from assets.world import reader, scenes, score
@@ -57,6 +58,22 @@ def scores(net, count, tasks=scenes.TASKS):
     return out
 
 
+@torch.inference_mode()
+def sides(net, count, held):
+    """{which of the two is named first: share of relation scenes in which the true words between them are likelier than their opposite}.
+    What a captioner says by itself shows the order that it was taught; this shows whether it knows both."""
+    found = {"left or upper": [], "right or lower": []}
+    for scene in score.asked("relation", held, count):
+        pixels, things = net.pictures.batch([scene.picture()]), scene.told.objects
+        for (a, b), where in ((things, scene.told.relation), (things[::-1], scenes.OPPOSITE[scene.told.relation])):
+            losses = []
+            for said in (where, scenes.OPPOSITE[where]):
+                caption = scenes.caption(scenes.Told("relation", (a, b), scene.ground, said))
+                losses.append(net(pixels, torch.tensor([net.caption_ids(caption)])).item())
+            found["left or upper" if where in ("left", "above") else "right or lower"].append(losses[0] < losses[1])
+    return {k: score.share(sum(v), len(v)) for k, v in found.items()}
+
+
 def trip(net, sd, count):
     """({what: share}, [(caption, sentence, picture, picture again)]): captions drawn, told, drawn again."""
     some = [scene for scene, _ in score.mixed(count)]
@@ -89,8 +106,6 @@ def main():
 
 
 def run(args):
-    import torch
-
     from nanodiff import pipeline
     from nanodiff.stories import captioner_model
 
@@ -102,6 +117,12 @@ def run(args):
         for group, tasks in found.items():
             print(f"{group}: " + ", ".join(f"{task} {s['share']:.3f}" for task, s in tasks.items()))
         print(f"captioner: seen {score.mean(found['seen']):.3f} held-out {score.mean(found['held-out']):.3f}")
+        found["sides"] = {group: sides(net, args.captions, group == "held-out") for group in found}
+        for group, told in found["sides"].items():
+            print(
+                f"{group}, the relation when the thing named first is "
+                + ", ".join(f"{k}: {v['share']:.3f}" for k, v in told.items())
+            )
     else:
         found, trips = trip(net, pipeline.load(args.model), args.captions)
         cells, labels = [], []

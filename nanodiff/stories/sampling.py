@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanodiff import data, pipeline, weights
+from nanodiff import data, lora, pipeline, weights
 from nanodiff.commandline import as_dict
 from nanodiff.config import UserError, printable
 from nanodiff.device import choice, memory
@@ -339,6 +339,16 @@ def dry_run(cfg, device):
     for one in controls:
         control.check_fit(one, SimpleNamespace(net=net, channels=channels, downscale=scale))
     height, width = cfg.height, cfg.width
+    multiple = scale * getattr(net.cfg, "patch_size", 1)
+    for name, side in (("height", height), ("width", width)):
+        if side and side % multiple:
+            raise UserError(f"--{name} {side} must be a positive multiple of {multiple}")
+    for name in ("init_image", "mask", "lora", "embedding", "control_image", "ip_adapter_image"):
+        value = getattr(cfg, name)
+        for text in value if isinstance(value, list) else [value] if value else []:
+            path = lora.parse(text)[0] if name == "lora" else text.removeprefix("canny:")
+            if not Path(path).exists():
+                raise UserError(f"--{name.replace('_', '-')} {printable(text)}: no such file")
     if cfg.hires:  # the second pass is the larger one
         own = (net.cfg.sample_size or 64) * scale
         height, width = (round((side or own) * cfg.hires / scale) * scale for side in (height, width))

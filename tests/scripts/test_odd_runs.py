@@ -328,6 +328,19 @@ def test_overwriting_waits_for_what_can_be_known(tmp_path):
     assert code == 2 and "--lora-scale" in err and (tmp_path / "00000.png").is_file(), err
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (("--height", 12), "--height 12 must be a positive multiple of 8"),
+        (("--lora", "nosuch.safetensors:0.5"), "--lora nosuch.safetensors:0.5: no such file"),
+        (("--init-image", "nosuch.png"), "--init-image nosuch.png: no such file"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, argv, line):
+    code, _, err = draw("--model", TINY / "sd15", "--output-dir", tmp_path, "--dry-run", *argv)
+    assert code == 2 and line in err, err
+
+
 def test_flags_of_messages_are_flags(tmp_path):
     for argv, flag in (
         (("--s-churn", 1), "--s-churn is Euler's"),
