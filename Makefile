@@ -101,11 +101,11 @@ world-transfer: $(STAMP)  ## half the depth learns from the whole: from its pict
 
 # A captioner of scenes, from scratch; then whether one with few originals is helped by synthetic ones
 WCAP     = $(OUT)/world-captioner
-world-captioner: $(STAMP)  ## a captioner that reads scenes (40 minutes on a core): exact sentences, seen and held out; captions drawn, told and drawn again
-	test -f $(WCAP)/scenes.tar || $(PY) -m assets.world.make $(WCAP)/scenes.tar --scenes 30000 --seed 1
+world-captioner: $(STAMP)  ## a captioner that reads scenes (an hour on a core): exact sentences, seen and held out; captions drawn, told and drawn again
+	test -f $(WCAP)/scenes.tar || $(PY) -m assets.world.make $(WCAP)/scenes.tar --scenes 120000 --seed 1 --in-order 1
 	test -f $(WCAP)/scenes/titles.csv || $(PY) -m nanodiff.captionset export $(WCAP)/scenes.tar $(WCAP)/scenes
-	$(PY) caption.py split --original-csv $(WCAP)/scenes/titles.csv --val-share 0.01 --test-share 0.005 --output-dir $(WCAP)/data
-	$(PY) caption.py train --model-size world --optimizer muon --lr 2e-3 --lr-scheduler cosine --lr-warmup-steps 50 --adam-beta2 0.99 --batch-size 64 --max-steps 4800 \
+	$(PY) caption.py split --original-csv $(WCAP)/scenes/titles.csv --val-share 0.005 --test-share 0.005 --output-dir $(WCAP)/data
+	$(PY) caption.py train --model-size world --optimizer muon --lr 2e-3 --lr-scheduler cosine --lr-warmup-steps 50 --adam-beta2 0.99 --batch-size 64 --max-steps 6400 \
 		--mixed-precision no --projector-dropout 0 --samples 4 --max-new-tokens 24 --save-epochs 0 --resume auto --image-path $(WCAP)/scenes/images \
 		--train-csv-path $(WCAP)/data/train.csv --val-csv-path $(WCAP)/data/val.csv --test-csv-path $(WCAP)/data/test.csv --output-dir $(WCAP)/captioner
 	$(PY) -m assets.world.telling score --model-file $(WCAP)/captioner/checkpoints/last_checkpoint --output-dir $(WCAP)
