@@ -150,7 +150,9 @@ class Config:
         0.0, "euler: fresh noise before each step, as much as Karras et al.'s S_churn says", low=0, high=1000
     )
     s_tmin: float = arg(0.0, "--s-churn only where sigma is at least this", low=0, needs="s_churn")
-    s_tmax: float | None = arg(None, "--s-churn only where sigma is at most this", low=0, needs="s_churn")
+    s_tmax: float | None = arg(
+        None, "--s-churn only where sigma is at most this", low=0, high=float("inf"), needs="s_churn"
+    )
     s_noise: float = arg(1.0, "multiplies the noise of --s-churn", low=0, high=10, needs="s_churn")
     height: int | None = arg(None, "pixels; default: the model's own", often=True, low=1)
     width: int | None = arg(None, "pixels; default: the model's own", often=True, low=1)
@@ -284,8 +286,6 @@ class Config:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
         if self.denoising_end is not None and not 0 < self.denoising_end < 1:
             raise UserError(f"--denoising-end {self.denoising_end:g} must be between 0 and 1")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise UserError(f"--seed {self.seed} must be between 0 and 2^63 - 1")
         self.check_words()
         self.check_pairs()
         self.check_together()

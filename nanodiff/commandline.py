@@ -35,8 +35,9 @@ ELSEWHERE = {  # other programs' words
     "n": "num-images",
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SEEDS = (1 << 63) - 1  # the largest one of torch's generators
+SEEDS = (1 << 63) - 1  # the largest one
 SECRETS = {"token", "hub_token", "hf_token"}
+CHANGING = ("update", "pop", "popitem", "setdefault", "clear")  # of a dict
 CONNECTION = re.compile(
     r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|timeout caused pair closure|NCCL"
 )
@@ -97,16 +98,18 @@ def check_bounds(cfg):
                 raise UserError(f"--{field.name.replace('_', '-')} {value} is no number")
             if isinstance(value, int) and high is None and abs(value) > SEEDS:
                 raise UserError(f"--{field.name.replace('_', '-')} {clipped(value)} is out of range")
-            if (
-                value is None
-                or not isinstance(value, int | float)
-                or ((low is None or value >= low) and (high is None or value <= high))
-            ):
+            if value is None or not isinstance(value, int | float):
                 continue
-            flag, value = f"--{field.name.replace('_', '-')}", clipped(f"{value:g}" if abs(value) < 1e300 else value)
+            if (low is None or value >= low) and (high is None or value <= high):
+                continue
+            flag, shown = (
+                f"--{field.name.replace('_', '-')}",
+                clipped(value if isinstance(value, int) else f"{value:g}"),
+            )
             if high is None:
-                raise UserError(f"{flag} must be at least {low:g}, not {value}")
-            raise UserError(f"{flag} {value} must be between {low:g} and {high:g}")
+                raise UserError(f"{flag} must be at least {low:g}, not {shown}")
+            most = "2^63 - 1" if high == SEEDS else f"{high:g}"
+            raise UserError(f"{flag} {shown} must be between {low:g} and {most}")
 
 
 def check_needs(cfg):
@@ -134,15 +137,20 @@ def read_settings(path):
         return read_json(path)
     try:
         check_regular(path)
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as e:
         raise UserError(f"{path}: not readable as Python: {e}") from None
-    given = {
-        t.id: n.value for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
-    }
+    given = {}
+    for n in tree.body:
+        targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+        given |= {t.id: n.value for t in targets if isinstance(t, ast.Name) and n.value is not None}
     if "CONFIG" not in given:
         raise UserError(f"{path}: has no CONFIG = {{…}}")
-    if changed := [n.lineno for n in tree.body if _changes(n, "CONFIG")]:
+    for node in ast.walk(given["CONFIG"]):
+        names = [ast.unparse(k) for k in node.keys if k] if isinstance(node, ast.Dict) else []
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise UserError(f"{path}:{node.lineno}: {twice} stands twice in CONFIG; which is meant?")
+    if changed := [n.lineno for n in ast.walk(tree) if _changes(n, "CONFIG")]:
         raise UserError(
             f"{path}:{changed[0]}: CONFIG is changed after it is written; it is read as it is written, never run"
         )
@@ -157,14 +165,17 @@ def read_settings(path):
     return value
 
 
-def _changes(statement, name):
-    """Does a statement of a Python file change the dict of this name: D[k] = v, D |= …, del D[k], D.update(…)?"""
-    targets = getattr(statement, "targets", []) + [getattr(statement, "target", None)]
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        targets = [statement.value.func]
-    inside = [t.value for t in targets if isinstance(t, ast.Subscript | ast.Attribute)]
-    whole = targets if isinstance(statement, ast.AugAssign) else []
-    return any(isinstance(t, ast.Name) and t.id == name for t in (*inside, *whole))
+def _changes(node, name):
+    """Does a part of a Python file change the dict of this name: D[k] = v, D |= …, del D[k], D.update(…)?"""
+    if isinstance(node, ast.AugAssign):
+        part = node.target
+    elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        part = node.value
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+        part = node.func.value
+    else:
+        return False
+    return isinstance(part, ast.Name) and part.id == name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -328,6 +339,11 @@ def from_mapping(cls, mapping, where):
                 raise UserError(f"{where}: {key} = {short(text)} is no text")
         if isinstance(value, list) and list in kinds:
             element = typing.get_args(next(t for t in options if typing.get_origin(t) is list))[0]
+            if element is float:
+                value = [
+                    float(v) if isinstance(v, int) and not isinstance(v, bool) and abs(v) < 1 << 63 else v
+                    for v in value
+                ]
             if not all(isinstance(v, element) for v in value):
                 raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

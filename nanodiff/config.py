@@ -76,14 +76,20 @@ def check_regular(path):
         raise UserError(f"{path}: is a pipe or a device, not a file")
 
 
+def check_apart(path, flag, output_dir):
+    """Raise UserError where a run's own figures would lie among the pictures of a folder that it reads."""
+    if path and output_dir and Path(path).is_dir() and Path(output_dir).resolve().is_relative_to(Path(path).resolve()):
+        raise UserError(
+            f"`output_dir` {output_dir} lies in `{flag}` {path}, so the next run would count its figures as pictures"
+        )
+
+
 def parse_json(text, where):
-    """A JSON text as a value. Raises UserError for what is none, and for an object with one name twice, of which the first would be lost."""
+    """A JSON text as a value. Raises UserError for what is none, and for an object with two values of one name, of which the first would be lost."""
 
     def unique(pairs):
         found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
+        if twice := next((k for k, v in pairs if found[k] != v), None):
             raise UserError(f"{where}: {short(twice)} stands twice in one JSON object; which is meant?")
         return found
 
@@ -103,7 +109,7 @@ def read_json(path):
         if path.suffix == ".toml":
             import tomllib
 
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+            return tomllib.loads(path.read_text(encoding="utf-8-sig"))
         value = parse_json(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanodiff.config import UserError, parse_json, printable, short
 from nanodiff.data import tables
+from nanodiff.device import dist
 
 
 def read(path, by_file=False):
@@ -25,19 +26,13 @@ def _from_json(path, value, by_file):
     if isinstance(value, dict) and isinstance(value.get("annotations"), list):
         if by_file and isinstance(value.get("images"), list):
             images = [v for v in value["images"] if isinstance(v, dict) and {"id", "file_name"} <= set(v)]
-            names = {str(v["id"]): str(v["file_name"]) for v in images}
-            for what, some in (
-                ("id", [str(v["id"]) for v in images]),
-                ("file_name", [str(v["file_name"]) for v in images]),
-            ):
-                if len(set(some)) < len(some):
-                    raise UserError(
-                        f"{path}: two images have the {what} {short(next(s for s in some if some.count(s) > 1))}"
-                    )
+            for v in images:
+                if names.setdefault(str(v["id"]), str(v["file_name"])) != str(v["file_name"]):
+                    raise UserError(f"{path}: two images have the id {short(v['id'])}")
             ids = {str(v.get("image_id")) for v in value["annotations"] if isinstance(v, dict)}
             if names and (strange := sorted(ids - set(names))):
-                raise UserError(
-                    f"{path}: {len(strange)} annotations are of pictures that are not in it: {short(strange[0])}"
+                dist.say(
+                    f"note: {path}: {len(strange)} annotated pictures are not in its list of images, such as {short(strange[0])}"
                 )
         value = value["annotations"]
     if isinstance(value, dict):
@@ -62,7 +57,7 @@ def _texts(value, where):
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         return value
     if isinstance(value, str):
-        return tables.captions_in(value, where) or [""]
+        return (tables.captions_in(value, where) if value.strip().endswith("]") else [value]) or [""]
     raise UserError(f"{where}: expected a caption or a list of captions")
 
 

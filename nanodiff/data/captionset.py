@@ -97,12 +97,12 @@ def _table(path, captions=True):
             raise UserError(f"{where}: no {name}")
         found = tables.captions_in(row[title], where) if title else ()
         stem, source = _stem(row[name], where), row.get(SOURCE, "").strip()
-        suffix = row[name].strip()[len(stem) :]
+        suffix = row[name].strip()[len(stem) :].lower()
         if suffix and suffixes.setdefault(stem, suffix) != suffix:
             raise UserError(
                 f"{where}: {printable(stem)} is a {suffixes[stem]} in an earlier row and a {suffix} here: one name for two pictures"
             )
-        yield stem, found, _stem(source, where) if source else "", where
+        yield stem, found, _bare(source), where
 
 
 def _logged(path):
@@ -118,11 +118,13 @@ def _logged(path):
         dist.say(f"note: {path}: {others} lines name no picture with a caption and are not used")
 
 
+def _bare(name):
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in sources.SUFFIXES else name
+
+
 def _stem(name, where):
     """A picture's name without its suffix, which stays inside its folder."""
-    name = tables.name_in(name.strip(), where)
-    if Path(name).suffix.lower() in sources.SUFFIXES:
-        name = name[: -len(Path(name).suffix)]
+    name = _bare(tables.name_in(name.strip(), where))
     if not name or any(len(p.encode()) > 200 for p in Path(name).parts):
         raise UserError(f"{where}: {short(name)} is no picture's name")
     return name
@@ -197,9 +199,9 @@ LABEL = re.compile(r"^\*\*[^*]{1,40}?(?::\*\*|\*\*\s*[:–—-])\s*")  # **Simpl
 TAG = re.compile(r"<[/|]?\w[^<>]{0,30}>")
 THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.I | re.S)
 BREAK = re.compile(r"<br\s*/?>|</?(?:li|p|div|tr)>", re.I)
-REMARK = re.compile(  # behind a caption: what the model says of it
-    r"\s+(?:[(\[]|[-–—]+\s)\s*(?:this|adds?|adding|more|less|changes?|changing|emphasi[sz]\w*|focus\w*|simpl\w+|formal\w*|detailed|shorter|longer|descriptive"
-    r"|same|similar|rephras\w*|uses?|using|slightly)\b[^()]*[)\]]?\s*$", re.I
+ABOUT = r"(?:this|adds|adding|changes|changing|emphasi[sz]\w*|rephras\w*|more\s+(?:detail\w*|descriptive|formal|specific|concise|casual|vivid)|shorter|longer)\b"
+REMARK = re.compile(  # behind a caption: what the model says of it, in brackets to the end or behind a dash
+    rf"\s+(?:\({ABOUT}[^()]*\)|\[{ABOUT}[^\[\]]*\]|[-–—]+\s+{ABOUT}.*)\s*$", re.I
 )  # fmt: skip
 PERSONAL = re.compile(  # words of somebody who talks to somebody
     r"\b(?:i|i'm|i'll|i've|i'd|me|my|you|you'd|you're|your|let's|let me|feel free|hope|please|thanks?|sure|certainly|of course|absolutely|okay|here are|here is"
@@ -348,6 +350,8 @@ class Journal:
     def _same(self, path, before):
         """Is what was written under `before` of this run? Otherwise it is to be begun again, or UserError."""
         for key, value in self.settings.items():
+            if key == "model_sha256" and key not in before:
+                continue  # of a version that did not write it down
             if before.get(key) != value:
                 if self.anew:
                     return False
@@ -512,7 +516,9 @@ def export(source, target):
         kept = dataset.data(i)
         with images.Image.open(io.BytesIO(kept)) as image:
             suffix = {"JPEG": ".jpg"}.get(image.format, f".{(image.format or 'png').lower()}")
-        write_bytes(target / "images" / f"{name}{suffix}", kept, sync=False)  # thousands; the table, at the end, is synced
+        write_bytes(
+            target / "images" / f"{name}{suffix}", kept, sync=False
+        )  # thousands; the table, at the end, is synced
         rows.append(Row(name, dataset.texts[i]))
     write_bytes(target / "titles.csv", table(rows))
     print(f"{len(rows)} pictures: {target / 'titles.csv'}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from nanodiff.config import UserError, nearest, printable, read_json, short
 from nanodiff.data import sources, tables
+from nanodiff.device import dist
 
 COLUMNS = ("prompt", "prompts", "caption", "text", "Title")
 LISTED = "standard"  # the category of a list's prompts
@@ -110,8 +111,8 @@ def _words(raw, path):
         raise UserError(f"{path}: words is no object of lists of texts")
     for name, some in words.items():
         if twice := [w for w in some if some.count(w) > 1]:
-            raise UserError(
-                f"{path}: words of {name!r}: {short(twice[0])} stands twice, so some prompts would be drawn twice"
+            dist.say(
+                f"note: {path}: words of {name!r}: {short(twice[0])} stands twice, so some prompts are drawn more often"
             )
     for category, template in templates.items():
         rest = re.sub(r"\{\w+\}", "", template)

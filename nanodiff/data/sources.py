@@ -8,7 +8,7 @@
     shards-{000..009}.tar       webdataset shards (name.png, name.txt | name.json, name.cls), read in place, never extracted
     data.parquet, data.arrow    Hugging Face tables, or a folder of them (extra `parquet`)
 
-A tar member or a listed file name is only ever a key: nothing outside the data root is opened.
+A tar member or a listed file name is only ever a key: nothing outside the data root is opened, but for what folders hold that are linked there.
 
     python -m nanodiff.data check PATH                counts, sizes, missing captions, duplicates, unreadable files
     python -m nanodiff.data pack PATH OUT.tar         any layout as one webdataset shard
@@ -154,14 +154,6 @@ def load(
     return Dataset(items, path, image_column)
 
 
-def check_apart(path, flag, output_dir):
-    """Raise UserError where our own figures would lie among the pictures of a folder."""
-    if Path(path).is_dir() and Path(output_dir).resolve().is_relative_to(Path(path).resolve()):
-        raise UserError(
-            f"`output_dir` {output_dir} lies in `{flag}` {path}, so the next run would count its figures as pictures"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Tar shards
 
@@ -209,7 +201,8 @@ def _tar_items(shard):
                 if kind == "picture":
                     entry[kind] = (shard, member.offset_data, member.size)
                 elif kind == ".json":
-                    entry[kind] = _json_caption(tar.extractfile(member).read(), where)
+                    entry[kind], others = _json_caption(tar.extractfile(member).read(), where)
+                    skipped[others] += bool(others)
                 else:
                     entry[kind] = tables.captions_in(tables.decoded(tar.extractfile(member).read(), where), where)
             _check_end(shard, tar.offset)
@@ -228,25 +221,31 @@ def _tar_items(shard):
 def check_plain(shard):
     """Raise UserError for a compressed shard, whose members have no place of their own in the file."""
     with open(shard, "rb") as file:
-        packed = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}.get(file.read(2))
+        head = file.read(265)
+    kinds = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    packed = next((kind for mark, kind in kinds.items() if head.startswith(mark) and head[257:262] != b"ustar"), None)
     if packed:
         raise UserError(f"{shard}: is compressed ({packed}); unpack it first")
 
 
 def _check_end(shard, offset):
-    """Raise UserError unless what stands at `offset`, where reading ended, is the end of a tar: zeros, to the file's end. Python takes
-    a broken or cut header for the end as well, and what lies behind it would be lost."""
+    """Raise UserError unless what stands at `offset`, where reading ended, is the end of a tar: a block of zeros, and no header of a member
+    behind it. Python takes a broken or cut header for the end as well, and what lies behind it would be lost."""
     with open(shard, "rb") as file:
         file.seek(offset)
-        at, block = offset, file.read(1 << 16)
+        block = file.read(tarfile.BLOCKSIZE)
+        if not block:
+            raise UserError(f"{shard}: cut off after {offset} bytes: it has no end mark")
+        if any(block):
+            raise UserError(f"{shard}: damaged: no header of a member at byte {offset}, and no end mark")
         while block and not any(block):
-            at, block = at + len(block), file.read(1 << 16)
-    if block:
-        raise UserError(
-            f"{shard}: damaged, or several archives in one: no header of a member at byte {offset}, and more behind it"
-        )
-    if at - offset < tarfile.BLOCKSIZE:
-        raise UserError(f"{shard}: cut off after {at} bytes: it has no end mark")
+            block = file.read(tarfile.BLOCKSIZE)
+        at = file.tell() - len(block)
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return  # the end, or what an older program left in the last record
+    raise UserError(f"{shard}: several archives in one: behind the end of the first, another begins at byte {at}")
 
 
 def _say_left_out(where, counts):
@@ -256,13 +255,13 @@ def _say_left_out(where, counts):
 
 
 def _json_caption(data, where):
-    """The captions in a shard's .json member, if it has some under a usual name."""
+    """(the captions in a shard's .json member, if it has some under a usual name; what it has under others, in words)"""
     value = parse_json(tables.decoded(data, where), where)
-    if not isinstance(value, dict):
-        return ()
-    there = [c for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)]
-    name = tables.column(None, CAPTION_COLUMNS, there, where.split(": ")[0]) if there else None
-    return tables.captions_in(value.get(name), where)
+    there = [c for c in CAPTION_COLUMNS if isinstance(value.get(c), str | list)] if isinstance(value, dict) else []
+    if not there:
+        return (), ""
+    others = f"{', '.join(there[1:])} of .json, whose {there[0]} counts" if there[1:] else ""
+    return tables.captions_in(value[there[0]], where), others
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -271,34 +270,19 @@ def _json_caption(data, where):
 
 def _pictures(root):
     """(sorted pictures, sorted tables, listings) under a folder, and a line for what is left out."""
-    pictures, found, listings, rest, seen, nothing = [], [], [], [], set(), Counter()
-
-    def unreadable(error):
-        raise UserError(f"{error.filename}: {error.strerror}")
-
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
-        here = Path(folder)
-        seen.add(os.path.realpath(here))
-        folders[:] = [n for n in folders if tables.is_data(n) and not (  # a link that leads back is a loop
-            (here / n).is_symlink() and os.path.realpath(here / n) in seen)]  # fmt: skip
-        for name in files:
-            path = here / name
-            suffix = path.suffix.lower()
-            if not tables.is_data(name):
-                continue
-            if not path.is_file():
-                nothing[f"{suffix} that is no file, or a link to nothing ({printable(path)})"] += suffix in SUFFIXES
-                continue
-            kind = (
-                pictures
-                if suffix in SUFFIXES
-                else found
-                if suffix in TABLES
-                else listings
-                if name in LISTINGS
-                else rest
-            )
-            kind.append(path)
+    pictures, found, listings, rest, nothing = [], [], [], [], Counter()
+    for path in _files(root):
+        suffix = path.suffix.lower()
+        if not path.is_file():
+            nothing[f"{suffix} that is no file, or a link to nothing ({printable(path)})"] += suffix in SUFFIXES
+            continue
+        kinds = (
+            (pictures, suffix in SUFFIXES),
+            (found, suffix in TABLES),
+            (listings, path.name in LISTINGS),
+            (rest, True),
+        )
+        next(kind for kind, is_it in kinds if is_it).append(path)
     stems = {p.with_suffix("") for p in pictures}
     left = Counter(
         f"{p.suffix.lower() or p.name}{' of no picture' * (p.suffix.lower() == '.txt')}"
@@ -309,6 +293,27 @@ def _pictures(root):
         left["tables beside pictures"] += len(found)
     _say_left_out(root, (left if pictures else Counter()) + nothing)
     return sorted(pictures), sorted(found), sorted(listings)
+
+
+def _files(root):
+    """The paths under a folder that are somebody's data. Each folder is walked once, also where links lead to it: under its own name, else
+    under the first link's. Raises UserError for a folder that cannot be read."""
+    seen, folders, links = set(), [Path(root)], []
+    while folders or links:
+        here = folders.pop(0) if folders else links.pop(0)
+        real = os.path.realpath(here)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            there = sorted(path for path in here.iterdir() if tables.is_data(path.name))
+        except OSError as e:
+            raise UserError(f"{here}: {e.strerror}") from None
+        for path in there:
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                yield path
 
 
 def _folder_items(root, columns, skip):
@@ -323,8 +328,13 @@ def _folder_items(root, columns, skip):
         key = path.relative_to(root).as_posix()
         texts = captions.pop(key, ())
         if (text := path.with_suffix(".txt")).is_file():
-            beside = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
-            unused += bool(texts and beside and not set(beside) <= set(texts))
+            try:
+                beside = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
+            except UserError:
+                if not texts:
+                    raise
+                beside = ("not readable",)
+            unused += bool(texts and not set(beside) <= set(texts))
             texts = texts or beside
         label = key.split("/")[0] if "/" in key else None
         items.append(Item(key, str(path), 0, path.stat().st_size, texts, label))
@@ -367,9 +377,9 @@ def _listed_captions(root, listings, columns):
 
 
 def _inside(root, path, where):
-    """Raise UserError when a path leaves the data root, by its name or by a link."""
+    """Raise UserError when a listed name is a link that leads out of the data root. (Linked folders are followed, with a listing as without.)"""
     real, top = os.path.realpath(path), os.path.realpath(root)
-    if os.path.commonpath([real, top]) != top:
+    if Path(path).is_symlink() and os.path.commonpath([real, top]) != top:
         raise UserError(f"{where}: {printable(path)} is outside the data folder")
 
 
@@ -450,8 +460,11 @@ def _listed(listing, rows, skip):
     for where, name, texts in rows:
         there = by_name.get(Path(name).as_posix(), [])
         if not there:  # the listing may lie inside the folder that its names begin with
-            short = [Path(*Path(name).parts[i:]) for i in range(1, len(Path(name).parts))]
-            there = next(([root / s] for s in short if root / s in by_name.get(s.as_posix(), [])), [])
+            tails = [Path(*Path(name).parts[i:]) for i in range(1, len(Path(name).parts))]
+            whole = lambda path, tail: path.relative_to(root) in (tail, tail.with_name(path.name))  # noqa: E731
+            there = next(
+                (some for t in tails if (some := [p for p in by_name.get(t.as_posix(), []) if whole(p, t)])), []
+            )
         if not there:
             absent.append(name)
             continue
@@ -462,7 +475,7 @@ def _listed(listing, rows, skip):
         key = path.relative_to(root).as_posix()
         if key in seen and not texts:
             raise UserError(f"{where}: {printable(name)} is listed twice")
-        if seen.setdefault(key, name) != name:
+        if Path(seen.setdefault(key, name)) != Path(name):
             raise UserError(f"{where}: {printable(seen[key])} and {printable(name)} would both be {path}")
         earlier = items[key].captions if key in items else ()
         items[key] = Item(key, str(path), 0, path.stat().st_size, earlier + texts)  # a row a caption: several captions

@@ -135,12 +135,14 @@ def column(given, usual, there, where, flag=None):
 
 
 def like_a_row(parts, columns):
-    """Do the parts of a line inside a cell look like a row of a table of so many columns? It begins with a picture's name, or with one word
-    and has the number of columns and, unlike a sentence, no space after its commas."""
+    """Do the parts of a line inside a cell look like a row of a table of so many columns? "surely": it begins with a picture's name;
+    "perhaps": with one word, and it has the number of columns and, unlike most sentences, no space after its commas."""
     if len(parts) < 2:
-        return False
+        return ""
+    if ROW.fullmatch(parts[0]):
+        return "surely"
     bare = len(parts) == columns and re.fullmatch(r"[\w./-]+", parts[0]) and not any(p[:1].isspace() for p in parts[1:])
-    return bool(ROW.fullmatch(parts[0]) or bare)
+    return "perhaps" if bare else ""
 
 
 def rows(path):
@@ -164,9 +166,14 @@ def rows(path):
                     f"{path}:{first}: {e}{last}; a text with quotes or commas stands in double quotes, its own quotes doubled"
                 ) from None
             for cell in cells:
-                if swallowed := [n for n in re.split(r"\r\n|\n|\r", cell)[1:] if like_a_row(n.split(mark), len(cells))]:
+                looks = {like_a_row(n.split(mark), len(cells)): n for n in re.split(r"\r\n|\n|\r", cell)[:0:-1]}
+                if "surely" in looks:
                     raise UserError(
-                        f"{path}:{first}: a quote that is opened here swallows what looks like rows ({short(swallowed[0])})"
+                        f"{path}:{first}: a quote that is opened here swallows what looks like rows ({short(looks['surely'])})"
+                    )
+                if "perhaps" in looks:
+                    dist.say(
+                        f"note: {path}:{first}: a cell of several lines, of which one may be a row ({short(looks['perhaps'])})"
                     )
             if cells:
                 yield first, cells

@@ -154,7 +154,7 @@ def _settings(file, metadata):
         where = f"{file}: {prefix}." if prefix else f"{file}: "
         for name, hint in ADAPTER.items():
             adapter[name] = typed(adapter.get(name), hint | None, f"{where}{name}")
-        if adapter["use_dora"] or adapter["peft_type"] not in (None, "LORA"):
+        if adapter["use_dora"] or (adapter["peft_type"] or "LORA").rpartition(".")[2].upper() != "LORA":
             kind = "DoRA" if adapter["use_dora"] else short(adapter["peft_type"])
             raise UserError(f"{where}is {kind}; only plain LoRA is supported")
     return settings

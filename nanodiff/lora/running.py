@@ -62,6 +62,13 @@ class Fused:
         layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
         if any(hasattr(layer, "codes") for layer in layers):
             raise UserError(f"{lora.name}: cannot be fused into quantized weights; leave out `lora_fuse`")
+        for d, layer in zip(lora.deltas, layers, strict=True):  # before any is changed
+            made = layer.weight.data.float() + scale * d.matrix(layer.weight.shape).to(layer.weight.device)
+            if not torch.isfinite(made.to(layer.weight.dtype)).all():
+                kind = str(layer.weight.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{lora.name}: {d.component}.{d.module} is not finite in {kind} with it; is the scale {scale:g} meant?"
+                )
         for d, layer in zip(lora.deltas, layers, strict=True):
             weight = layer.weight
             if keep:
@@ -71,13 +78,7 @@ class Fused:
                 self.before.append((weight, weight.data.clone() if shared else weight.data))
             delta = d.matrix(weight.shape).to(weight.device)
             # never in place: it may be a mapped file
-            made = (weight.data.float() + scale * delta).to(weight.dtype)
-            if not torch.isfinite(made).all():
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"{lora.name}: {d.component}.{d.module} is not finite in {kind} with it; is the scale {scale:g} meant?"
-                )
-            weight.data = made
+            weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
         for model in models.values():
             derived.weights_changed(model)
 

@@ -115,6 +115,9 @@ class DownConfig:
     # not fields of the file, but what it may say:
     types = {"down_block_types": tuple(DOWN_TYPES)}  # per-level names of classes, and those that there are
     middles = ("UNetMidBlock2DCrossAttn",)
+    one_number = (
+        False  # diffusers' ControlNet takes num_attention_heads before attention_head_dim; its UNet refuses the former
+    )
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -127,15 +130,17 @@ class DownConfig:
         """Raises UserError, naming `where` and the field, for another network and for levels that do not fit together."""
         raw = dict(raw)
         heads = [raw.pop(name, None) for name in HEADS]
-        if None not in heads and heads[0] != heads[1]:
+        alike = [[h] * len(raw.get("block_out_channels", "1234")) if isinstance(h, int) else h for h in heads]
+        if cls.one_number and None not in heads and alike[0] != alike[1]:
             raise UserError(f"{where}: {HEADS[0]} {short(heads[0])} and {HEADS[1]} {short(heads[1])} disagree")
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
         for name in (*cls.types, "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:
                 raise UserError(f"{where}: {name} has {len(getattr(cfg, name))} entries for {levels} levels")
-        for width, n in zip(cfg.block_out_channels, cfg.num_heads, strict=True):
-            if n < 1 or width % n:
+        middle = [(cfg.block_out_channels[-1], cfg.num_heads[-1], cfg.mid_block_type)]
+        for width, n, kind in [*zip(cfg.block_out_channels, cfg.num_heads, cfg.down_block_types, strict=True), *middle]:
+            if "CrossAttn" in str(kind) and (n < 1 or width % n):
                 raise UserError(f"{where}: {width} channels cannot be divided among {n} heads ({HEADS[0]})")
         for name, known in (*cls.types.items(), ("mid_block_type", cls.middles)):
             kinds = getattr(cfg, name)
@@ -156,6 +161,8 @@ class DownConfig:
 @dataclass
 class Config(DownConfig):
     """Fields of a UNet's config.json."""
+
+    one_number = True
 
     out_channels: int = 4
     sample_size: int | tuple[int, ...] | None = None  # latents along a side in training: 64 for pictures of 512 px

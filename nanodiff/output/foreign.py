@@ -6,6 +6,7 @@ node, its output].
 
 import json
 import math
+import re
 
 from PIL import Image
 
@@ -42,7 +43,13 @@ GRIDS = (
     "beta",
     "simple",
 )  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
-CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline")  # inputs that are no value of a node
+CONTROLS = (
+    "control_after_generate",
+    "speak_and_recognation",
+    "multiline",
+    "strip_newlines",
+)  # inputs that are no value of a node
+SHOWS = ("showtext", "showanything")  # classes of nodes that show a text that they are given, and keep it
 SAMPLING = ("KSampler", "KSamplerAdvanced")
 NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model
 
@@ -100,6 +107,8 @@ class Graph:
             return got
         other = self.behind(key, name)
         given = {k: v for k, v in self.inputs(other).items() if k not in CONTROLS}
+        if other and any(word in re.sub(r"\W", "", self.kind(other)).lower() for word in SHOWS):
+            given = {k: v for k, v in given.items() if k in ("text_0", "text") and isinstance(v, str)}
         if len(given) != 1:  # it makes something of several: what, only ComfyUI knows
             return None
         (got,) = given.values()

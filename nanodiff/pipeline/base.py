@@ -1,7 +1,7 @@
 """Text to image: tokenize, encode, draw noise, denoise, decode.
 
     sd = pipeline.load("path/or/hub-id")
-    pixels = sd.generate("a red apple", seeds=[0]).pixels          # [1, 3, H, W] in [-1, 1]
+    pixels = sd.generate("a red apple", seeds=[0]).pixels          # [1, 3, H, W], about [-1, 1]
 
 A class for each family: `Pipeline` (SD 1.x, 2.x, our own), `SDXL` and its `Refiner`, `SD3` and our small `Joint`. They differ in how a prompt
 becomes a condition and how the denoiser takes it; noise, guidance, sampling and decoding are the same.
@@ -385,9 +385,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
 
 def _counted(prompts, seeds, generators):
     """([prompt], generators), as many of each. Raises UserError where they do not agree: a picture of another's noise is nobody's."""
-    prompts = (
-        [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else [prompts]
-    )
+    try:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:
+        prompts = [prompts]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UserError(f"`prompts` {short(prompts)}: expected a text, or a list of some")
     if generators is not None and seeds is not None:
@@ -397,7 +398,7 @@ def _counted(prompts, seeds, generators):
             seeds = list(range(len(prompts)) if seeds is None else map(operator.index, seeds))
             generators = [torch.Generator().manual_seed(s) for s in seeds]
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise UserError(f"`seeds` {short(seeds)}: expected whole numbers below 2^63, one for each prompt") from None
+            raise UserError(f"`seeds` {short(seeds)}: expected whole numbers, one for each prompt") from None
     if not isinstance(generators, torch.Generator) and len(generators) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(generators)} seeds: one of each makes a picture")
     return prompts, generators

@@ -5,7 +5,6 @@ Explained in the book (docs/book): chapter 4.
 
 import dataclasses
 import math
-import numbers as abstract
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,47 +98,57 @@ class Start:
 
 
 def check_kinds(drawing: Drawing, start: Start, words: Words) -> None:
-    """Raise UserError for a setting of another kind than it is: a text for a number, NaN, a share outside 0 to 1."""
+    """Raise UserError for a setting of another kind than it is: a text for a number, NaN, a tuple for FreeU."""
     for name in ("steps", "height", "width"):
         value = getattr(drawing, name)
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise UserError(f"`{name}` {short(value)}: expected a whole number")
-    numbers = [(drawing, n) for n in ("guidance_scale", "guidance_rescale", "eta", "denoising_end")]
-    for group, name in (*numbers, (start, "strength"), (start, "denoising_start")):
+    for group, name, optional in ((drawing, "guidance_scale", True), (drawing, "guidance_rescale", False), (drawing, "eta", False),
+                                  (drawing, "denoising_end", True), (start, "strength", False), (start, "denoising_start", True)):  # fmt: skip
         value = getattr(group, name)
-        real = isinstance(value, abstract.Real) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not real:
+        if not (optional and value is None) and not _is_number(value):
             raise UserError(f"`{name}` {short(value)}: expected a number")
     if not 0 <= drawing.guidance_rescale <= 1:
         raise UserError(f"`guidance_rescale` {drawing.guidance_rescale:g} must be between 0 and 1")
-    for name, kind in (("skip_layers", SkipLayers), ("perturbed", Perturbed), ("churn", Churn), ("freeu", FreeU)):
+    for name, kind in (("skip_layers", SkipLayers), ("perturbed", Perturbed), ("freeu", FreeU)):
         value = getattr(drawing, name)
         if value is not None and not isinstance(value, kind):
             raise UserError(f"`{name}` {short(value)}: expected a {kind.__name__}")
-    if words.weighted not in (False, True, "comfyui"):
+    if words.weighted not in (None, False, True, "comfyui"):
         raise UserError(f"`weighted` {short(words.weighted)}: is none of False, True, 'comfyui'")
     if not isinstance(words.syntax, bool):
         raise UserError(f"`syntax` {short(words.syntax)}: is none of False, True")
 
 
+def _is_number(value):
+    try:
+        return not isinstance(value, str | bool) and math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def check_pixels(start: Start, rows: int, height: int, width: int) -> None:
-    """Raise UserError for an `image` or a `mask` of another kind, size or range than Start says."""
-    if start.image is None and start.latents is None and start.strength != Start.strength:
+    """Raise UserError for an `image` or a `mask` of another kind, size or scale than Start says. A picture that was decoded leaves [-1, 1] a
+    little; 0 to 255 is another scale."""
+    if start.image is None and start.latents is None and start.strength not in (Start.strength, 1):
         raise UserError("`strength` is how much of `image` is repainted, and there is none")
-    for name, channels, batch, low in (("image", 3, (1, rows), -1.0), ("mask", 1, (1,), 0.0)):
+    for name, channels, low, room in (("image", 3, -1.0, 3.0), ("mask", 1, 0.0, 0.01)):
         value = getattr(start, name)
         if value is None:
             continue
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        known = isinstance(value, torch.Tensor) and (
+            value.is_floating_point() or (name == "mask" and value.dtype == torch.bool)
+        )
+        if not known:
             raise UserError(
                 f"`{name}`: expected a tensor of floats in [{low:g}, 1]; output.images.to_pixels() makes one of a PIL picture"
             )
-        if value.dim() != 4 or value.shape[0] not in batch or tuple(value.shape[1:]) != (channels, height, width):
+        if value.dim() != 4 or value.shape[0] not in (1, rows) or tuple(value.shape[1:]) != (channels, height, width):
             raise UserError(
-                f"`{name}` of {list(value.shape)}: expected [{batch[-1]}, {channels}, {height}, {width}], the size that is drawn"
+                f"`{name}` of {list(value.shape)}: expected [{rows}, {channels}, {height}, {width}], the size that is drawn"
             )
         least, most = value.amin().item(), value.amax().item()
-        if not (low - 0.01 <= least and most <= 1.01):
+        if not (low - room <= least and most <= 1 + room):
             raise UserError(f"`{name}`: values from {least:g} to {most:g}, expected [{low:g}, 1]")
 
 

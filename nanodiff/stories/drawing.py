@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from nanodiff import pipeline
-from nanodiff.commandline import as_dict
 from nanodiff.config import UserError, printable, read_fields, short
 from nanodiff.data import tables
 from nanodiff.models.freeu import FreeU
@@ -191,6 +190,17 @@ def strip(cfg, sd, history, k, path, shown=8):
     images.save_grid(torch.cat(pixels), path, nrow=len(picked), labels=[f"t={history[i].t:.0f}" for i in picked])
 
 
+READ = (
+    "init_image",
+    "mask",
+    "control_image",
+    "ip_adapter_image",
+    "from_image",
+    "prompts_file",
+    "model",
+    "lora",
+    "embedding",
+)  # files
 NUMBERED = re.compile(r"(\d{5,})(_steps)?\.png")
 
 
@@ -222,44 +232,30 @@ def begun(cfg, out):
     return max(there, default=-1) + 1, lambda: keep_record(out)
 
 
-def keep_record(out):
-    """What an earlier run wrote down of itself gets a name of its own."""
+def keep_record(out, what="counting on"):
+    """What an earlier run wrote down of itself gets a name of its own. what: is done beside it, for the note."""
     if (out / "run.json").is_file():
         kept = next(p for n in itertools.count(1) if not (p := out / f"run-{n}.json").exists())
         (out / "run.json").rename(kept)
         print(
-            f"note: {out}: holds an earlier run's pictures; counting on, its run.json is {kept.name} now",
+            f"note: {out}: holds an earlier run's pictures; {what}, its run.json is {kept.name} now",
             file=sys.stderr,
         )
 
 
 def check_output(cfg, out):
-    """Raise UserError for a sheet (--output) that would replace something: what this run reads or writes otherwise, or a picture that is no
-    sheet of an earlier run in the folder `out`."""
+    """Raise UserError for a sheet (--output) in the place of what this run reads, or of a file that it writes itself into the folder `out`."""
     path = Path(cfg.output)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
-    for name, value in as_dict(cfg).items():
-        for text in value if isinstance(value, list) else [value]:
-            if (
-                name != "output"
-                and isinstance(text, str)
-                and path.is_file()
-                and _same_file(path, text.rpartition("canny:")[2])
-            ):
+    for name in READ if path.is_file() else ():
+        value = getattr(cfg, name)
+        for text in value if isinstance(value, list) else [value] if value else []:
+            if _same_file(path, text.removeprefix("canny:")):
                 raise UserError(f"--output {cfg.output}: is what --{name.replace('_', '-')} reads")
-    if path.resolve().parent == out.resolve() and (
-        NUMBERED.fullmatch(path.name) or path.suffix in (".json", ".safetensors", ".txt")
-    ):
+    inside = path.resolve().parent == out.resolve()
+    if inside and (NUMBERED.fullmatch(path.name) or path.suffix in (".json", ".safetensors", ".txt")):
         raise UserError(f"--output {cfg.output}: is a name of the run's own files; take another")
-    known = {Path(str(f["path"])).resolve() for record in out.glob("run*.json") for f in read_fields(record, {"files": list}).get("files", [])
-             if isinstance(f, dict) and "path" in f}  # fmt: skip
-    if path.exists() and path.resolve() not in known:
-        if not cfg.overwrite:
-            raise UserError(
-                f"--output {cfg.output}: is there, and no sheet of an earlier run in {out}; take another name (or --overwrite)"
-            )
-        print(f"note: {cfg.output}: is replaced", file=sys.stderr)
 
 
 def _same_file(path, text):

@@ -6,8 +6,8 @@ import torch
 
 from nanodiff import data, pipeline
 from nanodiff.commandline import as_dict
-from nanodiff.config import UserError, printable
-from nanodiff.data import caption_files, sources
+from nanodiff.config import UserError, check_apart, printable
+from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
 from nanodiff.evaluation import caption_scores, features, image_pairs, image_sets, pages, similarity, textmetrics
 from nanodiff.models import layers
@@ -34,7 +34,7 @@ def begin(cfg):
 
 def dataset(path, flag, cfg):
     """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
-    sources.check_apart(path, flag, cfg.output_dir)
+    check_apart(path, flag, cfg.output_dir)
     return dist.on_main(data.load, path, captions=False)
 
 

@@ -160,7 +160,7 @@ class Pictures:
         if self.sheet:
             pictures, labels = zip(*self.sheet, strict=True)
             if Path(cfg.output).exists():
-                print(f"note: {cfg.output}: replaces the sheet of an earlier run", file=sys.stderr)
+                print(f"note: {cfg.output}: replaces what was there", file=sys.stderr)
             images.save_png(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
             record.file(cfg.output)
             if len(pictures) <= INDIVIDUAL:
@@ -231,8 +231,7 @@ def study(cfg, device):
     cells = grid.cells(axes)
     variants = variants_of(cfg, cells)
     record = Record(cfg, device)
-    if not (record.out / "study.json").is_file():  # the folder is another run's
-        keep_record(record.out)
+    alone = not (record.out / "study.json").is_file()  # what the folder holds is another run's
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
     if finished.seed is None:
         finished.seed = secrets.randbelow(1 << 32)
@@ -269,6 +268,8 @@ def study(cfg, device):
         for row in rows.values():
             record.file(record.out / row["file"], seed=row["seed"], prompt=row["prompt"])
         record.data["results"] |= {"images": len(rows), "cells": len(cells), "taken_over": skipped}
+        if alone:
+            keep_record(record.out, "a study is added")
         record.write()
     again = f" ({skipped} of them finished before)" if skipped else ""
     print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")

@@ -9,7 +9,6 @@ import torch
 
 from nanodiff import data
 from nanodiff.config import UserError
-from nanodiff.data import sources
 from nanodiff.device import dist
 from nanodiff.output import charts, images
 from nanodiff.training import loader
@@ -44,7 +43,6 @@ def _advice_loss(run, least=8):
 
 def load_data(cfg, captions):
     """(training set, held-out set or None), listed by rank 0 for all."""
-    sources.check_apart(cfg.data, "data", cfg.output_dir)
     dataset = dist.on_main(
         data.load, cfg.data, captions, cfg.image_column, cfg.caption_column, cfg.on_bad_image == "skip"
     )

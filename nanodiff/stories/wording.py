@@ -25,7 +25,9 @@ class Job(NamedTuple):
 
 # the texts of the further text encoders, as settings of pipeline.Words
 OTHERS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
-EMBEDDING = re.compile(r"\bembedding:([\w-]+(?:\.[\w-]+)*)")  # ComfyUI's mark of a learned word
+EMBEDDING = re.compile(
+    r"\bembedding:(?:[\w.-]+[\\/])*([\w-]+(?:\.[\w-]+)*?)(?:\.(?:pt|bin|safetensors))?(?![\w-])"
+)  # ComfyUI's mark of a learned word
 
 
 def worded(words, batch):
@@ -50,7 +52,7 @@ def check_words(cfg, sd, prompts, negative):
         else ()
     )
     for name in (name for text in texts for name in EMBEDDING.findall(text)):
-        if not any(name == word or name.startswith(word) for word in known):
+        if name.casefold() not in {word.casefold() for word in known}:
             raise UserError(
                 f"embedding:{printable(name)} in a prompt: no --embedding teaches this word{nearest(name, known)}"
             )
@@ -73,8 +75,9 @@ def job(cfg, prompt, negative, seed):
     if not cfg.prompt_syntax:
         return Job(prompt, prompt, seed, (), negative, others)
     folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
-    prompt = syntax.chosen(prompt, seed, folder)
-    negative = None if negative is None else syntax.chosen(negative, seed, folder)
+    dynamic = cfg.prompt_syntax == "a1111"
+    prompt = syntax.chosen(prompt, seed, folder, dynamic)
+    negative = None if negative is None else syntax.chosen(negative, seed, folder, dynamic)
     if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
         plain = lambda text: text and EMBEDDING.sub(r"\1", text)  # noqa: E731
         others = tuple((name, plain(syntax.chosen(text, seed))) for name, text in others)

@@ -46,21 +46,22 @@ class Part(NamedTuple):
 # -- choices -------------------------------------------------------------------------------------------------
 
 
-def chosen(prompt, seed, folder=None):
+def chosen(prompt, seed, folder=None, dynamic=True):
     """A prompt with one of each {a|b} and __name__ chosen, by `seed` alone.
 
     {3::red|blue} is red three times in four, {2$$a|b|c} two of them with a comma between ({1-2$$…} one or two), {2$$ and $$a|b|c} with " and ". __name__ is a line of
-    folder/name.txt, in which there may be choices again. Raises UserError for a file that is not there, and for one that holds itself.
+    folder/name.txt, in which there may be choices again. dynamic: globs and variables of Dynamic Prompts are refused, which otherwise are
+    plain text. Raises UserError for a file that is not there, and for one that holds itself.
     """
     rng = random.Random(seed)
+    if dynamic and (strange := UNREAD.search(prompt)):
+        raise UserError(
+            f"{printable(strange[0])} in a prompt: globs and variables of Dynamic Prompts are not supported"
+        )
     return _chosen(prompt, rng, Path(folder) if folder else None, ())
 
 
 def _chosen(text, rng, folder, inside):
-    if strange := UNREAD.search(text):
-        raise UserError(
-            f"{printable(strange[0])} in a prompt: globs and variables of Dynamic Prompts are not supported"
-        )
     while match := re.search(r"\{([^{}]*)\}", text):  # the innermost first
         text = text[: match.start()] + _one_of(match[1], rng) + text[match.end() :]
 

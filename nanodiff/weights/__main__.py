@@ -6,6 +6,7 @@ python -m nanodiff.weights convert IN OUT           a pickle (--allow-pickle) to
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
     if not allow_pickle:
         raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
     tensors = load_pickle(source, nested=True)
+    if "" in tensors or any(name.startswith("string_to_param.") for name in tensors):
+        what = "a tensor without a name" if "" in tensors else "a learned word, which `embedding` takes as it is"
+        raise UserError(f"{source}: holds {what}")
+    if states := [name for name in tensors if re.match(r"(optimizer|optimizer_states?|lr_schedulers?)\.", name)]:
+        raise UserError(
+            f"{source}: holds an optimizer's state beside its weights ({printable(states[0])}); save the weights alone"
+        )
     save_tensors(target, {k: v.clone() for k, v in tensors.items()})
     print(f"{target}: {len(tensors)} tensors")
 

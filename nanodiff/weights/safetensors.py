@@ -118,15 +118,19 @@ def find_files(folder: str | Path, variant: str | None = None) -> list[Path]:
         dot = f".{v}" if v else ""
         for stem in STEMS:
             single = folder / f"{stem}{dot}.safetensors"
-            for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
-                if (folder / index).exists():  # before a single file, as in diffusers
-                    if single.exists():
-                        print(f"note: {folder}: {single.name} is not used, since {index} names shards", file=sys.stderr)
-                    return _shards(folder / index)
-            if single.exists():
+            names = (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json")
+            index = next((folder / n for n in names if (folder / n).exists()), None)
+            # of both, diffusers takes the index, transformers (whose files are model.*) the single file
+            if single.exists() and (index is None or stem == "model"):
                 if variant and not v:
                     print(f"{folder}: no {variant} files, taking the plain ones", file=sys.stderr)
                 return [single]
+            if index is not None:
+                if single.exists():
+                    print(
+                        f"note: {folder}: {single.name} is not used, since {index.name} names shards", file=sys.stderr
+                    )
+                return _shards(index)
     pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise UserError(

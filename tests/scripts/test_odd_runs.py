@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,26 +66,21 @@ def test_another_split_in_the_same_folder_is_said(tmp_path):
     assert code == 0 and "train.csv: replaces another split" in err, err
 
 
-def test_a_sheet_replaces_sheets_alone(tmp_path):
+def test_a_sheet_replaces_nothing_that_is_read_or_written_besides(tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 64), (1, 2, 3)).save(photo)
     kept = photo.read_bytes()
     out = ("--output-dir", tmp_path / "out")
     for argv, line in (
         (("--output", photo, "--init-image", photo), "is what --init-image reads"),
-        (("--output", photo), "is there, and no sheet of an earlier run"),
         (("--output", tmp_path / "out" / "00000.png"), "is a name of the run's own files"),
         (("--output", tmp_path / "out" / "run.json"), "is a name of the run's own files"),
     ):
         code, _, err = draw(*out, *argv)
         assert code == 2 and line in err, err
     assert photo.read_bytes() == kept
-    sheet = ("--output", tmp_path / "sheet.png")
-    assert draw(*out, *sheet)[0] == 0
-    code, _, err = draw(*out, *sheet)
-    assert code == 0 and "replaces the sheet of an earlier run" in err, err
-    code, _, err = draw(*out, "--output", photo, "--overwrite")
-    assert code == 0 and "photo.png: is replaced" in err, err
+    code, _, err = draw(*out, "--output", photo)
+    assert code == 0 and "photo.png: replaces what was there" in err, err
 
 
 def test_a_study_beside_other_pictures(tmp_path):
@@ -124,6 +120,8 @@ def test_numbers_of_every_option_are_numbers():
     for cls in CLASSES:
         for field in dataclasses.fields(cls):
             kind = str(field.type)
+            if field.metadata.get("high") == float("inf"):  # infinity means something there
+                continue
             for value in (
                 (float("nan"), float("inf"), -float("inf"))
                 if "float" in kind
@@ -169,7 +167,8 @@ def test_generations_keep_what_the_next_one_learned_from(tmp_path):
     common = ("recursive", "--model", TINY / "sd15", "--captions", captions, "--data-root", tmp_path / "d", "--models-root", tmp_path / "m",
               "--output-dir", tmp_path / "o", "--steps", 1, "--max-steps", 1, "--no-evaluate", "--scheduler", "ddim", "--batch-size", 2, "--resolution", 32)  # fmt: skip
     few = ("--num-images", 2, "--gen0-images", 2, "--target-gen", 1)
-    assert in_process(distill, "distill.py", *common, *few)[0] == 0
+    code, _, err = in_process(distill, "distill.py", *common, *few)
+    assert code == 0, err
     there = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "d").rglob("*.jpg"))
     code, _, err = in_process(distill, "distill.py", *common, "--num-images", 3, "--gen0-images", 3, "--target-gen", 2)
     assert code == 2 and "learned from its 2 pictures, 3 are asked for" in err, err
@@ -283,7 +282,10 @@ def test_loras_of_one_name(tmp_path, capsys):
     for path in ("k", "sub/k", "sub/p", "other/p"):
         (folder / f"{path}.safetensors").write_bytes(b"")
     tagged = wording.Tagged(folder)
-    assert tagged._file("k") == folder / "k.safetensors" and "not" in capsys.readouterr().err
+    assert (
+        tagged._file("k") == folder / "k.safetensors"
+        and f"not {folder / 'sub' / 'k.safetensors'}" in capsys.readouterr().err
+    )
     assert tagged._file("sub/p") == folder / "sub" / "p.safetensors"
     with pytest.raises(UserError, match=r"<lora:p> could be .*other/p.* or .*sub/p.*; name its folder"):
         tagged._file("p")
@@ -339,6 +341,30 @@ def test_overwriting_waits_for_what_can_be_known(tmp_path):
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, argv, line):
     code, _, err = draw("--model", TINY / "sd15", "--output-dir", tmp_path, "--dry-run", *argv)
     assert code == 2 and line in err, err
+
+
+def test_marks_of_embeddings_as_comfyui_reads_them():
+    known = SimpleNamespace(tokenizers=[SimpleNamespace(words={"EasyNegative": [1], "ng": [2]})])
+    cfg = SimpleNamespace(
+        prompt_syntax="comfyui", prompt_2=None, prompt_3=None, negative_prompt_2=None, negative_prompt_3=None
+    )
+    for text in (
+        "embedding:easynegative, x",
+        "embedding:SD15/EasyNegative",
+        r"embedding:SD15\EasyNegative.pt.",
+        "(embedding:EasyNegative.safetensors:1.2)",
+    ):
+        wording.check_words(cfg, known, [text], None)
+        assert "<easynegative>" in wording.EMBEDDING.sub(r"<\1>", text).lower()
+        assert wording.EMBEDDING.findall(text)[0].casefold() == "easynegative"
+    for text in ("embedding:EasyNegativeV2", "embedding:ng_deep"):
+        with pytest.raises(UserError, match="no --embedding teaches this word"):
+            wording.check_words(cfg, known, [text], None)
+
+
+def test_the_largest_sigma_may_be_infinity(tmp_path):
+    code, _, err = draw("--output-dir", tmp_path, "--scheduler", "euler", "--s-churn", 1, "--s-tmax", "inf")
+    assert code == 0, err
 
 
 def test_flags_of_messages_are_flags(tmp_path):

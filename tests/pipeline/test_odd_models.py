@@ -14,6 +14,7 @@ from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.diffusion import schedule
 from nanodiff.models.ipadapter import Config as AdapterConfig
+from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.output import foreign, infotext
 from nanodiff.pipeline import Perturbed
 from nanodiff.text import syntax
@@ -52,6 +53,7 @@ PICTURE = torch.zeros(1, 3, 16, 16)
         ("a", {"seeds": 5}, "`seeds`"),
         ("a", {"seeds": [1.5]}, "`seeds`"),
         ("a", {"seeds": [2**64]}, "`seeds`"),
+        ("a", {"guidance_rescale": None}, "`guidance_rescale` None: expected a number"),
         ("a", {"seeds": [0], "generators": [torch.Generator()]}, "`seeds` and `generators`"),
         ("a", {"steps": "2"}, "`steps` '2': expected a whole number"),
         ("a", {"steps": 1.5}, "`steps` 1.5: expected a whole number"),
@@ -86,6 +88,12 @@ def test_arguments_that_do(sd):
         for seeds, steps in (([3], 2), (np.array([3]), np.int64(2)))
     ]
     assert torch.equal(*same)
+    drawn = sd.generate("a", **SMALL, seeds=[1]).pixels * 1.5  # a decoder's pictures leave [-1, 1] a little
+    sd.generate("a", **SMALL, image=drawn, strength=1.0, churn=None, weighted=None, guidance_scale=torch.tensor(7.5))
+    sd.generate(
+        np.array(["a", "b"]), **SMALL, image=PICTURE, strength=1.0, mask=torch.ones(2, 1, 16, 16, dtype=torch.bool)
+    )
+    sd.generate("a", **SMALL, strength=1.0)
     sd.generate("a", **SMALL, image=PICTURE, strength=1.0, mask=torch.ones(1, 1, 16, 16), perturbed=Perturbed())
 
 
@@ -155,6 +163,19 @@ def test_a_flow_without_a_line_for_its_shift(tmp_path):
         pipeline.load(folder).generate("a", steps=1)
 
 
+def test_head_counts_as_files_have_them(tmp_path):
+    """The same in both fields; and no heads where a level has no attention."""
+    raw = json.loads((TINY / "sd15" / "unet" / "config.json").read_text())
+    levels, heads = len(raw["block_out_channels"]), raw["attention_head_dim"]
+    same = raw | {"num_attention_heads": [heads] * levels if isinstance(heads, int) else heads}
+    assert UNet2DConditionModel.Config.from_json(same).num_heads == UNet2DConditionModel.Config.from_json(raw).num_heads
+    plain = {
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1),
+        "attention_head_dim": [5] + [2] * (levels - 1),
+    }
+    assert UNet2DConditionModel.Config.from_json(raw | plain).num_heads[0] == 5
+
+
 @pytest.mark.parametrize("kept", [0, 100])
 def test_merges_that_are_cut(tmp_path, kept):
     folder = tmp_path / "m"
@@ -178,6 +199,12 @@ def test_shards_come_before_a_single_file(tmp_path, capsys):
     weights.save_tensors(single, {n: t * 0.5 for n, t in tensors.items()})
     assert {p.name for p in weights.find_files(folder)} == {"a.safetensors", "b.safetensors"}
     assert f"{single.name} is not used" in capsys.readouterr().err
+    for path in (
+        single,
+        folder / f"{single.name}.index.json",
+    ):  # the names of transformers' files, which looks the other way round
+        path.rename(folder / path.name.replace("diffusion_pytorch_model", "model"))
+    assert [p.name for p in weights.find_files(folder)] == ["model.safetensors"]
 
 
 def test_a_pickle_is_written_whole_or_not(tmp_path):
@@ -186,6 +213,11 @@ def test_a_pickle_is_written_whole_or_not(tmp_path):
     )
     convert(tmp_path / "p.pt", tmp_path / "p.safetensors", allow_pickle=True)
     assert sorted(weights.load_tensors(tmp_path / "p.safetensors")) == ["logit_scale", "parts.0", "unet.w"]
+    for value, line in ((torch.ones(2), "a tensor without a name"), ({"string_to_param": {"*": torch.ones(1, 4)}}, "a learned word"),
+                        ({"model": {"w": torch.ones(1)}, "optimizer": {"state": {0: torch.ones(1)}}}, "an optimizer's state")):  # fmt: skip
+        torch.save(value, tmp_path / "r.pt")
+        with pytest.raises(UserError, match=line):
+            convert(tmp_path / "r.pt", tmp_path / "r.safetensors", allow_pickle=True)
     torch.save({"a": {"b": torch.ones(2)}, "a.b": torch.ones(1)}, tmp_path / "q.pt")
     with pytest.raises(UserError, match="two of its tensors would have one name"):
         convert(tmp_path / "q.pt", tmp_path / "q.safetensors", allow_pickle=True)
@@ -206,8 +238,12 @@ def test_weights_that_overflow_are_not_merged(tmp_path):
     half = pipeline.load(TINY / "sd15", torch.float16)
     parts = {f"{LAYER}.lora_A.weight": torch.ones(1, 16) * 300, f"{LAYER}.lora_B.weight": torch.ones(16, 1) * 300}
     weights.save_tensors(tmp_path / "big.safetensors", parts)
+    parts |= {k.replace("to_q", "to_k"): v / 300 for k, v in parts.items()}
+    weights.save_tensors(tmp_path / "big.safetensors", parts)
+    before = {k: v.clone() for k, v in half.net.state_dict().items()}
     with pytest.raises(UserError, match=r"to_q is not finite in float16 with it; is the scale 1 meant\?"):
         lora.fuse(half.models(), lora.read(tmp_path / "big.safetensors", half.models()))
+    assert all(torch.equal(v, before[k]) for k, v in half.net.state_dict().items())  # none of its layers
 
 
 def test_the_first_pattern_that_fits_counts(sd, tmp_path):
@@ -267,6 +303,9 @@ def test_sizes_of_a_graph():
         ({"kind": "CaseConverter", "string": "a red apple", "mode": "UPPERCASE"}, None),
         ({"kind": "Joined", "text": "hello", "text2": "world"}, None),
         ({"kind": "PrimitiveString", "value": "a pear"}, "a pear"),
+        ({"kind": "StringConstantMultiline", "string": "a pear", "strip_newlines": True}, "a pear"),
+        ({"kind": "ShowText|pysssss", "text": ["6", 0], "text_0": "a pear"}, "a pear"),
+        ({"kind": "easy showAnything", "text": "a pear", "anything": ["6", 0]}, "a pear"),
         ({"kind": "PrimitiveString", "value": "a pear", "control_after_generate": "fixed"}, "a pear"),
     ],
 )
@@ -288,3 +327,4 @@ def test_marks_of_dynamic_prompts_that_are_not_read(tmp_path, prompt):
     with pytest.raises(UserError, match="globs and variables of Dynamic Prompts are not supported"):
         syntax.chosen(prompt, 0, tmp_path)
     assert syntax.chosen("x __a__ y {b}", 0, tmp_path) == "x red y b"
+    assert syntax.chosen("x __*__ y", 0, dynamic=False) == "x __*__ y"  # plain text in ComfyUI
