@@ -47,6 +47,25 @@ def test_resampling_sizes():
     assert Upsample(4)(torch.zeros(1, 4, 3, 4), (5, 7)).shape == (1, 4, 5, 7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_downsampling_one_pixel(dtype):
+    """Only the kernel's middle sees it: all other weights have a gradient of 0, whatever was in memory before."""
+    torch.manual_seed(0)
+    layer, x = Downsample(32).to(dtype), torch.randn(2, 32, 1, 1, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        want = layer(x)
+    for _ in range(20):
+        layer.zero_grad(set_to_none=True)
+        for n in (1000, 9216, 18432, 40000):
+            torch.full((n,), float("nan"))  # memory that is given back
+        y = layer(x)
+        y.float().square().sum().backward()
+        around = layer.conv.weight.grad.clone()
+        around[:, :, 1, 1] = 0
+        assert torch.equal(around, torch.zeros_like(around)) and layer.conv.weight.grad.isfinite().all()
+    assert rms_ratio(y, want) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 # What a GPU is given without gradients: other forms of the same ------------------------------------------------
 
 
