@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.commandline import arg, script
-from nanodiff.config import UserError, check_apart
+from nanodiff.config import UserError
 from nanodiff.training.options import Adapters, Noise, Training
 
 LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a smaller --resolution"
@@ -253,7 +253,6 @@ class FewStep(Training, Adapters):
         self.check_ranges()
         if not self.data:
             raise UserError("--data is required")
-        check_apart(self.data, "data", self.output_dir)
         if self.lora and self.method in ("progressive", "dmd"):
             raise UserError(
                 f"--lora: {self.method} trains the whole network; adapters are for consistency and guidance"

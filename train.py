@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.commandline import arg, script
-from nanodiff.config import UserError, check_apart
+from nanodiff.config import UserError
 from nanodiff.training.options import Adapters, Noise, Training, under
 
 # torch is imported inside main(), so that --help answers at once.
@@ -86,7 +86,6 @@ class Common(Training):
         for name in PATHS:
             if value := getattr(self, name, None):
                 setattr(self, name, under(self.base_dir, value))
-        check_apart(self.data, "data", self.output_dir)
         for name in ("model", "text_encoder", "resume"):  # may be Hub ids or words, too
             value = getattr(self, name, None)
             mine = name == "resume" and value not in (None, "auto", "latest")

@@ -199,7 +199,7 @@ def _delta(target, parts, models, scale, file):
     if flat[0] != flat[1] or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} do not fit a layer of shape "
-            f"{list(wanted)}; is it for another family, or damaged?"
+            f"{list(wanted)}; it is for another family, or damaged"
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise UserError(f"{file}: {component}.{module}: not finite (NaN or infinity)")

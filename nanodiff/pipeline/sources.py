@@ -85,6 +85,7 @@ class Folder:
         if isinstance(entry, list) and str(entry[1]).startswith(
             "CLIPTextModel"
         ):  # with or without a projection: the index says it
+            typed(raw.get("architectures"), list | None, f"{path}: architectures")
             raw["architectures"] = [entry[1]]
         return self.builder(name).Config.from_json(raw, str(path))
 

@@ -5,7 +5,8 @@ import shutil
 import torch
 
 from nanodiff import data, lora, pipeline
-from nanodiff.config import UserError
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError, counted
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import fewstep, samplers
 from nanodiff.evaluation import image_sets, pages
@@ -39,6 +40,8 @@ def few_step(cfg):
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
     record = Record(cfg, device)
+    if wrong := counted(cfg.data, "data", cfg.output_dir):
+        dist.say(f"warning: {flagged(wrong)}")
     dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
     torch.manual_seed(cfg.seed)
     rounds = [cfg.student_steps]

@@ -74,7 +74,7 @@ class Study:
             return
         if (folder / gallery.PLAN).is_file() and (n := len(gallery.planned(folder))) != count:
             raise UserError(
-                f"{folder}: {later} learned from its {n} pictures, {count} are asked for; take other folders (or `overwrite_output_dir`)"
+                f"{folder}: holds {n} pictures, {count} are asked for, and {later} learned from those; take other folders (or `overwrite_output_dir`)"
             )
 
     def dataset(self, k):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from nanodiff import data
-from nanodiff.config import UserError
+from nanodiff.commandline import flagged
+from nanodiff.config import UserError, counted
 from nanodiff.device import dist
 from nanodiff.output import charts, images
 from nanodiff.training import loader
@@ -43,6 +44,8 @@ def _advice_loss(run, least=8):
 
 def load_data(cfg, captions):
     """(training set, held-out set or None), listed by rank 0 for all."""
+    if wrong := counted(cfg.data, "data", cfg.output_dir):
+        dist.say(f"warning: {flagged(wrong)}")
     dataset = dist.on_main(
         data.load, cfg.data, captions, cfg.image_column, cfg.caption_column, cfg.on_bad_image == "skip"
     )
