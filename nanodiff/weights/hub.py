@@ -6,7 +6,6 @@ load, never pickles. Known moves of repositories are *told*, never followed: wei
 user's decision. HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and the other variables of huggingface_hub work as documented there.
 """
 
-import logging
 import re
 import sys
 from pathlib import Path
@@ -101,13 +100,19 @@ def push(folder, name, token=None, private=False):
     return f"https://huggingface.co/{repository}"
 
 
+def _quiet():
+    """Its library would tell every retry; what came of them is said in one line. (It sets its own level when its first part is loaded.)"""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def download(name, revision=None, token=None, variant=None, skip=()):
     """The snapshot folder of a Hub repository: from the cache when it is complete there, else downloaded."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
-    # its retries would be told one by one; what came of them is said below
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _quiet()
     mirror = f"; it was removed by its owner, an unofficial mirror is {MOVED[name]}" if name in MOVED else ""
     try:
         # Ask for the index alone: we leave out files on purpose, and judge ourselves what is missing.
@@ -198,6 +203,7 @@ def _snapshot(name, revision, wanted, token, there, lacks, cached=False):
     import huggingface_hub as hub
     from huggingface_hub import constants
 
+    _quiet()
     for offline in (True, False):
         try:
             folder = Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(wanted),

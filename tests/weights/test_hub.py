@@ -1,9 +1,12 @@
 """What --model means, without a network: a hand-made cache, the errors, the moved repositories."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from util import TINY, copy_model, error_line, run
+from util import ROOT, TINY, copy_model, error_line, run
 
 from nanodiff.config import UserError
 from nanodiff.weights import hub
@@ -119,6 +122,24 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
     with pytest.raises(UserError, match=says) as e:
         hub.resolve("org/name@v9")
     assert "\n" not in str(e.value)
+
+
+def test_retries_are_told_in_one_line(tmp_path):
+    """Of a Hub that nobody answers for; the real library, told to wait no second."""
+    code = ("import huggingface_hub.utils._http as http, time; time.sleep = lambda s: None; import sys; from nanodiff.weights import hub\n"
+            "from nanodiff.config import UserError\n"
+            "for f in (hub.resolve, hub.component):\n"
+            "    try: f('org/nosuch')\n"
+            "    except UserError as e: print('error:', e)")  # fmt: skip
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count("error: org/nosuch: ") == 2 and done.stdout.count("not reachable") == 2, (
+        done.stdout + done.stderr
+    )
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines and all(line.startswith("downloading org/nosuch") for line in lines), done.stderr
 
 
 SD15_FILES = [
