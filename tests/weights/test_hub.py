@@ -126,7 +126,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, says):
 
 def test_retries_are_told_in_one_line(tmp_path):
     """Of a Hub that nobody answers for; the real library, told to wait no second."""
-    code = ("import huggingface_hub.utils._http as http, time; time.sleep = lambda s: None; import sys; from nanodiff.weights import hub\n"
+    code = ("import time; time.sleep = lambda s: None; from nanodiff.weights import hub\n"
             "from nanodiff.config import UserError\n"
             "for f in (hub.resolve, hub.component):\n"
             "    try: f('org/nosuch')\n"
