@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.config import UserError, from_json, printable, short
+from nanodiff.config import UserError, from_json, printable, short, typed
 from nanodiff.models.layers import (
     Downsample,
     GroupNorm,
@@ -129,12 +129,12 @@ class DownConfig:
     def from_json(cls, raw, where="unet/config.json"):
         """Raises UserError, naming `where` and the field, for another network and for levels that do not fit together."""
         raw = dict(raw)
-        heads = [raw.pop(name, None) for name in HEADS]
-        alike = [[h] * len(raw.get("block_out_channels", "1234")) if isinstance(h, int) else h for h in heads]
-        if cls.one_number and None not in heads and alike[0] != alike[1]:
-            raise UserError(f"{where}: {HEADS[0]} {short(heads[0])} and {HEADS[1]} {short(heads[1])} disagree")
+        heads = [typed(raw.pop(name, None), int | tuple[int, ...] | None, f"{where}: {name}") for name in HEADS]
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
+        alike = len({(h,) * levels if isinstance(h, int) else h for h in heads}) == 1
+        if cls.one_number and None not in heads and not alike:
+            raise UserError(f"{where}: {HEADS[0]} {short(heads[0])} and {HEADS[1]} {short(heads[1])} disagree")
         for name in (*cls.types, "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:
                 raise UserError(f"{where}: {name} has {len(getattr(cfg, name))} entries for {levels} levels")

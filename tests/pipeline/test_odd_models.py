@@ -120,6 +120,8 @@ def test_a_prompt_for_a_text_encoder_that_was_left_out():
     [
         ("sd15", "unet/config.json", {"attention_head_dim": 5}, "channels cannot be divided among 5 heads"),
         ("sd15", "unet/config.json", {"num_attention_heads": 1}, "attention_head_dim .* and num_attention_heads 1 disagree"),
+        ("sd15", "unet/config.json", {"attention_head_dim": 2.5}, "attention_head_dim = 2.5 has the wrong type"),
+        ("sd15", "unet/config.json", {"block_out_channels": 5}, "block_out_channels = 5 has the wrong type"),
         ("sd15", "text_encoder/config.json", {"num_attention_heads": 5}, "cannot be divided among 5 heads"),
         ("sd35-medium", "text_encoder_3/config.json", {"relative_attention_max_distance": 0}, "relative_attention_max_distance 0"),
         ("sd35-medium", "text_encoder_3/config.json", {"relative_attention_max_distance": 1}, "relative_attention_max_distance 1"),
