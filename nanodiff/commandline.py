@@ -102,10 +102,8 @@ def check_bounds(cfg):
                 continue
             if (low is None or value >= low) and (high is None or value <= high):
                 continue
-            flag, shown = (
-                f"--{field.name.replace('_', '-')}",
-                clipped(value if isinstance(value, int) else f"{value:g}"),
-            )
+            flag = f"--{field.name.replace('_', '-')}"
+            shown = clipped(value if isinstance(value, int) else f"{value:g}")
             if high is None:
                 raise UserError(f"{flag} must be at least {low:g}, not {shown}")
             most = "2^63 - 1" if high == SEEDS else f"{high:g}"

@@ -76,7 +76,7 @@ def check_regular(path):
         raise UserError(f"{path}: is a pipe or a device, not a file")
 
 
-def counted(path, flag, output_dir):
+def among_pictures(path, flag, output_dir):
     """What is wrong when a run's own figures lie among the pictures of a folder that it reads, in words; "" where they do not."""
     if not (
         path and output_dir and Path(path).is_dir() and Path(output_dir).resolve().is_relative_to(Path(path).resolve())

@@ -516,9 +516,8 @@ def export(source, target):
         kept = dataset.data(i)
         with images.Image.open(io.BytesIO(kept)) as image:
             suffix = {"JPEG": ".jpg"}.get(image.format, f".{(image.format or 'png').lower()}")
-        write_bytes(
-            target / "images" / f"{name}{suffix}", kept, sync=False
-        )  # thousands; the table, at the end, is synced
+        # there may be thousands; the table, at the end, is synced
+        write_bytes(target / "images" / f"{name}{suffix}", kept, sync=False)
         rows.append(Row(name, dataset.texts[i]))
     write_bytes(target / "titles.csv", table(rows))
     print(f"{len(rows)} pictures: {target / 'titles.csv'}")

@@ -175,7 +175,7 @@ def _tar_items(shard):
     of one name: one of them would be lost, or get the other's."""
     found, skipped = {}, Counter()
     try:
-        check_plain(shard)
+        _check_plain(shard)
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
@@ -218,7 +218,7 @@ def _tar_items(shard):
     ]
 
 
-def check_plain(shard):
+def _check_plain(shard):
     """Raise UserError for a compressed shard, whose members have no place of their own in the file."""
     with open(shard, "rb") as file:
         head = file.read(265)
@@ -451,9 +451,8 @@ def _listed(listing, rows, skip):
     root, by_name = listing.parent, {}
     for path in _pictures(root)[0]:
         relative = path.relative_to(root)
-        tails = [
-            Path(*relative.parts[i:]) for i in range(len(relative.parts))
-        ]  # a/b.png, b.png: a folder that is named must be the one
+        # a/b.png, b.png: a folder that is named must be the one
+        tails = [Path(*relative.parts[i:]) for i in range(len(relative.parts))]
         for name in {n.as_posix() for tail in tails for n in (tail, tail.with_suffix(""))}:
             by_name.setdefault(name, []).append(path)
     items, absent, seen = {}, [], {}

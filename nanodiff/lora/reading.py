@@ -125,13 +125,8 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
     return groups, strange
 
 
-ADAPTER = {
-    "use_rslora": bool,
-    "use_dora": bool,
-    "lora_alpha": float,
-    "alpha_pattern": dict,
-    "peft_type": str,
-}  # of adapter_config.json
+# of adapter_config.json
+ADAPTER = {"use_rslora": bool, "use_dora": bool, "lora_alpha": float, "alpha_pattern": dict, "peft_type": str}
 
 
 def _settings(file, metadata):
@@ -178,7 +173,7 @@ def _scale(name, target, parts, settings):
     alpha = parts["alpha"].float() if "alpha" in parts else alpha
     if isinstance(alpha, torch.Tensor):
         alpha = alpha.item() if alpha.numel() == 1 else None
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
         raise UserError(f"{name}: alpha {alpha!r} with rank {rank} gives no strength")
     return alpha / rank**0.5 if stabilised else alpha / rank
 

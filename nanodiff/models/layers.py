@@ -274,9 +274,8 @@ class Downsample(nn.Module):
         # One pixel, padded to four, gives the same; without that, PyTorch's bf16 gradient for the weights that only ever see padding is
         # memory as it was found on some processors.
         one = x.shape[-2:] == (1, 1) and torch.is_grad_enabled()
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1)) if one or not self.conv.padding[0] else x
-        )  # [B, C, H, W] -> [B, C, H/2, W/2]
+        x = F.pad(x, (0, 1, 0, 1)) if one or not self.conv.padding[0] else x
+        return self.conv(x)  # [B, C, H, W] -> [B, C, H/2, W/2]
 
 
 class Stage(nn.Module):

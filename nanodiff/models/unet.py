@@ -115,9 +115,8 @@ class DownConfig:
     # not fields of the file, but what it may say:
     types = {"down_block_types": tuple(DOWN_TYPES)}  # per-level names of classes, and those that there are
     middles = ("UNetMidBlock2DCrossAttn",)
-    one_number = (
-        False  # diffusers' ControlNet takes num_attention_heads before attention_head_dim; its UNet refuses the former
-    )
+    # diffusers' ControlNet takes num_attention_heads before attention_head_dim; its UNet refuses the former
+    heads_agree = False
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -133,7 +132,7 @@ class DownConfig:
         cfg = from_json(cls, raw | {"num_heads": next((h for h in heads[::-1] if h is not None), 8)}, FIXED, where)
         levels = len(cfg.block_out_channels)
         alike = len({(h,) * levels if isinstance(h, int) else h for h in heads}) == 1
-        if cls.one_number and None not in heads and not alike:
+        if cls.heads_agree and None not in heads and not alike:
             raise UserError(f"{where}: {HEADS[0]} {short(heads[0])} and {HEADS[1]} {short(heads[1])} disagree")
         for name in (*cls.types, "num_heads", "transformer_layers_per_block"):
             if len(getattr(cfg, name)) != levels:
@@ -162,7 +161,7 @@ class DownConfig:
 class Config(DownConfig):
     """Fields of a UNet's config.json."""
 
-    one_number = True
+    heads_agree = True
 
     out_channels: int = 4
     sample_size: int | tuple[int, ...] | None = None  # latents along a side in training: 64 for pictures of 512 px

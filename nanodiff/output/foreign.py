@@ -43,12 +43,8 @@ GRIDS = (
     "beta",
     "simple",
 )  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
-CONTROLS = (
-    "control_after_generate",
-    "speak_and_recognation",
-    "multiline",
-    "strip_newlines",
-)  # inputs that are no value of a node
+# inputs that are no value of a node
+CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline", "strip_newlines")
 SHOWS = ("showtext", "showanything")  # classes of nodes that show a text that they are given, and keep it
 SAMPLING = ("KSampler", "KSamplerAdvanced")
 NAMES = ("ckpt_name", "unet_name")  # inputs of the nodes that load a model

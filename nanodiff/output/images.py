@@ -64,11 +64,7 @@ def _upright(image):
     try:
         image.load()
         turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except (
-        struct.error,
-        TypeError,
-        AttributeError,
-    ) as e:  # what Pillow raises on EXIF of another type than it should be
+    except (struct.error, TypeError, AttributeError) as e:  # Pillow's own, of EXIF of another type than it should be
         raise ValueError(f"its EXIF is broken ({e})") from None
     return image if turn is None else image.transpose(turn)
 

@@ -82,9 +82,8 @@ class Folder:
     def config(self, name: str) -> object:
         path = self.folder(name) / "config.json"
         raw, entry = read_json(path), self.index.get(name)
-        if isinstance(entry, list) and str(entry[1]).startswith(
-            "CLIPTextModel"
-        ):  # with or without a projection: the index says it
+        # with or without a projection: the index says it
+        if isinstance(entry, list) and str(entry[1]).startswith("CLIPTextModel"):
             typed(raw.get("architectures"), list | None, f"{path}: architectures")
             raw["architectures"] = [entry[1]]
         return self.builder(name).Config.from_json(raw, str(path))

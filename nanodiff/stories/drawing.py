@@ -190,6 +190,7 @@ def strip(cfg, sd, history, k, path, shown=8):
     images.save_grid(torch.cat(pixels), path, nrow=len(picked), labels=[f"t={history[i].t:.0f}" for i in picked])
 
 
+# options that name files which are read
 READ = (
     "init_image",
     "mask",
@@ -200,7 +201,7 @@ READ = (
     "model",
     "lora",
     "embedding",
-)  # files
+)
 NUMBERED = re.compile(r"(\d{5,})(_steps)?\.png")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from nanodiff import data, lora, pipeline
 from nanodiff.commandline import flagged
-from nanodiff.config import UserError, counted
+from nanodiff.config import UserError, among_pictures
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import fewstep, samplers
 from nanodiff.evaluation import image_sets, pages
@@ -40,7 +40,7 @@ def few_step(cfg):
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
     record = Record(cfg, device)
-    if wrong := counted(cfg.data, "data", cfg.output_dir):
+    if wrong := among_pictures(cfg.data, "data", cfg.output_dir):
         dist.say(f"warning: {flagged(wrong)}")
     dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
     torch.manual_seed(cfg.seed)

@@ -6,7 +6,7 @@ import torch
 
 from nanodiff import data, pipeline
 from nanodiff.commandline import as_dict
-from nanodiff.config import UserError, counted, printable
+from nanodiff.config import UserError, among_pictures, printable
 from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
 from nanodiff.evaluation import caption_scores, features, image_pairs, image_sets, pages, similarity, textmetrics
@@ -34,7 +34,7 @@ def begin(cfg):
 
 def dataset(path, flag, cfg):
     """A Dataset; rank 0 looks, so that all see the same files. Raises UserError where our figures would lie among its pictures."""
-    if wrong := counted(path, flag, cfg.output_dir):
+    if wrong := among_pictures(path, flag, cfg.output_dir):
         raise UserError(wrong)
     return dist.on_main(data.load, path, captions=False)
 

@@ -9,7 +9,7 @@ import torch
 
 from nanodiff import data
 from nanodiff.commandline import flagged
-from nanodiff.config import UserError, counted
+from nanodiff.config import UserError, among_pictures
 from nanodiff.device import dist
 from nanodiff.output import charts, images
 from nanodiff.training import loader
@@ -44,7 +44,7 @@ def _advice_loss(run, least=8):
 
 def load_data(cfg, captions):
     """(training set, held-out set or None), listed by rank 0 for all."""
-    if wrong := counted(cfg.data, "data", cfg.output_dir):
+    if wrong := among_pictures(cfg.data, "data", cfg.output_dir):
         dist.say(f"warning: {flagged(wrong)}")
     dataset = dist.on_main(
         data.load, cfg.data, captions, cfg.image_column, cfg.caption_column, cfg.on_bad_image == "skip"

@@ -172,3 +172,33 @@ def test_whose_sampler_it_is_the_model_tells(name, ours, adopted):
         cfg = SimpleNamespace(adopted=adopted, **found)
         models.told(cfg, SimpleNamespace(scheduler=lambda kind=kind: ({"_class_name": kind}, "a file")))
         assert cfg.scheduler == (ours if adopted and kind.startswith("Flow") else name) and cfg.sigmas == "sgm_uniform"
+
+
+def test_sizes_of_a_graph():
+    for sides in ((64.0, "64"), ("64", 64)):
+        found, _ = foreign.comfyui(changed("5", width=sides[0], height=sides[1]))
+        assert (found["width"], found["height"]) == (64, 64) and all(type(found[s]) is int for s in ("width", "height"))
+    for side in ("x", 64.5, None, True):
+        found, left = foreign.comfyui(changed("5", width=side))
+        assert "width" not in found and "height" not in found and any("the size" in what for what in left)
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"kind": "StringReplace", "string": "a red apple", "find": "red", "replace": "green"}, None),
+        ({"kind": "CaseConverter", "string": "a red apple", "mode": "UPPERCASE"}, None),
+        ({"kind": "Joined", "text": "hello", "text2": "world"}, None),
+        ({"kind": "PrimitiveString", "value": "a pear"}, "a pear"),
+        ({"kind": "StringConstantMultiline", "string": "a pear", "strip_newlines": True}, "a pear"),
+        ({"kind": "ShowText|pysssss", "text": ["6", 0], "text_0": "a pear"}, "a pear"),
+        ({"kind": "easy showAnything", "text": "a pear", "anything": ["6", 0]}, "a pear"),
+        ({"kind": "PrimitiveString", "value": "a pear", "control_after_generate": "fixed"}, "a pear"),
+    ],
+)
+def test_only_a_node_of_one_value_says_what_it_gives(node, said):
+    kind, inputs = node["kind"], {k: v for k, v in node.items() if k != "kind"}
+    graph = changed("6", text=["11", 0]) | {"11": {"class_type": kind, "inputs": inputs}}
+    found, left = foreign.comfyui(graph)
+    assert (found.get("prompt") or [None])[0] == said
+    assert (said is None) == any("prompt, which no text node gives" in what for what in left)

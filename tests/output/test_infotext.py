@@ -134,3 +134,9 @@ def test_hashes_and_image_to_image_are_shown():
 def test_odd_values_are_left(last):
     found, unused = infotext.parameters(f"x\n{last}")
     assert found["steps"] == 5 and "hires" not in found and "guidance_scale" not in found and len(unused) >= 2
+
+
+def test_denoising_of_zero_is_told():
+    text = "a\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64, Denoising strength: 0, Hires upscale: 2, Hires upscaler: Lanczos"
+    found, left = infotext.parameters(text)
+    assert "hires_strength" not in found and any("Denoising strength" in what for what in left)

@@ -15,9 +15,7 @@ from nanodiff.config import UserError
 from nanodiff.diffusion import schedule
 from nanodiff.models.ipadapter import Config as AdapterConfig
 from nanodiff.models.unet import UNet2DConditionModel
-from nanodiff.output import foreign, infotext
 from nanodiff.pipeline import Perturbed
-from nanodiff.text import syntax
 from nanodiff.weights.__main__ import convert
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -268,65 +266,3 @@ def test_a_lora_is_no_adapter():
 def test_words_need_a_name_and_vectors(sd, name, vectors, line):
     with pytest.raises(UserError, match=line):
         sd.learn_word(name, {"": vectors}, "w.safetensors")
-
-
-# -- pictures and prompts of other programs ------------------------------------------------------------------
-
-GRAPH = {
-    "3": {"class_type": "KSampler", "inputs": {"seed": 5, "steps": 2, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
-                                               "model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red apple", "clip": ["4", 1]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "bad", "clip": ["4", 1]}},
-}  # fmt: skip
-
-
-def graph(**nodes):
-    made = json.loads(json.dumps(GRAPH))
-    for key, inputs in nodes.items():
-        made.setdefault(key[1:], {"class_type": inputs.pop("kind", "Other"), "inputs": {}})["inputs"] |= inputs
-    return made
-
-
-def test_sizes_of_a_graph():
-    for sides in ((64.0, "64"), ("64", 64)):
-        found, _ = foreign.comfyui(graph(_5={"width": sides[0], "height": sides[1]}))
-        assert (found["width"], found["height"]) == (64, 64) and all(type(found[s]) is int for s in ("width", "height"))
-    for side in ("x", 64.5, None, True):
-        found, left = foreign.comfyui(graph(_5={"width": side}))
-        assert "width" not in found and "height" not in found and any("the size" in what for what in left)
-
-
-@pytest.mark.parametrize(
-    ("node", "said"),
-    [
-        ({"kind": "StringReplace", "string": "a red apple", "find": "red", "replace": "green"}, None),
-        ({"kind": "CaseConverter", "string": "a red apple", "mode": "UPPERCASE"}, None),
-        ({"kind": "Joined", "text": "hello", "text2": "world"}, None),
-        ({"kind": "PrimitiveString", "value": "a pear"}, "a pear"),
-        ({"kind": "StringConstantMultiline", "string": "a pear", "strip_newlines": True}, "a pear"),
-        ({"kind": "ShowText|pysssss", "text": ["6", 0], "text_0": "a pear"}, "a pear"),
-        ({"kind": "easy showAnything", "text": "a pear", "anything": ["6", 0]}, "a pear"),
-        ({"kind": "PrimitiveString", "value": "a pear", "control_after_generate": "fixed"}, "a pear"),
-    ],
-)
-def test_only_a_node_of_one_value_says_what_it_gives(node, said):
-    found, left = foreign.comfyui(graph(_10=node, _6={"text": ["10", 0]}))
-    assert (found.get("prompt") or [None])[0] == said
-    assert (said is None) == any("prompt, which no text node gives" in what for what in left)
-
-
-def test_denoising_of_zero_is_told():
-    text = "a\nSteps: 4, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64, Denoising strength: 0, Hires upscale: 2, Hires upscaler: Lanczos"
-    found, left = infotext.parameters(text)
-    assert "hires_strength" not in found and any("Denoising strength" in what for what in left)
-
-
-@pytest.mark.parametrize("prompt", ["x __*__ y", "x __sub/*__ y", "${x=a} y"])
-def test_marks_of_dynamic_prompts_that_are_not_read(tmp_path, prompt):
-    (tmp_path / "a.txt").write_text("red")
-    with pytest.raises(UserError, match="globs and variables of Dynamic Prompts are not supported"):
-        syntax.chosen(prompt, 0, tmp_path)
-    assert syntax.chosen("x __a__ y {b}", 0, tmp_path) == "x red y b"
-    assert syntax.chosen("x __*__ y", 0, dynamic=False) == "x __*__ y"  # plain text in ComfyUI
