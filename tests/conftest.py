@@ -1,5 +1,6 @@
 """Tests run offline on a CPU. Golden files come from reference libraries, recorded outside this project."""
 
+import gc
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,6 +14,11 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports kernels: Triton's interpreter runs them on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported and collected stays: the garbage collector need not go through it again and again,
+    gc.set_threshold(20_000, 20, 50)  # nor so often through what the tests leave
 
 
 @pytest.fixture(autouse=True)

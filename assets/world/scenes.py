@@ -227,14 +227,14 @@ def _places(rng, radii, clear):
     many = (64, 64, 512, 4096)[len(radii) - 1]
     for _ in range(20):
         tries = low[:, None] + (high - low)[:, None] * rng.random((many, len(radii), 2))
-        good = np.ones(many, bool)
         for i, j in combinations(range(len(radii)), 2):
             apart = np.abs(tries[:, i] - tries[:, j])
-            good &= np.hypot(*apart.T) >= reach[i] + reach[j] + GAP
+            good = np.hypot(*apart.T) >= reach[i] + reach[j] + GAP
             if clear:
                 good &= apart.min(1) <= 0.5 * apart.max(1)
-        if good.any():
-            return tries[good.argmax()]
+            tries = tries[good]
+        if len(tries):
+            return tries[0]
     return None
 
 

@@ -34,29 +34,23 @@ def _both(model, x, schedule, t, a, s):
 
 # -- linear multistep ----------------------------------------------------------------------------------------
 
+GAUSS = np.polynomial.legendre.leggauss(12)  # points and weights on [-1, 1]: exact for polynomials of degree 23, and for eᵘ to the last digits
+
 
 def adams_weights(known, after, log=False):
     """Weights of the slopes at the σ `known`, newest first, for the way from known[0] to `after`:
 
-    w_j = ∫ Π_{k≠j} (u - u_k) / (u_j - u_k) dσ  with u = σ, or ln σ with `log`: the integral of the polynomial through all slopes.
+    w_j = ∫ Π_{k≠j} (u - u_k) / (u_j - u_k) dσ  with u = σ, or ln σ with `log`: the integral of the polynomial through all slopes, by Gauss's rule.
     """
     first = known[0]
     # u is counted from the newest, in whose neighbourhood the integral lies
-    at = [math.log(s / first) if log else s - first for s in known]
-    end = math.log(after / first) if log else after - first
-    weights = []
-    for j, here in enumerate(at):
-        polynomial = np.polynomial.Polynomial([1.0])
-        for k, other in enumerate(at):
-            if k != j:
-                polynomial *= np.polynomial.Polynomial([-other, 1.0]) / (here - other)
-        if log:  # σ = σ₀ eᵘ: ∫ P(u) eᵘ du = eᵘ (P - P' + P'' - …)
-            parts = [polynomial.deriv(m) if m else polynomial for m in range(len(at))]
-            whole = lambda u, parts=parts: math.exp(u) * sum((-1) ** m * part(u) for m, part in enumerate(parts))  # noqa: E731
-            weights.append(first * (whole(end) - whole(0.0)))
-        else:
-            weights.append(polynomial.integ()(end))
-    return [float(w) for w in weights]
+    *at, end = [math.log(s / first) if log else s - first for s in map(float, (*known, after))]
+    u = end / 2 * (GAUSS[0] + 1)  # from 0 to the end
+    dsigma = end / 2 * GAUSS[1] * (first * np.exp(u) if log else 1.0)  # σ = σ₀ eᵘ: dσ = σ₀ eᵘ du
+    return [
+        float(np.sum(dsigma * math.prod((u - other) / (here - other) for k, other in enumerate(at) if k != j)))
+        for j, here in enumerate(at)
+    ]
 
 
 def lms(model, x, schedule, n, noise, start=0, order=4):

@@ -207,6 +207,7 @@ class Feed:
         self.rank, self.world = dist.world().rank, dist.world().size
         self.dataset, self.seed, self.accum, self.workers, self.timeout = dataset, seed, accum, workers, timeout
         self.plan = Plan(len(dataset), seed, batch_size * accum * self.world, buckets)
+        self.requests = Requests(self.plan, accum, self.rank, self.world)
         self.per_epoch = self.plan.per_epoch
         self.decoder = Decoder(dataset, transform, seed, policy, buckets, pictures, max(workers, 1))
         self.limit, self.bad, self.reported = limit, {}, 0
@@ -217,13 +218,16 @@ class Feed:
         """The micro-batches of update `step` on this rank."""
         if self.at != step:
             self._open(step)
-        shares = [s for s in self._requests(step) if s[3] or self.world > 1]
+        shares = self.requests.of(step)
         for i, (indices, _positions, total, count) in enumerate(shares):
             began = time.monotonic()
             found = self._next(began)
             waited = time.monotonic() - began
             if isinstance(found, UserError):
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # or the error, its traceback and this frame would hold each other, and the workers
             positions, flips, pixels, bad = found
             self.bad |= bad
             if len(self.bad) > self.limit * len(self.dataset):
@@ -231,7 +235,7 @@ class Feed:
             if pixels is not None:
                 pixels = pixels.float() / 127.5 - 1
             keys = [self.dataset.keys[p] for p in positions] if count else []
-            yield Batch(list(indices), positions, flips, pixels, count, count / total * self.world,
+            yield Batch(indices, positions, flips, pixels, count, count / total * self.world,
                         i == len(shares) - 1, keys, waited)  # fmt: skip
         self.at = step + 1
 
@@ -254,32 +258,14 @@ class Feed:
             f"allows; the first: {reason if key in reason else f'{key}: {reason}'}"
         )
 
-    def _requests(self, step):
-        """[(indices, positions, total, count)]: an empty share stands in with the update's first sample, which counts 0."""
-        out = []
-        for indices, positions, total in self.plan.shares(step, self.accum, self.world, self.rank):
-            count = len(positions)
-            if not count:
-                first, whole = self.plan.update(step)
-                indices, positions = range(first, first + 1), whole[:1]
-            out.append((indices, [int(p) for p in positions], total, count))
-        return out
-
-    def _stream(self, step):
-        while True:
-            for indices, positions, _, count in self._requests(step):
-                if count or self.world > 1:
-                    yield list(indices), positions
-            step += 1
-
     def _open(self, step):
         """Begin at an update (a resumed run begins in the middle)."""
         self.at = step
         if not self.workers:
-            self.stream = map(self.decoder.__getitem__, self._stream(step))
+            self.stream = map(self.decoder.__getitem__, self.requests.since(step))
             return
         loader = torch.utils.data.DataLoader(
-            self.decoder, batch_size=None, sampler=_Sampler(functools.partial(self._stream, step)),
+            self.decoder, batch_size=None, sampler=_Sampler(functools.partial(self.requests.since, step)),
             num_workers=self.workers, worker_init_fn=_quiet, timeout=min(POLL, self.timeout), pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that the global one is not drawn from
         )  # fmt: skip
@@ -297,6 +283,36 @@ class Feed:
         dist.say(f"warning: {self.reported} pictures cannot be read and were replaced; see bad_images.jsonl")
         if self.reported > self.limit * len(self.dataset):
             raise self._too_many()
+
+
+class Requests(NamedTuple):
+    """What a rank asks its decoder for. Not the Feed's own methods: its workers end cleanly when the Feed is dropped, but if the two held each
+    other, the garbage collector would end them after five seconds each, or the end of the process by a signal, with a traceback."""
+
+    plan: Plan
+    accum: int
+    rank: int
+    world: int
+
+    def of(self, step):
+        """[(indices, positions, total, count)] of an update. An empty share among several ranks stands in with the update's first sample,
+        which counts 0."""
+        out = []
+        for indices, positions, total in self.plan.shares(step, self.accum, self.world, self.rank):
+            count = len(positions)
+            if not count and self.world > 1:
+                first, whole = self.plan.update(step)
+                indices, positions = range(first, first + 1), whole[:1]
+            if len(positions):
+                out.append((list(indices), [int(p) for p in positions], total, count))
+        return out
+
+    def since(self, step):
+        """(indices, positions) of an update and of all that follow."""
+        while True:
+            for indices, positions, *_ in self.of(step):
+                yield indices, positions
+            step += 1
 
 
 class _Sampler:

@@ -363,6 +363,8 @@ def test_adams_weights_integrate_polynomials(log):
     want = quad(lambda s: m(u(s)), known[0], after)[0]
     weights = solvers.adams_weights(known, after, log)
     assert sum(w * m(u(s)) for w, s in zip(weights, known, strict=True)) == pytest.approx(want, rel=1e-9)
+    near = [3.003, 3.006, 3.009, 3.013]  # as with a thousand steps: nothing may cancel
+    assert sum(solvers.adams_weights(near, 3.0, log)) == pytest.approx(3.0 - 3.003, rel=1e-12)
 
 
 def test_tcd_without_noise_is_ddim_on_its_times():

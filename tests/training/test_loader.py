@@ -185,13 +185,32 @@ def test_a_signal_does_not_wait_for_a_worker(pictures, tmp_path, interrupted, ti
     """SIGTERM while a worker blocks: out within seconds. And a worker that never answers is an error at the timeout."""
     f = feed(pictures, workers=1, timeout=timeout)
     f.decoder.__class__, f.interrupted, f.decoder.enough = Sleeper, lambda: interrupted, tmp_path / "enough"
-    gc.collect()  # workers of iterators that are garbage by now take seconds to end: not while we measure
     began = time.monotonic()
     with pytest.raises(error):
         next(f.update(0))
     assert time.monotonic() - began < 12
     f.decoder.enough.touch()  # or the worker's end would be waited for
     f.stream = None
+
+
+def test_workers_end_with_their_feed(pictures):
+    """By its last reference, not by the garbage collector, for which PyTorch waits five seconds a worker."""
+    gc.disable()
+    try:
+        f = feed(pictures, workers=2)
+        seen(f, 0, 3)
+        workers = f.stream._workers
+        del f
+        assert [w.exitcode for w in workers] == [0, 0]
+        (pictures / "05.png").write_bytes(b"no picture")
+        f = feed(pictures, workers=2)
+        with pytest.raises(UserError):
+            seen(f, 0, 3)
+        workers = f.stream._workers
+        del f
+        assert [w.exitcode for w in workers] == [0, 0]
+    finally:
+        gc.enable()
 
 
 def test_center_crop_and_random_crop():
