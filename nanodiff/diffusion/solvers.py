@@ -34,7 +34,8 @@ def _both(model, x, schedule, t, a, s):
 
 # -- linear multistep ----------------------------------------------------------------------------------------
 
-GAUSS = np.polynomial.legendre.leggauss(12)  # points and weights on [-1, 1]: exact for polynomials of degree 23, and for eᵘ to the last digits
+# points and weights on [-1, 1]: exact for polynomials of degree 23, and for eᵘ to the last digits
+GAUSS = np.polynomial.legendre.leggauss(12)
 
 
 def adams_weights(known, after, log=False):
