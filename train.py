@@ -179,6 +179,7 @@ class DiffusionConfig(Common, Adapters, Noise):
     eval_batch_size: int = arg(16, "pictures on a sample sheet", low=1, high=4096)
     sample_steps: int = arg(25, "steps of the sample sheets", low=1, high=1000)
     sample_guidance: float = arg(3.0, "guidance of the sample sheets")
+    conditioning = None  # of a ControlNet
 
 
 @dataclass
@@ -304,11 +305,10 @@ def train_vae(cfg):
     from nanodiff.models import patchgan
     from nanodiff.stories import plans, vae
     from nanodiff.stories.training import finish, load_data, make_feed, say_size, validate
-    from nanodiff.training import build
     from nanodiff.training.run import Run
 
     cfg.check()
-    raw, net = build.make_vae(cfg)
+    raw, net = vae.planned(cfg)
     if cfg.dry_run:
         return plans.plan_vae(cfg, net)
     if cfg.parallel == "fsdp":
@@ -318,7 +318,7 @@ def train_vae(cfg):
     run = Run(cfg)
     dataset, held = load_data(cfg, captions=False)
     torch.manual_seed(cfg.seed)  # initial weights
-    net = build.begin_vae(cfg, raw, net)
+    net = vae.begin(cfg, raw, net)
     feed = make_feed(cfg, dataset)
     if cfg.kl_warmup and cfg.kl_warmup * feed.per_epoch >= (cfg.max_steps or cfg.epochs * feed.per_epoch):
         raise UserError(
@@ -406,7 +406,7 @@ def train_diffusion(cfg):
     run = Run(cfg)
     dataset, held = load_data(cfg, captions=cfg.condition == "text")
     torch.manual_seed(cfg.seed)  # initial weights
-    sd, nets = dist.together(build.make_model, cfg, dataset, run.device)
+    sd, nets = dist.together(diffusion.make_model, cfg, dataset, run.device)
     feed = make_feed(cfg, dataset, multiple=sd.multiple)
     calls = run.trainable(nets)
     run.schedule(feed.per_epoch)
@@ -418,7 +418,7 @@ def train_diffusion(cfg):
     say_size(run.net, "model")
 
     folder = cfg.cache_dir or run.out / "cache"
-    texts_of = lambda some: build.conditions(cfg, some)  # noqa: E731
+    texts_of = lambda some: build.conditions(cfg.condition, some)  # noqa: E731
     kept = {"folder": folder, "cached": cfg.cache}
     low = run.precision or torch.float32
     seen = {"pictures": "controlnet" in nets}  # which is shown each of them
@@ -431,7 +431,7 @@ def train_diffusion(cfg):
         held_text = latents.Texts(
             sd, texts_of(held), cfg.seed + 1, run.device, 0.0, calls.get("text_encoder"), dtype=low, **kept
         )
-    losses = build.losses(cfg, sd, calls, run.device)
+    losses = build.losses(cfg, sd, calls, run.device, cfg.lora_dropout, cfg.conditioning)
 
     for step in run.steps():
         for batch in feed.update(step):

@@ -229,3 +229,26 @@ def test_what_a_front_offers_says_its_types(front):
                 p.name for p in said.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")
             ]
             assert not bare and said.return_annotation is not said.empty, f"{function.__qualname__}: {', '.join(bare)}"
+
+
+def test_trainings_read_the_librarys_options_alone():
+    """Functions of nanodiff/training take options.Training, Noise and Adapters, and know nothing of the scripts' own classes."""
+    from nanodiff.training import options
+
+    classes = {c.__name__: set(dir(c)) for c in (options.Training, options.Noise, options.Adapters)}
+    checked = 0
+    for path in (ROOT / "nanodiff" / "training").glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or (path.name == "options.py" and function.name == "decisive"):
+                continue
+            kinds = {a.arg: ast.unparse(a.annotation) if a.annotation else None for a in function.args.args}
+            assert "cfg" not in kinds or kinds["cfg"] in classes, f"{path.name}: {function.name}(cfg) of no class"
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute):
+                    owner = ast.unparse(node.value)
+                    known = classes.get("Training" if owner in ("self.cfg", "run.cfg") else kinds.get(owner))
+                    assert known is None or node.attr in known, (
+                        f"{path.name}: {function.name} reads {owner}.{node.attr}"
+                    )
+                    checked += known is not None
+    assert checked > 80

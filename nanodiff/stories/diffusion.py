@@ -1,4 +1,4 @@
-"""What train.py's diffusion loop needs beside the loop: sample sheets and the model that comes out."""
+"""What train.py's diffusion loop needs beside the loop: the model that is trained, sample sheets, the model that comes out."""
 
 from pathlib import Path
 
@@ -7,11 +7,110 @@ import torch
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.data import tables
-from nanodiff.device import choice, dist, onednn
+from nanodiff.device import choice, dist, memory, onednn
+from nanodiff.models import controlnet, mmdit, unet
+from nanodiff.models.clip import CLIPTextModel
+from nanodiff.models.labels import Config as LabelConfig
+from nanodiff.models.labels import LabelEncoder
 from nanodiff.output import images
 from nanodiff.pipeline import control, sources
+from nanodiff.text.tokenizer import LabelTokenizer, train_bpe
 from nanodiff.training import build, teach
 from nanodiff.training.options import under
+from nanodiff.weights import hub
+
+NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
+            "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
+
+
+def make_model(cfg, dataset, device):
+    """(pipeline, {name: module to train}): a new model, or --model's, whole or with adapters, or its ControlNet."""
+    sd, nets = go_on(cfg) if cfg.model else begin(cfg, dataset, device)
+    if cfg.resolution % sd.multiple:
+        raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
+    for module in (sd.vae, sd.net, *sd.encoders):
+        if module is not None and module not in nets.values():  # it is frozen
+            module.to(device, memory_format=torch.channels_last)
+    return sd, nets
+
+
+def go_on(cfg):
+    """See make_model(): --model's weights, in fp32."""
+    for name in NEW_ONLY:
+        if name in getattr(cfg, "given", ()):
+            raise UserError(f"`{name}` is for new models; `model` brings its own")
+    memory.keep_freed_memory()
+    sd = pipeline.load(cfg.model, torch.float32, "cpu")
+    sd.check_trainable()
+    if cfg.prediction_type not in (None, sd.schedule.prediction):
+        raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
+    if cfg.conditioning:
+        return sd, {"controlnet": begin_control(cfg, sd)}
+    nets = {sd.denoiser_name: sd.net}
+    if cfg.train_text_encoder:
+        if len([e for e in sd.encoders if e is not None]) > 1:
+            raise UserError("`train_text_encoder` is for models with one text encoder")
+        nets["text_encoder"] = sd.text_encoder
+    for name, net in nets.items():
+        if cfg.lora:
+            lora.adapt(net, component=name, **build.lora_settings(cfg))
+        else:
+            net.requires_grad_(True)
+    return sd, nets
+
+
+def begin_control(cfg, sd):
+    """The ControlNet that is trained for a pipeline's UNet, which is frozen: --control's, or a copy of the UNet's way down.
+    What it learns comes from the edges where a caption does not say it: half of the captions are left out (Zhang et al. 2023, arXiv 2302.05543 §3.3)."""
+    if not isinstance(sd.net, unet.UNet2DConditionModel):
+        raise UserError(f"`model` {cfg.model}: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL)")
+    sd.check_trainable()
+    if cfg.control:
+        net = control.load(cfg.control, sd.net.cfg, torch.float32, "cpu", cfg.hub_token)
+        control.check_fit(net, sd)
+        return net.requires_grad_(True)
+    return controlnet.copy_of(sd.net, sd.downscale).requires_grad_(True)
+
+
+def begin(cfg, dataset, device):
+    """See make_model(): new weights."""
+    if cfg.lora or cfg.train_text_encoder:
+        raise UserError(f"`{'lora' if cfg.lora else 'train_text_encoder'}` needs a `model` to go on from")
+    vae = sources.load_vae(cfg.vae, torch.float32, device) if cfg.vae else None
+    encoder, tokenizer, frozen = make_text(cfg, dataset, device)
+    net = build.make_denoiser(cfg.model_size, cfg.resolution, encoder.cfg, vae, cfg.model_config)
+    build.init(net, encoder if not frozen else None)
+    family = pipeline.Joint if isinstance(net, mmdit.SD3Transformer2DModel) else pipeline.Pipeline
+    schedule = build.make_schedule(cfg.prediction_type or "v_prediction", cfg.beta_schedule, cfg.ddpm_num_steps, cfg.zero_snr,
+                                   cfg.timestep_shift or 1.0, pixels=not vae)  # fmt: skip
+    sd = family(net, vae, encoder, tokenizer, schedule)
+    guidance = 1.0 if cfg.condition == "none" else cfg.sample_guidance
+    sd.index = {pipeline.SAMPLING: {"steps": cfg.sample_steps, "guidance_scale": guidance}}
+    return sd, {sd.denoiser_name: net} | ({} if frozen else {"text_encoder": encoder})
+
+
+def text_config(cfg, tokenizer=None):
+    """The configuration of the text encoder that is trained along."""
+    projected = build.denoiser_config(cfg.model_size, cfg.model_config)[0] == "mmdit"
+    return build.text_config(cfg.model_size, cfg.max_length, cfg.text_config, tokenizer, projected, cfg.text_mask)
+
+
+def make_text(cfg, dataset, device):
+    """(encoder, tokenizer, frozen?) that tell a new denoiser what to draw."""
+    if cfg.condition != "text":
+        if "text_mask" in getattr(cfg, "given", ()):
+            raise UserError(f"`text_mask` hides a caption's padding; `condition` {cfg.condition} has no captions")
+        build.conditions(cfg.condition, dataset)
+        labels = dataset.known_labels if cfg.condition == "labels" else []
+        return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
+    if cfg.text_encoder:
+        path = hub.resolve(cfg.text_encoder, None, cfg.hub_token)
+        projected = build.denoiser_config(cfg.model_size, cfg.model_config)[0] == "mmdit"
+        encoder, tokenizer = sources.load_text(path, torch.float32, device, projected)
+        encoder.cfg.use_attention_mask |= cfg.text_mask
+        return encoder, tokenizer, True
+    tokenizer = train_bpe([t for texts in dataset.texts for t in texts], cfg.vocab_size, cfg.max_length)
+    return CLIPTextModel(text_config(cfg, tokenizer)), tokenizer, False
 
 
 def sheet(run, sd, cfg, dataset, path, strip=False):
@@ -71,7 +170,7 @@ def prompts_of(cfg, sd, dataset):
             given.append(prompt)
     if cfg.condition == "labels":
         sd.tokenizer(given)
-    texts = [group[0] for group in build.conditions(cfg, dataset)]
+    texts = [group[0] for group in build.conditions(cfg.condition, dataset)]
     spread = list(dict.fromkeys(texts))
     return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
 

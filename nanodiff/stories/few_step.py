@@ -77,8 +77,10 @@ def few_step(cfg):
             if i == 0:
                 dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
             with record.timed("train"):
-                teach.fit(cfg, work, sd, nets, dataset, teach.few_step(cfg, n, scale, master), few_writer(cfg, sd, folder, facts), cfg.resolution,
-                          dataset.captions[:8], (steps, 1.0), (cfg.method, str(last), n, scale))  # fmt: skip
+                make = teach.few_step(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
+                teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution, cfg.caption_dropout,
+                          cfg.lora_dropout, teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
+                          (cfg.method, str(last), n, scale))  # fmt: skip
             teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
         dist.on_main(few_tidy, folder, work)
         last = str(folder)

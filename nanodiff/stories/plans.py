@@ -6,6 +6,7 @@ from nanodiff import data, lora, pipeline, weights
 from nanodiff.models import controlnet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.pipeline import sources
+from nanodiff.stories.diffusion import text_config
 from nanodiff.stories.vae import latent_shape
 from nanodiff.training import build, plan
 
@@ -49,12 +50,12 @@ def plan_diffusion(cfg):
         frozen, length = meta, family.family.text_length
         scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     else:
-        text = build.text_config(cfg)
+        text = text_config(cfg)
         text.vocab_size, vae = cfg.vocab_size, None
         with torch.device("meta"):
             if cfg.vae:
                 vae = sources.load_vae(cfg.vae, torch.float32, "cpu")
-            net = build.make_denoiser(cfg, vae, text)
+            net = build.make_denoiser(cfg.model_size, cfg.resolution, text, vae, cfg.model_config)
             if cfg.condition == "text" and not cfg.text_encoder:
                 along["text_encoder"] = CLIPTextModel(text)
         scale = vae.cfg.downscale if vae else 1
@@ -65,7 +66,7 @@ def plan_diffusion(cfg):
             lora.adapt(net, **build.lora_settings(cfg))
     x, t, given = build.outline(net, rows, cfg.resolution // scale, length)
     trained, call = {"denoiser": net}, net
-    if getattr(cfg, "conditioning", None):
+    if cfg.conditioning:
         steering = controlnet.copy_of(net, scale).requires_grad_(True)
         picture = torch.empty(rows, 3, cfg.resolution, cfg.resolution, device="meta")
         trained, call = {"controlnet": steering}, controlnet.steered(steering, net.requires_grad_(False), picture)

@@ -9,13 +9,36 @@ import numpy as np
 import torch
 
 from nanodiff import weights
-from nanodiff.config import UserError
+from nanodiff.config import UserError, read_json
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import objective
 from nanodiff.models import lpips, patchgan
 from nanodiff.output import images
+from nanodiff.pipeline import sources
 from nanodiff.stories.training import advice_loss, spread
-from nanodiff.training import loader
+from nanodiff.training import build, loader
+
+
+def planned(cfg):
+    """(fields, the VAE on the meta device): --model's, or a new one's. Settles cfg.resolution, which may be the model's own."""
+    if cfg.model:
+        for name in ("model_config", "latent_dim"):
+            if getattr(cfg, name):
+                raise UserError(f"`{name}` is for a new VAE; `model` brings its own")
+        raw = read_json(sources.vae_folder(cfg.model) / "config.json")
+        cfg.resolution = cfg.resolution or raw.get("sample_size", 64)
+    elif cfg.latent_dim:
+        raw = {"sample_size": cfg.resolution, "latent_dim": cfg.latent_dim}
+    else:
+        raw = read_json(cfg.model_config) if cfg.model_config else build.NANO_VAE
+    return raw, build.vae_skeleton(raw, cfg.resolution)
+
+
+def begin(cfg, raw, net):
+    """planned()'s VAE with weights: --model's, in fp32, or new ones by PyTorch's defaults."""
+    if cfg.model:
+        return sources.load_vae(cfg.model, torch.float32, "cpu").requires_grad_(True).train()
+    return type(net)(type(net).Config.from_json(raw))
 
 
 def latent_shape(cfg, net):

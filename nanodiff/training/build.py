@@ -1,7 +1,6 @@
-"""New models from a few options: VAE, denoiser (UNet or MMDiT), text encoder, noise schedule, and how their weights begin.
+"""What is trained: new models from a few settings (VAE, denoiser, text encoder, noise schedule) and how their weights begin; the loss of a denoiser.
 
-`cfg` is train.py's configuration. Sizes are Hub configurations, so what is built here is written, and read again, as any
-other model.
+Sizes are Hub configurations, so what is built here is written, and read again, as any other model.
 """
 
 import dataclasses
@@ -16,17 +15,13 @@ from nanodiff.device import memory
 from nanodiff.diffusion import objective
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.models import controlnet, mmdit, unet
-from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.clip import Config as TextConfig
 from nanodiff.models.flatvae import FlatVAE
-from nanodiff.models.labels import Config as LabelConfig
-from nanodiff.models.labels import LabelEncoder
 from nanodiff.models.layers import ResnetBlock
 from nanodiff.models.vae import AutoencoderKL
 from nanodiff.output import images
-from nanodiff.pipeline import control, sources
-from nanodiff.text.tokenizer import LabelTokenizer, train_bpe
-from nanodiff.weights import hub
+from nanodiff.pipeline import sources
+from nanodiff.training.options import Adapters, Noise
 
 
 def _unet(widths, layers, heads, groups, context, **more):
@@ -73,104 +68,128 @@ NANO_VAE = {"block_out_channels": (32, 48, 64), "layers_per_block": 1, "latent_c
             "up_block_types": ("UpDecoderBlock2D",) * 3, "force_upcast": False}  # fmt: skip
 
 
-def make_vae(cfg):
-    """(config dict, the VAE on the meta device)"""
-    if cfg.model:
-        for name in ("model_config", "latent_dim"):
-            if getattr(cfg, name):
-                raise UserError(f"`{name}` is for a new VAE; `model` brings its own")
-        folder = sources.vae_folder(cfg.model)
-        raw = read_json(folder / "config.json")
-        cfg.resolution = cfg.resolution or raw.get("sample_size", 64)
-    elif cfg.latent_dim:
-        raw = {"sample_size": cfg.resolution, "latent_dim": cfg.latent_dim}
-    else:
-        raw = read_json(cfg.model_config) if cfg.model_config else NANO_VAE
+def vae_skeleton(raw, side):
+    """The VAE of a config.json's fields on the meta device, for square pictures of `side` pixels, which it must be able to take."""
     cls = FlatVAE if "latent_dim" in raw else AutoencoderKL
     with torch.device("meta"):
         net = cls(cls.Config.from_json(raw))
-    only = getattr(net.cfg, "fixed_size", cfg.resolution)
-    if cfg.resolution != only:
-        raise UserError(f"`resolution` {cfg.resolution}: this VAE is for {only}")
-    if cfg.resolution % net.cfg.downscale:
-        raise UserError(f"`resolution` {cfg.resolution} must be a multiple of the VAE's {net.cfg.downscale}")
-    return raw, net
+    only = getattr(net.cfg, "fixed_size", side)
+    if side != only:
+        raise UserError(f"`resolution` {side}: this VAE is for {only}")
+    if side % net.cfg.downscale:
+        raise UserError(f"`resolution` {side} must be a multiple of the VAE's {net.cfg.downscale}")
+    return net
 
 
-def begin_vae(cfg, raw, net):
-    """make_vae()'s VAE with weights: cfg.model's, in fp32, or new ones by PyTorch's defaults."""
-    if cfg.model:
-        return sources.load_vae(cfg.model, torch.float32, "cpu").requires_grad_(True).train()
-    return type(net)(type(net).Config.from_json(raw))
+def denoiser_config(size, file=None):
+    """("unet" or "mmdit", fields): of a built-in size, what does not depend on data, VAE and text; of a config.json, all."""
+    raw = read_json(file) if file else SIZES.get(size, ({},))[0]
+    kind = "mmdit" if raw.get("_class_name") == "SD3Transformer2DModel" or "patch_size" in raw else "unet"
+    return kind, raw
 
 
-def make_model(cfg, dataset, device):
-    """(pipeline, {name: module to train}): a new model, or cfg.model's, whole or with adapters."""
-    sd, nets = go_on(cfg) if cfg.model else begin(cfg, dataset, device)
-    if cfg.resolution % sd.multiple:
-        raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
-    for module in (sd.vae, sd.net, *sd.encoders):
-        if module is not None and module not in nets.values():  # it is frozen
-            module.to(device, memory_format=torch.channels_last)
-    return sd, nets
+def text_config(size, length, file=None, tokenizer=None, projected=False, mask=False):
+    """The configuration of a CLIP text encoder that is trained along: of a built-in size, or of a config.json `file`.
+
+    length: tokens of a text; tokenizer: whose words it reads; projected: with the pooled vector that an MMDiT wants; mask: does it hide
+    the padding? Raises UserError for a file with fewer positions than `length`.
+    """
+    words = {} if tokenizer is None else {
+        "vocab_size": len(tokenizer.backend.get_vocab()), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }  # fmt: skip
+    if file:  # the words are those of the tokenizer, which is learned from these captions
+        text = TextConfig.from_json(read_json(file), file)
+        if length > text.max_position_embeddings:
+            raise UserError(f"`text_config`: {text.max_position_embeddings} positions for `max_length` {length}")
+        return dataclasses.replace(
+            text, **words, with_projection=projected, use_attention_mask=text.use_attention_mask or mask
+        )
+    raw = SIZES.get(size, SIZES["nano"])[1]
+    return TextConfig(**raw, **words, max_position_embeddings=length, hidden_act="gelu", projection_dim=raw["hidden_size"],
+                      with_projection=projected, use_attention_mask=mask)  # fmt: skip
 
 
-def go_on(cfg):
-    """See make_model(): cfg.model's weights, in fp32."""
-    for name in NEW_ONLY:
-        if name in getattr(cfg, "given", ()):
-            raise UserError(f"`{name}` is for new models; `model` brings its own")
-    memory.keep_freed_memory()
-    sd = pipeline.load(cfg.model, torch.float32, "cpu")
-    sd.check_trainable()
-    if cfg.prediction_type not in (None, sd.schedule.prediction):
-        raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
-    if getattr(cfg, "conditioning", None):
-        return sd, {"controlnet": begin_control(cfg, sd)}
-    nets = {sd.denoiser_name: sd.net}
-    if cfg.train_text_encoder:
-        if len([e for e in sd.encoders if e is not None]) > 1:
-            raise UserError("`train_text_encoder` is for models with one text encoder")
-        nets["text_encoder"] = sd.text_encoder
-    for name, net in nets.items():
-        if cfg.lora:
-            lora.adapt(net, component=name, **lora_settings(cfg))
-        else:
-            net.requires_grad_(True)
-    return sd, nets
+def make_denoiser(size, side, text, vae=None, file=None):
+    """A freshly built UNet or MMDiT whose ends fit the VAE's latents (or pixels) and the text.
+
+    size: of SIZES or KNOWN; file: a config.json in its place; side: of the pictures; text: the text encoder's configuration. Raises
+    UserError for a file that does not fit.
+    """
+    if size in KNOWN and not file:
+        known = sources.configs(KNOWN[size])
+        part = "unet" if "unet" in known.parts else "transformer"
+        return known.builder(part)(known.config(part))
+    channels, scale = (vae.cfg.latent_channels, vae.cfg.downscale) if vae else (3, 1)
+    ends = {"in_channels": channels, "out_channels": channels, "sample_size": side // scale}
+    kind, raw = denoiser_config(size, file)
+    if kind == "mmdit":
+        if not file:
+            raw = raw | ends | {
+                "joint_attention_dim": text.hidden_size, "pooled_projection_dim": text.projection_dim,
+                "caption_projection_dim": raw["num_attention_heads"] * raw["attention_head_dim"],
+                "pos_embed_max_size": max(2 * (side // scale) // raw["patch_size"], 1),
+            }  # fmt: skip
+        config, build = mmdit.Config.from_json(raw), mmdit.SD3Transformer2DModel
+        wanted = config.joint_attention_dim
+    else:
+        own = raw | ends | {"cross_attention_dim": text.hidden_size}
+        config = unet.Config.from_json(raw) if file else unet.Config(**own)
+        build, wanted = unet.UNet2DConditionModel, config.cross_attention_dim
+    if config.in_channels != channels:
+        raise UserError(f"`model_config`: in_channels {config.in_channels}, but the pictures have {channels} channels")
+    if wanted != text.hidden_size:
+        raise UserError(f"`model_config`: wants text of width {wanted}, the text encoder gives {text.hidden_size}")
+    return build(config)
 
 
-def begin_control(cfg, sd):
-    """The ControlNet that is trained for a pipeline's UNet, which is frozen: cfg.control's, or a copy of the UNet's way down.
-    What it learns comes from the edges where a caption does not say it: half of the captions are left out (Zhang et al. 2023, arXiv 2302.05543 §3.3)."""
-    if not isinstance(sd.net, unet.UNet2DConditionModel):
-        raise UserError(f"`model` {cfg.model}: ControlNets are for UNets (SD 1.x, SD 2.x, SDXL)")
-    sd.check_trainable()
-    if cfg.control:
-        net = control.load(cfg.control, sd.net.cfg, torch.float32, "cpu", cfg.hub_token)
-        control.check_fit(net, sd)
-        return net.requires_grad_(True)
-    return controlnet.copy_of(sd.net, sd.downscale).requires_grad_(True)
+def make_schedule(prediction, betas="scaled_linear", timesteps=1000, zero_snr=True, shift=1.0, pixels=False):
+    """The noise schedule of a new model. prediction: what its network predicts; "flow" alone has a shift, the others betas. zero_snr: at the last
+    timestep nothing of the picture is left (Lin et al. 2023, arXiv 2305.08891; not for epsilon). pixels: no VAE, so samples are clipped to [-1, 1]."""
+    if prediction == "flow":
+        return Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "num_train_timesteps": timesteps})  # fmt: skip
+    kind = {"cosine": "squaredcos_cap_v2"}.get(betas, betas)
+    first, last = (1e-4, 0.02) if kind == "linear" else (0.00085, 0.012)
+    return Schedule.from_config(
+        {"_class_name": "DDIMScheduler", "beta_start": first, "beta_end": last, "beta_schedule": kind,
+         "prediction_type": prediction, "clip_sample": pixels, "set_alpha_to_one": True,
+         "timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr and prediction != "epsilon",
+         "num_train_timesteps": timesteps}
+    )  # fmt: skip
 
 
-def shown(conditioning, pixels):
-    """What a ControlNet is shown of pictures [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1]."""
-    if conditioning == "canny":
-        drawn = [torch.from_numpy(edges.canny(picture)) for picture in images.to_uint8(pixels).numpy()]
-        return torch.stack(drawn)[:, None].expand(-1, 3, -1, -1).float() / 255
-    raise ValueError(f"unknown conditioning {conditioning!r}")
+def conditions(kind, dataset):
+    """The texts that may be a picture's condition: its captions ("text"), its label ("labels"), or nothing ("none")."""
+    if kind == "text":
+        return dataset.texts
+    if kind == "none":
+        return [("",)] * len(dataset)
+    if missing := [k for k, label in zip(dataset.keys, dataset.labels, strict=True) if not label]:
+        raise UserError(
+            f"`condition` labels: {len(missing)} pictures have no label (a folder or .cls), such as {missing[0]}"
+        )
+    return [(label,) for label in dataset.labels]
 
 
-NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
-            "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
+def init(net, text):
+    """PyTorch's defaults, but residual branches and the output begin at zero (Ho et al. 2020's code; Goyal et al.
+    2017 §5.1; adaLN-Zero in an MMDiT), and text embeddings have standard deviation 0.02 as in CLIP."""
+    last = {ResnetBlock: "conv2", unet.Transformer2D: "proj_out", mmdit.AdaLN: "linear"}
+    ends = [getattr(m, last[type(m)]) for m in net.modules() if type(m) in last]
+    for layer in [*ends, net.conv_out if hasattr(net, "conv_out") else net.proj_out]:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for table in (m for m in text.modules() if isinstance(m, nn.Embedding)) if text is not None else ():
+        nn.init.normal_(table.weight, std=0.02)
 
 
-def lora_settings(cfg):
-    """What lora.adapt() takes, from the command line. Raises UserError."""
-    patterns, given = {}, [cfg.lora_targets] if isinstance(cfg.lora_targets, str) else cfg.lora_targets
+def lora_settings(adapters: Adapters):
+    """What lora.adapt() takes. Raises UserError for a pattern that cannot be read."""
+    given = [adapters.lora_targets] if isinstance(adapters.lora_targets, str) else adapters.lora_targets
+    patterns = {}
     for name in ("rank", "alpha"):
         patterns[name] = {}
-        for part in filter(None, map(str.strip, getattr(cfg, f"lora_{name}_pattern").split(","))):
+        for part in filter(None, map(str.strip, getattr(adapters, f"lora_{name}_pattern").split(","))):
             target, equals, value = part.rpartition("=")
             try:
                 patterns[name][target.strip()] = float(value)
@@ -179,7 +198,7 @@ def lora_settings(cfg):
             if not equals or not target.strip():
                 raise UserError(f"`lora_{name}_pattern` {printable(part)}: expected TARGET=NUMBER")
     return {
-        "rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "dropout": cfg.lora_dropout, "rslora": cfg.lora_rslora,
+        "rank": adapters.lora_rank, "alpha": adapters.lora_alpha, "dropout": adapters.lora_dropout, "rslora": adapters.lora_rslora,
         "targets": tuple(t.strip() for group in given for t in group.split(",") if t.strip()) or lora.ATTENTION,
         "rank_pattern": patterns["rank"], "alpha_pattern": patterns["alpha"],
     }  # fmt: skip
@@ -191,12 +210,6 @@ def student(model):
     sd = pipeline.load(model, torch.float32, "cpu")
     sd.net.requires_grad_(True)
     return sd, {sd.denoiser_name: sd.net}
-
-
-def reseed(cfg, seed, batch):
-    """Before a micro-batch of adapters with dropout: torch's own generator, so that a resumed run draws what the other did."""
-    if getattr(cfg, "lora_dropout", 0):
-        torch.manual_seed(objective.generator(seed, "adapter", next(iter(batch.indices), 0)).initial_seed())
 
 
 def outline(net, rows, side, length):
@@ -212,158 +225,48 @@ def outline(net, rows, side, length):
     return x, t, given
 
 
-def losses(cfg, sd, calls, device):
-    """f(batch, x0_of, text_of, seed) -> (weighted, unweighted) loss of a micro-batch, by options.Noise; everything random is drawn by
-    (seed, global sample index). calls: {component: what to call in its place}; x0_of, text_of: latents.Latents and Texts."""
-    objective.check_loss(cfg.loss)
-    gamma = cfg.min_snr
-    if gamma is None and cfg.snr_weighting and sd.schedule.prediction == "sample":
-        gamma = cfg.snr_clip or float("inf")
-    shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+def shown(conditioning, pixels):
+    """What a ControlNet is shown of pictures [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1]."""
+    if conditioning == "canny":
+        drawn = [torch.from_numpy(edges.canny(picture)) for picture in images.to_uint8(pixels).numpy()]
+        return torch.stack(drawn)[:, None].expand(-1, 3, -1, -1).float() / 255
+    raise ValueError(f"unknown conditioning {conditioning!r}")
+
+
+def reseed(dropout, seed, batch):
+    """Before a micro-batch of adapters with dropout: torch's own generator, so that a resumed run draws what the other did."""
+    if dropout:
+        torch.manual_seed(objective.generator(seed, "adapter", next(iter(batch.indices), 0)).initial_seed())
+
+
+def losses(noise: Noise, sd, calls, device, dropout=0.0, conditioning=None):
+    """f(batch, x0_of, text_of, seed) -> (weighted, unweighted) loss of a micro-batch; everything random is drawn by (seed, global sample
+    index).
+
+    noise: how times and noise are drawn, and how the loss weighs; calls: {component: what to call in its place}; x0_of, text_of:
+    latents.Latents and Texts; dropout: of the adapters; conditioning: what a ControlNet is shown, see shown().
+    """
+    objective.check_loss(noise.loss)
+    gamma = noise.min_snr
+    if gamma is None and noise.snr_weighting and sd.schedule.prediction == "sample":
+        gamma = noise.snr_clip or float("inf")
+    shift = noise.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
     def of(batch, x0_of, text_of, seed):
-        reseed(cfg, seed, batch)
+        reseed(dropout, seed, batch)
         x0 = x0_of(batch)
-        noise = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
-        noise = objective.offset(noise, cfg.offset_noise, seed, batch.indices)
-        t = objective.timesteps(sd.schedule, seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
-                                shift).to(device)  # fmt: skip
+        eps = objective.draw(seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)).to(x0)
+        eps = objective.offset(eps, noise.offset_noise, seed, batch.indices)
+        t = objective.timesteps(sd.schedule, seed, batch.indices, noise.timestep_sampling, noise.timestep_mean,
+                                noise.timestep_std, shift).to(device)  # fmt: skip
         states, pooled = text_of(batch)
         net = calls.get(sd.denoiser_name, sd.net)  # it may be frozen, and the text encoder trained
         if "controlnet" in calls:
-            net = controlnet.steered(calls["controlnet"], net, shown(cfg.conditioning, batch.pixels).to(x0))
+            net = controlnet.steered(calls["controlnet"], net, shown(conditioning, batch.pixels).to(x0))
         denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
-        return objective.diffusion(denoise, sd.schedule, x0, noise, t, gamma, cfg.loss)
+        return objective.diffusion(denoise, sd.schedule, x0, eps, t, gamma, noise.loss)
 
     return of
-
-
-def begin(cfg, dataset, device):
-    """See make_model(): new weights."""
-    if cfg.lora or cfg.train_text_encoder:
-        raise UserError(f"`{'lora' if cfg.lora else 'train_text_encoder'}` needs a `model` to go on from")
-    vae = sources.load_vae(cfg.vae, torch.float32, device) if cfg.vae else None
-    encoder, tokenizer, frozen = make_text(cfg, dataset, device)
-    net = make_denoiser(cfg, vae, encoder.cfg)
-    init(net, encoder if not frozen else None)
-    family = pipeline.Joint if isinstance(net, mmdit.SD3Transformer2DModel) else pipeline.Pipeline
-    sd = family(net, vae, encoder, tokenizer, make_schedule(cfg))
-    guidance = 1.0 if cfg.condition == "none" else cfg.sample_guidance
-    sd.index = {pipeline.SAMPLING: {"steps": cfg.sample_steps, "guidance_scale": guidance}}
-    return sd, {sd.denoiser_name: net} | ({} if frozen else {"text_encoder": encoder})
-
-
-def make_schedule(cfg):
-    """The noise schedule that cfg names; v-prediction when nothing is said."""
-    prediction = cfg.prediction_type or "v_prediction"
-    if prediction == "flow":
-        return Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": cfg.timestep_shift or 1.0,
-                                     "num_train_timesteps": cfg.ddpm_num_steps})  # fmt: skip
-    kind = {"cosine": "squaredcos_cap_v2"}.get(cfg.beta_schedule, cfg.beta_schedule)
-    first, last = (1e-4, 0.02) if kind == "linear" else (0.00085, 0.012)
-    return Schedule.from_config(
-        {"_class_name": "DDIMScheduler", "beta_start": first, "beta_end": last, "beta_schedule": kind,
-         "prediction_type": prediction, "clip_sample": not cfg.vae, "set_alpha_to_one": True,
-         "timestep_spacing": "trailing", "rescale_betas_zero_snr": cfg.zero_snr and prediction != "epsilon",
-         "num_train_timesteps": cfg.ddpm_num_steps}
-    )  # fmt: skip
-
-
-def make_text(cfg, dataset, device):
-    """(encoder, tokenizer, frozen?) that tell the denoiser what to draw."""
-    if cfg.condition != "text":
-        if "text_mask" in getattr(cfg, "given", ()):
-            raise UserError(f"`text_mask` hides a caption's padding; `condition` {cfg.condition} has no captions")
-        conditions(cfg, dataset)
-        labels = dataset.known_labels if cfg.condition == "labels" else []
-        return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
-    if cfg.text_encoder:
-        path = hub.resolve(cfg.text_encoder, None, cfg.hub_token)
-        encoder, tokenizer = sources.load_text(path, torch.float32, device, denoiser_config(cfg)[0] == "mmdit")
-        encoder.cfg.use_attention_mask |= cfg.text_mask
-        return encoder, tokenizer, True
-    tokenizer = train_bpe([t for texts in dataset.texts for t in texts], cfg.vocab_size, cfg.max_length)
-    return CLIPTextModel(text_config(cfg, tokenizer)), tokenizer, False
-
-
-def text_config(cfg, tokenizer=None):
-    """The configuration of the text encoder that is trained along."""
-    projected = denoiser_config(cfg)[0] == "mmdit"
-    raw = SIZES.get(cfg.model_size, SIZES["nano"])[1]
-    words = {} if tokenizer is None else {
-        "vocab_size": len(tokenizer.backend.get_vocab()), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }  # fmt: skip
-    if cfg.text_config:  # the words are those of the tokenizer, which is learned from these captions
-        text = TextConfig.from_json(read_json(cfg.text_config), cfg.text_config)
-        if cfg.max_length > text.max_position_embeddings:
-            raise UserError(
-                f"`text_config`: {text.max_position_embeddings} positions for `max_length` {cfg.max_length}"
-            )
-        return dataclasses.replace(
-            text, **words, with_projection=projected, use_attention_mask=text.use_attention_mask or cfg.text_mask
-        )
-    return TextConfig(**raw, **words, max_position_embeddings=cfg.max_length, hidden_act="gelu",
-                      projection_dim=raw["hidden_size"], with_projection=projected, use_attention_mask=cfg.text_mask)  # fmt: skip
-
-
-def conditions(cfg, dataset):
-    """The texts that may be a picture's condition: its captions, its label, or nothing."""
-    if cfg.condition == "text":
-        return dataset.texts
-    if cfg.condition == "none":
-        return [("",)] * len(dataset)
-    if missing := [k for k, label in zip(dataset.keys, dataset.labels, strict=True) if not label]:
-        raise UserError(
-            f"`condition` labels: {len(missing)} pictures have no label (a folder or .cls), such as {missing[0]}"
-        )
-    return [(label,) for label in dataset.labels]
-
-
-def denoiser_config(cfg):
-    """("unet" or "mmdit", the fields that do not depend on data, VAE and text)"""
-    raw = read_json(cfg.model_config) if cfg.model_config else SIZES.get(cfg.model_size, ({},))[0]
-    kind = "mmdit" if raw.get("_class_name") == "SD3Transformer2DModel" or "patch_size" in raw else "unet"
-    return kind, raw
-
-
-def make_denoiser(cfg, vae, text):
-    """A freshly built UNet or MMDiT whose ends fit the VAE's latents (or pixels) and the text."""
-    if cfg.model_size in KNOWN and not cfg.model_config:
-        known = sources.configs(KNOWN[cfg.model_size])
-        part = "unet" if "unet" in known.parts else "transformer"
-        return known.builder(part)(known.config(part))
-    channels, scale = (vae.cfg.latent_channels, vae.cfg.downscale) if vae else (3, 1)
-    size = cfg.resolution // scale
-    ends = {"in_channels": channels, "out_channels": channels, "sample_size": size}
-    kind, raw = denoiser_config(cfg)
-    if kind == "mmdit":
-        if not cfg.model_config:
-            raw = raw | ends | {
-                "joint_attention_dim": text.hidden_size, "pooled_projection_dim": text.projection_dim,
-                "caption_projection_dim": raw["num_attention_heads"] * raw["attention_head_dim"],
-                "pos_embed_max_size": max(2 * size // raw["patch_size"], 1),
-            }  # fmt: skip
-        config, build = mmdit.Config.from_json(raw), mmdit.SD3Transformer2DModel
-        wanted = config.joint_attention_dim
-    else:
-        own = raw | ends | {"cross_attention_dim": text.hidden_size}
-        config = unet.Config.from_json(raw) if cfg.model_config else unet.Config(**own)
-        build, wanted = unet.UNet2DConditionModel, config.cross_attention_dim
-    if config.in_channels != channels:
-        raise UserError(f"`model_config`: in_channels {config.in_channels}, but the pictures have {channels} channels")
-    if wanted != text.hidden_size:
-        raise UserError(f"`model_config`: wants text of width {wanted}, the text encoder gives {text.hidden_size}")
-    return build(config)
-
-
-def init(net, text):
-    """PyTorch's defaults, but residual branches and the output begin at zero (Ho et al. 2020's code; Goyal et al.
-    2017 §5.1; adaLN-Zero in an MMDiT), and text embeddings have standard deviation 0.02 as in CLIP."""
-    last = {ResnetBlock: "conv2", unet.Transformer2D: "proj_out", mmdit.AdaLN: "linear"}
-    ends = [getattr(m, last[type(m)]) for m in net.modules() if type(m) in last]
-    for layer in [*ends, net.conv_out if hasattr(net, "conv_out") else net.proj_out]:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    for table in (m for m in text.modules() if isinstance(m, nn.Embedding)) if text is not None else ():
-        nn.init.normal_(table.weight, std=0.02)

@@ -1,4 +1,5 @@
-"""Options that every training run has, of whichever script: what training.run.Run reads; and how the scripts read lists, sizes and bounds."""
+"""Options that trainings have in common, of whichever script: the library reads these classes, the scripts' own ones inherit from them; and how
+the scripts read lists, sizes and bounds."""
 
 import json
 from dataclasses import dataclass, fields
@@ -34,6 +35,11 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 
 @dataclass
 class Training:
+    """What training.run.Run reads."""
+
+    NAMES = {}  # what the files of a run are called, see train.py
+    cuda_graph = False  # where a script offers it
+
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(
         False, "begin again: what an earlier run in --output-dir made, and stands in the way, is deleted"
@@ -141,8 +147,8 @@ INDIFFERENT = {  # options that change where and how a training runs, not what c
 }  # fmt: skip
 
 
-def decisive(cfg):
-    """{option: value} of the training options of a config that decide what is learned, as JSON values."""
+def decisive(cfg: Training):
+    """{option: value} of those that decide what is learned, as JSON values; of Noise and Adapters too, where cfg has them."""
     names = [f.name for part in (Training, Noise, Adapters) for f in fields(part) if hasattr(cfg, f.name)]
     return json.loads(json.dumps({name: getattr(cfg, name) for name in names if name not in INDIFFERENT}))
 

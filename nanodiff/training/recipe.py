@@ -11,6 +11,7 @@ import statistics
 import torch
 
 from nanodiff.device import dist
+from nanodiff.training.options import Training
 
 
 def learning_rate(step, peak, total, warmup, kind, low=0.0, cycles=1, power=1.0, first=0):
@@ -204,8 +205,8 @@ def _instead(net, value):
                 p.copy_(raw[k])
 
 
-def optimizer(cfg, net):
-    """What --optimizer names, for the parameters of `net` that learn."""
+def optimizer(cfg: Training, net):
+    """What `optimizer` names, for the parameters of `net` that learn."""
     parameters = trainable(net).values()
     given = {
         "lr": cfg.lr,

@@ -35,6 +35,7 @@ from nanodiff.files import append, claim, link, write_bytes
 from nanodiff.models import layers
 from nanodiff.output.record import Record
 from nanodiff.training import recipe
+from nanodiff.training.options import Training
 from nanodiff.training.state import State
 from nanodiff.training.watch import Watch
 
@@ -56,13 +57,9 @@ def report(device, precision):
 
 
 class Run(State):
-    """One training run. cfg needs: output_dir device seed mixed_precision lr lr_scheduler lr_warmup_steps lr_min
-    max_grad_norm resume max_steps epochs checkpointing_steps checkpoint_epochs checkpoints_total_limit kernels ema
-    ema_decay ema_inv_gamma ema_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon parallel gradient_checkpointing
-    dist_timeout log_every report_to early_stopping_patience early_stopping_delta oscillation_window
-    oscillation_threshold lr_cycles lr_power lr_first_cycle overwrite_output_dir."""
+    """One training run, by the options that all trainings have."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: Training):
         self.cfg = cfg
         self.device = choice.pick_device(cfg.device)
         dist.start(self.device, cfg.dist_timeout)
@@ -120,7 +117,7 @@ class Run(State):
         if cfg.gradient_checkpointing:
             dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
-        if getattr(cfg, "cuda_graph", False):
+        if cfg.cuda_graph:
             self.calls = self._graphed()
         self.opt = recipe.optimizer(cfg, self.net)
         self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
@@ -284,7 +281,7 @@ class Run(State):
 
     def link(self, name, what=None, epoch=0):
         """Give a folder that this run wrote the further name that a document has for such a thing, if it has one."""
-        if form := getattr(self.cfg, "NAMES", {}).get("links", {}).get(what or name):
+        if form := self.cfg.NAMES.get("links", {}).get(what or name):
             dist.on_main(link, self.out / form.format(epoch=epoch), name)
             dist.on_main(self._drop_links)
 

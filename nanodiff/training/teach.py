@@ -1,7 +1,7 @@
 """The loop by which a model learns from another one: pictures and captions in, a model or adapters out. distill.py's three stages differ
 in the loss they hand it.
 
-    fit(cfg, "out/work", sd, nets, dataset, make, write)
+    fit(training, "out/work", sd, nets, dataset, make, write)
 
 make(Lesson) -> f(batch) -> (loss, {name: part for the log}); write(run, states) is called on rank 0 with the averaged weights.
 """
@@ -22,7 +22,8 @@ from nanodiff.diffusion import fewstep, objective
 from nanodiff.files import write_bytes
 from nanodiff.output import charts, images
 from nanodiff.pipeline import sources
-from nanodiff.training import build, latents, loader, options, plan
+from nanodiff.training import build, latents, loader, plan
+from nanodiff.training.options import Noise, Training, decisive
 from nanodiff.training.run import Run
 
 
@@ -49,14 +50,14 @@ class Lesson(NamedTuple):
         return self.text_of(batch, [""] * len(batch.indices))
 
 
-def plain(cfg):
+def plain(noise: Noise, dropout=0.0):
     """make() of ordinary training on the pictures: build.losses."""
 
     def make(lesson):
-        losses = build.losses(cfg, lesson.sd, lesson.calls, lesson.run.device)
+        losses = build.losses(noise, lesson.sd, lesson.calls, lesson.run.device, dropout)
 
         def loss(batch):
-            value, unweighted = losses(batch, lesson.x0_of, lesson.text_of, cfg.seed)
+            value, unweighted = losses(batch, lesson.x0_of, lesson.text_of, lesson.seed)
             return value, {"unweighted_loss": unweighted}
 
         return loss
@@ -64,9 +65,13 @@ def plain(cfg):
     return make
 
 
-def few_step(cfg, n, scale, teacher):
-    """make() of fit() for distill.py few-step's options (see fewstep.py). n: the student's steps; scale: the teacher's guidance; teacher: its network,
-    or None for an adapted student's own base. Every draw is a function of seed, sample and purpose."""
+def few_step(method, n, scale, teacher, known_steps=50, substeps=2, critic_steps=5):
+    """make() of fit() for a student of few steps; every draw is a function of seed, sample and purpose.
+
+    method: "progressive", "guidance", "consistency" or "dmd" (see fewstep.py); n: the student's steps; scale: the teacher's guidance;
+    teacher: its network, or None for an adapted student's own base; known_steps: from which consistency learns; substeps: of the teacher,
+    that are one of progressive's; critic_steps: updates of dmd's critic for one of the student.
+    """
 
     def made(lesson):
         sd, run = lesson.sd, lesson.run
@@ -93,20 +98,20 @@ def few_step(cfg, n, scale, teacher):
                 with torch.no_grad(), lora.without(own) if teacher is None else contextlib.nullcontext():
                     return predict(x, t)
 
-            if cfg.method == "dmd":
+            if method == "dmd":
                 return matching(batch, draw, normal, condition, student, now, guide)
-            if cfg.method == "guidance":
+            if method == "guidance":
                 shift = schedule.cfg["shift"] if schedule.flow else 1.0
                 t = objective.timesteps(schedule, lesson.seed, rows, shift=shift).to(x0.device)
                 return fewstep.guidance(student, guide, schedule, schedule.add_noise(x0, normal(0), t), t), {}
-            count = n if cfg.method == "progressive" else cfg.known_steps
+            count = n if method == "progressive" else known_steps
             i = draw("timestep", 0, lambda g: torch.randint(count, (), generator=g))
-            if cfg.method == "progressive":
-                return fewstep.progressive(student, guide, schedule, x0, normal(0), i, n, cfg.substeps), {}
-            return fewstep.consistency(student, now, guide, schedule, x0, normal(0), i, cfg.known_steps), {}
+            if method == "progressive":
+                return fewstep.progressive(student, guide, schedule, x0, normal(0), i, n, substeps), {}
+            return fewstep.consistency(student, now, guide, schedule, x0, normal(0), i, known_steps), {}
 
         def matching(batch, draw, normal, condition, student, now, guide):
-            taught = run.step % cfg.critic_steps == 0
+            taught = run.step % critic_steps == 0
             k = torch.randint(n, (), generator=objective.generator(lesson.seed, "timestep", f"step {run.step}")).item()
             critic = lesson.denoise(condition, run.net["critic"])
             with torch.set_grad_enabled(taught):
@@ -129,31 +134,29 @@ def few_step(cfg, n, scale, teacher):
     return made
 
 
-def online(cfg, teacher, texts):
-    """make() of fit() for distill.py transfer: the student's x̂0 against the teacher's at the same x_t, each told in its own words; with
-    cfg.feature_weight, where both UNets look. teacher: its pipeline, which shares the student's latents and schedule; texts: of the data set."""
+def online(noise: Noise, teacher, texts, feature_weight=0.0):
+    """make() of fit(): the student's x̂0 against the teacher's at the same x_t, each told in its own words; with feature_weight, also
+    where both UNets look. noise: how times and noise are drawn; teacher: its pipeline, which shares the student's latents and schedule; texts:
+    of the data set."""
 
     def made(lesson):
         sd, run = lesson.sd, lesson.run
         for module in teacher.models().values():
             module.to(run.device).requires_grad_(False).eval()
         teacher.vae = None  # the student's is the same
-        theirs = latents.Texts(teacher, texts, lesson.seed, run.device, cfg.caption_dropout, folder=run.out / "cache",
+        theirs = latents.Texts(teacher, texts, lesson.seed, run.device, noise.caption_dropout, folder=run.out / "cache",
                                dtype=run.precision or torch.float32)  # fmt: skip
         # hooks that stay for as long as the networks live
-        places = [fewstep.Features(n) for n in (sd.net, teacher.net)] if cfg.feature_weight else []
-        shift = cfg.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
+        places = [fewstep.Features(n) for n in (sd.net, teacher.net)] if feature_weight else []
+        shift = noise.timestep_shift or (sd.schedule.cfg["shift"] if sd.schedule.flow else 1.0)
 
         def loss(batch):
             x0 = lesson.x0_of(batch)
-            t = objective.timesteps(sd.schedule, lesson.seed, batch.indices, cfg.timestep_sampling, cfg.timestep_mean, cfg.timestep_std,
+            t = objective.timesteps(sd.schedule, lesson.seed, batch.indices, noise.timestep_sampling, noise.timestep_mean, noise.timestep_std,
                                     shift).to(x0.device)  # fmt: skip
-            noise = objective.draw(
-                lesson.seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g)
-            )
-            x = sd.schedule.add_noise(
-                x0, objective.offset(noise.to(x0), cfg.offset_noise, lesson.seed, batch.indices), t
-            )
+            eps = objective.draw(lesson.seed, "noise", batch.indices, lambda g: torch.randn(x0.shape[1:], generator=g))
+            eps = objective.offset(eps.to(x0), noise.offset_noise, lesson.seed, batch.indices)
+            x = sd.schedule.add_noise(x0, eps, t)
             with torch.no_grad():
                 want, _ = fewstep.split(
                     teacher.schedule, lesson.denoise(theirs(batch), teacher.net, teacher)(x, t), x, t
@@ -162,57 +165,77 @@ def online(cfg, teacher, texts):
             parts = {"output": fewstep.mean_error(sd.schedule, got, want, t, x)}
             if places:
                 parts["features"] = fewstep.features(places[0].seen, places[1].seen)
-            return parts["output"] + cfg.feature_weight * parts.get("features", 0.0), parts
+            return parts["output"] + feature_weight * parts.get("features", 0.0), parts
 
         return loss
 
     return made
 
 
-def fit(cfg, work, sd, nets, dataset, make, write, side=None, prompts=(), how=(None, None), lesson_of=()):
+class Sheets(NamedTuple):
+    """Sample sheets while a model learns."""
+
+    prompts: list = ()
+    every: int = 0  # updates; 0 = none
+    steps: int | None = None  # None: the model's own
+    guidance: float | None = None
+
+
+def fit(training: Training, work, sd, nets, dataset, make, write, side=None, caption_dropout=0.0, adapter_dropout=0.0, sheets=None,
+        lesson_of=()):  # fmt: skip
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
-    killed run goes on. side: pixels, default the model's. prompts, how: of the sheets of cfg.sample_every, and their (steps, guidance).
+    killed run goes on. training: options of every training, by which one that goes on is compared; side: pixels, default the model's;
+    caption_dropout: share of captions replaced by the empty text; adapter_dropout: of the adapters' inputs.
 
     lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher. Raises UserError for a `work` that was begun
     with another one or another data set, and for a size that the model cannot have."""
     if side and side % sd.multiple:
         raise UserError(f"`resolution` {side} must be a multiple of {sd.multiple}")
-    updates = cfg.max_steps or cfg.epochs * max(
-        1, -(-len(dataset) // (cfg.batch_size * cfg.grad_accum * dist.world().size))
+    sheets = sheets or Sheets()
+    group = training.batch_size * training.grad_accum * dist.world().size
+    updates = training.max_steps or training.epochs * max(1, -(-len(dataset) // group))
+    run = Run(
+        dataclasses.replace(
+            training,
+            output_dir=str(work),
+            resume=None if training.overwrite_output_dir else training.resume or "auto",
+            checkpointing_steps=training.checkpointing_steps or max(1, updates // 10),
+        )
     )
-    part = dataclasses.replace(cfg, output_dir=str(work), resume=None if cfg.overwrite_output_dir else cfg.resume or "auto",
-                               checkpointing_steps=cfg.checkpointing_steps or max(1, updates // 10))  # fmt: skip
-    run = Run(part)
     for module in sd.models().values():
         module.to(run.device)
     transform = loader.Transform(side or sd.size[0], True)
-    feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, timeout=cfg.dist_timeout)
+    seed = training.seed
+    feed = loader.Feed(
+        dataset, transform, seed, training.batch_size, training.grad_accum, timeout=training.dist_timeout
+    )
     calls = run.trainable(nets)
-    if cfg.gradient_checkpointing and sd.denoiser_name not in nets:
+    if training.gradient_checkpointing and sd.denoiser_name not in nets:
         dist.recompute(sd.net)  # it is frozen, but gradients pass through it to the text encoder
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
     run.same("method or teacher", list(lesson_of), must=True)
-    for name, value in options.decisive(cfg).items():
+    for name, value in decisive(training).items():
         run.same(name, value, must=True)
     feed.interrupted = run.interrupted
     cache = work / "cache"
     lesson = Lesson(
-        sd, run, calls, latents.Latents(sd.vae, feed, cfg.seed, run.device, cache),
-        latents.Texts(sd, dataset.texts, cfg.seed, run.device, cfg.caption_dropout, calls.get("text_encoder"), cache,
-                      dtype=run.precision or torch.float32), cfg.seed,
+        sd, run, calls, latents.Latents(sd.vae, feed, seed, run.device, cache),
+        latents.Texts(sd, dataset.texts, seed, run.device, caption_dropout, calls.get("text_encoder"), cache,
+                      dtype=run.precision or torch.float32), seed,
     )  # fmt: skip
     loss_of = make(lesson)
     for step in run.steps():
         for batch in feed.update(step):
-            build.reseed(cfg, cfg.seed, batch)
+            build.reseed(adapter_dropout, seed, batch)
             with run.forward(batch):
                 loss, parts = loss_of(batch)
             run.backward(loss, batch, **parts)
         run.update()
-        if prompts and run.every(getattr(cfg, "sample_every", 0)):
-            sheet(run, sd, prompts, work / "samples" / f"{step + 1:06d}.png", *how)
+        if sheets.prompts and run.every(sheets.every):
+            path = work / "samples" / f"{step + 1:06d}.png"
+            sheet(run, sd, sheets.prompts, path, sheets.steps, sheets.guidance)
         if run.epoch_ended():
             run.more["epoch_loss"] = run.epoch_loss
             run.judge(run.epoch_loss)
@@ -274,7 +297,7 @@ def adapters_of(parts, settings, model):
     return out
 
 
-def estimate(cfg, model, settings, side, dtype):
+def estimate(training: Training, model, settings, side, dtype):
     """plan.Estimate of fit() for a student, from its configuration alone. settings: as student() takes them; side: pixels, or None."""
     src = sources.configs(model)
     family = pipeline.FAMILIES[src.kind]
@@ -289,8 +312,8 @@ def estimate(cfg, model, settings, side, dtype):
                 lora.adapt(meta[n], component=n, **mine)
                 trained[n] = meta[n]
     length = family.family.text_length
-    x, t, given = build.outline(net, cfg.batch_size, side // scale if side else own, length)
-    ids = torch.zeros(cfg.batch_size, length, dtype=torch.long, device="meta")
+    x, t, given = build.outline(net, training.batch_size, side // scale if side else own, length)
+    ids = torch.zeros(training.batch_size, length, dtype=torch.long, device="meta")
 
     def loss():
         condition = given
@@ -300,9 +323,8 @@ def estimate(cfg, model, settings, side, dtype):
         return net(x, t, *condition).float().pow(2).mean()
 
     frozen = {n: m for n, m in meta.items() if n not in trained}
-    return plan.estimate(
-        trained, loss, frozen, 4, dtype, ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer
-    )
+    return plan.estimate(trained, loss, frozen, 4, dtype, ema=training.ema, recompute=training.gradient_checkpointing,
+                         optimizer=training.optimizer)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------

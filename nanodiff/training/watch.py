@@ -5,14 +5,15 @@ from pathlib import Path
 from nanodiff.commandline import as_dict
 from nanodiff.config import UserError
 from nanodiff.device import dist
+from nanodiff.training.options import Training
 
 
 class Watch:
     """TensorBoard or Weights & Biases, beside metrics.jsonl. Raises UserError when the extra is not installed."""
 
-    def __init__(self, kind, cfg):
+    def __init__(self, kind, cfg: Training):
         self.kind, self.writer = kind, None
-        folder = getattr(cfg, "logging_dir", None) or Path(cfg.output_dir) / "logs"
+        folder = cfg.logging_dir or Path(cfg.output_dir) / "logs"
         missing = f"--report-to {kind}: {kind} is not installed; pip install {kind} (extra `{kind}`)"
         if kind == "tensorboard":
             try:

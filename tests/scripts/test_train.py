@@ -297,7 +297,7 @@ def test_the_pokemon_unet_is_the_documents():
     )
     text = type("Text", (), {"hidden_size": 768, "projection_dim": 768})
     with torch.device("meta"):
-        net = build.make_denoiser(cfg, None, text)
+        net = build.make_denoiser(cfg.model_size, cfg.resolution, text)
         out = net(torch.empty(1, 3, 32, 32), torch.zeros(1), torch.empty(1, 77, 768))
     assert out.shape == (1, 3, 32, 32) and round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 59.5
 
@@ -307,7 +307,7 @@ def test_new_models_predict_nothing(tmp_path):
     for size in ("tiny", "mmdit-tiny"):
         cfg = commandline.parse(train.DiffusionConfig, ["--model-size", size, "--resolution", "16"])
         text = type("Text", (), {"hidden_size": 32, "projection_dim": 32})
-        net = build.make_denoiser(cfg, None, text)
+        net = build.make_denoiser(cfg.model_size, cfg.resolution, text)
         build.init(net, None)
         told = (torch.randn(2, 7, 32), torch.randn(2, 32))[: 1 if size == "tiny" else 2]
         assert net(torch.randn(2, 3, 16, 16), torch.tensor([1, 500]), *told).abs().max() == 0

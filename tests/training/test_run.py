@@ -17,50 +17,26 @@ from nanodiff.files import out_dir
 from nanodiff.models.upsample import Upsample
 from nanodiff.output.record import Record
 from nanodiff.training import checkpoint
+from nanodiff.training.options import Training
 from nanodiff.training.run import Run
 
 
 @dataclass
-class Config:
-    output_dir: str = ""
+class Config(Training):
     device: str = "cpu"
-    seed: int = 0
     mixed_precision: str = "no"
     lr: float = 0.01
-    lr_scheduler: str = "cosine"
     lr_warmup_steps: float = 2
-    lr_min: float = 0.0
-    lr_cycles: int = 1
-    lr_power: float = 1.0
     lr_first_cycle: int = 1
-    optimizer: str = "adamw"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
     max_steps: int = 10
-    epochs: int = 1
-    ema: bool = True
     ema_decay: float = 0.9
-    ema_inv_gamma: float = 1.0
-    ema_power: float = 0.75
-    resume: str | None = None
     checkpointing_steps: int = 3
-    checkpoint_epochs: int = 0
     checkpoints_total_limit: int | None = None
-    overwrite_output_dir: bool = False
-    parallel: str = "ddp"
-    gradient_checkpointing: bool = False
     cuda_graph: bool = False
     grad_accum: int = 1
     lora_dropout: float = 0.0
     dist_timeout: int = 20
     log_every: int = 1
-    report_to: str = "none"
-    early_stopping_patience: int = 0
-    early_stopping_delta: float = 0.0
-    oscillation_window: int = 0
     oscillation_threshold: float = 0.0
     token: str = "secret-token"
     kernels: str = "torch"
