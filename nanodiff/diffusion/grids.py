@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported where they are first used
 import torch
-from scipy import special
 
 from nanodiff.config import UserError
 from nanodiff.diffusion.schedule import leading, split
@@ -98,7 +98,7 @@ def respaced(cfg, top, low, n):
     if cfg.get("use_exponential_sigmas") or cfg.get("use_lu_lambdas"):
         return np.exp(np.linspace(math.log(top), math.log(low), n))
     if cfg.get("use_beta_sigmas"):
-        return low + (top - low) * special.betaincinv(0.6, 0.6, 1 - share)
+        return low + (top - low) * scipy.special.betaincinv(0.6, 0.6, 1 - share)
     return None
 
 
