@@ -6,6 +6,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 MODEL  ?=
 PEER   ?=
+PEER_OV ?=
 DAY    ?=
 WEIGHTS ?=
 OUT    ?= out
@@ -303,8 +304,8 @@ format: $(STAMP)  ## ruff: mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it)
-	$(PY) benchmarks/bench.py --peer "$(PEER)"
+bench: $(STAMP)  ## speed against diffusers, in one run (PEER=python of an environment that has it; PEER_OV=one with OpenVINO)
+	$(PY) benchmarks/bench.py --peer "$(PEER)" --peer-ov "$(PEER_OV)"
 
 bench-train: $(STAMP)  ## whole training runs beside diffusers' own loop: images a second, memory, quality (PEER=…)
 	$(PY) benchmarks/recipe.py --peer "$(PEER)"

@@ -1,7 +1,7 @@
-"""Speed and memory beside diffusers, in one run:   python benchmarks/bench.py --peer PYTHON [--cases import,load,…]
+"""Speed and memory beside diffusers, in one run:   python benchmarks/bench.py --peer PYTHON [--peer-ov PYTHON] [--cases import,load,…]
 
-PYTHON is the interpreter of an environment that has diffusers and transformers; without it only our own figures are
-printed. Every measurement is a fresh process; ours and the peer's alternate (A B A B …) and the figure is the median of
+PYTHON is the interpreter of an environment that has diffusers and transformers, of --peer-ov one that has OpenVINO, too (for steps,
+decodes and pictures of SD 1.5: openvino_peer.py); without them only our own figures are printed. Every measurement is a fresh process; ours and the peer's alternate (A B A B …) and the figure is the median of
 the ratios peer / ours of neighbouring runs, with the smallest and the largest beside it, because on a shared machine
 only neighbours can be compared. Weights are random, in the real sizes, made once under --work (2 to 7 GB a model).
 
@@ -237,6 +237,7 @@ PEER["error"] = f"""
 import torch; from diffusers import UNet2DConditionModel
 load = lambda dtype: UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype)
 run = lambda net, x, text: net(x, 500, text).sample{ERROR}"""
+OPENVINO = ("convert", "net", "vae", "error", "image")
 CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "import": ("import", "sd15", "-", ["-"], 7, "total_s"),
     "load-fp16": ("load", "sd15", "float16", ["float16"], 5, "total_s"),
@@ -260,6 +261,7 @@ CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "image-bf16": ("image", "sd15", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 3, "total_s"),
     "default": ("default", "sd15", "4", ["4"], 1, "total_s"),
     "unet64-bf16": ("net", "sd15", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "image8-bf16": ("image", "sd15", "bfloat16-512-8-none", ["bfloat16-512-8-none"], 2, "total_s"),
     "control64-fp32": (
         "added",
         "sd15",
@@ -294,10 +296,13 @@ MODELS = {  # full-size random models: repository of the small files, components
 
 
 def measure(python, program, folder, kind):
+    """Facts of a program of OURS or PEER, or of a name of openvino_peer.py's, in a process of its own."""
     import time
 
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     argv = [python, "-c", COMMON + program, str(time.time()), str(folder), kind]
+    if program in OPENVINO:
+        argv = [python, str(ROOT / "benchmarks" / "openvino_peer.py"), str(time.time()), program, str(folder), kind]
     done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=ROOT, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not lines:
@@ -360,6 +365,7 @@ def cpu_name():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default="", help="python of an environment with diffusers")
+    parser.add_argument("--peer-ov", default="", help="python of an environment with OpenVINO and diffusers")
     usual = ",".join(name for name in CASES if not name.startswith(("sdxl", "sd35m")))
     parser.add_argument("--cases", default=usual, help="comma-separated; all = also the large models")
     parser.add_argument("--pairs", type=int, default=0, help="pairs a case; 0 = each case's own number")
@@ -373,16 +379,26 @@ def main():
         folder = ROOT / "tests" / "golden" / model if model.startswith("tiny/") else ROOT / args.work / model
         if not (folder / "model_index.json").exists():
             make_model(model, folder)
-        ours, peers = [], {k: [] for k in peer_kinds}
+        ours, peers, other = [], {k: [] for k in peer_kinds}, []
+        with_ov = args.peer_ov and program in OPENVINO and model == "sd15"
+        if with_ov and not (folder / "openvino" / "text.xml").exists():
+            measure(args.peer_ov, "convert", folder, kind)
         for _ in range(pairs):
             ours.append(measure(sys.executable, OURS[program], folder, kind))
             for k in peer_kinds if args.peer else ():
                 peers[k].append(measure(args.peer, PEER[program], folder, k))
+            if with_ov:
+                other.append(measure(args.peer_ov, program, folder, kind))
         row = {
             "ours_s": statistics.median(r[figure] for r in ours),
             "ours_peak_mb": max(r["peak_mb"] for r in ours),
             "pairs": pairs,
         }
+        if other:
+            ratios = [p[figure] / o[figure] for o, p in zip(ours, other, strict=True)]
+            row |= {"openvino_s": statistics.median(r[figure] for r in other), "openvino_peak_mb": max(r["peak_mb"] for r in other),
+                    "openvino_ratio": statistics.median(ratios), "openvino_ratio_min": min(ratios),
+                    "openvino_ratio_max": max(ratios), "openvino": other[0]["version"]}  # fmt: skip
         best = min(
             (k for k in peers if peers[k]), key=lambda k: statistics.median(r[figure] for r in peers[k]), default=None
         )
