@@ -237,7 +237,28 @@ PEER["error"] = f"""
 import torch; from diffusers import UNet2DConditionModel
 load = lambda dtype: UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype)
 run = lambda net, x, text: net(x, 500, text).sample{ERROR}"""
-OPENVINO = ("convert", "net", "vae", "error", "image")
+OPENVINO = ("net", "vae", "error", "image")  # of openvino_peer.py
+# diffusers' modules of a Stable Diffusion 1.x folder into folder/openvino; weights in fp16, which is OpenVINO's habit and what the folder has
+CONVERT = """
+import openvino as ov, torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+class Call(torch.nn.Module):
+    def __init__(self, net, call):
+        super().__init__(); self.net, self.call = net, call
+    def forward(self, *args):
+        return self.call(self.net, *args)
+def write(cls, part, call, name, *example):
+    net = cls.from_pretrained(folder + "/" + part, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        model = ov.convert_model(Call(net, call), example_input=example)
+    ov.save_model(model, folder + "/openvino/" + name + ".xml")
+r = torch.randn
+write(UNet2DConditionModel, "unet", lambda net, x, t, text: net(x, t, text, return_dict=False)[0], "unet",
+      r(2, 4, 64, 64), torch.tensor(500), r(2, 77, 768))
+write(AutoencoderKL, "vae", lambda net, z: net.decode(z, return_dict=False)[0], "vae", r(1, 4, 64, 64))
+write(CLIPTextModel, "text_encoder", lambda net, ids: net(ids)[0], "text", torch.randint(0, 49000, (2, 77)))
+report()"""
 CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "import": ("import", "sd15", "-", ["-"], 7, "total_s"),
     "load-fp16": ("load", "sd15", "float16", ["float16"], 5, "total_s"),
@@ -382,7 +403,7 @@ def main():
         ours, peers, other = [], {k: [] for k in peer_kinds}, []
         with_ov = args.peer_ov and program in OPENVINO and model == "sd15"
         if with_ov and not (folder / "openvino" / "text.xml").exists():
-            measure(args.peer_ov, "convert", folder, kind)
+            measure(args.peer_ov, CONVERT, folder, kind)
         for _ in range(pairs):
             ours.append(measure(sys.executable, OURS[program], folder, kind))
             for k in peer_kinds if args.peer else ():

@@ -1,8 +1,8 @@
-"""The OpenVINO side of bench.py, run by a Python that has openvino, torch, diffusers and transformers; this project itself never imports them.
+"""The OpenVINO side of bench.py, run by a Python that has openvino, after bench.py's CONVERT has written FOLDER/openvino once, as a user does.
 
     PYTHON benchmarks/openvino_peer.py STARTED PROGRAM FOLDER KIND
 
-PROGRAM: convert (diffusers' modules of a Stable Diffusion 1.x folder into FOLDER/openvino, once, as a user does), net (a guided UNet call),
+PROGRAM: net (a guided UNet call),
 vae (a decode), image (process start to the pixels of a picture, compilation counted, by a DDIM loop of a few lines), error (a call in bf16 against
 one in fp32). KIND: as bench.py has them; only its type, its side and its counts matter here. Prints RESULT and a JSON object.
 """
@@ -16,36 +16,6 @@ import numpy as np
 import openvino as ov
 
 PRECISION = {"float32": "f32", "bfloat16": "bf16"}
-
-
-def convert(folder, _kind):
-    """Weights are stored in fp16, which is OpenVINO's habit and what the folder has."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    class Call(torch.nn.Module):
-        def __init__(self, net, call):
-            super().__init__()
-            self.net, self.call = net, call
-
-        def forward(self, *args):
-            return self.call(self.net, *args)
-
-    def write(net, call, name, *example):
-        with torch.no_grad():
-            model = ov.convert_model(Call(net.eval(), call), example_input=example)
-        ov.save_model(model, folder / "openvino" / f"{name}.xml")
-
-    r = torch.randn
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    write(unet, lambda net, x, t, text: net(x, t, text, return_dict=False)[0], "unet", r(2, 4, 64, 64), torch.tensor(500), r(2, 77, unet.config.cross_attention_dim))  # fmt: skip
-    del unet
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    write(vae, lambda net, z: net.decode(z, return_dict=False)[0], "vae", r(1, 4, 64, 64))
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
-    write(text, lambda net, ids: net(ids)[0], "text", torch.randint(0, 49000, (2, 77)))
-    return {}
 
 
 def compiled(folder, name, dtype, *shapes):
@@ -121,7 +91,7 @@ def image(folder, kind):
 
 if __name__ == "__main__":
     began, program, path, how = float(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-    facts = {"convert": convert, "net": net, "vae": vae, "error": error, "image": image}[program](path, how)
+    facts = {"net": net, "vae": vae, "error": error, "image": image}[program](path, how)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) / 1024
     print("RESULT" + json.dumps(facts | {"total_s": time.time() - began, "peak_mb": peak, "version": ov.__version__}))

@@ -44,7 +44,7 @@ def train(cfg):
         for n, seed in (("train", cfg.seed), ("val", None))
     )
     run.cfg = cfg = dataclasses.replace(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
-    calls = run.trainable({"captioner": net})
+    calls = run.trainable({"captioner": net}, random=cfg.lora_dropout > 0 or cfg.vit_lora_dropout > 0)
     run.schedule(feed.per_epoch)
     run.resume()
     dist.on_main(tidy, run, cfg)

@@ -77,7 +77,7 @@ def few_step(cfg):
             if i == 0:
                 dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
             with record.timed("train"):
-                make = teach.few_step(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
+                make = teach.FewSteps(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
                 teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution, cfg.caption_dropout,
                           cfg.lora_dropout, teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
                           (cfg.method, str(last), n, scale))  # fmt: skip

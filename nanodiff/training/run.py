@@ -101,8 +101,9 @@ class Run(State):
 
     # -- what is trained ---------------------------------------------------------------------------------------
 
-    def trainable(self, nets):
-        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained.
+    def trainable(self, nets, random=False):
+        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained. random: do the modules draw
+        random numbers (dropout)?
 
         Sets `net` (all of them, unwrapped), `opt` and `average` (the EMA, or None).
         """
@@ -115,20 +116,20 @@ class Run(State):
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:
-            dist.recompute(self.net, random=any(getattr(cfg, name, 0) for name in ("lora_dropout", "vit_lora_dropout")))
+            dist.recompute(self.net, random)
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
         if cfg.cuda_graph:
-            self.calls = self._graphed()
+            self.calls = self._graphed(random)
         self.opt = recipe.optimizer(cfg, self.net)
         self.average = recipe.EMA(self.net, cfg.ema_decay, cfg.ema_inv_gamma, cfg.ema_power) if cfg.ema else None
         return self.calls
 
-    def _graphed(self):
+    def _graphed(self, random):
         """What to call in place of each net where the passes are CUDA graphs."""
         cfg = self.cfg
-        for name in ("gradient_checkpointing", "lora_dropout"):
-            if getattr(cfg, name):
-                raise UserError(f"`cuda_graph` records a pass as it is: not with `{name}`")
+        if random or cfg.gradient_checkpointing:
+            what = "dropout" if random else "`gradient_checkpointing`"
+            raise UserError(f"`cuda_graph` records a pass as it is: not with {what}")
         if cfg.grad_accum > 1 or cfg.parallel == "fsdp":
             raise UserError("`cuda_graph` needs one batch an update and whole weights: not with `grad_accum` or fsdp")
         if self.device.type != "cuda" or self.world > 1:

@@ -65,73 +65,82 @@ def plain(noise: Noise, dropout=0.0):
     return make
 
 
-def few_step(method, n, scale, teacher, known_steps=50, substeps=2, critic_steps=5):
-    """make() of fit() for a student of few steps; every draw is a function of seed, sample and purpose.
+@dataclasses.dataclass
+class FewSteps:
+    """make() of fit() for a student of few steps, by the methods of fewstep.py; every draw is a function of seed, sample and purpose."""
 
-    method: "progressive", "guidance", "consistency" or "dmd" (see fewstep.py); n: the student's steps; scale: the teacher's guidance;
-    teacher: its network, or None for an adapted student's own base; known_steps: from which consistency learns; substeps: of the teacher,
-    that are one of progressive's; critic_steps: updates of dmd's critic for one of the student.
-    """
+    method: str  # "progressive", "guidance", "consistency" or "dmd"
+    steps: int  # the student's
+    scale: float  # the teacher's guidance
+    teacher: torch.nn.Module | None  # its network; None: an adapted student's own base
+    known_steps: int = 50  # times that consistency learns
+    substeps: int = 2  # of the teacher, that are one of progressive's
+    critic_steps: int = 5  # updates of dmd's critic for one of the student
 
-    def made(lesson):
-        sd, run = lesson.sd, lesson.run
-        schedule, own = sd.schedule, sd.net
-        if teacher is not None:
-            teacher.to(run.device)
+    def __call__(self, lesson):
+        if self.teacher is not None:
+            self.teacher.to(lesson.run.device)
+        method = getattr(self, self.method)
+        return lambda batch: method(Round(lesson, batch, self.teacher, self.scale))
 
-        def loss(batch):
-            x0, rows = lesson.x0_of(batch), batch.indices
+    def progressive(self, r):
+        i = r.draw("timestep", 0, lambda g: torch.randint(self.steps, (), generator=g))
+        return fewstep.progressive(r.student, r.guide, r.schedule, r.x0, r.normal(0), i, self.steps, self.substeps), {}
 
-            def draw(stream, part, one):
-                return objective.draw(lesson.seed, stream, [f"{i}.{part}" for i in rows], one).to(x0.device)
+    def guidance(self, r):
+        shift = r.schedule.cfg["shift"] if r.schedule.flow else 1.0
+        t = objective.timesteps(r.schedule, r.lesson.seed, r.rows, shift=shift).to(r.x0.device)
+        return fewstep.guidance(r.student, r.guide, r.schedule, r.schedule.add_noise(r.x0, r.normal(0), t), t), {}
 
-            def normal(part):
-                return draw("noise", part, lambda g: torch.randn(x0.shape[1:], generator=g))
+    def consistency(self, r):
+        i = r.draw("timestep", 0, lambda g: torch.randint(self.known_steps, (), generator=g))
+        return fewstep.consistency(r.student, r.now, r.guide, r.schedule, r.x0, r.normal(0), i, self.known_steps), {}
 
-            condition = lesson.text_of(batch)
-            empty = lesson.nothing(condition, batch)
-            student, now = lesson.denoise(condition), lesson.denoise(condition, own)
-            net = own if teacher is None else teacher
-            predict = fewstep.guided(lesson.denoise(condition, net), lesson.denoise(empty, net), scale)
+    def dmd(self, r):
+        """The critic learns at every update, the student at every critic_steps-th, from pictures that it draws itself."""
+        run, schedule = r.lesson.run, r.schedule
+        taught = run.step % self.critic_steps == 0
+        k = torch.randint(self.steps, (), generator=objective.generator(r.lesson.seed, "timestep", f"step {run.step}"))
+        k = k.item()
+        with torch.set_grad_enabled(taught):
+            x0 = fewstep.drawn(r.now, schedule, [r.normal(j) for j in range(k + 1)], self.steps, k, r.student)
+        t, u = (
+            fewstep.matched_times(schedule, r.draw("timestep", i, lambda g: torch.rand((), generator=g)))
+            for i in (1, 2)
+        )
+        critic = r.lesson.denoise(r.condition, r.lesson.calls["critic"])
+        value = fewstep.denoising(critic, schedule, x0, r.normal("critic"), t)
+        parts = {"critic": value}
+        if taught:
+            frozen = r.lesson.denoise(r.condition, run.net["critic"])
+            parts["student"] = fewstep.distribution(x0, r.guide, frozen, schedule, r.normal("match"), u)
+            value = value + parts["student"]
+        return value, parts
 
-            def guide(x, t):
-                with torch.no_grad(), lora.without(own) if teacher is None else contextlib.nullcontext():
-                    return predict(x, t)
 
-            if method == "dmd":
-                return matching(batch, draw, normal, condition, student, now, guide)
-            if method == "guidance":
-                shift = schedule.cfg["shift"] if schedule.flow else 1.0
-                t = objective.timesteps(schedule, lesson.seed, rows, shift=shift).to(x0.device)
-                return fewstep.guidance(student, guide, schedule, schedule.add_noise(x0, normal(0), t), t), {}
-            count = n if method == "progressive" else known_steps
-            i = draw("timestep", 0, lambda g: torch.randint(count, (), generator=g))
-            if method == "progressive":
-                return fewstep.progressive(student, guide, schedule, x0, normal(0), i, n, substeps), {}
-            return fewstep.consistency(student, now, guide, schedule, x0, normal(0), i, known_steps), {}
+class Round:
+    """A micro-batch as the methods of FewSteps need it: x0, condition, student (f(x, t) that learns), now (its own network as it is), guide."""
 
-        def matching(batch, draw, normal, condition, student, now, guide):
-            taught = run.step % critic_steps == 0
-            k = torch.randint(n, (), generator=objective.generator(lesson.seed, "timestep", f"step {run.step}")).item()
-            critic = lesson.denoise(condition, run.net["critic"])
-            with torch.set_grad_enabled(taught):
-                x0 = fewstep.drawn(now, schedule, [normal(j) for j in range(k + 1)], n, k, student)
-            t, u = (
-                fewstep.matched_times(schedule, draw("timestep", i, lambda g: torch.rand((), generator=g)))
-                for i in (1, 2)
-            )
-            value = fewstep.denoising(
-                lesson.denoise(condition, lesson.calls["critic"]), schedule, x0, normal("critic"), t
-            )
-            parts = {"critic": value}
-            if taught:
-                parts["student"] = fewstep.distribution(x0, guide, critic, schedule, normal("match"), u)
-                value = value + parts["student"]
-            return value, parts
+    def __init__(self, lesson, batch, teacher, scale):
+        self.lesson, self.rows, self.schedule = lesson, batch.indices, lesson.sd.schedule
+        self.x0, self.condition = lesson.x0_of(batch), lesson.text_of(batch)
+        self.own, empty = lesson.sd.net, lesson.nothing(self.condition, batch)
+        self.student, self.now = lesson.denoise(self.condition), lesson.denoise(self.condition, self.own)
+        net = self.own if teacher is None else teacher
+        self.shared = teacher is None  # the teacher is the student without its adapters
+        self.predict = fewstep.guided(lesson.denoise(self.condition, net), lesson.denoise(empty, net), scale)
 
-        return loss
+    def draw(self, stream, part, one):
+        """One one(generator) for each sample, stacked."""
+        return objective.draw(self.lesson.seed, stream, [f"{i}.{part}" for i in self.rows], one).to(self.x0.device)
 
-    return made
+    def normal(self, part):
+        return self.draw("noise", part, lambda g: torch.randn(self.x0.shape[1:], generator=g))
+
+    def guide(self, x, t):
+        """The teacher's prediction, guided."""
+        with torch.no_grad(), lora.without(self.own) if self.shared else contextlib.nullcontext():
+            return self.predict(x, t)
 
 
 def online(noise: Noise, teacher, texts, feature_weight=0.0):
@@ -209,7 +218,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, cap
     feed = loader.Feed(
         dataset, transform, seed, training.batch_size, training.grad_accum, timeout=training.dist_timeout
     )
-    calls = run.trainable(nets)
+    calls = run.trainable(nets, random=adapter_dropout > 0)
     if training.gradient_checkpointing and sd.denoiser_name not in nets:
         dist.recompute(sd.net)  # it is frozen, but gradients pass through it to the text encoder
     run.schedule(feed.per_epoch)
