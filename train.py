@@ -353,17 +353,11 @@ def train_vae(cfg):
                 dist.on_main(vae.vae_sheets, run, net, dataset, cfg, step + 1)
         if run.epoch_ended():
             feed.report_bad(run.out)
-            loss = (
-                validate(run, check_feed, lambda b: losses(b, cfg.kl_weight, False)[1]["judged"])
-                if held
-                else run.epoch_loss
-            )
-            best = run.judge(loss) and final  # while the weight grows, every epoch is judged by another measure
-            if not final:
-                run.best, run.reason = None, None
-                run.plateau.state |= {"best": None, "bad": 0}
-                run.stopper.state |= {"best": None, "bad": 0, "losses": []}
-            if best and cfg.keep_best:
+            judged = lambda b: losses(b, cfg.kl_weight, False)[1]["judged"]  # noqa: E731
+            best = run.judge(validate(run, check_feed, judged) if held else run.epoch_loss)
+            if not final:  # while the weight grows, every epoch is judged by another measure
+                run.forget()
+            elif best and cfg.keep_best:
                 vae.write_vae(run, net, dataset, cfg, "best_model")
         if run.every_epochs(cfg.save_model_epochs):
             vae.write_vae(run, net, dataset, cfg, f"model-epoch-{(step + 1) // feed.per_epoch}")
@@ -417,20 +411,10 @@ def train_diffusion(cfg):
     diffusion.prompts_of(cfg, sd, dataset)  # a mistake in them shows now, not at the first sheet
     say_size(run.net, "model")
 
-    folder = cfg.cache_dir or run.out / "cache"
-    texts_of = lambda some: build.conditions(cfg.condition, some)  # noqa: E731
-    kept = {"folder": folder, "cached": cfg.cache}
-    low = run.precision or torch.float32
-    seen = {"pictures": "controlnet" in nets}  # which is shown each of them
-    x0_of = latents.Latents(sd.vae, feed, cfg.seed, run.device, **kept, **seen)
-    text_of = latents.Texts(sd, texts_of(dataset), cfg.seed, run.device, cfg.caption_dropout, calls.get("text_encoder"),
-                            dtype=low, **kept)  # fmt: skip
+    x0_of, text_of = diffusion.encoded(cfg, run, sd, calls, dataset, feed, cfg.seed, cfg.caption_dropout)
     if held:
         check_feed = make_feed(cfg, held, training=False, multiple=sd.multiple)
-        held_x0 = latents.Latents(sd.vae, check_feed, cfg.seed + 1, run.device, **kept, **seen)
-        held_text = latents.Texts(
-            sd, texts_of(held), cfg.seed + 1, run.device, 0.0, calls.get("text_encoder"), dtype=low, **kept
-        )
+        held_x0, held_text = diffusion.encoded(cfg, run, sd, calls, held, check_feed, cfg.seed + 1, 0.0)
     losses = build.losses(cfg, sd, calls, run.device, cfg.lora_dropout, cfg.conditioning)
 
     for step in run.steps():

@@ -15,7 +15,7 @@ from nanodiff.models.labels import LabelEncoder
 from nanodiff.output import images
 from nanodiff.pipeline import control, sources
 from nanodiff.text.tokenizer import LabelTokenizer, train_bpe
-from nanodiff.training import build, teach
+from nanodiff.training import build, latents, teach
 from nanodiff.training.options import under
 from nanodiff.weights import hub
 
@@ -111,6 +111,18 @@ def make_text(cfg, dataset, device):
         return encoder, tokenizer, True
     tokenizer = train_bpe([t for texts in dataset.texts for t in texts], cfg.vocab_size, cfg.max_length)
     return CLIPTextModel(text_config(cfg, tokenizer)), tokenizer, False
+
+
+def encoded(cfg, run, sd, calls, dataset, feed, seed, dropout):
+    """(latents.Latents, latents.Texts) of a data set: what the loss asks for a micro-batch. dropout: share of the captions left out."""
+    kept = {"folder": cfg.cache_dir or run.out / "cache", "cached": cfg.cache}
+    pictures = "controlnet" in calls  # which is shown each of them
+    texts = build.conditions(cfg.condition, dataset)
+    return (
+        latents.Latents(sd.vae, feed, seed, run.device, **kept, pictures=pictures),
+        latents.Texts(sd, texts, seed, run.device, dropout, calls.get("text_encoder"), dtype=run.precision or torch.float32,
+                      **kept),
+    )  # fmt: skip
 
 
 def sheet(run, sd, cfg, dataset, path, strip=False):

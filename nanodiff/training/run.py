@@ -326,6 +326,12 @@ class Run(State):
         self.best = loss if better else self.best
         return better
 
+    def forget(self):
+        """Judge anew: the epochs so far were measured otherwise than those to come."""
+        self.best, self.reason = None, None
+        self.plateau.state |= {"best": None, "bad": 0}
+        self.stopper.state |= {"best": None, "bad": 0, "losses": []}
+
     def _tell_epoch(self, loss):
         """A line at the end of an epoch: its loss, the largest memory so far, the time that is left; of short epochs not every one."""
         now, done = time.monotonic(), self.step + 1 - self.first_step
