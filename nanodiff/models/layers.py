@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
+from nanodiff.device import onednn
 
 # ---------------------------------------------------------------------------------------------------------
 # Which operator
@@ -94,6 +95,8 @@ def attend(q, k, v, heads, causal=False, bias=None, scale=None, key_mask=None):
     """
     B, L, D = q.shape
     q, k, v = (x.unflatten(-1, (heads, D // heads)) for x in (q, k, v))  # [B, L|S, N, K]
+    if bias is None and key_mask is None and not causal and onednn.attends(q, k, v):
+        return onednn.attention(q, k, v, scale).reshape(B, L, D)
     return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias, key_mask=key_mask).reshape(B, L, D)
 
 
@@ -128,11 +131,20 @@ def pointwise(conv, x):
 
 
 def linear_gelu(layer, x):
-    """gelu(layer(x)) in its tanh form: on a GPU at the end of the product itself, where PyTorch has that (a private operator)."""
+    """gelu(layer(x)) in its tanh form: at the end of the product itself, where PyTorch has that (a private operator)."""
+    if _plain(layer, onednn.DirectLinear) or _plain(layer, onednn.PackedLinear):
+        return layer.gelu(x)
     if _lean(x) and _plain(layer, nn.Linear) and hasattr(torch, "_addmm_activation"):
         rows = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], -1)
     return F.gelu(layer(x), approximate="tanh")
+
+
+def linear_geglu(layer, x):
+    """value · gelu(gate) of a projection to both, [B, L, D] -> [B, L, H]; at the end of the products by oneDNN."""
+    if _plain(layer, onednn.DirectLinear) or _plain(layer, onednn.PackedLinear):
+        return layer.geglu(x)
+    return kernels.geglu(layer(x))
 
 
 def bias_before(layer, x):

@@ -44,7 +44,7 @@ from nanodiff.models.layers import (
     add_product,
     attend,
     bias_before,
-    geglu,
+    linear_geglu,
     pointwise,
     project,
     timestep_embedding,
@@ -238,7 +238,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x):
-        return geglu(self.proj(x))
+        return linear_geglu(self.proj, x)
 
 
 class FeedForward(nn.Module):

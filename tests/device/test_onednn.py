@@ -197,12 +197,140 @@ def test_unusable_names_what_fails(monkeypatch):
     onednn.unusable.cache_clear()
 
 
+# Attention by blocks --------------------------------------------------------------------------------------------
+
+
+def usable(dtype):
+    if reason := onednn.unusable(dtype):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("L", "S", "N", "K"), [(37, 37, 3, 40), (50, 77, 2, 64), (33, 9, 1, 24), (1, 1, 1, 8)])
+@pytest.mark.parametrize("scores", [1 << 20, 300])
+def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
+    """Against fp64, as near as PyTorch's own: heads of any stride, the last block smaller than the others."""
+    usable(dtype)
+    monkeypatch.setattr(onednn, "SCORES", scores)
+    q, k, v = (3 * torch.randn(2, n, N * K).to(dtype).unflatten(-1, (N, K)) for n in (L, S, S))
+    for scale in (None, 0.3):
+        theirs, want = (
+            nn.functional.scaled_dot_product_attention(*(x.to(kind).transpose(1, 2) for x in (q, k, v)), scale=scale)
+            for kind in (dtype, torch.float64)
+        )
+        got = onednn.attention(q, k, v, scale)
+        assert got.dtype == dtype and got.shape == q.shape
+        bound = 1.3 * rms_ratio(theirs, want) + (1e-6 if dtype == torch.float32 else 1e-3)
+        assert rms_ratio(got.transpose(1, 2), want) < bound
+
+
+def test_who_attends_by_blocks(monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST_SCORES", 8 * 8 * 16)
+    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: dtype == torch.float32)
+    q = torch.randn(1, 8, 2, 16)
+    assert onednn.attends(q, q, q)
+    assert not onednn.attends(q[:, 1:], q, q), "fewer than pay"
+    assert not onednn.attends(*[q.bfloat16()] * 3) and not onednn.attends(q, q.bfloat16(), q)
+    assert not onednn.attends(*[q.to("meta")] * 3)
+    learns = q.clone().requires_grad_()
+    assert not onednn.attends(q, q, learns)
+    with torch.no_grad():
+        assert onednn.attends(q, q, learns)
+
+
+@pytest.mark.parametrize(("vendor", "computes", "want"), [("AuthenticAMD", True, "both"), ("AuthenticAMD", False, "fp32"), ("GenuineIntel", True, "none")])  # fmt: skip
+def test_the_table_of_processors(monkeypatch, vendor, computes, want):
+    monkeypatch.setattr(onednn, "_cpuinfo", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(onednn, "computes_bf16", lambda: computes)
+    monkeypatch.setattr(onednn, "unusable", lambda dtype: None)
+    got = [onednn.attends_by_blocks.__wrapped__(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
+    assert got == [want in ("both", "fp32"), want == "both", False]
+
+
+def test_models_attend_by_blocks_where_nothing_is_hidden(monkeypatch):
+    from nanodiff.models.layers import attend
+
+    called = []
+    real = onednn.attention
+    monkeypatch.setattr(onednn, "attends", lambda q, k, v: True)
+    monkeypatch.setattr(onednn, "attention", lambda *a: called.append(1) or real(*a))
+    q, k, v = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    heads = [x.double().unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v)]
+    want = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    assert rms_ratio(attend(q, k, v, 4), want) < 1e-6 and called == [1]
+    attend(q, k, v, 4, key_mask=torch.ones(2, 7, dtype=torch.bool))
+    attend(q, k, v, 4, bias=torch.zeros(1, 4, 5, 7))
+    attend(q, q, q, 4, causal=True)
+    assert called == [1]
+
+
+# What a product ends in -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("pack", [False, True], ids=["direct", "packed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_that_end_in_a_gelu(dtype, pack, bias):
+    from nanodiff.models.layers import linear_geglu, linear_gelu
+
+    usable(dtype)
+    if not pack and dtype == torch.bfloat16:
+        pytest.skip("unpacked layers stay plain in bf16")
+    for call in (linear_geglu, linear_gelu):
+        net, x = nn.Sequential(nn.Linear(40, 66, bias)).to(dtype).requires_grad_(False), torch.randn(3, 7, 40).to(dtype)
+        weight, plain = net[0].weight.clone(), call(net[0], x)
+        double = nn.Linear(40, 66, bias).double().requires_grad_(False)
+        double.load_state_dict({n: p.double() for n, p in net[0].state_dict().items()})
+        want = call(double, x.double())
+        onednn.prepare(net, pack)
+        assert type(net[0]) is (onednn.PackedLinear if pack else onednn.DirectLinear)
+        for _ in range(2):
+            assert rms_ratio(call(net[0], x), want) < 1.1 * rms_ratio(plain, want) + 1e-7
+        onednn.undo(net)
+        assert torch.equal(net[0].weight, weight)
+
+
+def test_an_adapter_on_a_projection_is_heard():
+    """Its hook is on the layer's call; when it has gone, or comes later, the packed layer answers in the other way, too."""
+    from nanodiff.models.layers import linear_geglu
+
+    x = torch.randn(5, 16)
+    for hooked_first in (True, False):
+        net = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+        plain = linear_geglu(net[0], x)
+        with_hook = net[0].register_forward_hook(lambda m, a, y: y + 1)
+        heard = linear_geglu(net[0], x)
+        onednn.prepare(net, pack=True)
+        if not hooked_first:
+            with_hook.remove()
+            assert rms_ratio(linear_geglu(net[0], x), plain) < 1e-6
+            with_hook = net[0].register_forward_hook(lambda m, a, y: y + 1)
+        assert rms_ratio(linear_geglu(net[0], x), heard) < 1e-6
+        with_hook.remove()
+        assert rms_ratio(linear_geglu(net[0], x), plain) < 1e-6
+
+
+def test_direct_products_that_end_in_a_gelu_have_a_gradient():
+    from nanodiff.models.layers import linear_geglu, linear_gelu
+
+    for call in (linear_geglu, linear_gelu):
+        net, x = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False), torch.randn(5, 16, requires_grad=True)
+        (want,) = torch.autograd.grad(call(net[0], x).sum(), x)
+        onednn.prepare(net)
+        (got,) = torch.autograd.grad(call(net[0], x).sum(), x)
+        assert rms_ratio(got, want) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
-def test_pictures_are_the_same(name):
-    """A pipeline that may pack gives the picture of one that may not, twice, and can still be saved."""
+@pytest.mark.parametrize("blocks", [False, True])
+def test_pictures_are_the_same(monkeypatch, name, blocks):
+    """A pipeline that may pack, and may attend by blocks, gives the picture of one that may not, twice, and can still be saved."""
+    monkeypatch.setattr(onednn, "LEAST_SCORES", 0)
+    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: False)
     plain, packing = pipeline.load(TINY / name), pipeline.load(TINY / name)
     packing.packs = True
     want = plain.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
+    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: blocks)
     for _ in range(2):
         got = packing.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
         assert max_error(got.latents, want.latents) < 1e-4
