@@ -402,7 +402,7 @@ def train_diffusion(cfg):
     torch.manual_seed(cfg.seed)  # initial weights
     sd, nets = dist.together(diffusion.make_model, cfg, dataset, run.device)
     feed = make_feed(cfg, dataset, multiple=sd.multiple)
-    calls = run.trainable(nets, random=cfg.lora_dropout > 0)
+    calls = run.trainable(nets, random="lora_dropout" if cfg.lora_dropout else None)
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint())

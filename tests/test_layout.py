@@ -241,14 +241,19 @@ def test_trainings_read_the_librarys_options_alone():
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef) or (path.name == "options.py" and function.name == "decisive"):
                 continue
-            kinds = {a.arg: ast.unparse(a.annotation) if a.annotation else None for a in function.args.args}
+            taken = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+            kinds = {a.arg: ast.unparse(a.annotation) if a.annotation else None for a in taken}
             assert "cfg" not in kinds or kinds["cfg"] in classes, f"{path.name}: {function.name}(cfg) of no class"
+            if "cfg = self.cfg" in ast.unparse(function):
+                kinds["cfg"] = "Training"
             for node in ast.walk(function):
                 if isinstance(node, ast.Attribute):
-                    owner = ast.unparse(node.value)
-                    known = classes.get("Training" if owner in ("self.cfg", "run.cfg") else kinds.get(owner))
-                    assert known is None or node.attr in known, (
-                        f"{path.name}: {function.name} reads {owner}.{node.attr}"
-                    )
-                    checked += known is not None
+                    owner, name = ast.unparse(node.value), node.attr
+                elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant):  # fmt: skip
+                    owner, name = ast.unparse(node.args[0]), node.args[1].value
+                else:
+                    continue
+                known = classes.get("Training" if owner.endswith(("self.cfg", "run.cfg")) else kinds.get(owner))
+                assert known is None or name in known, f"{path.name}: {function.name} reads {owner}.{name}"
+                checked += known is not None
     assert checked > 80

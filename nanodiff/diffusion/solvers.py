@@ -34,7 +34,7 @@ def _both(model, x, schedule, t, a, s):
 
 # -- linear multistep ----------------------------------------------------------------------------------------
 
-# points and weights on [-1, 1]: exact for polynomials of degree 23, and for eᵘ to the last digits
+# points and weights on [-1, 1]: exact for polynomials of degree 23; times eᵘ to 1e-12 over the longest step
 GAUSS = np.polynomial.legendre.leggauss(12)
 
 

@@ -78,9 +78,10 @@ def few_step(cfg):
                 dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
             with record.timed("train"):
                 make = teach.FewSteps(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
-                teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution, cfg.caption_dropout,
-                          cfg.lora_dropout, teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
-                          (cfg.method, str(last), n, scale))  # fmt: skip
+                teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution,
+                          caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
+                          sheets=teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
+                          lesson_of=(cfg.method, str(last), n, scale))  # fmt: skip
             teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
         dist.on_main(few_tidy, folder, work)
         last = str(folder)

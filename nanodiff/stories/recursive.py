@@ -133,7 +133,9 @@ def learn(cfg, model, dataset, folder, facts):
             sd, folder, cfg.save_dtype, states, loss=run.more.get("epoch_loss"), updates=run.step, settings=facts
         )
 
-    teach.fit(cfg, work, sd, nets, dataset, teach.plain(cfg), write, cfg.resolution, cfg.caption_dropout)
+    teach.fit(
+        cfg, work, sd, nets, dataset, teach.plain(cfg), write, cfg.resolution, caption_dropout=cfg.caption_dropout
+    )
     dist.on_main(shutil.rmtree, work, ignore_errors=True)
 
 

@@ -154,7 +154,7 @@ def transfer_train(cfg, record, device):
     for method in cfg.methods:
         torch.manual_seed(cfg.seed)  # the adapters' beginnings
         sd, nets = dist.together(teach.student, cfg.model, build.lora_settings(cfg) if cfg.lora else None)
-        make = teach.plain(cfg, cfg.lora_dropout)
+        make = teach.plain(cfg)
         if method == "online":
             master = dist.together(pipeline.load, cfg.teacher, torch.float32, "cpu")
             dist.together(fewstep.same_space, sd, master)
@@ -177,9 +177,9 @@ def transfer_train(cfg, record, device):
             return teach.save_adapters(sd, run, states, targets, cfg.save_dtype, **names)
 
         shown = [p for _, p in dist.on_main(evaluation_prompts, cfg)[:8]] if cfg.sample_every else ()
-        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, cfg.caption_dropout, cfg.lora_dropout,
-                  teach.Sheets(shown, cfg.sample_every, cfg.steps, cfg.guidance_scale),
-                  (method, str(cfg.teacher), str(cfg.model), cfg.feature_weight if method == "online" else 0))  # fmt: skip
+        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
+                  sheets=teach.Sheets(shown, cfg.sample_every, cfg.steps, cfg.guidance_scale),
+                  lesson_of=(method, str(cfg.teacher), str(cfg.model), cfg.feature_weight if method == "online" else 0))  # fmt: skip
         record.file(work / ("lora_weights" if cfg.lora else "model"))
         teach.free(sd, *([master] if master else []))
 

@@ -145,7 +145,7 @@ def make_denoiser(size, side, text, vae=None, file=None):
 
 def make_schedule(prediction, betas="scaled_linear", timesteps=1000, zero_snr=True, shift=1.0, pixels=False):
     """The noise schedule of a new model. prediction: what its network predicts; "flow" alone has a shift, the others betas. zero_snr: at the last
-    timestep nothing of the picture is left (Lin et al. 2023, arXiv 2305.08891; not for epsilon). pixels: no VAE, so samples are clipped to [-1, 1]."""
+    timestep nothing of the picture is left (Lin et al. 2024, arXiv 2305.08891; not for epsilon). pixels: no VAE, so samples are clipped to [-1, 1]."""
     if prediction == "flow":
         return Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "num_train_timesteps": timesteps})  # fmt: skip
     kind = {"cosine": "squaredcos_cap_v2"}.get(betas, betas)

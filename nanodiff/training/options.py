@@ -35,10 +35,11 @@ def parse_size(text, flag="resize", smallest=1, otherwise=""):
 
 @dataclass
 class Training:
-    """What training.run.Run reads."""
+    """What every training has: training.run.Run and the feeds read it."""
 
+    # no options, and so without a type: scripts may have them as options or constants
     NAMES = {}  # what the files of a run are called, see train.py
-    cuda_graph = False  # where a script offers it
+    cuda_graph = False
 
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(

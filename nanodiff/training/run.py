@@ -101,9 +101,9 @@ class Run(State):
 
     # -- what is trained ---------------------------------------------------------------------------------------
 
-    def trainable(self, nets, random=False):
-        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained. random: do the modules draw
-        random numbers (dropout)?
+    def trainable(self, nets, random=None):
+        """{name: what to call in its place} for {name: module}; parameters that require gradients are trained. random: the option by which the
+        modules' blocks draw random numbers (dropout), if they do.
 
         Sets `net` (all of them, unwrapped), `opt` and `average` (the EMA, or None).
         """
@@ -116,7 +116,7 @@ class Run(State):
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:
-            dist.recompute(self.net, random)
+            dist.recompute(self.net, random=bool(random))
         self.calls = {k: dist.parallelize(m, cfg.parallel, self.device, self.precision) for k, m in nets.items()}
         if cfg.cuda_graph:
             self.calls = self._graphed(random)
@@ -127,9 +127,9 @@ class Run(State):
     def _graphed(self, random):
         """What to call in place of each net where the passes are CUDA graphs."""
         cfg = self.cfg
-        if random or cfg.gradient_checkpointing:
-            what = "dropout" if random else "`gradient_checkpointing`"
-            raise UserError(f"`cuda_graph` records a pass as it is: not with {what}")
+        if cfg.gradient_checkpointing or random:
+            what = "gradient_checkpointing" if cfg.gradient_checkpointing else random
+            raise UserError(f"`cuda_graph` records a pass as it is: not with `{what}`")
         if cfg.grad_accum > 1 or cfg.parallel == "fsdp":
             raise UserError("`cuda_graph` needs one batch an update and whole weights: not with `grad_accum` or fsdp")
         if self.device.type != "cuda" or self.world > 1:

@@ -36,6 +36,7 @@ class Lesson(NamedTuple):
     x0_of: latents.Latents
     text_of: latents.Texts
     seed: int
+    caption_dropout: float  # share of captions replaced by the empty text
 
     def denoise(self, condition, call=None, sd=None):
         """f(x, t) -> the student's prediction, condition (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
@@ -50,11 +51,11 @@ class Lesson(NamedTuple):
         return self.text_of(batch, [""] * len(batch.indices))
 
 
-def plain(noise: Noise, dropout=0.0):
+def plain(noise: Noise):
     """make() of ordinary training on the pictures: build.losses."""
 
     def make(lesson):
-        losses = build.losses(noise, lesson.sd, lesson.calls, lesson.run.device, dropout)
+        losses = build.losses(noise, lesson.sd, lesson.calls, lesson.run.device)
 
         def loss(batch):
             value, unweighted = losses(batch, lesson.x0_of, lesson.text_of, lesson.seed)
@@ -153,7 +154,7 @@ def online(noise: Noise, teacher, texts, feature_weight=0.0):
         for module in teacher.models().values():
             module.to(run.device).requires_grad_(False).eval()
         teacher.vae = None  # the student's is the same
-        theirs = latents.Texts(teacher, texts, lesson.seed, run.device, noise.caption_dropout, folder=run.out / "cache",
+        theirs = latents.Texts(teacher, texts, lesson.seed, run.device, lesson.caption_dropout, folder=run.out / "cache",
                                dtype=run.precision or torch.float32)  # fmt: skip
         # hooks that stay for as long as the networks live
         places = [fewstep.Features(n) for n in (sd.net, teacher.net)] if feature_weight else []
@@ -190,7 +191,7 @@ class Sheets(NamedTuple):
     guidance: float | None = None
 
 
-def fit(training: Training, work, sd, nets, dataset, make, write, side=None, caption_dropout=0.0, adapter_dropout=0.0, sheets=None,
+def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, caption_dropout=0.0, adapter_dropout=0.0, sheets=None,
         lesson_of=()):  # fmt: skip
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
     killed run goes on. training: options of every training, by which one that goes on is compared; side: pixels, default the model's;
@@ -218,7 +219,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, cap
     feed = loader.Feed(
         dataset, transform, seed, training.batch_size, training.grad_accum, timeout=training.dist_timeout
     )
-    calls = run.trainable(nets, random=adapter_dropout > 0)
+    calls = run.trainable(nets, random="lora_dropout" if adapter_dropout else None)
     if training.gradient_checkpointing and sd.denoiser_name not in nets:
         dist.recompute(sd.net)  # it is frozen, but gradients pass through it to the text encoder
     run.schedule(feed.per_epoch)
@@ -232,7 +233,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, cap
     lesson = Lesson(
         sd, run, calls, latents.Latents(sd.vae, feed, seed, run.device, cache),
         latents.Texts(sd, dataset.texts, seed, run.device, caption_dropout, calls.get("text_encoder"), cache,
-                      dtype=run.precision or torch.float32), seed,
+                      dtype=run.precision or torch.float32), seed, caption_dropout,
     )  # fmt: skip
     loss_of = make(lesson)
     for step in run.steps():
