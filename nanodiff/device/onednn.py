@@ -38,8 +38,11 @@ FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
 PIECE = 1 << 20  # weights that are in fp32 at a time: 4 MB
-SCORES = 1 << 20  # of an attention's block: 4 MB in fp32, which stay in the caches
-LEAST_SCORES = 1 << 22  # multiplications of a head's scores from which blocks pay
+SCORES = 1 << 20  # of an attention's block, for every two threads: 4 MB in fp32, which stay in the caches
+LEAST_ROWS = 64  # of such a block, however many keys there are
+LEAST_SCORES = 1 << 22  # multiplications of a head's scores from which blocks pay,
+LEAST_KEYS = 64  # and keys
+MOST_THREADS = 8  # a head is one thread's work in the fused kernel, and all threads' here, which was measured with two
 
 
 @functools.cache
@@ -110,6 +113,11 @@ def _geglu(y):
 _gelu = functools.partial(nn.functional.gelu, approximate="tanh")
 
 
+def _traced(x):
+    """Is x looked at by torch.compile or torch.export, or no real tensor? A product that ends in a multiplication has no form for those."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter)
+
+
 def _gated(x, value, gate, bias):
     """value(x) · gelu(gate(x)) of a projection's two halves: the gate's product ends in the GELU, the value's in the multiplication, so that none of the
     three is a pass over memory of its own, or rounded in between."""
@@ -128,8 +136,8 @@ class DirectLinear(nn.Linear):
 
     def geglu(self, x):
         """value · gelu(gate) of the two halves of what forward() gives."""
-        if _differentiated(self, x):
-            return _geglu(super().forward(x))
+        if _differentiated(self, x) or _traced(x):
+            return _geglu(self.forward(x))
         return _gated(x, *self.weight.chunk(2), self.bias)
 
     def gelu(self, x):
@@ -140,35 +148,35 @@ class DirectLinear(nn.Linear):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is in oneDNN's layout after the first call, in one part or two; `packed` is None until then."""
+    """A linear layer whose weight is in oneDNN's layout after the first call, by halves where it is geglu()'s; `packed` is None until then."""
 
     packed = None
 
-    def _parts(self, x, n):
+    def _parts(self, x):
         _for_inference(self, x)
         if self.packed is None:
             rows = x.numel() // x.shape[-1]
-            parts = self.weight.detach().chunk(n)
+            parts = self.weight.detach().chunk(getattr(self, "halves", 1))
             self.packed = [torch.ops.mkldnn._reorder_linear_weight(part, rows) for part in parts]
             _release(self)
         return self.packed
 
     def _product(self, x, end, form):
-        parts = self._parts(x, 1)
+        parts = self._parts(x)
         biases = [None] * len(parts) if self.bias is None else self.bias.chunk(len(parts))
         made = [
             torch.ops.mkldnn._linear_pointwise(x, part, bias, end, [], form)
             for part, bias in zip(parts, biases, strict=True)
         ]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)  # two: before, it was called by geglu()
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
     def forward(self, x):
         return self._product(x, "none", "")
 
     def geglu(self, x):
-        """value · gelu(gate) of the two halves of what forward() gives."""
-        parts = self._parts(x, 2)
-        return _geglu(self(x)) if len(parts) == 1 else _gated(x, *parts, self.bias)  # one: an adapter hung on it before
+        """value · gelu(gate) of the two halves of what forward() gives; for a layer whose module has said `halves = 2` of it, so that how it is
+        packed does not hang on who called it first (an adapter calls forward())."""
+        return _geglu(self.forward(x)) if _traced(x) else _gated(x, *self._parts(x), self.bias)
 
     def gelu(self, x):
         """gelu(forward(x)) in its tanh form."""
@@ -283,11 +291,15 @@ def unusable(dtype):
             for way, end in ENDS.items():
                 if not hasattr(kind, way):
                     continue
-                # when and where it is tried must not change what a run draws, nor what is found
-                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                    layer = plain(16, 32, 3, padding=1) if plain is nn.Conv2d else plain(16, 32)
-                    x = torch.randn((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16)).to(dtype)
+                with torch.device("cpu"):  # whatever device is usual where it is tried; and nothing may be drawn
+                    shape = (16, 32, 3) if plain is nn.Conv2d else (16, 32)
+                    layer = nn.utils.skip_init(plain, *shape, **({"padding": 1} if plain is nn.Conv2d else {}))
+                    x = torch.arange(800 if plain is nn.Conv2d else 96).sin().to(dtype)
+                    x = x.view((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16))
+                for p in layer.parameters():
+                    p.data = torch.arange(p.numel(), device="cpu").cos().view(p.shape) / 8
                 layer = layer.to(dtype).requires_grad_(False)
+                layer.halves = 2 if way == "geglu" else 1
                 want = end(layer(x).float())
                 layer.__class__ = kind
                 if not torch.allclose(getattr(layer, way)(x).float(), want, rtol=2e-2, atol=2e-2):
@@ -310,26 +322,25 @@ def _ordinary(module):
 
 def attends(q, k, v):
     """Whether attention() may take these, and pays: q [B, L, N, K], k and v [B, S, N, K]."""
-    if q.device.type != "cpu" or type(q) is not torch.Tensor or q.shape[1] * k.shape[1] * q.shape[3] < LEAST_SCORES:
+    (B, L, N, K), S = q.shape, k.shape[1]
+    if q.device.type != "cpu" or _traced(q) or L * S * K < LEAST_SCORES or S < LEAST_KEYS:
+        return False
+    if not (k.shape == v.shape == (B, S, N, K) and q.dtype == k.dtype == v.dtype):
         return False
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return (
-        not learns
-        and q.dtype == k.dtype == v.dtype
-        and not torch.compiler.is_compiling()
-        and attends_by_blocks(q.dtype)
-    )
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != q.dtype
+    return not learns and not cast and torch.get_num_threads() <= MOST_THREADS and attends_by_blocks(q.dtype)
 
 
 def attention(q, k, v, scale=None):
     """softmax(q kᵀ · scale) v by oneDNN's products, a head and a block of queries after the other: q [B, L, N, K], k v [B, S, N, K], fp32 or bf16
     -> [B, L, N, K]. Without gradients. scale: default 1/√K.
 
-    Scores are fp32, whatever the type: products of bf16 numbers are exact there. The probabilities are rounded to the type before they weigh the
-    values, as in every fused kernel.
+    Scores are multiplied and added in fp32, whatever the type. The probabilities are rounded to the type before they weigh the values, as in every
+    fused kernel.
     """
     (B, L, N, K), S = q.shape, k.shape[1]
-    rows = max(1, min(L, SCORES // S))
+    rows = min(L, max(LEAST_ROWS, SCORES * max(1, torch.get_num_threads() // 2) // S))
     out = q.new_empty(B, L, N, K)
     queries, values = (
         q.transpose(1, 2).float().contiguous(),

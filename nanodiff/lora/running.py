@@ -24,7 +24,9 @@ class Attached:
         self.scale, self.handles = scale, []
         for d in lora.deltas:
             layer = models[d.component].get_submodule(d.module)
-            self.handles.append(layer.register_forward_hook(functools.partial(self._add, d, {})))
+            hook = functools.partial(self._add, d, {})
+            hook.silent = lambda: self.scale == 0  # then the layer may be taken for itself alone (layers._plain)
+            self.handles.append(layer.register_forward_hook(hook))
 
     def _add(self, delta, placed, layer, args, out):
         x = args[0]

@@ -110,8 +110,9 @@ def _lean(x):
 
 
 def _plain(layer, kind):
-    """Is this layer nothing but its weights? (A LoRA hangs on its call; packed for a CPU, it is of another class.)"""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations")
+    """Is this layer nothing but its weights? (A LoRA hangs on its call, and may be silent, at scale 0; packed for a CPU, it is of another class.)"""
+    heard = any(not getattr(hook, "silent", bool)() for hook in layer._forward_hooks.values())
+    hooked = heard or layer._forward_pre_hooks or hasattr(layer, "parametrizations")
     return type(layer) is kind and not hooked and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 

@@ -236,6 +236,7 @@ class GEGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * hidden)
+        self.proj.halves = 2  # how it is packed for a CPU
 
     def forward(self, x):
         return linear_geglu(self.proj, x)

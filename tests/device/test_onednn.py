@@ -212,6 +212,7 @@ def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
     """Against fp64, as near as PyTorch's own: heads of any stride, the last block smaller than the others."""
     usable(dtype)
     monkeypatch.setattr(onednn, "SCORES", scores)
+    monkeypatch.setattr(onednn, "LEAST_ROWS", 1)
     q, k, v = (3 * torch.randn(2, n, N * K).to(dtype).unflatten(-1, (N, K)) for n in (L, S, S))
     for scale in (None, 0.3):
         theirs, want = (
@@ -226,10 +227,14 @@ def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
 
 def test_who_attends_by_blocks(monkeypatch):
     monkeypatch.setattr(onednn, "LEAST_SCORES", 8 * 8 * 16)
+    monkeypatch.setattr(onednn, "LEAST_KEYS", 8)
     monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: dtype == torch.float32)
     q = torch.randn(1, 8, 2, 16)
     assert onednn.attends(q, q, q)
     assert not onednn.attends(q[:, 1:], q, q), "fewer than pay"
+    assert not onednn.attends(q, q[:, :1].expand(2, 8, 2, 16), q) and not onednn.attends(q.repeat(2, 1, 1, 1), q, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn.attends(q, q, q), "PyTorch's own would compute in bf16"
     assert not onednn.attends(*[q.bfloat16()] * 3) and not onednn.attends(q, q.bfloat16(), q)
     assert not onednn.attends(*[q.to("meta")] * 3)
     learns = q.clone().requires_grad_()
@@ -278,6 +283,7 @@ def test_products_that_end_in_a_gelu(dtype, pack, bias):
         pytest.skip("unpacked layers stay plain in bf16")
     for call in (linear_geglu, linear_gelu):
         net, x = nn.Sequential(nn.Linear(40, 66, bias)).to(dtype).requires_grad_(False), torch.randn(3, 7, 40).to(dtype)
+        net[0].halves = 2 if call is linear_geglu else 1
         weight, plain = net[0].weight.clone(), call(net[0], x)
         double = nn.Linear(40, 66, bias).double().requires_grad_(False)
         double.load_state_dict({n: p.double() for n, p in net[0].state_dict().items()})
@@ -291,12 +297,14 @@ def test_products_that_end_in_a_gelu(dtype, pack, bias):
 
 
 def test_an_adapter_on_a_projection_is_heard():
-    """Its hook is on the layer's call; when it has gone, or comes later, the packed layer answers in the other way, too."""
+    """Its hook is on the layer's call; when it has gone, or comes later, the packed layer gives what it gives without a past."""
     from nanodiff.models.layers import linear_geglu
 
-    x = torch.randn(5, 16)
+    x, fresh = torch.randn(5, 16), []
     for hooked_first in (True, False):
+        torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+        net[0].halves = 2
         plain = linear_geglu(net[0], x)
         with_hook = net[0].register_forward_hook(lambda m, a, y: y + 1)
         heard = linear_geglu(net[0], x)
@@ -307,7 +315,28 @@ def test_an_adapter_on_a_projection_is_heard():
             with_hook = net[0].register_forward_hook(lambda m, a, y: y + 1)
         assert rms_ratio(linear_geglu(net[0], x), heard) < 1e-6
         with_hook.remove()
-        assert rms_ratio(linear_geglu(net[0], x), plain) < 1e-6
+        fresh.append(linear_geglu(net[0], x))
+        assert rms_ratio(fresh[-1], plain) < 1e-6
+    assert torch.equal(*fresh)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["direct", "packed"])
+def test_products_that_end_in_a_gelu_are_compiled_and_faked(pack):
+    """PyTorch has no form of a product that ends in a multiplication for either."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from nanodiff.models.layers import linear_geglu
+
+    net, x = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False), torch.randn(5, 16)
+    net[0].halves = 2
+    want = linear_geglu(net[0], x)
+    onednn.prepare(net, pack)
+    linear_geglu(net[0], x)
+    made = torch.compile(lambda x: linear_geglu(net[0], x), backend="eager", fullgraph=not pack)(x)
+    assert rms_ratio(made, want) < 1e-6
+    if not pack:  # a packed weight is a real one
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert linear_geglu(net[0], mode.from_tensor(x)).shape == (5, 12)
 
 
 def test_direct_products_that_end_in_a_gelu_have_a_gradient():
@@ -325,7 +354,10 @@ def test_direct_products_that_end_in_a_gelu_have_a_gradient():
 @pytest.mark.parametrize("blocks", [False, True])
 def test_pictures_are_the_same(monkeypatch, name, blocks):
     """A pipeline that may pack, and may attend by blocks, gives the picture of one that may not, twice, and can still be saved."""
+    called, attention = [], onednn.attention
+    monkeypatch.setattr(onednn, "attention", lambda *a: called.append(1) or attention(*a))
     monkeypatch.setattr(onednn, "LEAST_SCORES", 0)
+    monkeypatch.setattr(onednn, "LEAST_KEYS", 0)
     monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: False)
     plain, packing = pipeline.load(TINY / name), pipeline.load(TINY / name)
     packing.packs = True
@@ -334,8 +366,28 @@ def test_pictures_are_the_same(monkeypatch, name, blocks):
     for _ in range(2):
         got = packing.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
         assert max_error(got.latents, want.latents) < 1e-4
+    assert bool(called) == blocks
     assert any(type(m) in (onednn.PackedConv2d, onednn.PackedLinear) for m in packing.net.modules())
     assert not any(type(m) in onednn.PLAIN and type(m) is not onednn.DirectLinear for m in plain.net.modules())
+
+
+def test_a_silent_lora_leaves_the_bytes(monkeypatch):
+    """At scale 0, before and after it was heard, and when it is gone: as if it had never been there."""
+    from util import GOLDEN
+
+    draw = lambda sd: sd.generate(["a corgi"], steps=4, seeds=[1]).latents  # noqa: E731
+    fresh, sd = pipeline.load(TINY / "sd15"), pipeline.load(TINY / "sd15")
+    fresh.packs = sd.packs = True
+    want = draw(fresh)
+    found = lora.read(next((GOLDEN / "lora").glob("sd15.kohya*.safetensors")), sd.models(), allow_partial=True)
+    assert any("ff.net.0.proj" in d.module for d in found.deltas), "a GEGLU's, too"
+    attached = lora.attach(sd.models(), found, 0.8)
+    assert not torch.equal(draw(sd), want)
+    for attached.scale in (0.0, 0.8, 0.0):
+        sd.kept.clear()  # what the text encoders said with it
+        assert torch.equal(draw(sd), want) == (attached.scale == 0)
+    attached.remove()
+    assert torch.equal(draw(sd), want)
 
 
 def test_another_scheduler_keeps_the_choice():
