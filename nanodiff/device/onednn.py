@@ -40,7 +40,7 @@ FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
 PIECE = 1 << 20  # weights that are in fp32 at a time: 4 MB
 SCORES = 1 << 20  # of an attention's block, for every two threads: 4 MB in fp32, which stay in the caches
 LEAST_ROWS = 64  # of such a block, however many keys there are
-LEAST_SCORES = 1 << 22  # multiplications of a head's scores from which blocks pay,
+LEAST_SCORES = 5 << 20  # multiplications of a head's scores from which blocks pay,
 LEAST_KEYS = 64  # and keys
 MOST_THREADS = 8  # a head is one thread's work in the fused kernel, and all threads' here, which was measured with two
 
