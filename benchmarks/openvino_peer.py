@@ -2,9 +2,8 @@
 
     PYTHON benchmarks/openvino_peer.py STARTED PROGRAM FOLDER KIND
 
-PROGRAM: net (a guided UNet call),
-vae (a decode), image (process start to the pixels of a picture, compilation counted, by a DDIM loop of a few lines), error (a call in bf16 against
-one in fp32). KIND: as bench.py has them; only its type, its side and its counts matter here. Prints RESULT and a JSON object.
+PROGRAM: net (a guided UNet call), vae (a decode), image (process start to the pixels of a picture, compilation counted, by a DDIM loop of
+a few lines), error (a call in bf16 against one in fp32). KIND: as bench.py has them; only its type, its side and its counts matter here. Prints RESULT and a JSON object.
 """
 
 import json

@@ -342,11 +342,9 @@ def attention(q, k, v, scale=None):
     (B, L, N, K), S = q.shape, k.shape[1]
     rows = min(L, max(LEAST_ROWS, SCORES * max(1, torch.get_num_threads() // 2) // S))
     out = q.new_empty(B, L, N, K)
-    queries, values = (
-        q.transpose(1, 2).float().contiguous(),
-        v.permute(0, 2, 3, 1).contiguous(),
-    )  # [B, N, L, K], [B, N, K, S]
+    queries = q.transpose(1, 2).float().contiguous()  # [B, N, L, K]
     keys = k.transpose(1, 2).float().contiguous() * (K**-0.5 if scale is None else scale)  # [B, N, S, K]
+    values = v.permute(0, 2, 3, 1).contiguous()  # [B, N, K, S]
     product = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # noqa: E731
     for b, n in itertools.product(range(B), range(N)):
         for i in range(0, L, rows):
