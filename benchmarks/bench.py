@@ -47,8 +47,11 @@ sd = pipeline.load(folder, getattr(torch, kind)); report()""",
     "net": """
 import torch; from nanodiff import pipeline, weights; from nanodiff.device import onednn
 name = "transformer" if os.path.isdir(folder + "/transformer") else "unet"
-size, dtype = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0])
-net = weights.load(pipeline.BUILDERS[name], folder + "/" + name, dtype)
+size, dtype, eight = int(kind.split("-")[1]), getattr(torch, kind.split("-")[0]), kind.endswith("int8")
+net = weights.load(pipeline.BUILDERS[name], folder + "/" + name, None if eight else dtype)
+if eight:
+    from nanodiff.device import quantize
+    quantize.rest(quantize.apply(net, "int8"), dtype, "cpu")
 r = lambda *shape: torch.randn(shape, dtype=dtype)
 x = r(2, net.cfg.in_channels, size, size)
 with torch.no_grad():
@@ -282,6 +285,7 @@ CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "image-bf16": ("image", "sd15", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 3, "total_s"),
     "default": ("default", "sd15", "4", ["4"], 1, "total_s"),
     "unet64-bf16": ("net", "sd15", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "unet64-int8": ("net", "sd15", "bfloat16-64-1-int8", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
     "image8-bf16": ("image", "sd15", "bfloat16-512-8-none", ["bfloat16-512-8-none"], 2, "total_s"),
     "control64-fp32": (
         "added",
@@ -303,6 +307,8 @@ CASES = {  # name: (program, model, our kind, the peer's kinds, pairs, figure)
     "ip64-bf16": ("added", "sd15", "bfloat16-64-1-ip", ["bfloat16-64-1-ip", "bfloat16-64-1-ip-cl"], 3, "seconds"),
     "sdxl64-bf16": ("net", "sdxl", "bfloat16-64-1", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
     "sd35m64-bf16": ("net", "sd35-medium", "bfloat16-64-1", ["bfloat16-64-1"], 3, "seconds"),
+    "sdxl64-int8": ("net", "sdxl", "bfloat16-64-1-int8", ["bfloat16-64-1", "bfloat16-64-1-cl"], 3, "seconds"),
+    "sd35m64-int8": ("net", "sd35-medium", "bfloat16-64-1-int8", ["bfloat16-64-1"], 3, "seconds"),
     "sdxl-image-bf16": ("image", "sdxl", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 2, "total_s"),
     "sdxl-image-offload": ("image", "sdxl", "bfloat16-512-2-model", ["bfloat16-512-2-none"], 1, "total_s"),
     "sd35m-image-bf16": ("image", "sd35-medium", "bfloat16-512-2-none", ["bfloat16-512-2-none"], 2, "total_s"),

@@ -1,8 +1,8 @@
 """How the layers of a model compute on a CPU: by oneDNN, with weights in its own layout where that pays.
 
 PyTorch hands oneDNN plain weights, and oneDNN reorders them at every call of a layer; with a 3×3 convolution of 1280
-channels on an 8×8 picture that takes twice as long as the convolution. A packed layer does it once, at its first call
-(when the size of its input, on which the layout depends, is known), and gives the plain weight back to the system. That
+channels on an 8×8 picture that takes twice as long as the convolution. A packed layer does it once (a convolution at its first
+call, when the size of its input, on which the layout depends, is known), and gives the plain weight back to the system. That
 costs seconds for a large UNet, so it pays from about four steps on. And PyTorch multiplies fp32 matrices by MKL, which is
 half as fast as oneDNN on an AMD and no faster on an Intel, so here it is oneDNN. The two differ in the last bits of a sum:
 which one it is may never hang on a measurement, so that the same command gives the same bytes at every start.
@@ -148,17 +148,19 @@ class DirectLinear(nn.Linear):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is in oneDNN's layout after the first call, by halves where it is geglu()'s; `packed` is None until then."""
+    """A linear layer whose weight is in oneDNN's layout, by halves where it is geglu()'s. It is packed at once: the layout hangs on the weight
+    alone, and packed amid a model's first run it would leave holes between what comes and goes there (0.6 GB of SDXL)."""
 
     packed = None
 
+    def pack(self):
+        if self.packed is None:
+            parts = self.weight.detach().chunk(getattr(self, "halves", 1))
+            self.packed = [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in parts]
+            _release(self)
+
     def _parts(self, x):
         _for_inference(self, x)
-        if self.packed is None:
-            rows = x.numel() // x.shape[-1]
-            parts = self.weight.detach().chunk(getattr(self, "halves", 1))
-            self.packed = [torch.ops.mkldnn._reorder_linear_weight(part, rows) for part in parts]
-            _release(self)
         return self.packed
 
     def _product(self, x, end, form):
@@ -302,6 +304,8 @@ def unusable(dtype):
                 layer.halves = 2 if way == "geglu" else 1
                 want = end(layer(x).float())
                 layer.__class__ = kind
+                if kind is PackedLinear:
+                    layer.pack()
                 if not torch.allclose(getattr(layer, way)(x).float(), want, rtol=2e-2, atol=2e-2):
                     return f"{kind.__name__} gives other numbers than {plain.__name__}"
     except (AttributeError, RuntimeError, TypeError) as e:
@@ -368,7 +372,7 @@ def prepare(model, pack=False):
     """
     if not pack and any(isinstance(m, PackedLinear | PackedConv2d) for m in model.modules()):
         undo(model)  # so that what a picture looks like, to the last bit, depends on its own settings alone
-    owners = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
+    owners = Counter(id(w) for m in model.modules() if (w := m._parameters.get("weight")) is not None)
     for m in model.modules():
         plain = PLAIN.get(type(m), type(m))
         if plain not in (nn.Linear, nn.Conv2d) or m.weight.device.type != "cpu" or m.weight.numel() < LEAST:
@@ -383,6 +387,8 @@ def prepare(model, pack=False):
             return
         if pack:
             m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear
+            if plain is nn.Linear:
+                m.pack()
         elif type(m) is nn.Linear and dtype == torch.float32:
             m.__class__ = DirectLinear
 

@@ -5,8 +5,8 @@ nf4: w ≈ absmax · NF4[code], one absmax for every 64 weights, two codes a byt
 N(0, 1), so that each is used equally often by normally distributed weights (Dettmers et al. 2023, "QLoRA", arXiv
 2305.14314 §3 and appendix E). 4.5 bits a weight.
 int4: w ≈ absmax/7 · (code - 8), one absmax for every 64 weights, for language models on a CPU.
-Weights are turned back into the computing type layer by layer; activations are never quantized. A text of one or a few rows is bound by the bytes of the weights, so there
-PyTorch's CPU kernels read the codes themselves (one row in bf16: half or a quarter of the time).
+Weights are turned back into the computing type layer by layer; activations are not quantized, but in the layers of a denoiser that a CPU multiplies in 8 bits (int8.py). A
+text of one or a few rows is bound by the bytes of the weights, so there PyTorch's CPU kernels read the codes themselves (one row in bf16: half or a quarter of the time).
 """
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.device import memory
+from nanodiff.device import int8, memory
 
 BLOCK = 64
 ROWS = 4096  # of a weight that are turned into codes at a time: a vocabulary's layer is large in fp32
@@ -155,15 +155,24 @@ def language(model, kind):
 
 def apply(model, kind, device="cpu", home=None):
     """Quantize every linear layer inside the repeated blocks of `model`, in place: computed on `device`, kept at `home`
-    (default: there too).
+    (default: there too). In int8, on a CPU with instructions for it, what the model names as behind a norm (after_norm(), convolutions too) is
+    multiplied in 8 bits.
 
     Raises UserError when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
     """
+    if kind == "int8" and torch.device(device).type == "cpu" and int8.usable():
+        for layer in after_norm(model):
+            weight = layer.weight.data
+            codes, absmax = to_int8(weight.flatten(1))
+            int8.pack(layer, codes.view(weight.shape), absmax[:, 0])
+            memory.let_go([weight])
     layers = _layers(model, kind)
     if not layers:
         raise UserError(f"`quantize` {kind}: {model.class_name} has no linear layer that it can hold")
     for parent, name, child in layers:
+        weight = child.weight.data
         setattr(parent, name, QuantizedLinear(child.to(device), kind).to(home or device))
+        memory.let_go([weight])
     return model
 
 
@@ -171,7 +180,13 @@ def _layers(model, kind):
     """[(parent, name, linear layer)] of what apply() quantizes."""
     blocks = [m for m in model.modules() if type(m).__name__ in INSIDE]
     found = [(p, name, c) for b in blocks for p in b.modules() for name, c in p.named_children()]
-    return [f for f in found if isinstance(f[2], nn.Linear) and (kind == "int8" or f[2].in_features % BLOCK == 0)]
+    return [f for f in found if type(f[2]) is nn.Linear and (kind == "int8" or f[2].in_features % BLOCK == 0)]
+
+
+def after_norm(model):
+    """The layers that the modules of a model name as behind a norm, and that can be multiplied in 8 bits."""
+    named = (layer for m in model.modules() if hasattr(m, "after_norm") for layer in m.after_norm())
+    return [layer for layer in named if int8.fits(layer)]
 
 
 def sizes(model, kind):

@@ -258,6 +258,10 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
+    def after_norm(self):
+        """Layers whose input comes out of a norm (device/int8.py)."""
+        return self.conv1, self.conv2
+
     def shift(self, temb):
         """What comes before norm2 beside the convolution's products, the time and the bias: [B, C']."""
         return self.time_emb_proj(temb) + self.conv1.bias

@@ -192,6 +192,13 @@ class JointBlock(nn.Module):
         if not last:
             self.ff_context = FeedForward(D)
 
+    def after_norm(self):
+        """Layers whose input comes out of a norm (device/int8.py)."""
+        attentions = [self.attn, self.attn2] if hasattr(self, "attn2") else [self.attn]
+        widening = [self.ff, self.ff_context] if hasattr(self, "ff_context") else [self.ff]
+        of_attention = [layer for a in attentions for group in a.projections() for layer in group]
+        return *of_attention, *(ff.net[0].proj for ff in widening)
+
     def forward(self, x, text, emb):
         """x [B, L, D], text [B, S, D], emb [B, D] -> the same, or (x, None) from the last block."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)  # [B, D] each

@@ -265,6 +265,10 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim)
         self.ff = FeedForward(dim)
 
+    def after_norm(self):
+        """Layers whose input comes out of a norm (device/int8.py); the keys and values of attn2 are the text's."""
+        return self.attn1.to_q, self.attn1.to_k, self.attn1.to_v, self.attn2.to_q, self.ff.net[0].proj
+
     def forward(self, x, context):
         """context: the text [B, S, D], or its keys and values from text_kv() and those of pictures."""
         kv = self.attn2.kv(context) if isinstance(context, torch.Tensor) else context
@@ -290,6 +294,10 @@ class Transformer2D(nn.Module):
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim) for _ in range(depth)])
         self.proj_out = projection()
+
+    def after_norm(self):
+        """Layers whose input comes out of a norm (device/int8.py)."""
+        return (self.proj_in,)
 
     def forward(self, x, kvs):
         """x [B, C, H, W]; kvs: an iterator of what each block sees of the text, from which it takes its own. -> [B, C, H, W]"""

@@ -236,8 +236,11 @@ def save(
     dtype: torch.dtype | None = None,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict()."""
+    """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict(). Raises UserError for a
+    quantized model, whose weights are codes that no reader knows."""
     folder = Path(folder)
+    if state is None and any(hasattr(m, "stands_for") for m in model.modules()):
+        raise UserError(f"{folder}: a quantized model cannot be saved; save it as it was before")
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
     # None is left out where a reader has it by itself
