@@ -111,9 +111,9 @@ SMALL = """dict(block_out_channels=(128, 256, 256), layers_per_block=2, cross_at
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))"""
 OURS["train"] = f"""
-import torch; from nanodiff import weights; from nanodiff.device import memory; from nanodiff.models.unet import UNet2DConditionModel as UNet
+import torch; from nanodiff import weights; from nanodiff.device import memory, onednn; from nanodiff.models.unet import UNet2DConditionModel as UNet
 memory.keep_freed_memory(); torch.manual_seed(0)
-net = UNet(UNet.Config.from_json({SMALL})); call = lambda x, t, text: net(x, t, text){TRAIN}"""
+net = onednn.learn(UNet(UNet.Config.from_json({SMALL}))); call = lambda x, t, text: net(x, t, text){TRAIN}"""
 ERROR = """
 x, text = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 4, 64, 64), (2, 77, 768)))
 out = {}

@@ -46,11 +46,11 @@ OURS = (
     COMMON
     + """
 from nanodiff import lora, weights
-from nanodiff.device import dist, memory
+from nanodiff.device import dist, memory, onednn
 from nanodiff.models.unet import UNet2DConditionModel
 memory.keep_freed_memory()
 net = weights.load(UNet2DConditionModel, folder, torch.bfloat16 if low else torch.float32, device).requires_grad_(True)
-torch.manual_seed(0); lora.adapt(net, 16); net.train().to(memory_format=torch.channels_last).to(device)
+torch.manual_seed(0); lora.adapt(net, 16); onednn.learn(net.train().to(memory_format=torch.channels_last).to(device))
 if recompute: dist.recompute(net)
 report(net, [p for p in net.parameters() if p.requires_grad], lambda x, t, states: net(x, t, states))
 """

@@ -88,7 +88,9 @@ class Int8Conv2d(_Int8, nn.Conv2d):
 def fits(layer):
     """Whether pack() takes a layer: an ordinary linear layer or convolution of some size."""
     plain = type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.numel() >= LEAST
-    return plain and (type(layer) is nn.Linear or layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+    return plain and (
+        type(layer) is nn.Linear or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+    )
 
 
 def pack(layer, codes, absmax):

@@ -7,9 +7,6 @@ costs seconds for a large UNet, so it pays from about four steps on. And PyTorch
 half as fast as oneDNN on an AMD and no faster on an Intel, so here it is oneDNN. The two differ in the last bits of a sum:
 which one it is may never hang on a measurement, so that the same command gives the same bytes at every start.
 
-Attention goes by blocks of queries where PyTorch's fused kernel is the slower one: on processors of AMD, whose cores multiply by oneDNN several
-times as fast as that kernel does. Scores are computed and summed in fp32 there, as in the fused kernel.
-
 A processor without an instruction for bf16 multiplies a bf16 matrix one row of x at a time, so that 200 rows take 200 times as
 long as one. A wide layer brings its weight to fp32 a few rows at a time, which stay in the cache, and multiplies there: as exact
 as fp32, with the memory of bf16.
@@ -21,7 +18,6 @@ one is wanted a direct layer takes PyTorch's way, and a packed one, which has no
 
 import ctypes
 import functools
-import itertools
 import mmap
 import os
 import platform
@@ -38,11 +34,6 @@ FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
 PIECE = 1 << 20  # weights that are in fp32 at a time: 4 MB
-SCORES = 1 << 20  # of an attention's block, for every two threads: 4 MB in fp32, which stay in the caches
-LEAST_ROWS = 64  # of such a block, however many keys there are
-LEAST_SCORES = 5 << 20  # multiplications of a head's scores from which blocks pay,
-LEAST_KEYS = 64  # and keys
-MOST_THREADS = 8  # a head is one thread's work in the fused kernel, and all threads' here, which was measured with two
 
 
 @functools.cache
@@ -53,7 +44,7 @@ def computes_bf16():
 
 
 @functools.cache
-def _cpuinfo():
+def cpuinfo():
     """{field: value} of the first processor in /proc/cpuinfo; empty where there is none (macOS, Windows)."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
@@ -63,13 +54,10 @@ def _cpuinfo():
 
 
 @functools.cache
-def attends_by_blocks(dtype):
-    """Whether attention() is the quicker way on this processor. A table, never a measurement, on which bytes would hang: heads of 40 over 4,096
-    places took 0.6 (bf16) and 0.75 (fp32) of the fused kernel's time on an AMD with AVX-512, and an Intel with AMX has a fast fused kernel."""
-    vendor = _cpuinfo().get("vendor_id") or platform.processor()
-    if "AuthenticAMD" not in vendor or unusable(dtype):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bf16())
+def learns_by_onednn():
+    """Whether learn() changes anything: by a table, never a measurement. On an AMD MKL takes 1.6 to 2.6 times as long."""
+    vendor = cpuinfo().get("vendor_id") or platform.processor()
+    return "AuthenticAMD" in vendor and unusable(torch.float32) is None
 
 
 def processor():
@@ -84,7 +72,7 @@ def processor():
         for k in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
         if k in os.environ
     ]
-    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    name = cpuinfo().get("model name") or platform.processor() or platform.machine()
     products = "PyTorch" if unusable(torch.float32) else "oneDNN"
     return {
         "processor": name,
@@ -113,7 +101,7 @@ def _geglu(y):
 _gelu = functools.partial(nn.functional.gelu, approximate="tanh")
 
 
-def _traced(x):
+def traced(x):
     """Is x looked at by torch.compile or torch.export, or no real tensor? A product that ends in a multiplication has no form for those."""
     return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter)
 
@@ -126,17 +114,62 @@ def _gated(x, value, gate, bias):
     return torch.ops.mkldnn._linear_pointwise.binary(x, gate, value, bias[0], "mul")
 
 
+def product(x, weight, bias=None):
+    """x wᵀ + bias by oneDNN: x [..., D], weight [O, D], of whatever strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Learned(torch.autograd.Function):
+    """product() of fp32 with its gradients, those too by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        times = (
+            nn.functional.linear if torch.is_grad_enabled() else product
+        )  # PyTorch's where the gradient's gradient is wanted
+        rows = dy.flatten(0, -2)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        dx = times(dy, weight.t()) if for_x else None
+        dw = times(x.flatten(0, -2).t(), rows.t()).t() if for_weight else None  # this way round oneDNN is the quicker
+        return dx, dw, rows.sum(0) if for_bias else None
+
+
+class LearnedLinear(nn.Linear):
+    """A linear layer of a model in training by oneDNN instead of MKL: see learn()."""
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu") or traced(x) or not x.dtype == self.weight.dtype == torch.float32:
+            return super().forward(x)
+        return _Learned.apply(x, self.weight, self.bias)
+
+
+def learn(model):
+    """Let the fp32 linear layers of a model in training, frozen ones too, take their products and gradients from oneDNN, where that is
+    the quicker way. They stay so: prepare() and undo() leave them alone."""
+    for m in model.modules() if learns_by_onednn() else ():
+        fits = type(m) is nn.Linear and m.weight.device.type == "cpu" and m.weight.numel() >= LEAST
+        if fits and m.weight.dtype == torch.float32:
+            m.__class__ = LearnedLinear
+    return model
+
+
 class DirectLinear(nn.Linear):
     """A linear layer by oneDNN instead of MKL, unless a gradient is wanted (a LoRA trained around frozen weights)."""
 
     def forward(self, x):
         if _differentiated(self, x):
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product(x, self.weight, self.bias)
 
     def geglu(self, x):
         """value · gelu(gate) of the two halves of what forward() gives."""
-        if _differentiated(self, x) or _traced(x):
+        if _differentiated(self, x) or traced(x):
             return _geglu(self.forward(x))
         return _gated(x, *self.weight.chunk(2), self.bias)
 
@@ -178,7 +211,7 @@ class PackedLinear(nn.Linear):
     def geglu(self, x):
         """value · gelu(gate) of the two halves of what forward() gives; for a layer whose module has said `halves = 2` of it, so that how it is
         packed does not hang on who called it first (an adapter calls forward())."""
-        return _geglu(self.forward(x)) if _traced(x) else _gated(x, *self._parts(x), self.bias)
+        return _geglu(self.forward(x)) if traced(x) else _gated(x, *self._parts(x), self.bias)
 
     def gelu(self, x):
         """gelu(forward(x)) in its tanh form."""
@@ -322,39 +355,6 @@ def _ordinary(module):
         and not isinstance(getattr(module, "padding", 0), str)
         and getattr(module, "padding_mode", "zeros") == "zeros"
     )
-
-
-def attends(q, k, v):
-    """Whether attention() may take these, and pays: q [B, L, N, K], k and v [B, S, N, K]."""
-    (B, L, N, K), S = q.shape, k.shape[1]
-    if q.device.type != "cpu" or _traced(q) or L * S * K < LEAST_SCORES or S < LEAST_KEYS:
-        return False
-    if not (k.shape == v.shape == (B, S, N, K) and q.dtype == k.dtype == v.dtype):
-        return False
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != q.dtype
-    return not learns and not cast and torch.get_num_threads() <= MOST_THREADS and attends_by_blocks(q.dtype)
-
-
-def attention(q, k, v, scale=None):
-    """softmax(q kᵀ · scale) v by oneDNN's products, a head and a block of queries after the other: q [B, L, N, K], k v [B, S, N, K], fp32 or bf16
-    -> [B, L, N, K]. Without gradients. scale: default 1/√K.
-
-    Scores are multiplied and added in fp32, whatever the type. The probabilities are rounded to the type before they weigh the values, as in every
-    fused kernel.
-    """
-    (B, L, N, K), S = q.shape, k.shape[1]
-    rows = min(L, max(LEAST_ROWS, SCORES * max(1, torch.get_num_threads() // 2) // S))
-    out = q.new_empty(B, L, N, K)
-    queries = q.transpose(1, 2).float().contiguous()  # [B, N, L, K]
-    keys = k.transpose(1, 2).float().contiguous() * (K**-0.5 if scale is None else scale)  # [B, N, S, K]
-    values = v.permute(0, 2, 3, 1).contiguous()  # [B, N, K, S]
-    product = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # noqa: E731
-    for b, n in itertools.product(range(B), range(N)):
-        for i in range(0, L, rows):
-            scores = product(queries[b, n, i : i + rows], keys[b, n])  # [rows, S]
-            out[b, i : i + rows, n] = product(scores.softmax(-1).to(q.dtype), values[b, n])
-    return out
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.device import onednn
+from nanodiff.device import block_attention, onednn
 
 # ---------------------------------------------------------------------------------------------------------
 # Which operator
@@ -95,8 +95,8 @@ def attend(q, k, v, heads, causal=False, bias=None, scale=None, key_mask=None):
     """
     B, L, D = q.shape
     q, k, v = (x.unflatten(-1, (heads, D // heads)) for x in (q, k, v))  # [B, L|S, N, K]
-    if bias is None and key_mask is None and not causal and onednn.attends(q, k, v):
-        return onednn.attention(q, k, v, scale).reshape(B, L, D)
+    if bias is None and key_mask is None and not causal and block_attention.attends(q, k, v):
+        return block_attention.attention(q, k, v, scale).reshape(B, L, D)
     return kernels.attention(q, k, v, causal=causal, scale=scale, bias=bias, key_mask=key_mask).reshape(B, L, D)
 
 

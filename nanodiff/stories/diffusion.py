@@ -30,7 +30,7 @@ def make_model(cfg, dataset, device):
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
     for module in (sd.vae, sd.net, *sd.encoders):
         if module is not None and module not in nets.values():  # it is frozen
-            module.to(device, memory_format=torch.channels_last)
+            onednn.learn(module.to(device, memory_format=torch.channels_last))  # gradients may pass through it
     return sd, nets
 
 

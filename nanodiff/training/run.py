@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nanodiff import system
 from nanodiff.commandline import as_dict
 from nanodiff.config import Stopped, UserError, printable, short
-from nanodiff.device import choice, cudagraph, dist
+from nanodiff.device import choice, cudagraph, dist, onednn
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.files import append, claim, link, write_bytes
 from nanodiff.models import layers
@@ -112,7 +112,9 @@ class Run(State):
         if (
             cfg.parallel != "fsdp"
         ):  # FSDP2 brings unit after unit itself (the whole may not fit), and takes plain layouts only
-            self.net.to(self.device, memory_format=torch.channels_last)  # in which convolutions are faster
+            onednn.learn(
+                self.net.to(self.device, memory_format=torch.channels_last)
+            )  # in which convolutions are faster
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:

@@ -213,7 +213,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
         )
     )
     for module in sd.models().values():
-        module.to(run.device)
+        onednn.learn(module.to(run.device))
     transform = loader.Transform(side or sd.size[0], True)
     seed = training.seed
     feed = loader.Feed(

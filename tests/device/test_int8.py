@@ -48,7 +48,9 @@ def test_what_is_not_finite_is_not_hidden(bad):
 def made(layer):
     layer.requires_grad_(False)
     codes, absmax = quantize.to_int8(layer.weight.data.flatten(1))
-    layer.meant = codes.double().view(layer.weight.shape) * (absmax.double() / 127).view(-1, *[1] * (layer.weight.dim() - 1))
+    layer.meant = codes.double().view(layer.weight.shape) * (absmax.double() / 127).view(
+        -1, *[1] * (layer.weight.dim() - 1)
+    )
     return int8.pack(layer, codes.view(layer.weight.shape), absmax[:, 0])
 
 
@@ -59,7 +61,9 @@ def of_codes(x):
 
 @needs_instruction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "widths", "bias"), [(1, (64, 256), True), (77, (100, 165), False), (300, (129, 320), True)])
+@pytest.mark.parametrize(
+    ("rows", "widths", "bias"), [(1, (64, 256), True), (77, (100, 165), False), (300, (129, 320), True)]
+)
 def test_linear_layers(rows, widths, bias, dtype):
     torch.manual_seed(0)
     layer = made(nn.Linear(*widths, bias=bias)).to(dtype)
@@ -115,8 +119,23 @@ def test_layers_behind_a_norm_and_no_others(name, monkeypatch):
         assert not any("ff_context" in n for n in found if n.startswith(last))
     else:
         assert {"resnets.0.conv1", "resnets.1.conv2", "attentions.0.proj_in"} <= ends
-        assert {"attentions.0.transformer_blocks.0." + n for n in ("attn1.to_q", "attn1.to_v", "attn2.to_q", "ff.net.0.proj")} <= ends
-        never = ("conv_in", "conv_out", "shortcut", "proj_out", "net.2", "to_out.0", "attn2.to_k", "attn2.to_v", "samplers.0.conv", "time_emb_proj", "linear_1")
+        assert {
+            "attentions.0.transformer_blocks.0." + n
+            for n in ("attn1.to_q", "attn1.to_v", "attn2.to_q", "ff.net.0.proj")
+        } <= ends
+        never = (
+            "conv_in",
+            "conv_out",
+            "shortcut",
+            "proj_out",
+            "net.2",
+            "to_out.0",
+            "attn2.to_k",
+            "attn2.to_v",
+            "samplers.0.conv",
+            "time_emb_proj",
+            "linear_1",
+        )
         assert not [n for n in found if n.endswith(never)]
     whole = loaded(name, False)
     assert memory.count(net) == memory.count(whole)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from util import TINY, max_error, rms_ratio
+from util import TINY, rms_ratio
 
 from nanodiff import lora, pipeline
 from nanodiff.device import onednn
@@ -205,73 +205,6 @@ def usable(dtype):
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("L", "S", "N", "K"), [(37, 37, 3, 40), (50, 77, 2, 64), (33, 9, 1, 24), (1, 1, 1, 8)])
-@pytest.mark.parametrize("scores", [1 << 20, 300])
-def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
-    """Against fp64, as near as PyTorch's own: heads of any stride, the last block smaller than the others."""
-    usable(dtype)
-    monkeypatch.setattr(onednn, "SCORES", scores)
-    monkeypatch.setattr(onednn, "LEAST_ROWS", 1)
-    q, k, v = (3 * torch.randn(2, n, N * K).to(dtype).unflatten(-1, (N, K)) for n in (L, S, S))
-    for scale in (None, 0.3):
-        theirs, want = (
-            nn.functional.scaled_dot_product_attention(*(x.to(kind).transpose(1, 2) for x in (q, k, v)), scale=scale)
-            for kind in (dtype, torch.float64)
-        )
-        got = onednn.attention(q, k, v, scale)
-        assert got.dtype == dtype and got.shape == q.shape
-        bound = 1.3 * rms_ratio(theirs, want) + (1e-6 if dtype == torch.float32 else 1e-3)
-        assert rms_ratio(got.transpose(1, 2), want) < bound
-
-
-def test_who_attends_by_blocks(monkeypatch):
-    monkeypatch.setattr(onednn, "LEAST_SCORES", 8 * 8 * 16)
-    monkeypatch.setattr(onednn, "LEAST_KEYS", 8)
-    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: dtype == torch.float32)
-    q = torch.randn(1, 8, 2, 16)
-    assert onednn.attends(q, q, q)
-    assert not onednn.attends(q[:, 1:], q, q), "fewer than pay"
-    assert not onednn.attends(q, q[:, :1].expand(2, 8, 2, 16), q) and not onednn.attends(q.repeat(2, 1, 1, 1), q, q)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not onednn.attends(q, q, q), "PyTorch's own would compute in bf16"
-    assert not onednn.attends(*[q.bfloat16()] * 3) and not onednn.attends(q, q.bfloat16(), q)
-    assert not onednn.attends(*[q.to("meta")] * 3)
-    learns = q.clone().requires_grad_()
-    assert not onednn.attends(q, q, learns)
-    with torch.no_grad():
-        assert onednn.attends(q, q, learns)
-
-
-@pytest.mark.parametrize(("vendor", "computes", "want"), [("AuthenticAMD", True, "both"), ("AuthenticAMD", False, "fp32"), ("GenuineIntel", True, "none")])  # fmt: skip
-def test_the_table_of_processors(monkeypatch, vendor, computes, want):
-    monkeypatch.setattr(onednn, "_cpuinfo", lambda: {"vendor_id": vendor})
-    monkeypatch.setattr(onednn, "computes_bf16", lambda: computes)
-    monkeypatch.setattr(onednn, "unusable", lambda dtype: None)
-    got = [onednn.attends_by_blocks.__wrapped__(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
-    assert got == [want in ("both", "fp32"), want == "both", False]
-
-
-def test_models_attend_by_blocks_where_nothing_is_hidden(monkeypatch):
-    from nanodiff.models.layers import attend
-
-    called = []
-    real = onednn.attention
-    monkeypatch.setattr(onednn, "attends", lambda q, k, v: True)
-    monkeypatch.setattr(onednn, "attention", lambda *a: called.append(1) or real(*a))
-    q, k, v = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
-    heads = [x.double().unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v)]
-    want = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    assert rms_ratio(attend(q, k, v, 4), want) < 1e-6 and called == [1]
-    attend(q, k, v, 4, key_mask=torch.ones(2, 7, dtype=torch.bool))
-    attend(q, k, v, 4, bias=torch.zeros(1, 4, 5, 7))
-    attend(q, q, q, 4, causal=True)
-    assert called == [1]
-
-
-# What a product ends in -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("pack", "dtype"),
     [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],  # unpacked, bf16 layers stay plain
@@ -349,27 +282,6 @@ def test_direct_products_that_end_in_a_gelu_have_a_gradient():
         onednn.prepare(net)
         (got,) = torch.autograd.grad(call(net[0], x).sum(), x)
         assert rms_ratio(got, want) < 1e-6
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_pictures_are_the_same(monkeypatch, name, blocks):
-    """A pipeline that may pack, and may attend by blocks, gives the picture of one that may not, twice, and can still be saved."""
-    called, attention = [], onednn.attention
-    monkeypatch.setattr(onednn, "attention", lambda *a: called.append(1) or attention(*a))
-    monkeypatch.setattr(onednn, "LEAST_SCORES", 0)
-    monkeypatch.setattr(onednn, "LEAST_KEYS", 0)
-    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: False)
-    plain, packing = pipeline.load(TINY / name), pipeline.load(TINY / name)
-    packing.packs = True
-    want = plain.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
-    monkeypatch.setattr(onednn, "attends_by_blocks", lambda dtype: blocks)
-    for _ in range(2):
-        got = packing.generate(["a corgi"], steps=4, seeds=[1], height=64, width=64)
-        assert max_error(got.latents, want.latents) < 1e-4
-    assert bool(called) == blocks
-    assert any(type(m) in (onednn.PackedConv2d, onednn.PackedLinear) for m in packing.net.modules())
-    assert not any(type(m) in onednn.PLAIN and type(m) is not onednn.DirectLinear for m in plain.net.modules())
 
 
 def test_a_silent_lora_leaves_the_bytes(monkeypatch):
@@ -473,3 +385,72 @@ def test_phases_stand_aside_for_hooks_and_gradients():
         handle.remove()
         torch.testing.assert_close(up(x), enlarged(up, x))
     assert up.phases
+
+
+LEARNING = [((3, 20), 20, 33, True), ((2, 7, 48), 48, 96, False), ((1, 1, 130), 130, 64, True)]
+
+
+@pytest.fixture
+def learning(monkeypatch):
+    """As on a processor whose table says so."""
+    monkeypatch.setattr(onednn, "learns_by_onednn", lambda: True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("shape", "D", "O", "bias"), LEARNING)
+def test_learned_layers(learning, shape, D, O, bias, frozen):
+    torch.manual_seed(0)
+    layer = onednn.learn(nn.Linear(D, O, bias=bias).requires_grad_(not frozen))
+    assert type(layer) is onednn.LearnedLinear
+    x = torch.randn(shape, requires_grad=True)
+    dy = torch.randn(*shape[:-1], O)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())]
+    want = nn.functional.linear(*exact)
+    wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    got = torch.autograd.grad(layer(x), wanted, dy)
+    meant = torch.autograd.grad(want, [t for t in exact if t.requires_grad], dy.double())
+    assert rms_ratio(layer(x), want) < 1e-6
+    assert all(rms_ratio(a, b) < 1e-6 for a, b in zip(got, meant, strict=True))
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.detach()))
+
+
+def test_the_gradient_of_a_learned_gradient(learning):
+    layer = onednn.learn(nn.Linear(20, 33))
+    plain = nn.Linear(20, 33)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 20, requires_grad=True)
+    found = []
+    for net in (layer, plain):
+        (slope,) = torch.autograd.grad(net(x).sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [x, *net.parameters()]))
+    assert all(rms_ratio(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def test_where_learned_layers_are_plain_ones(learning):
+    layer, plain = onednn.learn(nn.Linear(20, 33)), nn.Linear(20, 33)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), plain(x)) and layer(x).dtype == torch.bfloat16
+    assert rms_ratio(torch.compile(layer, backend="eager")(x), plain(x)) < 1e-6
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert type(onednn.learn(nn.Linear(20, 33).bfloat16())) is nn.Linear
+
+
+def test_learned_layers_stay_so(learning):
+    """A preview in training prepares the model and undoes that: the updates after it compute as those before, to the bit."""
+    net = onednn.learn(nn.Sequential(nn.Linear(20, 33), nn.Conv2d(3, 8, 3), nn.Linear(33, 20).requires_grad_(False)))
+    onednn.prepare(net.requires_grad_(False), pack=True)
+    assert [type(m) for m in net] == [onednn.LearnedLinear, onednn.PackedConv2d, onednn.LearnedLinear]
+    onednn.undo(net)
+    assert [type(m) for m in net] == [onednn.LearnedLinear, nn.Conv2d, onednn.LearnedLinear]
+    assert [type(m) for m in onednn.learn(net)] == [type(m) for m in net]
+
+
+@pytest.mark.parametrize(("vendor", "want"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
+def test_who_learns_by_onednn(monkeypatch, vendor, want):
+    monkeypatch.setattr(onednn, "cpuinfo", lambda: {"vendor_id": vendor})
+    assert onednn.learns_by_onednn.__wrapped__() is want
+    monkeypatch.setattr(onednn, "learns_by_onednn", lambda: want)
+    assert (type(onednn.learn(nn.Linear(20, 33))) is onednn.LearnedLinear) is want
