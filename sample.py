@@ -243,7 +243,11 @@ class Config:
         choices=("none", "model", "sequential"),
         group="memory and speed",
     )
-    quantize: str | None = arg(None, "weights of denoiser and T5 in 8 or 4 bits", choices=("int8", "nf4"))
+    quantize: str | None = arg(
+        None,
+        "weights of denoiser and T5 in 8 or 4 bits (int8 on a CPU with VNNI: the denoiser's products, too)",
+        choices=("int8", "nf4"),
+    )
     vae_tiling: bool = arg(False, "decode in tiles: less memory for large pictures, the same picture")
     fast_vae: str | None = arg(None, "decode drafts with this TAESD decoder (file or folder)")
     preview: str | None = arg(None, "write preview.png after every step with this TAESD decoder (file or folder)")
