@@ -64,7 +64,7 @@ CFG = CausalLM.Config(vocab_size=256, hidden_size=256, intermediate_size=768, nu
                       bos_token_id=0, tie_word_embeddings=False)  # fmt: skip
 
 
-def language(updates=1000, length=128, rows=16):
+def language(updates=400, length=128, rows=16):
     """Perplexity by the byte of a model that has learned nine tenths of the project's texts, on the last tenth of each."""
     texts = [p.read_bytes() for p in sorted(ROOT.glob("docs/**/*.md")) + sorted(ROOT.glob("nanodiff/**/*.py"))]
     cut = lambda a, b: torch.tensor(list(b"".join(t[len(t) * a // 10 : len(t) * b // 10] for t in texts)))  # noqa: E731
@@ -93,7 +93,9 @@ def language(updates=1000, length=128, rows=16):
         for name, layer in net.named_modules() if wrong else ():
             if isinstance(layer, torch.nn.Linear):
                 x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
-                print(f"    {name:36s}{error(made.get_submodule(name)(x.bfloat16()), layer(x)):.4f}")
+                print(
+                    f"    {name:36s}{error(made.get_submodule('head' if name == 'lm_head' else name)(x.bfloat16()), layer(x)):.4f}"
+                )
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ w ≈ scale · code, one scale an output, symmetric; x ≈ scale · (code - zero
 those beside it (Jacob et al. 2018, arXiv 1712.05877, eq. 1; the range is found at every call: "dynamic"). Products of codes are summed in 32-bit whole
 numbers, so the only error is that of the two roundings.
 
-A processor with VNNI or AMX multiplies codes twice as fast as bf16. It is done for layers behind a norm, which the models name in after_norm(): what comes out
-of a norm is of one size everywhere. What a residual stream or a gated unit holds is not: a few large numbers would take the whole range (Dettmers et al.
-2022, "LLM.int8()", arXiv 2208.07339 §3.2), so the layers that read those stay with quantize.QuantizedLinear. Of SD 1.5's UNet (random weights) the shortcuts
-alone would add an error of 0.038, the narrowing half of the feed-forwards 0.032; all layers behind norms together add 0.022.
+A processor with VNNI or AMX multiplies codes twice as fast as bf16. It is done for layers behind a norm, which the models name in after_norm(), with the size
+that the norm gives to each channel by its gain and bias. Trained gains differ much, and a few large channels would take the whole range; so channels are
+divided, and the weights that read them multiplied, by √(size / largest weight): both are then of like sizes ("SmoothQuant", Xiao et al. 2022, arXiv 2211.10438, eq. 4
+with α = ½; the sizes are the norms' in place of a sample's). Of what a residual stream or a gated unit holds no size is known, so the layers that read those
+stay with quantize.QuantizedLinear: of SD 1.5's UNet (random weights) the shortcuts alone would add an error of 0.038, the narrowing half of the feed-forwards
+0.032; all layers behind norms together add 0.022.
 
 The operators are those that torch.compile uses on a CPU; usable() tries them. They have no gradient.
 """
@@ -20,36 +22,56 @@ from torch import nn
 
 from nanodiff.device import onednn
 
-INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
+PIECE = 1 << 20  # weights that are in fp32 at a time: 4 MB, which stay in the caches
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 
 
-def coded(x):
-    """(codes uint8 in the layout of x, scale, zero): x ≈ scale · (codes - zero), zero among the numbers that are met exactly. A scale of NaN where x is
-    not finite."""
-    low, high = min(x.amin().item(), 0.0), max(x.amax().item(), 0.0)
+def balance(weight, size):
+    """What the channels of a layer's input are divided by, and its weight [O, C, …] multiplied: [C]. size: of each channel, [C], about its RMS."""
+    others = [0, *range(2, weight.dim())]
+    pieces = weight.split(max(1, PIECE // weight[0].numel()))
+    largest = functools.reduce(torch.maximum, (w.float().abs().amax(others) for w in pieces))
+    one = lambda v: v.clamp(min=1e-4 * v.max().item() + 1e-30)  # noqa: E731 - an unused channel is no reason for extremes
+    shares = (one(size.float()) / one(largest)).sqrt()
+    return shares / shares.log().mean().exp()
+
+
+def coded(x, shares=1.0):
+    """(codes uint8 in the layout of x, scale, zero): x · shares ≈ scale · (codes - zero), zero among the numbers that are met exactly. A scale of NaN
+    where x is not finite. x is left as it is."""
+    steps = x.to(torch.float32, copy=True).mul_(shares)
+    low, high = min(steps.amin().item(), 0.0), max(steps.amax().item(), 0.0)
     scale = max((high - low) / 254, 1e-30)  # of 255 steps one is left for the rounding of zero
     if not math.isfinite(high - low):
         return torch.zeros_like(x, dtype=torch.uint8), math.nan, 0
-    zero = round(-low / scale)
-    steps = x.float().mul_(1 / scale) if x.dtype != torch.float32 else x * (1 / scale)
-    return steps.add_(zero + 0.5).to(torch.uint8), scale, zero
+    zero = round(0.5 - low / scale)  # so that the smallest is at no less than 0, the largest at no more than 255
+    signed = steps.mul_(1 / scale).add_(zero - 128).round_().to(torch.int8)  # to uint8 takes five times as long
+    return signed.view(torch.uint8).bitwise_xor_(128), scale, zero
 
 
 class _Int8:
-    """What both kinds of layer share; `codes` are the packed weight, `scale` [O] one number for each output."""
+    """What both kinds of layer share; `codes` are the packed weight, `scale` [O] one number for each output, `shares` one for each input."""
 
     @property
     def weight(self):
         """Its shape alone: the numbers are in oneDNN's layout."""
         return torch.empty(self.shape, device="meta")
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "layers in 8 bits (`quantize` int8 on a CPU) cannot be copied or pickled: their weights are in oneDNN's layout"
+        )
+
     def _each(self, x, product):
         """product(codes, scale, zero, type) of each picture of x [B, …], together."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # it would look into the numbers, and has no form of its own for these products
+            return torch._dynamo.disable(_Int8._each)(self, x, product)
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("layers in 8 bits (`quantize` int8 on a CPU) have no gradient")
-        exact = torch.float32 if x.dtype == torch.float16 else x.dtype
-        made = [product(*coded(one), exact).to(x.dtype) for one in x.split(1)]
+        exact = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        made = [product(*coded(one, self.shares), exact).to(x.dtype) for one in x.split(1)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def _bias(self):
@@ -87,15 +109,17 @@ class Int8Conv2d(_Int8, nn.Conv2d):
 
 def fits(layer):
     """Whether pack() takes a layer: an ordinary linear layer or convolution of some size."""
-    plain = type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.numel() >= LEAST
-    return plain and (
-        type(layer) is nn.Linear or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, _Int8) or layer.weight.numel() < LEAST:
+        return False
+    return isinstance(layer, nn.Linear) or (
+        layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and layer.groups == 1
     )
 
 
-def pack(layer, codes, absmax):
-    """Let a plain layer compute in 8 bits, in place: codes int8 [O, …] and absmax fp32 [O] of its weight (quantize.to_int8)."""
+def pack(layer, codes, absmax, shares):
+    """Let a plain layer compute in 8 bits, in place: codes int8 [O, …] and absmax fp32 [O] (quantize.to_int8) of its weight times `shares` [C]."""
     layer.scale, layer.shape, layer.stands_for = absmax / 127, layer.weight.shape, layer.weight.numel()
+    layer.shares = 1 / shares.view(-1, *[1] * (layer.weight.dim() - 2))
     if isinstance(layer, nn.Conv2d):
         where = (layer.stride, layer.padding, layer.dilation, layer.groups)
         codes = codes.contiguous(memory_format=torch.channels_last)
@@ -113,19 +137,25 @@ def usable():
     """Whether this processor multiplies 8 bits by an instruction for it, and this PyTorch by operators that give what is meant: without the instruction
     sums of two products are cut at 16 bits."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    if not any(known.get(k) for k in INSTRUCTIONS) or onednn.unusable(torch.float32):
+    if not any(known.get(k) for k in onednn.EIGHT_BITS) or onednn.unusable(torch.float32):
         return False
     with torch.device("cpu"):
-        for layer in (nn.utils.skip_init(nn.Linear, 64, 32), nn.utils.skip_init(nn.Conv2d, 64, 32, 3, padding=1)):
+        exact = {"dtype": torch.float32}
+        for layer in (
+            nn.utils.skip_init(nn.Linear, 64, 32, **exact),
+            nn.utils.skip_init(nn.Conv2d, 64, 32, 3, padding=1, **exact),
+        ):
             layer.requires_grad_(False)
-            layer.bias.data = torch.arange(32.0)
+            layer.bias.data = torch.arange(32, **exact)
             codes = torch.full(layer.weight.shape, 127, dtype=torch.int8)
             codes[::2] = -127  # the largest sums of either sign
             layer.weight.data = codes.float()
-            x = torch.linspace(-1, 254, 1600).view((1, 64, 5, 5) if isinstance(layer, nn.Conv2d) else (1, 25, 64))
+            x = torch.linspace(-1, 254, 1600, **exact).view(
+                (1, 64, 5, 5) if isinstance(layer, nn.Conv2d) else (1, 25, 64)
+            )
             meant = layer(x.round())
             try:
-                made = pack(layer, codes, torch.full((32,), 127.0))(x.round())
+                made = pack(layer, codes, torch.full((32,), 127.0, **exact), torch.ones(64, **exact))(x.round())
             except (AttributeError, RuntimeError, TypeError):
                 return False
             if not torch.allclose(made, meant, rtol=1e-2, atol=0.01 * meant.abs().max().item()):

@@ -30,6 +30,7 @@ from torch import nn
 
 from nanodiff import system
 
+EIGHT_BITS = ("avx512_vnni", "avx_vnni", "amx_int8")  # instructions that multiply 8-bit numbers (int8.py)
 FEWEST_STEPS = 4  # of a run for which packing pays
 LEAST = 1 << 14  # weights of a layer below which nothing is gained
 FEW_ROWS = 6  # of x, below which PyTorch's way is as fast as a wide layer's
@@ -61,11 +62,12 @@ def learns_by_onednn():
 
 
 def processor():
-    """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and what multiplies in fp32 linear layers."""
+    """What the bytes of a CPU's results depend on, for run.json: its name, instructions, threads, and what multiplies in fp32 linear layers,
+    in inference and in training."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     instructions = [
         torch.backends.cpu.get_cpu_capability(),
-        *(k for k in ("avx512_bf16", "amx_bf16", "amx_fp16") if known.get(k)),
+        *(k for k in ("avx512_bf16", "amx_bf16", "amx_fp16", *EIGHT_BITS) if known.get(k)),
     ]
     limits = [
         f"{k}={os.environ[k]}"
@@ -79,6 +81,7 @@ def processor():
         "instructions": " ".join([*instructions, *limits]),
         "threads": torch.get_num_threads(),
         "fp32 linear layers": products,
+        "fp32 linear layers in training": "oneDNN" if learns_by_onednn() else "PyTorch",
     }
 
 
@@ -136,7 +139,7 @@ class _Learned(torch.autograd.Function):
         rows = dy.flatten(0, -2)
         for_x, for_weight, for_bias = ctx.needs_input_grad
         dx = times(dy, weight.t()) if for_x else None
-        dw = times(x.flatten(0, -2).t(), rows.t()).t() if for_weight else None  # this way round oneDNN is the quicker
+        dw = times(rows.t(), x.flatten(0, -2).t()) if for_weight else None
         return dx, dw, rows.sum(0) if for_bias else None
 
 
@@ -144,14 +147,15 @@ class LearnedLinear(nn.Linear):
     """A linear layer of a model in training by oneDNN instead of MKL: see learn()."""
 
     def forward(self, x):
-        if torch.is_autocast_enabled("cpu") or traced(x) or not x.dtype == self.weight.dtype == torch.float32:
+        few = x.numel() < FEW_ROWS * x.shape[-1] or x.device.type != "cpu"  # an empty or a flat x, too
+        if few or torch.is_autocast_enabled("cpu") or traced(x) or not x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         return _Learned.apply(x, self.weight, self.bias)
 
 
 def learn(model):
     """Let the fp32 linear layers of a model in training, frozen ones too, take their products and gradients from oneDNN, where that is
-    the quicker way. They stay so: prepare() and undo() leave them alone."""
+    the quicker way. They stay so: prepare() packs them for inference as others, and undo() brings them back."""
     for m in model.modules() if learns_by_onednn() else ():
         fits = type(m) is nn.Linear and m.weight.device.type == "cpu" and m.weight.numel() >= LEAST
         if fits and m.weight.dtype == torch.float32:
@@ -374,7 +378,8 @@ def prepare(model, pack=False):
         undo(model)  # so that what a picture looks like, to the last bit, depends on its own settings alone
     owners = Counter(id(w) for m in model.modules() if (w := m._parameters.get("weight")) is not None)
     for m in model.modules():
-        plain = PLAIN.get(type(m), type(m))
+        learned = pack and type(m) is LearnedLinear
+        plain = nn.Linear if learned else PLAIN.get(type(m), type(m))
         if plain not in (nn.Linear, nn.Conv2d) or m.weight.device.type != "cpu" or m.weight.numel() < LEAST:
             continue
         dtype = m.weight.dtype
@@ -387,6 +392,7 @@ def prepare(model, pack=False):
             return
         if pack:
             m.__class__ = PackedConv2d if plain is nn.Conv2d else PackedLinear
+            m.learned = learned or getattr(m, "learned", False)
             if plain is nn.Linear:
                 m.pack()
         elif type(m) is nn.Linear and dtype == torch.float32:
@@ -394,7 +400,7 @@ def prepare(model, pack=False):
 
 
 def undo(model):
-    """Plain layers with their weights, as they were before prepare()."""
+    """Layers with their weights, as they were before prepare()."""
     for m in model.modules():
         if type(m) not in PLAIN:
             continue
@@ -402,4 +408,4 @@ def undo(model):
         if packed is not None:
             dense = torch.cat([part.to_dense() for part in packed]).view(m.shape)
             m.weight.data = torch.empty_strided(m.shape, m.layout, dtype=dense.dtype).copy_(dense)
-        m.__class__ = PLAIN[type(m)]
+        m.__class__ = LearnedLinear if m.__dict__.pop("learned", False) else PLAIN[type(m)]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.device import int8, memory
+from nanodiff.device import int8, memory, onednn
 
 BLOCK = 64
 ROWS = 4096  # of a weight that are turned into codes at a time: a vocabulary's layer is large in fp32
@@ -60,9 +60,10 @@ def from_nf4(codes, absmax, dtype):
 
 
 def reads_codes(x):
-    """Does PyTorch's CPU kernel multiply rows x by int8 codes, sooner than they would be turned back? It is made for bf16."""
-    rows = x.numel() // x.shape[-1]
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= MOST_ROWS
+    """Does PyTorch's CPU kernel multiply rows x by int8 codes, sooner than they would be turned back? It is made for bf16, and reads past the end of
+    other widths than multiples of 16."""
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= MOST_ROWS and width % 16 == 0
 
 
 def to_int4(weight):
@@ -160,11 +161,15 @@ def apply(model, kind, device="cpu", home=None):
 
     Raises UserError when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
     """
+    onednn.undo(model)
     if kind == "int8" and torch.device(device).type == "cpu" and int8.usable():
-        for layer in after_norm(model):
+        for layer, size in after_norm(model):
             weight = layer.weight.data
-            codes, absmax = to_int8(weight.flatten(1))
-            int8.pack(layer, codes.view(weight.shape), absmax[:, 0])
+            shares = int8.balance(weight, size)
+            pieces = weight.split(max(1, int8.PIECE // weight[0].numel()))
+            parts = [to_int8((w * shares.view(-1, *[1] * (weight.dim() - 2))).flatten(1)) for w in pieces]
+            codes, absmax = map(torch.cat, zip(*parts, strict=True))
+            int8.pack(layer, codes.view(weight.shape), absmax[:, 0], shares)
             memory.let_go([weight])
     layers = _layers(model, kind)
     if not layers:
@@ -180,13 +185,22 @@ def _layers(model, kind):
     """[(parent, name, linear layer)] of what apply() quantizes."""
     blocks = [m for m in model.modules() if type(m).__name__ in INSIDE]
     found = [(p, name, c) for b in blocks for p in b.modules() for name, c in p.named_children()]
-    return [f for f in found if type(f[2]) is nn.Linear and (kind == "int8" or f[2].in_features % BLOCK == 0)]
+    return [
+        f
+        for f in found
+        if isinstance(f[2], nn.Linear)
+        and not hasattr(f[2], "codes")
+        and (kind == "int8" or f[2].in_features % BLOCK == 0)
+    ]
 
 
+@torch.no_grad()
 def after_norm(model):
-    """The layers that the modules of a model name as behind a norm, and that can be multiplied in 8 bits."""
-    named = (layer for m in model.modules() if hasattr(m, "after_norm") for layer in m.after_norm())
-    return [layer for layer in named if int8.fits(layer)]
+    """[(layer, size of its input's channels [C])] of the layers that a model, or else its modules, name as behind a norm, and that can be multiplied
+    in 8 bits."""
+    owners = [model] if hasattr(model, "after_norm") else [m for m in model.modules() if hasattr(m, "after_norm")]
+    named = [pair for m in owners for pair in m.after_norm()]
+    return [(layer, size) for layer, size in named if int8.fits(layer)]
 
 
 def sizes(model, kind):

@@ -241,6 +241,11 @@ class GroupNorm(nn.GroupNorm):
         return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu, shift)
 
 
+def size_after(norm):
+    """RMS of each channel [C] behind a norm with gain and bias, whose input has a mean of 0 and a variance of 1."""
+    return torch.hypot(norm.weight.float(), norm.bias.float())
+
+
 class ResnetBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + temb))); the skip is a 1×1 convolution when channels change.
 
@@ -259,8 +264,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def after_norm(self):
-        """Layers whose input comes out of a norm (device/int8.py)."""
-        return self.conv1, self.conv2
+        """(layer, size of its input's channels) of those whose input comes out of a norm (device/int8.py)."""
+        return (self.conv1, size_after(self.norm1)), (self.conv2, size_after(self.norm2))
 
     def shift(self, temb):
         """What comes before norm2 beside the convolution's products, the time and the bias: [B, C']."""

@@ -192,12 +192,19 @@ class JointBlock(nn.Module):
         if not last:
             self.ff_context = FeedForward(D)
 
-    def after_norm(self):
-        """Layers whose input comes out of a norm (device/int8.py)."""
-        attentions = [self.attn, self.attn2] if hasattr(self, "attn2") else [self.attn]
-        widening = [self.ff, self.ff_context] if hasattr(self, "ff_context") else [self.ff]
-        of_attention = [layer for a in attentions for group in a.projections() for layer in group]
-        return *of_attention, *(ff.net[0].proj for ff in widening)
+    def after_norm(self, emb):
+        """(layer, size of its input's channels) of those whose input comes out of a norm (device/int8.py), for conditions emb [T, D]: the mean over them."""
+        size = lambda shift, scale: ((1 + scale.float()) ** 2 + shift.float() ** 2).mean(0).sqrt()  # noqa: E731
+        shift, scale, _, shift_mlp, scale_mlp, _, *second = self.norm1(emb)  # [T, D] each
+        last = not hasattr(self, "ff_context")
+        t_shift, t_scale, *rest = reversed(self.norm1_context(emb)) if last else self.norm1_context(emb)
+        of_image, of_text = self.attn.projections()
+        pairs = [(layer, size(shift, scale)) for layer in of_image] + [
+            (layer, size(t_shift, t_scale)) for layer in of_text
+        ]
+        pairs += [(layer, size(*second[:2])) for layer in self.attn2.projections()[0]] if second else []
+        pairs += [] if last else [(self.ff_context.net[0].proj, size(*rest[1:3]))]
+        return [*pairs, (self.ff.net[0].proj, size(shift_mlp, scale_mlp))]
 
     def forward(self, x, text, emb):
         """x [B, L, D], text [B, S, D], emb [B, D] -> the same, or (x, None) from the last block."""
@@ -284,6 +291,13 @@ class SD3Transformer2DModel(nn.Module):
         )
         self.norm_out = AdaLN(D, 2)
         self.proj_out = nn.Linear(D, p * p * cfg.out_channels)
+
+    def after_norm(self):
+        """What the blocks name, at eleven times and without a pooled text."""
+        weight = self.time_text_embed.text_embedder.linear_1.weight
+        t, pooled = torch.linspace(0, 1000, 11, device=weight.device), weight.new_zeros(11, weight.shape[1])
+        emb = self.time_text_embed(t, pooled)  # [T, D]
+        return [pair for block in self.transformer_blocks for pair in block.after_norm(emb)]
 
     def forward(self, x, t, text, pooled, skip_layers=(), control=None):
         """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000], text [B, S, D],

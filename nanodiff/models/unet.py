@@ -47,6 +47,7 @@ from nanodiff.models.layers import (
     linear_geglu,
     pointwise,
     project,
+    size_after,
     timestep_embedding,
     timesteps,
 )
@@ -266,8 +267,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def after_norm(self):
-        """Layers whose input comes out of a norm (device/int8.py); the keys and values of attn2 are the text's."""
-        return self.attn1.to_q, self.attn1.to_k, self.attn1.to_v, self.attn2.to_q, self.ff.net[0].proj
+        """(layer, size of its input's channels) of those whose input comes out of a norm (device/int8.py); the keys and values of attn2 are the text's."""
+        own = [(layer, size_after(self.norm1)) for layer in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)]
+        return *own, (self.attn2.to_q, size_after(self.norm2)), (self.ff.net[0].proj, size_after(self.norm3))
 
     def forward(self, x, context):
         """context: the text [B, S, D], or its keys and values from text_kv() and those of pictures."""
@@ -296,8 +298,8 @@ class Transformer2D(nn.Module):
         self.proj_out = projection()
 
     def after_norm(self):
-        """Layers whose input comes out of a norm (device/int8.py)."""
-        return (self.proj_in,)
+        """(layer, size of its input's channels) of those whose input comes out of a norm (device/int8.py)."""
+        return ((self.proj_in, size_after(self.norm)),)
 
     def forward(self, x, kvs):
         """x [B, C, H, W]; kvs: an iterator of what each block sees of the text, from which it takes its own. -> [B, C, H, W]"""

@@ -88,10 +88,21 @@ def test_who_attends_by_blocks(monkeypatch):
     )
     with torch.autocast("cpu", torch.bfloat16):
         assert not block_attention.attends(q, q, q), "PyTorch's own would compute in bf16"
+    assert not block_attention.attends(q, q, q.double()) and not block_attention.attends(
+        q, q, q[..., :8].repeat(1, 1, 1, 1)
+    )
+    monkeypatch.setattr(block_attention, "LEAST_SCORES", 0)
+    assert not block_attention.attends(q, q[:, :7], q[:, :7]), "few keys"
+    monkeypatch.setattr(block_attention, "LEAST_SCORES", 8 * 8 * 16)
+    with monkeypatch.context() as m:
+        m.setattr(torch, "get_num_threads", lambda: block_attention.MOST_THREADS + 1)
+        assert not block_attention.attends(q, q, q)
     assert not block_attention.attends(*[q.bfloat16()] * 3) and not block_attention.attends(q, q.bfloat16(), q)
     assert not block_attention.attends(*[q.to("meta")] * 3)
     learns = q.clone().requires_grad_()
-    assert not block_attention.attends(q, q, learns), "fewer than pay with gradients"
+    for i in range(3):
+        given = [learns if i == j else q for j in range(3)]
+        assert not block_attention.attends(*given), "fewer than pay with gradients"
     with torch.no_grad():
         assert block_attention.attends(q, q, learns)
     monkeypatch.setattr(block_attention, "LEAST_LEARNED", 8 * 8 * 16)

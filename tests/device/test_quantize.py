@@ -10,7 +10,7 @@ from util import TINY, error_line, rms_ratio, run
 
 from nanodiff import pipeline, weights
 from nanodiff.config import UserError
-from nanodiff.device import memory, quantize
+from nanodiff.device import memory, onednn, quantize
 from nanodiff.models.llm import CausalLM
 from nanodiff.models.mmdit import SD3Transformer2DModel
 from nanodiff.models.unet import UNet2DConditionModel
@@ -77,6 +77,29 @@ def test_half_precision_inputs():
             x = torch.randn(3, 128, dtype=dtype)
             out = small(x)
             assert out.dtype == dtype and rms_ratio(out, linear(x.float())) < 0.15
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 64, 72, 100])
+def test_a_few_rows_of_any_width(width):
+    """PyTorch's kernel for a few rows reads past the end of widths that are no multiple of 16: other numbers, or the end of the process."""
+    linear = torch.nn.Linear(width, 48)
+    small = quantize.QuantizedLinear(linear, "int8")
+    for rows in (1, 4, 8):
+        x = torch.randn(rows, width)
+        assert rms_ratio(small(x.bfloat16()), linear(x)) < 0.02
+
+
+@pytest.mark.parametrize("prepared", [onednn.learn, onednn.prepare, lambda net: onednn.prepare(net, pack=True)])
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_a_model_that_is_prepared_is_quantized_whole(kind, prepared, monkeypatch):
+    monkeypatch.setattr(onednn, "LEAST", 1)
+    nets = [weights.load(SD3Transformer2DModel, TINY / "sd35-medium" / "transformer", torch.float32) for _ in range(2)]
+    prepared(nets[1].requires_grad_(False))
+    found = [
+        [(n, type(m).__name__) for n, m in quantize.apply(net, kind).named_modules() if hasattr(m, "codes")]
+        for net in nets
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", quantize.KINDS)
