@@ -280,7 +280,8 @@ class ResnetBlock(nn.Module):
             shift = self.time_emb_proj(temb) if bias is None else self.shift(temb)
         elif bias is not None:
             shift = bias.expand(len(x), -1)
-        h, bias = without_bias(self.conv2, self.norm2(h, shift))  # [B, C', H, W]
+        h = self.norm2(h, shift)  # in a line of its own, so that the one before it may go
+        h, bias = without_bias(self.conv2, h)  # [B, C', H, W]
         x = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
         return x + h if bias is None else kernels.add_bias(h, bias, x)
 
@@ -326,8 +327,7 @@ class Stage(nn.Module):
             return self.downsamplers[0](x)
         return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else None
 
-    def forward(self, x):  # the VAE's stages: no time, no text, no skips
-        for resnet in self.resnets:
-            x = resnet(x)  # [B, C, H, W]
-        y = self.resample(x)
-        return x if y is None else y
+    def steps(self):
+        """What the VAE's stages, without time, text and skips, do one after the other. Called by the model itself: a stage that called them would
+        have its own input, the largest tensor of a decoding, waiting with its caller until the end."""
+        return (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ()))

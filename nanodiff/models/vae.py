@@ -125,8 +125,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)  # [B, C₁, H, W]
-        for block in self.down_blocks:
-            x = block(x)  # halved by each but the last
+        for step in (step for block in self.down_blocks for step in block.steps()):
+            x = step(x)  # halved at the end of each block but the last
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))  # [B, 2C, h, w], mean and logvar
 
 
@@ -148,8 +148,8 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))  # [B, Cₙ, h, w]
-        for block in self.up_blocks:
-            x = block(x)  # doubled by each but the last
+        for step in (step for block in self.up_blocks for step in block.steps()):
+            x = step(x)  # doubled at the end of each block but the last
         return self.conv_out(self.conv_norm_out(x))  # [B, 3, H, W]
 
 
