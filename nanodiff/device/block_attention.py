@@ -68,6 +68,8 @@ def _exact(x):
 
 
 class _Attention(torch.autograd.Function):
+    """attention() and its gradient, of which no more is kept than q, k, v and what came out."""
+
     @staticmethod
     def forward(ctx, q, k, v, scale):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -50,7 +50,8 @@ def coded(x, shares=1.0):
 
 
 class _Int8:
-    """What both kinds of layer share; `codes` are the packed weight, `scale` [O] one number for each output, `shares` one for each input."""
+    """What both kinds of layer share; `codes` are the packed weight, `scale` [O] one number for each output, `shares` what each input is
+    multiplied by: 1 over balance()."""
 
     @property
     def weight(self):

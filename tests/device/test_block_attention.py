@@ -21,14 +21,27 @@ def usable(dtype):
         pytest.skip(reason)  # a CPU without AVX-512 multiplies no bf16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("L", "S", "N", "K"), [(37, 37, 3, 40), (50, 77, 2, 64), (33, 9, 1, 24), (1, 1, 1, 8)])
-@pytest.mark.parametrize("scores", [1 << 20, 300])
+def small_blocks(monkeypatch, scores):
+    monkeypatch.setattr(block_attention, "SCORES", scores)
+    monkeypatch.setattr(block_attention, "LEAST_ROWS", 1)
+
+
+def every_shape(test):
+    """The test for types, shapes and sizes of block."""
+    for names, values in (
+        ("dtype", [torch.float32, torch.bfloat16]),
+        (("L", "S", "N", "K"), [(37, 37, 3, 40), (50, 77, 2, 64), (33, 9, 1, 24), (1, 1, 1, 8)]),
+        ("scores", [1 << 20, 300]),
+    ):
+        test = pytest.mark.parametrize(names, values)(test)
+    return test
+
+
+@every_shape
 def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
     """Against fp64, as near as PyTorch's own: heads of any stride, the last block smaller than the others."""
     usable(dtype)
-    monkeypatch.setattr(block_attention, "SCORES", scores)
-    monkeypatch.setattr(block_attention, "LEAST_ROWS", 1)
+    small_blocks(monkeypatch, scores)
     q, k, v = (3 * torch.randn(2, n, N * K).to(dtype).unflatten(-1, (N, K)) for n in (L, S, S))
     for scale in (None, 0.3):
         theirs, want = (
@@ -41,13 +54,10 @@ def test_attention_by_blocks(monkeypatch, dtype, L, S, N, K, scores):
         assert rms_ratio(got.transpose(1, 2), want) < bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("L", "S", "N", "K"), [(37, 37, 3, 40), (50, 77, 2, 64), (33, 9, 1, 24), (1, 1, 1, 8)])
-@pytest.mark.parametrize("scores", [1 << 20, 300])
+@every_shape
 def test_gradients(monkeypatch, dtype, L, S, N, K, scores):
     usable(dtype)
-    monkeypatch.setattr(block_attention, "SCORES", scores)
-    monkeypatch.setattr(block_attention, "LEAST_ROWS", 1)
+    small_blocks(monkeypatch, scores)
     leaves = [(2 * torch.randn(2, n, N * K)).to(dtype).requires_grad_() for n in (L, S, S)]
     dout = torch.randn(2, N, L, K).transpose(1, 2).to(dtype)  # of a stride of its own
     for scale in (None, 0.3):
