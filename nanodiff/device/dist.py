@@ -62,8 +62,8 @@ def progress(items, total, what):
 
 
 def start(device, timeout):
-    """Join the other processes, if there are any. timeout: seconds after which a process that does not answer is lost."""
-    if world().size == 1 or td.is_initialized():
+    """Join the other processes, if torchrun started this one. timeout: seconds after which a process that does not answer is lost."""
+    if "RANK" not in os.environ or td.is_initialized():
         return
     if device.type == "mps":
         raise UserError("`device` mps: several processes compute on CUDA or on the CPU")
@@ -193,7 +193,7 @@ def parallelize(module, how, device, dtype=None):
         for part in (*units(module), module):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         return module
-    if not td.is_initialized() or not any(p.requires_grad for p in module.parameters()):
+    if world().size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     ids = [device.index] if device.type == "cuda" else None
     with (

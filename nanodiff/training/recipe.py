@@ -186,9 +186,6 @@ def hidden(net):
 @contextlib.contextmanager
 def _instead(net, value):
     """Inside, the weights that learn are value(name, parameter)."""
-    for module in net.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
     parameters = trainable(net)
     raw = {k: v.detach().clone() for k, v in parameters.items()}
     with torch.no_grad():
@@ -197,9 +194,6 @@ def _instead(net, value):
     try:
         yield net
     finally:
-        for module in net.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
         with torch.no_grad():
             for k, p in trainable(net).items():
                 p.copy_(raw[k])
@@ -231,7 +225,10 @@ def kept(opt, p):
 
 
 def trainable(net):
-    """{name: parameter} of those that learn."""
+    """{name: parameter} of those that learn; of a sharded net its shards, also after a pass without gradients, which leaves some whole."""
+    for module in net.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
     return {k: p for k, p in net.named_parameters() if p.requires_grad}
 
 

@@ -110,11 +110,11 @@ class Run(State):
         cfg = self.cfg
         self.net = torch.nn.ModuleDict(nets).train()
         if (
-            cfg.parallel != "fsdp"
-        ):  # FSDP2 brings unit after unit itself (the whole may not fit), and takes plain layouts only
-            onednn.learn(
-                self.net.to(self.device, memory_format=torch.channels_last)
-            )  # in which convolutions are faster
+            cfg.parallel == "fsdp"
+        ):  # which brings unit after unit itself (the whole may not fit), and shards plain layouts only
+            self.net.to(memory_format=torch.contiguous_format)
+        else:  # convolutions are faster in channels_last
+            onednn.learn(self.net.to(self.device, memory_format=torch.channels_last))
         if not recipe.trainable(self.net):
             raise UserError("nothing to train: every parameter is frozen")
         if cfg.gradient_checkpointing:

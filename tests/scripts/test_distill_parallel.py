@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from util import ROOT, launch, rms_ratio
+from util import ROOT, launch, rms_ratio, run
 
 from nanodiff.weights import load_tensors
 
@@ -50,19 +50,30 @@ def test_transfer_on_two_processes(tmp_path):
     assert abs(one - two) < 1e-3
 
 
-@pytest.mark.slow
-def test_a_critic_on_two_processes(tmp_path):
-    """dmd: two networks of which one rests at most updates."""
+def eight(folder):
+    """A folder with the first pictures of the emoji."""
     with tarfile.open(ROOT / "assets" / "emoji" / "emoji.tar") as tar:
         for name in tar.getnames()[:8]:
-            (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "data" / name).write_bytes(tar.extractfile(name).read())
-    for n in (1, 2):
-        distill(n, "few-step", "--model", NANO, "--data", tmp_path / "data", "--method", "dmd", "--student-steps", 2, "--critic-steps", 2,
-               "--max-steps", 3, "--batch-size", 2 // n, "--guidance-scale", 3, "--lr", 1e-4, "--no-evaluate", "--mixed-precision", "no",
-               "--log-every", 1, "--lr-warmup-steps", 0, "--output-dir", tmp_path / str(n))  # fmt: skip
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_bytes(tar.extractfile(name).read())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "how"), [(2, "ddp"), (1, "fsdp"), (2, "fsdp")])
+def test_a_critic_on_several_processes(size, how, tmp_path):
+    """dmd: two networks of which one rests at most updates. Sharded, one process has a group of its own."""
+    data = eight(tmp_path / "data")
+    common = ["few-step", "--model", NANO, "--data", data, "--method", "dmd", "--student-steps", 2, "--critic-steps", 2, "--max-steps", 3,
+              "--guidance-scale", 3, "--lr", 1e-4, "--no-evaluate", "--mixed-precision", "no", "--log-every", 1, "--lr-warmup-steps", 0]  # fmt: skip
+    distill(1, *common, "--batch-size", 2, "--output-dir", tmp_path / "alone")
+    many = ["--batch-size", 2 // size, "--parallel", how, "--output-dir", tmp_path / "many"]
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, "--run-path", "--start-method", "fork",
+               "distill.py", *common, *many)  # fmt: skip
+    assert done.returncode == 0, done.stderr
     logs = [
-        [json.loads(x) for x in (tmp_path / n / "model" / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2")
+        [json.loads(x) for x in (tmp_path / n / "model" / "metrics.jsonl").read_text().splitlines()]
+        for n in ("alone", "many")
     ]
     for a, b in zip(*logs, strict=True):
         for part in ("critic", "student"):

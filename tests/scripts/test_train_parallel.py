@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from util import launch, start
+from util import TINY, launch, run, start
 
 from nanodiff.training import checkpoint
 from nanodiff.weights import load_tensors
@@ -91,6 +91,21 @@ def test_a_rank_without_a_share_joins_in(pictures, tmp_path):
         done = train(n, pictures, tmp_path / str(n), "--batch-size", batch, *more)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+def test_a_loaded_model_is_sharded_on_one_process_too(pictures, tmp_path):
+    """Weights come channels-last from a file, which FSDP2 does not take; under torchrun one process is a group."""
+    common = ["--model", TINY / "sd15", "--resolution", 16, "--batch-size", 2, "--max-steps", 2]
+    done = train(1, pictures, tmp_path / "alone", *common)
+    assert done.returncode == 0, done.stderr
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "--run-path", "--start-method", "fork",
+               *command(pictures, tmp_path / "sharded", *common, "--parallel", "fsdp"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = losses(tmp_path / "alone"), losses(tmp_path / "sharded")
+    assert b[0] == pytest.approx(a[0], rel=1e-5)
+    assert b[1] == pytest.approx(a[1], rel=1e-3), (
+        "AdamW's first step goes by the gradient's sign, which rounding decides near zero"
+    )
 
 
 @pytest.mark.slow
