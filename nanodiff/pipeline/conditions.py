@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from nanodiff.config import UserError
-from nanodiff.device import memory
+from nanodiff.device import derived, memory
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.labels import LabelEncoder
 from nanodiff.pipeline.settings import Words
@@ -107,10 +107,11 @@ class Conditions:
     def encode(self, texts, clip_skip=0, long_prompts=False, weighted=False, length=256):
         """Prompts -> Text. A prompt is a text, or a tuple with one for each encoder (None: the first one's).
 
-        Each different prompt is encoded once and kept. What does not fit is said. length: tokens of T5.
+        Each different prompt is encoded once and kept, until the encoders change. What does not fit is said. length: tokens of T5.
         """
         how = (clip_skip, long_prompts, weighted, length)
-        keys = [(*_per_encoder(t, len(self.encoder_names)), *how) for t in texts]
+        versions = tuple(derived.version(e) for e in self.encoders if e is not None)
+        keys = [(*_per_encoder(t, len(self.encoder_names)), *how, versions) for t in texts]
         missing, fresh = {}, {}  # those of one length together: none is filled because of its neighbours
         for k in dict.fromkeys(keys):
             if k not in self.kept:

@@ -6,7 +6,7 @@ Explained in the book (docs/book): chapter 4.
 import torch
 
 from nanodiff.config import UserError
-from nanodiff.device import cudagraph, memory, onednn
+from nanodiff.device import cudagraph, derived, memory, onednn
 from nanodiff.models.layers import computed_by, join
 from nanodiff.models.unet import perturbed
 from nanodiff.pipeline.conditions import Extra
@@ -134,11 +134,8 @@ class Guidance:
             return None
         if hasattr(self.net, "resident"):  # weights that come and go have no place that could be recorded
             return None
-        hooks = [h for m in self.net.modules() for h in m._forward_hooks.values()]
-        owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]  # such as a LoRA beside the weights
-        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
-        freeu = getattr(self.net, "freeu", None)
-        state = (weights, tuple((o, getattr(o, "scale", None)) for o in owners), computed_by(), freeu)
+        places = tuple(t.data_ptr() for t in (*self.net.parameters(), *self.net.buffers()))
+        state = (places, derived.version(self.net), computed_by(), getattr(self.net, "freeu", None))
         if state not in self.recorded:  # what was recorded before reads other weights
             self.recorded.clear()
             self.recorded[state] = cudagraph.Replayed(self.net)

@@ -141,9 +141,7 @@ class Tagged:
                 self.attached[name] = lora.attach(sd.models(), found, 0.0)
                 print(f"lora: {found.name}, {len(found.deltas)} layers, by its tag in a prompt")
         for name, attached in self.attached.items():
-            if attached.scale != wanted.get(name, 0.0):
-                attached.scale = wanted.get(name, 0.0)
-                sd.kept.clear()  # the text encoders may have changed
+            attached.scale = wanted.get(name, 0.0)
 
     def hashes_of(self, job):
         """{file: hash} of a Job's LoRAs."""

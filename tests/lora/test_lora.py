@@ -184,6 +184,34 @@ def test_attached_is_fused_also_for_convolutions(sd15, tmp_path):
     assert max_error(beside, sd15.net(x, 5, text)) < 1e-5 and not torch.allclose(beside, plain, atol=1e-3)
 
 
+def test_prompts_that_are_kept_notice_a_lora_of_the_text_encoder(sd15, tmp_path):
+    """Beside the weights, at another scale, taken away, fused, and taken out again; and weights that were written. What is the same is encoded once."""
+    models, encoder = sd15.models(), sd15.text_encoder
+    tensors, _ = dialect(models, ALL[-1:], kohya, 2.0)
+    weights.save_tensors(tmp_path / "lora.safetensors", tensors)
+    found = lora.read(tmp_path / "lora.safetensors", models)
+    calls = []
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    said = lambda: sd15.encode(["a fox"]).states  # noqa: E731
+    plain = said()
+    assert torch.equal(said(), plain) and len(calls) == 1
+    attached = lora.attach(models, found, 0.5)
+    half = said()
+    assert not torch.allclose(half, plain, atol=1e-3) and torch.equal(said(), half) and len(calls) == 2
+    attached.scale = 1.0
+    whole = said()
+    assert not torch.allclose(whole, half, atol=1e-3)
+    attached.remove()
+    assert torch.equal(said(), plain)
+    fused = lora.fuse(models, found, 0.5)
+    assert max_error(said(), half) < 1e-5
+    fused.remove()
+    assert torch.equal(said(), plain)
+    with torch.no_grad():
+        encoder.text_model.final_layer_norm.weight.mul_(2)
+    assert not torch.allclose(said(), plain, atol=1e-3)
+
+
 def test_sd3_fused_qkv_of_kohya(tmp_path):
     """`joint_blocks_0_x_block_attn_qkv` is three of our layers with one `down`; dotted names work too."""
     sd = pipeline.load(TINY / "sd35-medium")

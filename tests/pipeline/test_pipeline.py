@@ -469,7 +469,7 @@ def test_when_steps_are_replayed(monkeypatch):
     assert third is not second and sd.replayed(2) is third
     beside.scale = 0.5
     assert sd.replayed(2) is not third
-    assert any(beside is owner for state in sd.recorded for owner, _ in state[1]), (
+    assert any(beside is owner for _, (*_, owners), *_ in sd.recorded for owner, _ in owners), (
         "held, so that no other gets its address"
     )
     sd.net.resident = object()
