@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from nanodiff.device import dist
+from nanodiff.device import dist, onednn
 from nanodiff.training.options import Training
 
 
@@ -162,12 +162,16 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(parameters, list(orthogonal(ahead).to(parameters[0].dtype)), alpha=-length)
 
 
-def orthogonal(x, steps=5):
+def orthogonal(x, steps=5, dtype=None):
     """About U Vᵀ of each matrix U S Vᵀ of x [N, A, B]: a Newton-Schulz iteration (Jordan et al. 2024) that brings every singular value above
-    1e-3 of the norm to between 0.68 and 1.14, which is near enough."""
+    1e-3 of the norm to between 0.68 and 1.14, which is near enough, and so is bf16's rounding.
+
+    dtype: in which it multiplies; default: bf16 where the device does so in hardware (on an AMD in 45 ms what takes 206 in fp32), else fp32."""
+    if dtype is None:
+        dtype = torch.bfloat16 if x.is_cuda or (x.device.type == "cpu" and onednn.computes_bf16()) else torch.float32
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x.mT if tall else x).float()
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     a, b, c = 3.4445, -4.7750, 2.0315  # of a x + b x³ + c x⁵, the steepest at 0 that stays about 1
     for _ in range(steps):
         square = x @ x.mT  # [N, a, a] with a the shorter side
