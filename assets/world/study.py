@@ -1,19 +1,23 @@
-"""What composition needs, measured on single objects: short runs of train.py that differ in one thing, three seeds each; and what is learned first.
+"""What composition needs, measured on close-ups of single objects: short runs of train.py that differ in one thing, three seeds each; and what is learned first.
 
-    python -m assets.world.study runs --output-dir out/world-study [--only adamw,text-3]
+    python -m assets.world.study runs --output-dir out/world-study [--only adamw,text-3] [--share 1/2]
     python -m assets.world.study emergence --run out/world-study/recipe-0 --output-dir out/world-study
 
-`runs` draws scenes of one object, trains the embedded model's network on them from scratch in the latents of its VAE, and asks for the kinds that were in
-training and for the eight that are held out in every run (held_out.json): results.json, table.md and curves.png; a run that is there is not made again.
-`emergence` scores the models that `train.py --save-model-epochs N` left (model-epoch-N), part by part, of any task: emergence.json and emergence.png.
+`runs` cuts 32 × 32 pixels around one object out of scenes, trains the embedded model's network on them from scratch in the latents of its VAE, and asks for the
+kinds that were in training and for the eight that are held out in every run (held_out.json): results.json, table.md and curves.png; a run that is there is not
+made again. In a whole scene an object is so little of the picture that its shape is not learned in 64,000 pictures; in a close-up it is (STUDIES.md). --share 2/3: every
+third run, from the second on; three such processes side by side make the study.
+`emergence` scores the models that `train.py --save-model-epochs N` left (model-epoch-N), part by part, of close-ups or of any task: emergence.json and emergence.png.
 """
 
 import argparse
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +29,8 @@ from nanodiff.files import out_dir, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
 EIGHTH = len(scenes.KINDS) // 8
+SIDE = 32  # pixels of a close-up
+PARTS = ("count", "ground", "colour", "shape")
 RUNS = {  # name: (what it is, kinds held out, flags of train.py, settings of the drawing)
     "recipe": ("the recipe: 8 of 64 kinds held out, flow, logit-normal times, Muon, guidance 4", 8, [], {}),
     "held-24": ("24 kinds held out", 24, [], {}),
@@ -35,7 +41,7 @@ RUNS = {  # name: (what it is, kinds held out, flags of train.py, settings of th
     "v": ("v-prediction on a noise schedule", 8, ["--prediction-type", "v_prediction", "--timestep-sampling", "uniform"], {}),
     "sample": ("x0-prediction, min-SNR-5", 8, ["--prediction-type", "sample", "--timestep-sampling", "uniform", "--min-snr", "5"], {}),
     "uniform": ("uniform times", 8, ["--timestep-sampling", "uniform"], {}),
-    "adamw": ("AdamW in place of Muon", 8, ["--optimizer", "adamw"], {}),
+    "adamw": ("AdamW in place of Muon, at 1e-3", 8, ["--optimizer", "adamw", "--lr", "1e-3"], {}),
     "no-ema": ("without averaged weights", 8, ["--no-ema"], {}),
     "guidance-1": ("drawn without guidance", 8, None, {"guidance_scale": 1.0}),  # None: the model of `recipe`
     "guidance-2": ("drawn with guidance 2", 8, None, {"guidance_scale": 2.0}),
@@ -60,6 +66,39 @@ def singles(kinds, seed):
     return (scene for scene in drawn if scene.things[0].kind in kinds)
 
 
+class CloseUp(NamedTuple):
+    """A scene of one object seen through a window of SIDE × SIDE pixels, whose corner is at (x, y)."""
+
+    scene: scenes.Scene
+    x: int
+    y: int
+    caption = property(lambda self: self.scene.caption)
+
+    def picture(self):
+        """A PIL picture, RGB."""
+        return self.scene.picture().crop((self.x, self.y, self.x + SIDE, self.y + SIDE))
+
+
+def close_up(scene, rng):
+    """A CloseUp with the whole object in it, anywhere."""
+    (thing,) = scene.things
+    reach = thing.radius * scenes.REACH
+    corner = (rng.integers(max(0, math.ceil(at + reach) - SIDE), int(at - reach) + 1) for at in (thing.x, thing.y))
+    return CloseUp(scene, *(min(int(at), scenes.SIDE - SIDE) for at in corner))
+
+
+def close_ups(kinds, seed):
+    """Close-ups of these kinds, without end."""
+    return (close_up(scene, np.random.default_rng((seed, i, SIDE))) for i, scene in enumerate(singles(kinds, seed)))
+
+
+def draw(sd, captions, **settings):
+    """Close-ups of captions as the reader takes them, uint8 [N, 64, 64, 3]: what is at their edges goes on."""
+    pictures = score.draw(sd, captions, height=SIDE, width=SIDE, **settings)
+    high, wide = ((scenes.SIDE - n) // 2 for n in pictures.shape[1:3])
+    return np.pad(pictures, ((0, 0), (high, high), (wide, wide), (0, 0)), mode="edge")
+
+
 def asked(kinds, count):
     """`count` scenes of one object of these kinds, no two captions alike."""
     found = {}
@@ -78,9 +117,9 @@ def train(out, name, seed, args):
         shard = out / f"held-{count}.tar"
         if not shard.exists():
             kinds = set(scenes.KINDS) - set(held(count))
-            make.pack(shard, itertools.islice(singles(kinds, 1), args.scenes), args.scenes)
+            make.pack(shard, itertools.islice(close_ups(kinds, 1), args.scenes), args.scenes)
         flags = [f.replace("{text-3}", str(out / "text-3.json")) for f in flags or []]
-        common = ["--preset", "world", "--model-config", "assets/world/transformer/config.json", "--vae", "assets/world", "--data", shard, "--max-steps", args.updates,
+        common = ["--preset", "world", "--resolution", SIDE, "--model-config", "assets/world/transformer/config.json", "--vae", "assets/world", "--data", shard, "--max-steps", args.updates,
                   "--batch-size", args.batch_size, "--lr", args.lr, "--lr-warmup-steps", 50, "--sample-every", 0, "--save-model-epochs", 1 if name == "recipe" and not seed else 0,
                   "--seed", seed, "--cache-dir", out / "cache", "--checkpoints-total-limit", 1, "--resume", "auto", "--output-dir", run]  # fmt: skip
         if code := subprocess.run(
@@ -96,11 +135,9 @@ def summary(sd, name, count):
     found = {}
     for group, kinds in (("seen", set(scenes.KINDS) - set(held(out))), ("held-out", set(held(EIGHTH)))):
         some = asked(kinds, count)
-        wrong, parts = score.judge(
-            score.draw(sd, [s.caption for s in some], say=group, **settings), [s.told for s in some]
-        )
+        wrong, parts = score.judge(draw(sd, [s.caption for s in some], say=group, **settings), [s.told for s in some])
         found[group] = wrong.count(None) / count
-        found |= {f"{group} {part}": parts[part] for part in ("colour", "shape")}
+        found |= {f"{group} {part}": parts[part] for part in PARTS if part in parts}
     return found
 
 
@@ -118,19 +155,27 @@ def runs(args):
     for group in (held(EIGHTH), set(scenes.KINDS) - set(held(EIGHTH))):  # known now, not after the first training
         asked(set(group), args.captions)
     kept, how = out / "results.json", out / "settings.json"
-    settings = {k: getattr(args, k) for k in ("scenes", "updates", "batch_size", "lr", "captions")}
+    settings = {k: getattr(args, k) for k in ("scenes", "updates", "batch_size", "lr", "captions")} | {"side": SIDE}
     if read_json(how) != settings if how.exists() else kept.exists():
         raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
     write_json(how, settings)
-    results = read_json(kept) if kept.exists() else {}
-    for seed in range(args.seeds):
-        for name in names:
-            if f"{name}-{seed}" in results:
-                continue
-            sd = pipeline.load(train(out, name, seed, args))
-            results[f"{name}-{seed}"] = summary(sd, name, args.captions)
-            write_json(kept, results)
-            print(f"{name}, seed {seed}: {results[f'{name}-{seed}']}", flush=True)
+    (out / "scores").mkdir(exist_ok=True)
+    models = {}  # what is trained, and what is drawn with it
+    for name in names:
+        models.setdefault("recipe" if RUNS[name][2] is None else name, []).append(name)
+    first, of = args.share
+    for seed, same in list(itertools.product(range(args.seeds), models.values()))[first - 1 :: of]:
+        for name in same:
+            score_of = out / "scores" / f"{name}-{seed}.json"
+            if not score_of.exists():
+                found = summary(pipeline.load(train(out, name, seed, args)), name, args.captions)
+                write_json(score_of, found)
+                print(f"{name}, seed {seed}: {found}", flush=True)
+    scored = sorted(
+        (out / "scores").glob("*.json"), key=lambda p: (list(RUNS).index(p.stem.rpartition("-")[0]), p.stem)
+    )
+    results = {p.stem: read_json(p) for p in scored}
+    write_json(kept, results)
     write_bytes(out / "table.md", (table(results) + "\n").encode())
     logs = {RUNS[n][0]: out / f"{n}-0" / "metrics.jsonl" for n in RUNS if (out / f"{n}-0" / "metrics.jsonl").exists()}
     charts.curves(logs, out / "curves.png")
@@ -139,7 +184,7 @@ def runs(args):
 
 def table(results):
     """Markdown: means over the seeds with 95 % intervals."""
-    columns = list(next(iter(results.values())))
+    columns = [f"{group}{part}" for group in ("seen", "held-out") for part in ("", " colour", " shape")]
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for name in RUNS:
         if some := [r for key, r in results.items() if key.rpartition("-")[0] == name]:
@@ -153,8 +198,9 @@ def emergence(args):
     from nanodiff.output import charts
 
     out = out_dir(args.output_dir.resolve())
-    if unknown := [t for t in args.tasks if t not in scenes.TASKS]:
-        raise UserError(f"--tasks {unknown[0]}: is none of {', '.join(scenes.TASKS)}")
+    tasks = ("close-up", *scenes.TASKS)
+    if unknown := [t for t in args.tasks if t not in tasks]:
+        raise UserError(f"--tasks {unknown[0]}: is none of {', '.join(tasks)}")
     found = sorted(args.run.glob("model-epoch-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if not found:
         raise UserError(f"{args.run}: has no model-epoch-N (train.py --save-model-epochs)")
@@ -163,8 +209,15 @@ def emergence(args):
     rows = {}
     for folder in found:
         updates = last[int(folder.name.rpartition("-")[2])]
-        scores = score.score(pipeline.load(folder), args.captions, args.tasks)
-        rows[updates] = {f"{task}, {group}": s["share"] for group, tasks in scores.items() for task, s in tasks.items()}
+        sd, rows[updates] = pipeline.load(folder), {}
+        if "close-up" in args.tasks:
+            for name, share in summary(sd, "recipe", args.captions).items():
+                group, _, part = name.partition(" ")
+                rows[updates][f"{part or 'all'} of a close-up, {group}"] = share
+        scores = score.score(sd, args.captions, [t for t in args.tasks if t != "close-up"])
+        rows[updates] |= {
+            f"{task}, {group}": s["share"] for group, tasks in scores.items() for task, s in tasks.items()
+        }
         for group, tasks in scores.items():
             for task, found_in in tasks.items():
                 rows[updates] |= {f"{part} of {task}, {group}": share for part, share in found_in["parts"].items()}
@@ -176,20 +229,32 @@ def emergence(args):
     charts.lines(out / "emergence.png", list(rows), panels, "updates")
 
 
+def share(text):
+    """argparse's type of "2/3": (2, 3)."""
+    part, _, of = text.partition("/")
+    if not (part.isdigit() and of.isdigit() and 0 < int(part) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no share such as 1/2")
+    return int(part), int(of)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
     a = stages.add_parser("runs")
     a.add_argument("--scenes", type=int, default=5000, help="in training")
-    a.add_argument("--updates", type=int, default=6000)
+    a.add_argument("--updates", type=int, default=2400)
     a.add_argument("--batch-size", type=int, default=32)
     a.add_argument("--lr", type=float, default=2e-3)
     a.add_argument("--seeds", type=int, default=3)
     a.add_argument("--only", help="comma-separated names of runs: " + ", ".join(RUNS))
+    a.add_argument("--share", type=share, default=(1, 1), help="1/2: every second run, another process the others")
     b = stages.add_parser("emergence")
     b.add_argument("--run", type=Path, required=True)
     b.add_argument(
-        "--tasks", type=score.numbers(str), default=["one"], help=f"comma-separated: {', '.join(scenes.TASKS)}"
+        "--tasks",
+        type=score.numbers(str),
+        default=["close-up"],
+        help=f"comma-separated: close-up, {', '.join(scenes.TASKS)}",
     )
     for stage, what in ((a, runs), (b, emergence)):
         stage.add_argument("--captions", type=int, default=200, help="of each group (and task)")

@@ -354,6 +354,37 @@ def test_study_holds_out_each_colour_and_shape_as_often():
     assert all(len(s.things) == 1 and s.things[0].kind in kinds for s in some)
 
 
+def test_close_ups_hold_all_of_their_object_and_are_read():
+    """Anywhere in the window; what is drawn at its size is read as a scene whose ground goes on."""
+    from assets.world import score, study
+
+    some = list(itertools.islice(study.close_ups(set(scenes.KINDS), 3), 200))
+    again = list(itertools.islice(study.close_ups(set(scenes.KINDS), 3), 200))
+    assert [c.caption for c in some] == [c.caption for c in again] and some[7].picture() == again[7].picture()
+    for close in some:
+        (thing,) = close.scene.things
+        for at, corner in ((thing.x, close.x), (thing.y, close.y)):
+            assert 0 <= corner <= scenes.SIDE - study.SIDE
+            assert (
+                corner <= at - thing.radius * scenes.REACH and at + thing.radius * scenes.REACH <= corner + study.SIDE
+            )
+    middles = np.array([[c.scene.things[0].x - c.x, c.scene.things[0].y - c.y] for c in some])
+    assert middles.min() < 13 and middles.max() > 19, "not in the middle of each"
+
+    class Drawn:
+        def generate(self, captions, seeds, height, width):
+            assert height == width == study.SIDE
+            rows = np.stack([np.asarray(known[c].picture()) for c in captions])
+            return SimpleNamespace(pixels=torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    known = {c.caption: c for c in some}
+    told = [c.scene.told for c in known.values()]
+    pictures = study.draw(Drawn(), list(known))
+    assert pictures.shape[1:] == (scenes.SIDE, scenes.SIDE, 3)
+    wrong, parts = score.judge(pictures, told)
+    assert wrong.count(None) >= 0.995 * len(wrong) and set(parts) >= set(study.PARTS), Counter(wrong)
+
+
 def test_study_trains_without_what_it_asks_for(tmp_path, monkeypatch):
     """The runs of three seeds: what train.py is given, and a model that draws only what is in its shard."""
     from assets.world import study
@@ -384,6 +415,19 @@ def test_study_trains_without_what_it_asks_for(tmp_path, monkeypatch):
     assert len(found) == 6 and all(set(r.values()) == {1.0} for r in found.values())
     assert "| 24 kinds held out | 2 | 1.000 ± 0.000 |" in (tmp_path / "table.md").read_text()
     assert study.main() == 0 and len(began) == 4, "what is there is not made again"
+    whole, argv = (
+        (tmp_path / "results.json").read_bytes(),
+        [a.replace(str(tmp_path), str(tmp_path / "shares")) for a in sys.argv],
+    )
+    for part in ("2/2", "1/2"):
+        monkeypatch.setattr("sys.argv", [*argv, "--share", part])
+        assert study.main() == 0
+    assert began[4:] == [("held-24-0", "0"), ("held-24-1", "1"), ("recipe-0", "0"), ("recipe-1", "1")]
+    assert (tmp_path / "shares" / "results.json").read_bytes() == whole
+    monkeypatch.setattr("sys.argv", argv[:0] + ["study", "runs", "--share", "3/2"])
+    with pytest.raises(SystemExit):
+        study.main()
+    monkeypatch.setattr("sys.argv", [a.replace(str(tmp_path / "shares"), str(tmp_path)) for a in argv])
     monkeypatch.setattr("sys.argv", [*sys.argv, "--updates", "5"])
     assert study.main() == 2, "nor taken for what other settings would have made"
     one = next(study.singles(set(scenes.KINDS), 0))
@@ -542,7 +586,7 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         (("steps", "--model", "a=b:c", "--output-dir", "{}"), "error: --model a=b:c: 'c' is no guidance scale"),
         (("steps", "--model", "a", "--steps", "1,x", "--output-dir", "{}"), "argument --steps: invalid list of int value: '1,x'"),
         (("study", "runs", "--only", "x", "--output-dir", "{}"), "error: --only x: is none of recipe, "),
-        (("study", "emergence", "--run", "{}", "--tasks", "two", "--output-dir", "{}"), "error: --tasks two: is none of one, "),
+        (("study", "emergence", "--run", "{}", "--tasks", "two", "--output-dir", "{}"), "error: --tasks two: is none of close-up, one, "),
         (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
         (("make", "{}/w.tar", "--in-order", "2"), "error: --in-order 2: a share lies between 0 and 1"),
         (("look", "nowhere"), "error: nowhere: no such folder"),
