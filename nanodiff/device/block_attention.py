@@ -37,7 +37,7 @@ def attends(q, k, v):
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if (
         q.device.type != "cpu"
-        or onednn.traced(q)
+        or any(map(onednn.traced, (q, k, v)))
         or (LEAST_LEARNED if learns else LEAST_SCORES) > L * S * K
         or S < LEAST_KEYS
     ):

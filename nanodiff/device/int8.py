@@ -69,7 +69,7 @@ class _Int8:
             torch.compiler.is_compiling()
         ):  # it would look into the numbers, and has no form of its own for these products
             return torch._dynamo.disable(_Int8._each)(self, x, product)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or onednn.dual(x):
             raise RuntimeError("layers in 8 bits (`quantize` int8 on a CPU) have no gradient")
         exact = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         made = [product(*coded(one, self.shares), exact).to(x.dtype) for one in x.split(1)]

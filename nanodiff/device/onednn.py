@@ -85,14 +85,19 @@ def processor():
     }
 
 
+def dual(x):
+    """Does x carry a tangent (forward-mode AD, torch.func.jvp)? oneDNN's products would lose it in silence."""
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
 def _differentiated(module, x):
-    return torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+    return (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)) or dual(x)
 
 
 def _for_inference(module, x):
     if _differentiated(module, x):
         raise RuntimeError(
-            "this model was prepared for inference on a CPU; call nanodiff.onednn.undo(model) to train it"
+            "this model was prepared for inference on a CPU; call nanodiff.onednn.undo(model) to train or differentiate it"
         )
 
 
@@ -105,8 +110,11 @@ _gelu = functools.partial(nn.functional.gelu, approximate="tanh")
 
 
 def traced(x):
-    """Is x looked at by torch.compile or torch.export, or no real tensor? A product that ends in a multiplication has no form for those."""
-    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter)
+    """Is x looked at by torch.compile, torch.export, forward-mode AD or a transform of torch.func (vmap, grad, jvp), or no real tensor? A product that
+    ends in a multiplication, and a gradient written by hand, have no form for those."""
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter):
+        return True
+    return dual(x) or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _gated(x, value, gate, bias):

@@ -1,5 +1,7 @@
 """Layers by oneDNN: the same numbers, and the way back."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -452,6 +454,39 @@ def test_where_learned_layers_are_plain_ones(learning):
     assert rms_ratio(torch.compile(layer, backend="eager")(x), plain(x)) < 1e-6
     assert layer.double()(x.double()).dtype == torch.float64
     assert type(onednn.learn(nn.Linear(20, 33).bfloat16())) is nn.Linear
+
+
+def test_tangents_and_transforms_pass_through_learned_layers(learning):
+    """Forward-mode AD and torch.func: the same as plain layers, where oneDNN's own product would lose a tangent in silence."""
+    plain = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 24))
+    net = onednn.learn(copy.deepcopy(plain))
+    assert type(net[0]) is onednn.LearnedLinear
+    x, along = torch.randn(2, 20, 40), torch.randn(2, 20, 40)
+    want = torch.func.jvp(plain, (x,), (along,))
+    for a, b in zip(torch.func.jvp(net, (x,), (along,)), want, strict=True):
+        assert rms_ratio(a, b) < 1e-5
+    with torch.autograd.forward_ad.dual_level():
+        made = net(torch.autograd.forward_ad.make_dual(x, along))
+        assert rms_ratio(torch.autograd.forward_ad.unpack_dual(made).tangent, want[1]) < 1e-5
+
+    def slopes(net):  # of every sample alone
+        loss = lambda weights, x: torch.func.functional_call(net, weights, (x,)).pow(2).mean()  # noqa: E731
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(net.named_parameters()), x)
+
+    a, b = slopes(net), slopes(plain)
+    assert a["0.weight"].shape == (2, 64, 40) and max(rms_ratio(a[k], b[k]) for k in b) < 1e-5
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_tangent_is_never_lost_in_a_prepared_layer(pack):
+    net, x = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 24)).requires_grad_(False), torch.randn(20, 40)
+    want = torch.func.jvp(net, (x,), (x,))[1]
+    onednn.prepare(net, pack=pack)
+    if pack:
+        with pytest.raises(RuntimeError, match="to train or differentiate it"):
+            torch.func.jvp(net, (x,), (x,))
+        onednn.undo(net)
+    assert rms_ratio(torch.func.jvp(net, (x,), (x,))[1], want) < 1e-5
 
 
 def test_learned_layers_stay_so(learning):
