@@ -162,15 +162,14 @@ def apply(model, kind, device="cpu", home=None):
     Raises UserError when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
     """
     onednn.undo(model)
-    if kind == "int8" and torch.device(device).type == "cpu" and int8.usable():
-        for layer, size in after_norm(model):
-            weight = layer.weight.data
-            shares = int8.balance(weight, size)
-            pieces = weight.split(max(1, int8.PIECE // weight[0].numel()))
-            parts = [to_int8((w * shares.view(-1, *[1] * (weight.dim() - 2))).flatten(1)) for w in pieces]
-            codes, absmax = map(torch.cat, zip(*parts, strict=True))
-            int8.pack(layer, codes.view(weight.shape), absmax[:, 0], shares)
-            memory.let_go([weight])
+    for layer, size in after_norm(model) if in_8_bits(kind, device) else ():
+        weight = layer.weight.data
+        shares = int8.balance(weight, size)
+        pieces = weight.split(max(1, int8.PIECE // weight[0].numel()))
+        parts = [to_int8((w * shares.view(-1, *[1] * (weight.dim() - 2))).flatten(1)) for w in pieces]
+        codes, absmax = map(torch.cat, zip(*parts, strict=True))
+        int8.pack(layer, codes.view(weight.shape), absmax[:, 0], shares)
+        memory.let_go([weight])
     layers = _layers(model, kind)
     if not layers:
         raise UserError(f"`quantize` {kind}: {model.class_name} has no linear layer that it can hold")
@@ -194,6 +193,11 @@ def _layers(model, kind):
     ]
 
 
+def in_8_bits(kind, device):
+    """Whether apply() lets layers multiply in 8 bits, convolutions too."""
+    return kind == "int8" and torch.device(device).type == "cpu" and int8.usable()
+
+
 @torch.no_grad()
 def after_norm(model):
     """[(layer, size of its input's channels [C])] of the layers that a model, or else its modules, name as behind a norm, and that can be multiplied
@@ -203,10 +207,11 @@ def after_norm(model):
     return [(layer, size) for layer, size in named if int8.fits(layer)]
 
 
-def sizes(model, kind):
+def sizes(model, kind, device):
     """{id of a weight: bytes it takes} of what apply() would quantize."""
+    convolutions = [layer for layer, _ in after_norm(model)] if in_8_bits(kind, device) else []
     per = {"int8": lambda w: w.numel() + 4 * w.shape[0], "nf4": lambda w: w.numel() / 2 + 4 * w.numel() / BLOCK}[kind]
-    return {id(c.weight): per(c.weight) for _, _, c in _layers(model, kind)}
+    return {id(c.weight): per(c.weight) for c in (*convolutions, *(c for _, _, c in _layers(model, kind)))}
 
 
 def rest(model, dtype, device):

@@ -94,8 +94,10 @@ def plan(
     length: int,
     tiled: bool,
     controls: Sequence[torch.nn.Module] = (),
+    device: str | torch.device = "cuda",
 ) -> list[memory.Stage]:
-    """[memory.Stage] of a run, predicted on the meta device. controls: ControlNets, on the meta device too."""
+    """[memory.Stage] of a run, predicted on the meta device. controls: ControlNets, on the meta device too; device: of the run, on which it
+    hangs what int8 holds in 8 bits."""
     family, stages = FAMILIES[src.kind], []
     meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in BUILDERS if n in src.parts}
     if not with_t5:
@@ -113,7 +115,7 @@ def plan(
             if name == "vae" and issubclass(family, SDXL) and dtype == torch.float16 and model.cfg.force_upcast:
                 own = torch.float32
             small = quantized if name in ("unet", "transformer", "text_encoder_3") else None
-            sizes = quantize.sizes(model, small) if small else {}
+            sizes = quantize.sizes(model, small, device) if small else {}
             stage = memory.stage(name, model.to(own), inputs.of(name, model, own), own, sizes)
             stages.append(stage._replace(block=0.0) if name == "vae" else stage)  # it moves as a whole
     if controls:

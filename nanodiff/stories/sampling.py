@@ -355,7 +355,7 @@ def dry_run(cfg, device):
         height, width = (round((side or own) * cfg.hires / scale) * scale for side in (height, width))
     plan = pipeline.plan(
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
-        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls,
+        cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls, device,
     )  # fmt: skip
     shown = len(cfg.ip_adapter_image) if len(cfg.ip_adapter) == 1 else 1
     for i, text in enumerate(cfg.ip_adapter, 1):
@@ -364,7 +364,9 @@ def dry_run(cfg, device):
     if cfg.refiner:
         other = refiner_source(cfg, src, sources.configs)
         rows = min(cfg.batch_size, cfg.num_images * prompts)
-        more = pipeline.plan(other, dtype, height, width, rows, guided, cfg.quantize, cfg.t5, 256, cfg.vae_tiling)
+        more = pipeline.plan(
+            other, dtype, height, width, rows, guided, cfg.quantize, cfg.t5, 256, cfg.vae_tiling, device=device
+        )
         plan += [stage._replace(name=f"refiner {stage.name.removeprefix('text_')}") for stage in more]
     for line in memory.table(plan, cfg.offload):
         print(line)

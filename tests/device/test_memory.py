@@ -7,7 +7,7 @@ import torch
 from util import TINY, max_error, run
 
 from nanodiff import pipeline, weights
-from nanodiff.device import memory
+from nanodiff.device import int8, memory, quantize
 from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.pipeline import conditions
 from nanodiff.weights import original_names
@@ -130,6 +130,25 @@ def test_quantized_and_offloaded_sizes():
     sd = pipeline.load(TINY / "sd35-medium", torch.bfloat16, quantized="nf4")
     real = sum(t.numel() * t.element_size() for t in [*sd.net.parameters(), *sd.net.buffers()])
     assert nf4["transformer"].weights == pytest.approx(real, rel=0.01)
+
+
+def test_convolutions_in_8_bits_are_counted(monkeypatch):
+    """On a CPU that multiplies 8 bits int8 holds convolutions, too, and there alone."""
+    monkeypatch.setattr(int8, "LEAST", 0)
+    src = pipeline.source(TINY / "sd15")
+    counted = {}
+    for device, can in (("cuda", True), ("cpu", False), ("cpu", True)):
+        monkeypatch.setattr(int8, "usable", lambda can=can: can)
+        plan = pipeline.plan(src, torch.bfloat16, None, None, 1, True, "int8", True, 256, False, device=device)
+        counted[device, can] = next(s.weights for s in plan if s.name == "unet")
+    assert counted["cuda", True] == counted["cpu", False] > counted["cpu", True]
+    net = pipeline.load(TINY / "sd15").net
+    saved = sum(
+        layer.weight.numel() - 4 * layer.weight.shape[0]
+        for layer, _ in quantize.after_norm(net)
+        if layer.weight.dim() == 4
+    )
+    assert counted["cpu", False] - counted["cpu", True] == saved, "two bytes a weight were one, and four a channel"
 
 
 PUBLISHED = {  # millions of parameters, as their makers give them
