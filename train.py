@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.commandline import arg, script
+from nanodiff.commandline import arg, check_needs, script
 from nanodiff.config import UserError
 from nanodiff.training.options import Adapters, Noise, Training, under
 
@@ -82,6 +82,7 @@ class Common(Training):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is required")
         self.check_ranges()
+        check_needs(self)
         self.resolution = self.resolution or (None if getattr(self, "model", None) else 64)
         for name in PATHS:
             if value := getattr(self, name, None):
@@ -401,14 +402,14 @@ def train_diffusion(cfg):
     dataset, held = load_data(cfg, captions=cfg.condition == "text")
     torch.manual_seed(cfg.seed)  # initial weights
     sd, nets = dist.together(diffusion.make_model, cfg, dataset, run.device)
-    feed = make_feed(cfg, dataset, multiple=sd.multiple)
+    feed = make_feed(cfg, dataset, multiple=sd.multiple, check=sd.check_size)
+    diffusion.prompts_of(cfg, sd, dataset)  # before resume(): what is refused here loses nothing of an older run
     calls = run.trainable(nets, random="lora_dropout" if cfg.lora_dropout else None)
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint())
     run.same("tokenizer", latents.vocabularies(sd), must=True)
     feed.interrupted = run.interrupted
-    diffusion.prompts_of(cfg, sd, dataset)  # a mistake in them shows now, not at the first sheet
     say_size(run.net, "model")
 
     x0_of, text_of = diffusion.encoded(cfg, run, sd, calls, dataset, feed, cfg.seed, cfg.caption_dropout)

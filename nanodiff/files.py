@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import stat
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def write_file(path, write, sync=True):
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_folder(folder, fill):
+    """fill(new folder) in place of a folder, so that a reader sees the old one or the new one, never files of both. What else lies in the old one goes with
+    it."""
+    fresh, old = (folder.with_name(f"{folder.name}.{what}") for what in ("part", "old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    fill(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path, value):

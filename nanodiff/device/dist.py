@@ -62,8 +62,11 @@ def progress(items, total, what):
 
 
 def start(device, timeout):
-    """Join the other processes, if torchrun started this one. timeout: seconds after which a process that does not answer is lost."""
-    if "RANK" not in os.environ or td.is_initialized():
+    """Join the other processes; alone, where torchrun started this one, make a group of one. timeout: seconds after which a process that does not answer is lost."""
+    alone = world().size == 1 and (
+        device.type == "mps" or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    )
+    if alone or td.is_initialized():
         return
     if device.type == "mps":
         raise UserError("`device` mps: several processes compute on CUDA or on the CPU")

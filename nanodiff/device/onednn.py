@@ -85,13 +85,16 @@ def processor():
     }
 
 
-def dual(x):
-    """Does x carry a tangent (forward-mode AD, torch.func.jvp)? oneDNN's products would lose it in silence."""
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+def dual(*tensors):
+    """Does one of them carry a tangent (forward-mode AD, torch.func.jvp)? oneDNN's products would lose it in silence."""
+    if torch.autograd.forward_ad._current_level < 0:  # outside of it, which is nearly always
+        return False
+    return any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None)
 
 
 def _differentiated(module, x):
-    return (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)) or dual(x)
+    learns = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+    return learns or dual(x, module.weight, module.bias)
 
 
 def _for_inference(module, x):
@@ -156,7 +159,8 @@ class LearnedLinear(nn.Linear):
 
     def forward(self, x):
         few = x.numel() < FEW_ROWS * x.shape[-1] or x.device.type != "cpu"  # an empty or a flat x, too
-        if few or torch.is_autocast_enabled("cpu") or traced(x) or not x.dtype == self.weight.dtype == torch.float32:
+        other = torch.is_autocast_enabled("cpu") or not x.dtype == self.weight.dtype == torch.float32
+        if few or other or traced(x) or dual(self.weight, self.bias):
             return super().forward(x)
         return _Learned.apply(x, self.weight, self.bias)
 

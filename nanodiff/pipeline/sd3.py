@@ -92,11 +92,6 @@ class SD3(Pipeline):
             words = prompt.encode_t5(self.tokenizers[2], encoder, [t[2] for t in texts], length, weighted)
         return Text(torch.cat([states, words.to(states.dtype)], dim=1), pooled)
 
-    def check_size(self, height, width):
-        most = self.net.cfg.pos_embed_max_size * self.multiple
-        if max(height, width) > most:
-            raise UserError(f"`height` and `width` can be at most {most}: the model has no positions for more")
-
     def condition(self, text, extra, groups, net=None):
         return text.states, text.pooled
 

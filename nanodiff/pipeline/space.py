@@ -51,11 +51,14 @@ class LatentSpace:
             got = f"{net.in_channels} channels in and {net.out_channels} out"
             raise UserError(f"{name} has {got}, the VAE's latents have {channels}: they are not of one model")
 
-    def check_size(self, height, width):
-        """Raise UserError for pictures that are too large for the model, or not of its only size."""
+    def check_size(self, height, width, named="`height` and `width`"):
+        """Raise UserError for pictures that are too large for the model, or not of its only size. named: what set the size, in the error."""
         only = getattr(self.vae.cfg, "fixed_size", None) if self.vae else None
         if only and (height, width) != (only, only):
-            raise UserError(f"`height` and `width`: this model's VAE makes {only}x{only} pictures only")
+            raise UserError(f"{named}: this model's VAE makes {only}x{only} pictures only")
+        positions = getattr(self.net.cfg, "pos_embed_max_size", None)  # of an MMDiT
+        if positions and max(height, width) > positions * self.multiple:
+            raise UserError(f"{named} can be at most {positions * self.multiple}: the model has no positions for more")
 
     def encode_pixels(self, pixels, noise):
         """[B, 3, H, W] in [-1, 1] -> latents: a posterior sample, as image-to-image starts from."""

@@ -207,7 +207,7 @@ def base(settings, dtype, device, token=None, folder=None):
     """A Captioner of the settings' models, with a projector from scratch; "" in their place: the folder's own."""
     found = []
     for name, own in ((settings.vision_model, "vit"), (settings.language_model, "llm")):
-        found.append(dist.on_main(hub.resolve, name, None, token) if name else folder / own)
+        found.append(dist.on_main(hub.one, name, token) if name else folder / own)
     vit_folder, llm_folder = found
     cfg = ViTConfig.from_json(read_json(vit_folder / "config.json"), str(vit_folder / "config.json"))
     vit = onednn.widen(weights.load(ViT, vit_folder, dtype, device, cfg=cfg))

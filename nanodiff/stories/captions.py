@@ -47,7 +47,7 @@ def language_dtype(cfg, device, quantized=None):
 
 def language(cfg, device):
     """(CausalLM, TextTokenizer) of --model."""
-    folder = dist.on_main(hub.resolve, cfg.model, None, cfg.hf_token)
+    folder = dist.on_main(hub.one, cfg.model, cfg.hf_token)
     net, tokenizer = dist.together(sources.load_language, folder, language_dtype(cfg, device, cfg.quantize), device)
     if cfg.quantize:
         quantized(net, cfg.quantize)

@@ -8,6 +8,8 @@ from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.data import tables
 from nanodiff.device import choice, dist, memory, onednn
+from nanodiff.diffusion import samplers
+from nanodiff.files import write_folder
 from nanodiff.models import controlnet, mmdit, unet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.labels import Config as LabelConfig
@@ -21,6 +23,8 @@ from nanodiff.weights import hub
 
 NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
             "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
+FOR_FLOWS = ("timestep_sampling", "timestep_mean", "timestep_std", "timestep_shift")
+FOR_SAMPLE = ("snr_weighting", "snr_clip")
 
 
 def make_model(cfg, dataset, device):
@@ -28,6 +32,19 @@ def make_model(cfg, dataset, device):
     sd, nets = go_on(cfg) if cfg.model else begin(cfg, dataset, device)
     if cfg.resolution % sd.multiple:
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
+    sd.check_size(cfg.resolution, cfg.resolution, "`resolution`")
+    for names, fits, what in (
+        (FOR_FLOWS, sd.schedule.flow, "flows"),
+        (FOR_SAMPLE, sd.schedule.prediction == "sample", "`prediction_type` sample"),
+    ):
+        for name in names:
+            if name in getattr(cfg, "given", ()) and not fits:
+                raise UserError(f"`{name}` is for {what}; this model predicts {sd.schedule.prediction}")
+    if cfg.sample_every or cfg.save_images_epochs:
+        try:
+            samplers.check_steps(sd.schedule, cfg.sample_steps)
+        except UserError as e:
+            raise UserError(str(e).replace("`steps`", "`sample_steps`")) from None
     for module in (sd.vae, sd.net, *sd.encoders):
         if module is not None and module not in nets.values():  # it is frozen
             onednn.learn(module.to(device, memory_format=torch.channels_last))  # gradients may pass through it
@@ -85,7 +102,7 @@ def begin(cfg, dataset, device):
                                    cfg.timestep_shift or 1.0, pixels=not vae)  # fmt: skip
     sd = family(net, vae, encoder, tokenizer, schedule)
     guidance = 1.0 if cfg.condition == "none" else cfg.sample_guidance
-    sd.index = {pipeline.SAMPLING: {"steps": cfg.sample_steps, "guidance_scale": guidance}}
+    sd.index = {pipeline.SAMPLING: {"steps": min(cfg.sample_steps, cfg.ddpm_num_steps), "guidance_scale": guidance}}
     return sd, {sd.denoiser_name: net} | ({} if frozen else {"text_encoder": encoder})
 
 
@@ -98,13 +115,14 @@ def text_config(cfg, tokenizer=None):
 def make_text(cfg, dataset, device):
     """(encoder, tokenizer, frozen?) that tell a new denoiser what to draw."""
     if cfg.condition != "text":
-        if "text_mask" in getattr(cfg, "given", ()):
-            raise UserError(f"`text_mask` hides a caption's padding; `condition` {cfg.condition} has no captions")
+        for name in ("text_mask", "text_encoder", "vocab_size"):
+            if name in getattr(cfg, "given", ()):
+                raise UserError(f"`{name}` is for captions; `condition` {cfg.condition} has none")
         build.conditions(cfg.condition, dataset)
         labels = dataset.known_labels if cfg.condition == "labels" else []
         return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
     if cfg.text_encoder:
-        path = hub.resolve(cfg.text_encoder, None, cfg.hub_token)
+        path = hub.one(cfg.text_encoder, cfg.hub_token)
         projected = build.denoiser_config(cfg.model_size, cfg.model_config)[0] == "mmdit"
         encoder, tokenizer = sources.load_text(path, torch.float32, device, projected)
         encoder.cfg.use_attention_mask |= cfg.text_mask
@@ -202,17 +220,22 @@ def write_model(run, sd, cfg, name, updates):
         states = {k: dist.whole_state(m) for k, m in run.net.items()}
         kind = choice.DTYPES[cfg.save_dtype]
         if "controlnet" in run.net:
-            dist.on_main(weights.save, run.net["controlnet"], run.out / name, kind, states["controlnet"])
+            save = lambda folder: weights.save(run.net["controlnet"], folder, kind, states["controlnet"])  # noqa: E731
+            dist.on_main(write_folder, run.out / name, save)
         elif cfg.lora:
             form = lora.form_for(cfg.lora_format, sd.models())
             folder = run.out / name
-            path = folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # the name that diffusers looks for
+            name_in = lambda folder: folder if form == "peft" else folder / lora.DIFFUSERS_NAME  # noqa: E731  the name that diffusers looks for
             facts = {"title": run.out.resolve().name, "steps": updates, "seed": cfg.seed, "learning_rate": cfg.lr,
                      "resolution": f"{cfg.resolution}x{cfg.resolution}", "prediction_type": sd.schedule.prediction}  # fmt: skip
-            dist.on_main(folder.mkdir, exist_ok=True)
             made = lora.trained(dict(run.net.items()), states, kind) if dist.is_main() else None
-            dist.on_main(lora.write, path, made, sd.models(), form, facts)
+
+            def save(fresh):
+                fresh.mkdir()
+                lora.write(name_in(fresh), made, sd.models(), form, facts)
+
+            dist.on_main(write_folder, folder, save)
         else:
-            dist.on_main(sd.save, run.out / name, kind, states)
+            dist.on_main(write_folder, run.out / name, lambda folder: sd.save(folder, kind, states))
     run.link(name)
     run.record.file(run.out / name)

@@ -61,8 +61,9 @@ def load_data(cfg, captions):
     return dataset.subset(sorted(order[n:])), dataset.subset(sorted(order[:n]))
 
 
-def make_feed(cfg, dataset, training=True, multiple=1):
-    """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order."""
+def make_feed(cfg, dataset, training=True, multiple=1, check=None):
+    """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order. check(height, width): raises
+    UserError for a size that the model cannot have."""
     change = training and not getattr(cfg, "dry_run", False)
     transform = loader.Transform(
         cfg.resolution, cfg.center_crop or not change, cfg.random_flip and change, cfg.random_jitter * change,
@@ -73,6 +74,8 @@ def make_feed(cfg, dataset, training=True, multiple=1):
         if getattr(cfg, "aspect_buckets", False)
         else None
     )
+    for width, height in buckets or () if check else ():
+        check(height, width, "sides of `aspect_buckets`")
     feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers if training else 0,
                        cfg.on_bad_image, cfg.bad_image_limit, buckets, timeout=cfg.dist_timeout)  # fmt: skip
     if training and feed.plan.group > len(dataset):
@@ -90,6 +93,7 @@ def validate(run, feed, loss_of):
             for batch in feed.update(step):
                 with run.autocast(), torch.no_grad():
                     total += loss_of(batch).item() * batch.count
+    feed.report_bad(run.out, "bad_images_held_out.jsonl")
     return dist.total([total], run.device)[0] / len(feed.dataset)
 
 

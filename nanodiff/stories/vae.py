@@ -12,6 +12,7 @@ from nanodiff import weights
 from nanodiff.config import UserError, read_json
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import objective
+from nanodiff.files import write_folder
 from nanodiff.models import lpips, patchgan
 from nanodiff.output import images
 from nanodiff.pipeline import sources
@@ -115,7 +116,7 @@ def write_vae(run, net, dataset, cfg, name):
 
         def write():
             net.cfg.scaling_factor = latent_scale(net, dataset, cfg, run.device)
-            weights.save(net, run.out / name, choice.DTYPES[cfg.save_dtype])
+            write_folder(run.out / name, lambda folder: weights.save(net, folder, choice.DTYPES[cfg.save_dtype]))
 
         dist.on_main(write)
         run.link(name)

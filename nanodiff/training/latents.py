@@ -6,9 +6,10 @@ the network that made them, so a changed picture, crop, VAE or text encoder is s
 
 import torch
 
-from nanodiff.config import UserError, printable
+from nanodiff.config import UserError, printable, short
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
+from nanodiff.text.tokenizer import CLIPTokenizer
 from nanodiff.training.loader import Cache, content, fingerprint, replacement
 
 BATCH = 16  # captions, or pictures of 256 px, encoded at a time; of smaller pictures more, up to 256
@@ -133,7 +134,7 @@ class Texts:
         )
         self.cache = None
         if trained is not None:
-            self.ids = {}
+            self.ids, self.cut = {}, False
             return
         different = sorted({t for group in texts for t in group} | {""})
         first = self._encode([different[-1]])
@@ -160,6 +161,13 @@ class Texts:
         with torch.autocast(torch.device(self.device).type, enabled=False):
             return self.sd.encode(texts)
 
+    def _say_cut(self, text):
+        """A line for the first caption that the encoder in training does not see the end of."""
+        tokenizer, room = self.sd.tokenizer, getattr(self.sd.tokenizer, "length", 0) - 2
+        if isinstance(tokenizer, CLIPTokenizer) and not self.cut and len(tokenizer.pieces(text)) > room:
+            self.cut = True
+            dist.say(f"warning: captions of more than {room} tokens are cut, such as {short(text, 60)}")
+
     def chosen(self, batch):
         """The text of every sample."""
         out = []
@@ -180,6 +188,7 @@ class Texts:
             for text in texts:
                 if text not in self.ids:
                     self.ids[text] = self.sd.tokenizer([text])[0]
+                    self._say_cut(text)
             ids = torch.tensor([self.ids[t] for t in texts], device=self.device)
             states, pooled = self.trained(ids)
             return self.sd.pick(0, 0)(states), pooled

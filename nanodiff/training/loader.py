@@ -271,16 +271,16 @@ class Feed:
         )  # fmt: skip
         self.stream = iter(loader)
 
-    def report_bad(self, out):
-        """Write the replaced pictures of all ranks to bad_images.jsonl and say how many. Every rank must call it."""
+    def report_bad(self, out, name="bad_images.jsonl"):
+        """Write the replaced pictures of all ranks to a file of this name and say how many. Every rank must call it."""
         self.bad = {k: v for part in dist.gathered(self.bad) for k, v in part.items()}
         if len(self.bad) == self.reported:
             return
         self.reported = len(self.bad)
         if dist.is_main():
             lines = [json.dumps({"file": key, "reason": reason}) for _, (key, reason) in sorted(self.bad.items())]
-            write_bytes(Path(out, "bad_images.jsonl"), "".join(f"{line}\n" for line in lines).encode())
-        dist.say(f"warning: {self.reported} pictures cannot be read and were replaced; see bad_images.jsonl")
+            write_bytes(Path(out, name), "".join(f"{line}\n" for line in lines).encode())
+        dist.say(f"warning: {self.reported} pictures cannot be read and were replaced; see {name}")
         if self.reported > self.limit * len(self.dataset):
             raise self._too_many()
 

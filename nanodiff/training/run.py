@@ -367,6 +367,7 @@ class Run(State):
         self.rates, first = [], self.step
         try:
             while self.step < self.total and not self.reason:
+                self.clock = time.monotonic()  # sheets, validation and checkpoints are no part of an update
                 yield self.step
                 self.step += 1
                 self.bar.update()
@@ -383,8 +384,9 @@ class Run(State):
                 due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
                 if due or self.signals:
                     self.save()
-                self.signals.discard(system.SAVE)
-                self.received.discard(system.SAVE)
+                if system.SAVE in self.signals:  # one that came since the update, amid a sheet, is the next one's
+                    self.signals.discard(system.SAVE)
+                    self.received.discard(system.SAVE)
                 if self.signals:
                     dist.on_main(write_bytes, self.out / "PREEMPTED", f"checkpoint-{self.step}\n".encode())
                     raise Stopped if signal.SIGTERM in self.signals else KeyboardInterrupt

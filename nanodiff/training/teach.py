@@ -19,7 +19,7 @@ from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError, read_json, short, typed
 from nanodiff.device import choice, dist, onednn
 from nanodiff.diffusion import fewstep, objective
-from nanodiff.files import write_bytes
+from nanodiff.files import write_bytes, write_folder
 from nanodiff.output import charts, images
 from nanodiff.pipeline import sources
 from nanodiff.training import build, latents, loader, plan
@@ -201,6 +201,8 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
     with another one or another data set, and for a size that the model cannot have."""
     if side and side % sd.multiple:
         raise UserError(f"`resolution` {side} must be a multiple of {sd.multiple}")
+    if side:
+        sd.check_size(side, side, "`resolution`")
     sheets = sheets or Sheets()
     group = training.batch_size * training.grad_accum * dist.world().size
     updates = training.max_steps or training.epochs * max(1, -(-len(dataset) // group))
@@ -343,12 +345,12 @@ def estimate(training: Training, model, settings, side, dtype):
 
 def save_model(sd, folder, dtype, states, **facts):
     """The whole pipeline as a Hub folder, there at once or not at all; facts go into its training.json."""
-    fresh = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(fresh, ignore_errors=True)
-    sd.save(fresh, choice.DTYPES[dtype], states)
-    write_bytes(fresh / "training.json", json.dumps(facts).encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+
+    def fill(fresh):
+        sd.save(fresh, choice.DTYPES[dtype], states)
+        write_bytes(fresh / "training.json", json.dumps(facts).encode())
+
+    write_folder(folder, fill)
 
 
 def save_adapters(sd, run, states, targets, dtype, **facts):
@@ -361,12 +363,8 @@ def save_adapters(sd, run, states, targets, dtype, **facts):
         "prediction_type": sd.schedule.prediction,
     } | facts
     for form, path in targets.items():
-        fresh = path.with_name(f"{path.name}.part") if form == "peft" else path
-        shutil.rmtree(fresh, ignore_errors=True) if form == "peft" else None  # PEFT's are folders
-        lora.write(fresh, made, sd.models(), form, facts)
-        if form == "peft":
-            shutil.rmtree(path, ignore_errors=True)
-            fresh.rename(path)
+        write = lambda target, form=form: lora.write(target, made, sd.models(), form, facts)  # noqa: E731
+        write_folder(path, write) if form == "peft" else write(path)  # PEFT's are folders
     return list(targets.values())
 
 

@@ -193,8 +193,24 @@ def whole(name, token=None, cached=False, wanted=("*.json", "merges.txt", "model
         raise UserError(
             f"model {printable(name)!r} not found: give a folder with config.json, or a Hub id org/name[@revision]"
         )
-    there = lambda folder: (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # noqa: E731
-    return _snapshot(name, revision, wanted, token, there, "has no config.json with .safetensors", cached)
+    return _snapshot(name, revision, wanted, token, _one_model, "has no config.json with .safetensors", cached)
+
+
+def one(model, token=None):
+    """A local path for a model that is no pipeline: a language model, a vision tower or a text encoder, with its tokenizer. As resolve(), but of a Hub
+    repository all that is such a model's."""
+    return resolve(model) if trained(model).exists() else whole(model, token)
+
+
+def _one_model(folder):
+    """Does a folder have a config.json, and all of its weights?"""
+    index = folder / "model.safetensors.index.json"
+    parts = set(read_json(index)["weight_map"].values()) if index.is_file() else ()
+    return (
+        (folder / "config.json").is_file()
+        and any(folder.glob("*.safetensors"))
+        and all((folder / p).is_file() for p in parts)
+    )
 
 
 def _snapshot(name, revision, wanted, token, there, lacks, cached=False):

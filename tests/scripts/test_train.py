@@ -4,11 +4,13 @@ import dataclasses
 import filecmp
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 
 import chaos
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -160,7 +162,7 @@ def test_loss_goes_down(tmp_path, pictures):
         ),
         (["--condition", "labels"], "7 pictures have no label"),
         (["--parallel", "fsdp"], "needs torchrun"),
-        (["--text-encoder", "no/such"], "no/such: offline, and it is not in the cache"),
+        (["--text-encoder", "no/such"], "no/such: it is not in the cache"),
         (["--report-to", "wandb"], "--report-to wandb"),
         (["--push-to-hub"], "--push-to-hub: HF_HUB_OFFLINE"),
         (["--model-config", "assets/nano/unet/config.json"], "in_channels 4, but the pictures have 3"),
@@ -169,10 +171,110 @@ def test_loss_goes_down(tmp_path, pictures):
         (["--snr-clip", "5"], "--snr-clip is for --snr-weighting"),
         (["--sample-prompts", "none.txt"], "--sample-prompts none.txt: no such file"),
         (["--model", "assets/nano", "--resolution", "64", "--vae", "assets/nano/vae"], "--vae is for new models"),
+        (["--model", "assets/nano", "--lora-rank", "8"], "--lora-rank does nothing without --lora"),
+        (["--timestep-sampling", "logit_normal"], "--timestep-sampling is for flows; this model predicts v_prediction"),
+        (["--snr-weighting"], "--snr-weighting is for --prediction-type sample"),
+        (["--condition", "none", "--text-encoder", "/nowhere"], "--text-encoder is for captions"),
+        (
+            ["--ddpm-num-steps", "10", "--sample-every", "2"],
+            "--sample-steps 25: must be between 1 and the 10 timesteps",
+        ),
+        (["--model", "assets/world", "--resolution", "256"], "--resolution can be at most 128"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, pictures, argv, says):
     assert says in error_line(train_("diffusion", pictures, tmp_path / "o", *argv))
+
+
+def test_a_mistake_loses_nothing_of_an_older_run(tmp_path, pictures):
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "2")
+    assert done.returncode == 0, done.stderr
+    before = sorted(p.relative_to(tmp_path) for p in (tmp_path / "o").rglob("*"))
+    for argv in (["--sample-prompts", "nofile.txt"], ["--ddpm-num-steps", "10"]):
+        again = train_("diffusion", pictures, tmp_path / "o", "--overwrite-output-dir", "--sample-every", "1", *argv)
+        error_line(again)
+    assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "o").rglob("*")) == before
+
+
+def test_a_short_schedule_draws_by_its_own_number_of_steps(tmp_path, pictures):
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "1", "--ddpm-num-steps", "10")
+    assert done.returncode == 0, done.stderr
+    assert pipeline.load(tmp_path / "o" / "model").generate(["a"], seeds=[0]).pixels.isfinite().all()
+
+
+def test_a_model_is_never_half_of_two_updates(tmp_path, pictures, monkeypatch):
+    """The process ends amid the second best_model: what is there is the first one, whole."""
+    from nanodiff.pipeline import base
+
+    save, calls = base.Pipeline.save, []
+
+    def ends(self, folder, *args):
+        save(self, folder, *args)
+        calls.append(folder)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(base.Pipeline, "save", ends)
+    argv = [
+        "diffusion",
+        "--data",
+        pictures,
+        "--preset",
+        "tiny",
+        "--epochs",
+        "9",
+        "--max-steps",
+        "8",
+        "--keep-best",
+        "--output-dir",
+        tmp_path / "o",
+    ]
+    code, _, err = in_process(train, "train.py", *argv)
+    assert code == 130 and len(calls) == 2, err
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "o" / "best_model").rglob("*.safetensors")}
+    second = {p.name: p.stat().st_mtime_ns for p in calls[1].rglob("*.safetensors")}
+    assert len(first) == len(second) == 2 and max(first.values()) < min(second.values())
+
+
+def test_captions_that_are_cut_are_said_where_the_text_encoder_learns(tmp_path, pictures):
+    long = tmp_path / "long"
+    shutil.copytree(pictures, long)
+    for path in long.glob("*.txt"):
+        path.write_text("red square " * 30)
+    done = train_("diffusion", long, tmp_path / "o", "--max-steps", "2")
+    assert done.returncode == 0 and done.stderr.count("captions of more than 14 tokens are cut, such as") == 1, (
+        done.stderr
+    )
+    done = train_("diffusion", pictures, tmp_path / "p", "--max-steps", "2")
+    assert "are cut" not in done.stderr
+
+
+def test_held_out_pictures_that_cannot_be_read_are_said(tmp_path, pictures):
+    bad = tmp_path / "bad"
+    shutil.copytree(pictures, bad)
+    files = sorted(bad.glob("*.png"))
+    for path in files:
+        path.write_bytes(b"no picture")
+    good = sorted(pictures.glob("*.png"))
+    order = np.random.default_rng([3, 0x5EED]).permutation(len(files))
+    for i in order[2:]:  # all but those held out
+        shutil.copy(good[i], files[i])
+    shutil.copy(good[order[0]], files[order[0]])
+    done = train_("diffusion", bad, tmp_path / "o", "--max-steps", "2", "--validation", str(2 / len(files)), "--on-bad-image", "skip", "--bad-image-limit", "0.9")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 pictures cannot be read and were replaced; see bad_images_held_out.jsonl" in done.stderr
+    assert (tmp_path / "o" / "bad_images_held_out.jsonl").exists() and not (
+        tmp_path / "o" / "bad_images.jsonl"
+    ).exists()
+
+
+def test_a_runs_own_record_is_a_config(tmp_path, pictures):
+    """run.json names every setting of a run; what it sets otherwise than the default counts as asked for."""
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "1", "--lr", "3e-3")
+    assert done.returncode == 0, done.stderr
+    cfg = commandline.parse(train.DiffusionConfig, ["--config", str(tmp_path / "o" / "run.json"), "--max-steps", "3"], presets=train.PRESETS["diffusion"])  # fmt: skip
+    assert (cfg.lr, cfg.max_steps, cfg.data, cfg.vocab_size) == (3e-3, 3, str(pictures), 600)
+    assert {"lr", "max_steps", "vocab_size"} <= cfg.given and "zero_snr" not in cfg.given
 
 
 def test_required_flags(tmp_path):

@@ -239,3 +239,17 @@ def test_weights_that_are_not_wanted_are_neither_fetched_nor_missed(tmp_path):
     shutil.rmtree(folder / "tokenizer_3")
     assert "text_encoder_3" in hub.incomplete(folder)
     assert hub.incomplete(folder, ("text_encoder_3", "tokenizer_3")) == ""
+
+
+def test_a_model_that_is_no_pipeline_comes_from_the_cache_whole(cached, monkeypatch):
+    """A language model or a text encoder by its Hub id, as caption.py's defaults name them; half of a sharded one is not there."""
+    assert hub.one(TINY / "gemma3") == TINY / "gemma3"
+    snapshot = cache(cached, "google/gemma-3-1b-it", model="gemma3")
+    assert hub.one("google/gemma-3-1b-it") == snapshot
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"has no config.json with .safetensors|not in the cache"):
+        hub.one("google/gemma-3-1b-it")
+    with pytest.raises(UserError, match="not found"):
+        hub.one("no-such-thing")
