@@ -374,6 +374,16 @@ def tool(run):
     except UserError as e:
         print(f"error: {printable(flagged(e))}", file=sys.stderr)
         return 2
+    except (
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as e:  # a target that is a file, or beneath one
+        if e.filename is None:
+            raise
+        print(f"error: {printable(e.filename)}: {e.strerror}", file=sys.stderr)
+        return 2
 
 
 def script(stages, doc, presets=None, less_memory=LESS_MEMORY):

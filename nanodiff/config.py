@@ -90,7 +90,7 @@ def parse_json(text, where):
 
     def unique(pairs):
         found = dict(pairs)
-        if twice := next((k for k, v in pairs if found[k] != v), None):
+        if twice := next((k for k, v in pairs if found[k] is not v and found[k] != v), None):
             raise UserError(f"{where}: {short(twice)} stands twice in one JSON object; which is meant?")
         return found
 

@@ -44,7 +44,8 @@ def write_file(path, write, sync=True):
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # it was to lie beneath a file
+            tmp.unlink(missing_ok=True)
 
 
 def write_folder(folder, fill):

@@ -1,4 +1,4 @@
-"""Captions of named pictures from the files that hold them: JSON {id: captions}, COCO annotations and results, CSV."""
+"""Captions of named pictures from the files that hold them: JSON {id: captions}, COCO annotations and results, JSON lines, CSV."""
 
 from pathlib import Path
 
@@ -6,14 +6,19 @@ from nanodiff.config import UserError, parse_json, printable, short
 from nanodiff.data import tables
 from nanodiff.device import dist
 
+SUFFIXES = (".json", ".jsonl", *tables.SUFFIXES)
+
 
 def read(path, by_file=False):
-    """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations) or a table (Image_Name, Title).
+    """{id: [captions]} of a JSON file ({id: caption or captions}, COCO results or annotations), JSON lines (metadata.jsonl) or a table (Image_Name,
+    Title).
 
     by_file: the ids of COCO annotations are the pictures' file names, where the file has them. Raises UserError naming the file for anything else, and for an empty one."""
     path = Path(path)
     if path.suffix.lower() in tables.SUFFIXES:
         found = _from_table(path)
+    elif path.suffix.lower() == ".jsonl":
+        found = _from_lines(path)
     else:
         found = _from_json(path, parse_json(tables.text_of(path), path), by_file)
     if not found:
@@ -59,6 +64,19 @@ def _texts(value, where):
     if isinstance(value, str):
         return (tables.captions_in(value, where) if value.strip().endswith("]") else [value]) or [""]
     raise UserError(f"{where}: expected a caption or a list of captions")
+
+
+def _from_lines(path):
+    found = {}
+    for n, line in enumerate(tables.text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row, where = parse_json(line, f"{path}:{n}"), f"{path}:{n}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: no JSON object")
+        key, caption = (tables.column(None, usual, row, where) for usual in (tables.NAMES, tables.CAPTIONS))
+        found.setdefault(tables.name_in(row[key], where), []).extend(tables.captions_in(row[caption], where) or [""])
+    return found
 
 
 def _from_table(path):

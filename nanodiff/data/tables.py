@@ -26,9 +26,8 @@ LIMIT = 1 << 30  # bytes of a listing
 FIELD_LIMIT = 1 << 24  # of a cell
 CAPTION_LIMIT = 16_384  # characters
 STRAY = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
-ROW = re.compile(
-    r"[\w./-]*\d[\w./-]*|\S+\.(?:png|jpe?g|webp|bmp|gif|tiff?)", re.I
-)  # what begins a row: a picture's name
+# what begins a row: a picture's file, or its name without the suffix, which has a number
+PICTURE, NUMBERED = re.compile(r"\S+\.(?:png|jpe?g|webp|bmp|gif|tiff?)", re.I), re.compile(r"[\w./-]*\d[\w./-]*")
 
 
 def is_data(path):
@@ -135,14 +134,16 @@ def column(given, usual, there, where, flag=None):
 
 
 def like_a_row(parts, columns):
-    """Do the parts of a line inside a cell look like a row of a table of so many columns? "surely": it begins with a picture's name;
-    "perhaps": with one word, and it has the number of columns and, unlike most sentences, no space after its commas."""
+    """Do the parts of a line inside a cell look like a row of a table of so many columns? "surely": it begins with a picture's name, or with a number or a word with
+    a digit and is written as a row; "perhaps": it begins with another word. Written as a row: it has the number of columns and, unlike most sentences ("4k, sharp"),
+    no space after its commas."""
     if len(parts) < 2:
         return ""
-    if ROW.fullmatch(parts[0]):
+    if PICTURE.fullmatch(parts[0]):
         return "surely"
-    bare = len(parts) == columns and re.fullmatch(r"[\w./-]+", parts[0]) and not any(p[:1].isspace() for p in parts[1:])
-    return "perhaps" if bare else ""
+    if len(parts) != columns or any(p[:1].isspace() for p in parts[1:]):
+        return ""
+    return "surely" if NUMBERED.fullmatch(parts[0]) else "perhaps" if re.fullmatch(r"[\w./-]+", parts[0]) else ""
 
 
 def rows(path):

@@ -1,5 +1,6 @@
 """A data set as a whole: what is wrong with it, and all of it as one webdataset shard."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -63,7 +64,8 @@ def pack(path, target, image_column=None, caption_column=None):
     except OSError as e:
         raise UserError(f"{target}: cannot be written: {e.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # it was to lie beneath a file
+            partial.unlink(missing_ok=True)
     print(f"{target}: {len(data)} pictures")
 
 

@@ -136,7 +136,7 @@ def of_sets(folders, pairings, settings, prompts=None):
     """({pairing.fid, label.clip_score…: entry}, {metric: reason}) of folders with the same names, each taken as a set: what pairs cannot say.
 
     prompts: file, or None: the captions beside one of the folders' pictures."""
-    sets = matched(folders)[1]
+    order, sets = matched(folders)
     metrics_of, skipped = {}, {}
     if "fid" in settings.groups:
         for a, b in pairings:
@@ -144,7 +144,11 @@ def of_sets(folders, pairings, settings, prompts=None):
             metrics_of |= {("" if len(pairings) == 1 else f"{a}_vs_{b}.") + k: v for k, v in found.metrics.items()}
             skipped |= found.skipped
     if "clip_score" in settings.groups:
-        candidates = [dist.on_main(prompts_for, d, prompts) for d in sets.values()]
+        candidates = []
+        for d in folders.values():  # as they are listed: a file's lines stand for the pictures in that order
+            texts, why = dist.on_main(prompts_for, d, prompts)
+            at = {_stem(k): i for i, k in enumerate(d.keys)}
+            candidates.append(([texts[at[name]] for name in order] if texts else None, why))
         texts = next((t for t, _ in candidates if t), None)
         for label, pictures in sets.items():
             found = images(pictures, replace(settings, groups=("clip_score",)), None, texts, label, candidates[0][1])

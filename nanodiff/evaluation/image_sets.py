@@ -311,9 +311,9 @@ def prompts_for(dataset, path=None):
 
 
 def prompts_in(path):
-    """The prompts of a file, in its order: lines of text, or the first captions of a .json or .csv. Raises UserError."""
+    """The prompts of a file, in its order: lines of text, or the first captions of a .json, .jsonl or .csv. Raises UserError."""
     path = Path(path)
-    if path.suffix.lower() in (".json", *tables.SUFFIXES):
+    if path.suffix.lower() in caption_files.SUFFIXES:
         return [texts[0] for texts in caption_files.read(path).values()]
     lines = tables.lines(path)
     if not lines:
@@ -322,7 +322,7 @@ def prompts_in(path):
 
 
 def _prompts_from(dataset, path):
-    if path.suffix.lower() not in (".json", *tables.SUFFIXES):
+    if path.suffix.lower() not in caption_files.SUFFIXES:
         lines = prompts_in(path)
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")

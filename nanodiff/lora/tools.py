@@ -61,7 +61,8 @@ def inspect(path: str | Path, model: str | None = None) -> None:
     groups, strange = reading.grouped(tensors, file)
     for name, parts in groups.items():
         facts = [f"{k} {list(parts[k].shape)}" for k in (format.DOWN, format.UP) if k in parts]
-        facts += [f"alpha {float(parts['alpha']):g}"] if "alpha" in parts else []
+        if "alpha" in parts:
+            facts += [f"alpha {', '.join(f'{v:g}' for v in parts['alpha'].flatten().tolist()) or 'without a number'}"]
         print(printable(name), ", ".join(facts))
     for word, vectors in words.items():
         print(
@@ -106,6 +107,8 @@ def convert(source: str | Path, target: str | Path, form: str, model: str | None
 
 def merge(model: str, loras: Sequence[str], target: str | Path) -> None:
     """Add LoRAs into a model's weights for good, and write it as a Hub folder, in the types that it was stored in."""
+    if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder")
     sd = pipeline.load(model, None)
     for text in loras:
         path, scale = reading.parse(text)
@@ -135,6 +138,8 @@ def extract(model: str, tuned: str, rank: int, target: str | Path, form: str = "
         layers = {f"{n}.weight" for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
         for key in tqdm(mine, desc=component, disable=None):
             difference = theirs[key].float() - mine[key].float()
+            if not difference.isfinite().all():
+                raise UserError(f"{tuned}: {component}.{printable(key)}: is not finite, or is not in {model}")
             if not difference.any():
                 continue
             if key not in layers:

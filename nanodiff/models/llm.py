@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, from_json
@@ -50,6 +51,7 @@ FIXED = {
     "use_bidirectional_attention": [False],
     "use_cache": [True, False],
 }
+LOGITS = 256  # rows of logits of a quantized output layer that are in memory at a time
 ROPE = {"rope_type": ["llama3", "default"], "type": ["llama3", "default"]}
 
 
@@ -398,4 +400,12 @@ class CausalLM(nn.Module):
     def loss(self, states, labels):
         """Mean cross-entropy of each token's successor, without storing the logits: states [B, L, D], labels [B, L], -100 does not count."""
         shifted = labels[:, 1:].reshape(-1)
-        return linear_cross_entropy(states[:, :-1].reshape(-1, states.shape[-1]), self.output, shifted)
+        return self.cross_entropy(states[:, :-1].reshape(-1, states.shape[-1]), shifted)
+
+    def cross_entropy(self, states, ids, reduction="mean"):
+        """Of the output layer, which may be quantized: states [N, D], ids [N], of which -100 is none -> a number, in nats."""
+        if not hasattr(self, "head"):
+            return linear_cross_entropy(states, self.output, ids, reduction=reduction)
+        parts = zip(states.split(LOGITS), ids.split(LOGITS), strict=True)
+        total = sum(F.cross_entropy(self.head(x).float(), y, reduction="sum") for x, y in parts)
+        return total if reduction == "sum" else total / (ids != -100).sum()

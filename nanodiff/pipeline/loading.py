@@ -96,7 +96,13 @@ def convert(
         sd.save(target)
     else:
         family = original_names.family_of_pipeline(sd.class_name, sd.net)
-        original_names.export(sd.models(), family, target)
+        marks = {
+            "v_pred": sd.schedule.prediction == "v_prediction",
+            "ztsnr": sd.schedule.cfg.get("rescale_betas_zero_snr"),
+        }
+        original_names.export(
+            sd.models(), family, target, [name for name, so in marks.items() if so and not sd.schedule.flow]
+        )
     print(f"{target}: {', '.join(sd.models())}")
 
 

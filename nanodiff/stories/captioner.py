@@ -331,7 +331,8 @@ def infer(cfg):
     alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(captioned) == 1
     for row in captioned:
         text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
-        print(text if alone else f"{printable(row.name)}\t{text}")
+        name = Path(row.path).name if Path(cfg.infer_image_path).is_dir() else row.name
+        print(text if alone else f"{printable(name)}\t{text}")
 
 
 def to_tell(cfg):
@@ -343,7 +344,13 @@ def to_tell(cfg):
             raise UserError(
                 f"--infer-image-path {path}: no pictures in it (looked for {', '.join(sorted(data.SUFFIXES))})"
             )
-        return [captionset.Row(p.name, (), str(p)) for p in files]
+        others = [p.name for p in sorted(path.iterdir()) if p not in files and tables.is_data(p.name)]
+        if others:
+            dist.say(
+                f"note: {path}: {len(others)} other files and folders in it are left out, such as {printable(others[0])}"
+            )
+        alike = len({p.stem for p in files}) < len(files)  # a.png and a.jpg: their suffixes tell them apart
+        return [captionset.Row(p.name if alike else p.stem, (), str(p)) for p in files]
     if not path.is_file():
         raise UserError(f"--infer-image-path {path}: no such file or folder")
     if path.suffix.lower() in tables.SUFFIXES:

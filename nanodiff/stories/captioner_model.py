@@ -28,7 +28,6 @@ from nanodiff import lora, weights
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.device import dist, onednn
 from nanodiff.files import write_json
-from nanodiff.models.layers import linear_cross_entropy
 from nanodiff.models.llm import CausalLM
 from nanodiff.models.llm import Config as LLMConfig
 from nanodiff.models.vit import Config as ViTConfig
@@ -135,7 +134,7 @@ class Captioner(nn.Module):
         words = self.llm.embed(ids[:, :-1].clamp(min=0)).to(prompt.dtype)
         states = self.llm(embeds=torch.cat([prompt, words], 1))[:, prompt.shape[1] - 1 :]
         kept = ids != NO_LABEL
-        return linear_cross_entropy(states[kept], self.llm.output, ids[kept], reduction="sum")
+        return self.llm.cross_entropy(states[kept], ids[kept], reduction="sum")
 
     @torch.inference_mode()
     def describe(self, pictures, new_tokens=120, beams=1, on_step=None):

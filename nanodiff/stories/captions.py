@@ -69,6 +69,8 @@ def complete(cfg):
     device, record = begin(cfg)
     with record.timed("load"):
         net, tokenizer = language(cfg, device)
+    if cfg.chat and not net.cfg.gemma:
+        raise UserError("--chat is Gemma's form, which this model has not learned")
     text = textgen.chat([{"role": "user", "content": cfg.prompt}]) if cfg.chat else cfg.prompt
     ids = tokenizer.ids(text, begin=not cfg.chat)
     times = []
@@ -147,7 +149,11 @@ class Writer:
 
     def __init__(self, cfg, chance, template, rows, net, tokenizer):
         self.cfg, self.chance, self.rows, self.net, self.tokenizer = cfg, chance, rows, net, tokenizer
-        self.chat = cfg.chat == "yes" or (cfg.chat == "auto" and net.cfg.gemma)
+        if cfg.chat == "yes" and not net.cfg.gemma:
+            raise UserError(
+                "--chat yes is Gemma's form, which this model has not learned; it is shown examples instead"
+            )
+        self.chat = cfg.chat != "no" and net.cfg.gemma
         self.template = template or (REQUEST if self.chat else EXAMPLE)
         self.tokens, self.seconds = 0, 0.0  # written, and how long that took
 

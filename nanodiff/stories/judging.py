@@ -75,6 +75,8 @@ def images_of(cfg):
             raise UserError(f"--{name.replace('_', '-')} is for drawing, but --generated are pictures")
     if cfg.across and not all(part.isdecimal() for part in listed(cfg.across)):
         raise UserError(f"--across {printable(cfg.across)}: expected numbers of pictures, such as 0,5,9")
+    if cfg.across and len(cfg.generated) < 2:
+        raise UserError("--across is for a sheet across several --generated")
     record, device = begin(cfg)
     out = record.out
     settings = image_sets.Settings(

@@ -251,3 +251,8 @@ def save(
     )  # transformers' and diffusers'
     state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():  # of a sharded model that was here, which a reader would take in place of this file
+        for part in set(read_json(index).get("weight_map", {}).values()):
+            (folder / Path(part).name).unlink(missing_ok=True)
+        index.unlink()

@@ -252,9 +252,10 @@ def family_of(shapes, where):
 # Writing
 
 
-def export(models, family, path):
-    """Write {component: module} as one file in the original names of `family`."""
-    out, thirds = {}, {}
+def export(models, family, path, says=()):
+    """Write {component: module} as one file in the original names of `family`. says: names of empty tensors by which others tell what the model
+    predicts, "v_pred" and "ztsnr"."""
+    out, thirds = {name: torch.zeros(0) for name in says}, {}
     for component, prefix in prefixes(family).items():
         model = models.get(component)
         if model is None:
@@ -290,4 +291,6 @@ def family_of_pipeline(kind, denoiser):
     if kind == "StableDiffusion3Pipeline":
         cfg = denoiser.cfg
         return "SD 3 medium" if not cfg.qk_norm else "SD 3.5 medium" if cfg.dual_attention_layers else "SD 3.5 large"
+    if not hasattr(denoiser.cfg, "use_linear_projection"):
+        raise UserError(f"{denoiser.class_name} of a {kind} has no form as one file; SD 1, SD 2, SDXL and SD 3 have")
     return "SD 2" if denoiser.cfg.use_linear_projection else "SD 1"

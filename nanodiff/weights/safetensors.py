@@ -52,9 +52,10 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path}: {e.strerror}") from None
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-    if head.lstrip()[:1] == b"<":
+    header = head[8:].lstrip()[:1] == b"{"  # whatever its length's bytes, in front of it, look like
+    if head.lstrip()[:1] == b"<" and not header:
         raise UserError(f"{path}: is an HTML or XML page, not the weights; the download went wrong")
-    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:].lstrip()[:1] != b"{":
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and not header:
         raise UserError(f"{path}: is a pickle, not safetensors; convert it with `python -m nanodiff.weights convert`")
     if size < 8:
         raise UserError(f"{path}: only {size} bytes; the download is not complete")
@@ -288,6 +289,9 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
     for name, tensor in tensors.items():
         if tensor.dtype not in kinds:
             raise UserError(f"{path}: {printable(name)}: tensors of {tensor.dtype} are not written")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            what = "without numbers (meta)" if tensor.is_meta else f"of the layout {tensor.layout}"
+            raise UserError(f"{path}: {printable(name)}: tensors {what} are not written")
     order = sorted(tensors, key=lambda k: (-ORDER.index(kinds[tensors[k].dtype]), k))
     header, end = {"__metadata__": dict(sorted(({"format": "pt"} | (metadata or {})).items()))}, 0
     for name in order:

@@ -42,6 +42,7 @@ def test_an_ordinary_table(tmp_path):
             r"t\.csv:3: a quote that is opened here swallows what looks like rows \('2,b'\)",
         ),
         ('n,t\na.png,"x\nb.png,y"\n', r"t\.csv:2: .*swallows"),
+        ('n,t\na,"x\n4k,y"\n', r"t\.csv:2: .*swallows"),
         ('n,t\n0,"a\n', r"t\.csv:2: unexpected end of data"),
         ('n,t\n0,"a" b\n', r"t\.csv:2: ',' expected after '\"'"),
         ("n,t,t\n0,a,b\n", r"two columns t"),
@@ -52,6 +53,14 @@ def test_an_ordinary_table(tmp_path):
 def test_what_is_ambiguous_is_refused_with_its_line(tmp_path, text, says):
     with pytest.raises(UserError, match=says):
         read(put(tmp_path, "t.csv", text))
+
+
+def test_a_line_of_a_caption_may_begin_with_a_number(tmp_path):
+    text = 'n,t\na,"a render\n4k, highly detailed, sharp"\nb,"one\n3D, blue"\n'
+    assert read(put(tmp_path, "t.csv", text))[1] == [
+        ("a", "a render\n4k, highly detailed, sharp"),
+        ("b", "one\n3D, blue"),
+    ]
 
 
 @given(

@@ -89,6 +89,19 @@ def test_a_few_rows_of_any_width(width):
         assert rms_ratio(small(x.bfloat16()), linear(x)) < 0.02
 
 
+def test_the_loss_of_a_quantized_language_model_is_of_its_own_output_layer():
+    from nanodiff.pipeline import sources
+
+    net, _ = sources.load_language(TINY / "llama", torch.float32, "cpu")
+    ids = torch.randint(5, 200, (2, 30))
+    quantize.language(net, "int8")
+    states = net(ids)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    want = torch.nn.functional.cross_entropy(net.logits(states)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    assert abs(net.loss(states, labels) - want) < 1e-5
+
+
 @pytest.mark.parametrize("prepared", [onednn.learn, onednn.prepare, lambda net: onednn.prepare(net, pack=True)])
 @pytest.mark.parametrize("kind", quantize.KINDS)
 def test_a_model_that_is_prepared_is_quantized_whole(kind, prepared, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import GOLDEN, TINY, error_line, run
+from util import GOLDEN, TINY, copy_model, error_line, run
 
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
@@ -178,6 +178,34 @@ def test_merge_is_fusing(tmp_path):
     for name, model in want.models().items():
         state = got.models()[name].state_dict()
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), name
+
+
+def test_a_target_that_cannot_be_is_one_line(tmp_path):
+    """A model that is there is never mixed with a merged one; a file is no folder; NaN is no difference."""
+    sd, made = trained("sd15", 2)
+    lora.write(tmp_path / "l.safetensors", made, sd.models())
+    (tmp_path / "file").touch()
+    one = tmp_path / "l.safetensors"
+    done = tool("merge", "--model", TINY / "sd15", "--lora", one, copy_model("sd15", tmp_path / "model"))
+    assert "exists and is not an empty folder" in error_line(done)
+    assert "not an empty folder" in error_line(
+        tool("merge", "--model", TINY / "sd15", "--lora", one, tmp_path / "file")
+    )
+    model = ("--model", TINY / "sd15")
+    for target, form in (("file/k.safetensors", "kohya"), ("file/peft", "peft"), ("file", "peft")):
+        assert str(tmp_path / "file") in error_line(tool("convert", one, tmp_path / target, "--to", form, *model))
+    broken = copy_model("sd15", tmp_path / "nan")
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = weights.load_tensors(path)
+    next(v for k, v in sorted(tensors.items()) if k.endswith("to_q.weight"))[0, 0] = float("nan")
+    weights.save_tensors(path, tensors)
+    done = tool("extract", "--model", TINY / "sd15", "--tuned", broken, "--rank", 2, tmp_path / "x.safetensors")
+    assert "to_q.weight: is not finite" in error_line(done)
+    alphas = weights.load_tensors(one)
+    alphas = {k: (torch.zeros(2) if k.endswith("alpha") else v) for k, v in alphas.items()}
+    weights.save_tensors(tmp_path / "two.safetensors", alphas)
+    done = tool("inspect", tmp_path / "two.safetensors")
+    assert "alpha 0, 0" in done.stdout and "Traceback" not in done.stderr, done.stderr
 
 
 def test_extract_finds_what_was_merged(tmp_path):

@@ -142,6 +142,13 @@ def test_configs_of_newer_files():
     raw["rope_parameters"] = raw.pop("rope_scaling") | {"rope_theta": raw.pop("rope_theta")}
     assert llm.Config.from_json(raw) == llm.Config.from_json(config("llama"))
     assert llm.Config.from_json(config("llama", eos_token_id=[5, 6])).eos_token_id == (5, 6)
+    raw = config("gemma3")
+    kinds = {"full_attention": raw.pop("rope_theta"), "sliding_attention": raw.pop("rope_local_base_freq")}
+    raw["rope_parameters"] = {k: {"rope_theta": v, "rope_type": "default"} for k, v in kinds.items()}
+    assert llm.Config.from_json(raw) == llm.Config.from_json(config("gemma3"))
+    raw["rope_parameters"]["sliding_attention"]["rope_type"] = "yarn"
+    with pytest.raises(UserError, match="sliding_attention are of no type that is supported"):
+        llm.Config.from_json(raw)
 
 
 BAD = {

@@ -1,13 +1,14 @@
 """Original single files: names both ways, every family from its header, what is missing or not supported, by name."""
 
 import hashlib
+import json
 import re
 
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from util import TINY, copy_model, error_line, manifest, max_error, run
+from util import ROOT, TINY, copy_model, error_line, manifest, max_error, run
 
 from nanodiff import pipeline, weights
 from nanodiff.config import UserError
@@ -382,6 +383,27 @@ def test_convert_both_ways(name, tmp_path):
     (tmp_path / "file").touch()
     done = run("-m", "nanodiff.weights", "convert", one, tmp_path / "file", "--components", TINY / name)
     assert "not an empty folder" in error_line(done)
+
+
+def test_what_a_model_predicts_stands_in_its_one_file(tmp_path):
+    """ε or v, and the noise at the end: by the empty tensors that other programs look for. Back in a folder, and in a file again."""
+    folder = copy_model("sdxl", tmp_path / "v")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    )
+    one, back, two = tmp_path / "one.safetensors", tmp_path / "back", tmp_path / "two.safetensors"
+    pipeline.convert(folder, one)
+    assert {"v_pred", "ztsnr"} <= weights.load_tensors(one).keys()
+    pipeline.convert(one, back, components=str(TINY / "sdxl"))
+    schedule = pipeline.load(back).schedule
+    assert schedule.prediction == "v_prediction" and schedule.cfg["rescale_betas_zero_snr"]
+    pipeline.convert(back, two)
+    assert weights.load_tensors(two).keys() == weights.load_tensors(one).keys()
+    pipeline.convert(TINY / "sdxl", tmp_path / "plain.safetensors")
+    assert not {"v_pred", "ztsnr"} & weights.load_tensors(tmp_path / "plain.safetensors").keys()
+    with pytest.raises(UserError, match="has no form as one file"):
+        pipeline.convert(ROOT / "assets" / "world", tmp_path / "w.safetensors")
 
 
 def test_sample_from_a_file(files, tmp_path):

@@ -191,6 +191,13 @@ def test_telling(home, trained):
     assert (home / "told" / "sheet.png").is_file()
     code, out, err = stage("infer", **one, infer_image_path=home / "images", batch_size=5)
     assert code == 0 and out.count("\n") == 24 and out.startswith("dish_00.jpg\t"), err
+    assert captionset.read(home / "told" / "captions.csv")[0].name == "dish_00", "without the suffix, as in every table"
+    odd = home / "odd"
+    (odd / "below").mkdir(parents=True)
+    for name in ("a.jpg", "b.heic", "below/c.jpg"):
+        shutil.copy(picture, odd / name)
+    code, _, err = stage("infer", **one, infer_image_path=odd)
+    assert code == 0 and "2 other files and folders in it are left out, such as b.heic" in err
     bare = home / "bare.csv"
     bare.write_text("Image_Name\ndish_03\ndish_04\n")
     code, more, err = stage("infer", **one, infer_image_path=bare)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,9 +261,39 @@ def test_prompts_by_name(sets, tmp_path):
     (tmp_path / "stems.json").write_text('{"COCO_1": "x", "COCO_2": "y"}')
     with pytest.raises(config.UserError, match="differ by suffix only"):
         image_sets.prompts_for(data.load(tmp_path, captions=False), tmp_path / "stems.json")
+    lines = '{"file_name": "COCO_2.jpg", "text": "second"}\n{"file_name": "COCO_1.jpg", "caption": "first"}\n'
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    assert image_sets.prompts_for(dataset, tmp_path / "metadata.jsonl") == (["first", "second"], None)
+    (tmp_path / "metadata.jsonl").write_text("[1]\n")
+    with pytest.raises(config.UserError, match=r"metadata\.jsonl:1: no JSON object"):
+        image_sets.prompts_for(dataset, tmp_path / "metadata.jsonl")
     half = data.load(sets / "teacher", captions=False)
     half = data.Dataset([item if i else item._replace(captions=()) for i, item in enumerate(half.items)], half.root)
     assert image_sets.prompts_for(half)[0] is None and "1 of 20 have none" in image_sets.prompts_for(half)[1]
+
+
+def test_lines_stand_for_pictures_as_they_are_listed(tmp_path, monkeypatch):
+    """Also where pairs are matched by stem, whose order is another: "img" before "img (1)", and its file after."""
+    from nanodiff.evaluation import image_pairs, image_sets
+
+    names = ["img.png", "img (1).png", "img-2.png"]
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        for i, name in enumerate(names):
+            Image.new("RGB", (8 + i, 8)).save(tmp_path / part / name)
+    folders = {part: data.load(tmp_path / part, captions=False) for part in "ab"}
+    listed = folders["a"].keys
+    told = {name: str(Image.open(tmp_path / "a" / name).width) for name in names}
+    (tmp_path / "lines.txt").write_text("".join(f"{told[key]}\n" for key in listed))
+    seen = {}
+
+    def images(pictures, settings, real, texts, what, why):
+        seen[what] = [(str(pictures.image(i).width), text) for i, text in enumerate(texts)]
+        return SimpleNamespace(metrics={}, skipped={})
+
+    monkeypatch.setattr(image_pairs, "images", images)
+    image_pairs.of_sets(folders, [], image_sets.Settings(groups=("clip_score",)), tmp_path / "lines.txt")
+    assert set(seen) == {"a", "b"} and all(a == b for rows in seen.values() for a, b in rows), seen
 
 
 @pytest.mark.slow

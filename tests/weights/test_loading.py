@@ -255,6 +255,51 @@ def test_pickle_beside_nothing_else_names_the_way(tmp_path):
         weights.find_files(tmp_path)
 
 
+def test_a_header_may_be_as_long_as_a_page_begins(tmp_path):
+    """Its length, 0x3C20 bytes, is written as " <", and is no HTML."""
+    path = tmp_path / "x.safetensors"
+    for n in range(9000):
+        weights.save_tensors(path, {"x": torch.zeros(1)}, {"note": "y" * (15200 + n % 400)})
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        if length == 0x3C20:
+            break
+    assert path.read_bytes()[:2] == b" <" and torch.equal(weights.load_tensors(path)["x"], torch.zeros(1))
+
+
+def test_a_model_in_place_of_a_sharded_one_is_the_one_that_is_loaded(tmp_path):
+    folder = copy_model("sd15", tmp_path / "m") / "unet"
+    path = folder / "diffusion_pytorch_model.safetensors"
+    names = sorted(weights.load_tensors(path))
+    parts = {
+        "diffusion_pytorch_model-00001-of-00002.safetensors": names[:100],
+        "diffusion_pytorch_model-00002-of-00002.safetensors": names[100:],
+    }
+    tensors = weights.load_tensors(path)
+    for part, some in parts.items():
+        weights.save_tensors(folder / part, {k: tensors[k] for k in some})
+    index = {"metadata": {}, "weight_map": {k: part for part, some in parts.items() for k in some}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+    net = weights.load(UNet2DConditionModel, folder, torch.float32)
+    with torch.no_grad():
+        net.conv_in.weight.add_(1)
+    weights.save(net, folder)
+    assert torch.equal(weights.load(UNet2DConditionModel, folder, torch.float32).conv_in.weight, net.conv_in.weight)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_what_has_no_numbers_is_not_written(tmp_path):
+    for tensor, says in (
+        (torch.empty(2, device="meta"), r"without numbers \(meta\)"),
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+    ):
+        with pytest.raises(UserError, match=says):
+            weights.save_tensors(tmp_path / "x.safetensors", {"x": tensor})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        weights.save_tensors(tmp_path / "file" / "x.safetensors", {"x": torch.zeros(1)})
+
+
 def test_convert_needs_the_flag(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(3), "epoch": 3}}, tmp_path / "m.ckpt")
     argv = ("-m", "nanodiff.weights", "convert", tmp_path / "m.ckpt", tmp_path / "m.safetensors")
