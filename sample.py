@@ -143,7 +143,13 @@ class Config:
     )
     sigmas: str | None = arg(
         None,
-        "grid of noise levels: karras, exponential, beta, lu, sgm_uniform, simple or ays (Align Your Steps); default: the sampler's own",
+        "grid of noise levels: karras, exponential, beta, lu, sgm_uniform, simple, normal, beta_times (ComfyUI's beta) or ays (Align Your Steps); "
+        "default: the sampler's own",
+    )
+    timestep_spacing: str | None = arg(
+        None,
+        "where the steps lie among the training's timesteps (diffusers' field of that name); default: the model's",
+        choices=("linspace", "leading", "trailing"),
     )
     eta: float = arg(0.0, "noise of ddim and tcd, 0 to 1", low=0, high=1)
     s_churn: float = arg(

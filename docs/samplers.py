@@ -27,6 +27,8 @@ TAIL = """
 Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM2 a, DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE and
 3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
 they do not.
+A picture of theirs is drawn with `--timestep-spacing linspace`, since both go from the noisiest level of the training to the cleanest whatever the model's scheduler_config.json says
+(SDXL's begins a third down), and with `normal` where a sampler has a grid of its own (`dpmpp_2m` and its kin).
 Of a flow (SD 3, 3.5) there are `karras`, `exponential`, `beta`, `sgm_uniform` and `simple`; ComfyUI calls its samplers "euler" and "heun". A flow's own grid is
 diffusers', which ends at 0.001: of 4 steps the last one does nothing (on the small world 0.29 of the captions are drawn right by it, 0.59 by `sgm_uniform`).
 `euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. The churn asks
@@ -64,9 +66,8 @@ def table():
             f"| `{name}` | {what} | {theirs(infotext.MENU, name)} | {theirs(foreign.COMFYUI, name)} | {row.kind} | {calls} | {counts[name] or '–'} |"
         )
     mine = {ours: theirs for theirs, ours in infotext.SPACINGS.items()}
-    grids = [
-        f"| `{grid}` | {mine.get(grid, '–')} | {grid if grid in foreign.GRIDS else '–'} |" for grid in samplers.SIGMAS
-    ]
+    comfyui = {g: g for g in foreign.GRIDS if g != "beta"} | {"beta_times": "beta", "normal": "normal"}
+    grids = [f"| `{grid}` | {mine.get(grid, '–')} | {comfyui.get(grid, '–')} |" for grid in samplers.SIGMAS]
     return HEAD + "\n".join(lines) + "\n" + GRIDS + "\n".join(grids) + "\n" + TAIL
 
 

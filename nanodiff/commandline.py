@@ -484,6 +484,7 @@ FLAGS = {
     "churn": "s-churn",
     "perturbed": "perturbed-scale",
     "crops_coords_top_left": "crop",
+    "controls": "control",
 }  # named otherwise
 
 

@@ -133,7 +133,30 @@ def simple(schedule, n):
     return schedule.all_sigmas()[[schedule.T - 1 - i * schedule.T // n for i in range(n)]]
 
 
-TABLES = {"ays": aligned("ays"), "ays_xl": aligned("ays_xl"), "sgm_uniform": sgm_uniform, "simple": simple}
+def normal(schedule, n):
+    """σ at n even times from the noisiest to the cleanest: k-diffusion's get_sigmas(), which the web UI calls "Uniform" and ComfyUI "normal". Between
+    two times even in ln σ."""
+    every = np.log(schedule.all_sigmas())
+    return np.exp(np.interp(np.linspace(schedule.T - 1, 0, n), np.arange(len(every)), every))
+
+
+def beta_times(schedule, n):
+    """σ at the times that are quantiles of B(0.6, 0.6), whole and noisy first, the clean end left out: ComfyUI's "beta" (Lee et al. 2024, arXiv 2407.12173)."""
+    share = scipy.special.betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, n, endpoint=False))
+    times = np.rint(share * (schedule.T - 1)).astype(np.int64)
+    if len(set(times)) < n:
+        raise UserError(f"`sigmas` beta_times has no {n} different times of {schedule.T}; use fewer steps")
+    return schedule.all_sigmas()[times]
+
+
+TABLES = {
+    "normal": normal,
+    "beta_times": beta_times,
+    "ays": aligned("ays"),
+    "ays_xl": aligned("ays_xl"),
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+}
 # by the name on the command line: fields of scheduler_config.json
 SIGMAS = {
     "karras": {"use_karras_sigmas": True},
@@ -142,6 +165,8 @@ SIGMAS = {
     "lu": {"use_lu_lambdas": True},
     "sgm_uniform": {GRID: "sgm_uniform"},
     "simple": {GRID: "simple"},
+    "normal": {GRID: "normal"},
+    "beta_times": {GRID: "beta_times"},
     "ays": {GRID: "ays"},
 }
 

@@ -145,7 +145,11 @@ DEFAULTS |= {
 }
 DEFAULTS["FlowMatchHeunDiscreteScheduler"] = DEFAULTS["FlowMatchEulerDiscreteScheduler"]
 # the names that GRID can have, by what the class counts in (SPACES): see grids.TABLES and grids.flow_sigmas
-GRIDS = {"sigma": ("ays", "ays_xl", "sgm_uniform", "simple"), "flow": ("sgm_uniform", "simple"), "timestep": ()}
+GRIDS = {
+    "sigma": ("ays", "ays_xl", "sgm_uniform", "simple", "normal", "beta_times"),
+    "flow": ("sgm_uniform", "simple"),
+    "timestep": (),
+}
 SPACES = {  # what each class counts its steps in: timesteps of the training, noise levels σ = s/α of its ODE, or the σ of a flow
     "DDPMScheduler": "timestep",
     "DDIMScheduler": "timestep",

@@ -30,7 +30,7 @@ COMFYUI = (
     ("dpmpp_sde", ("normal",), "dpmpp_sde"),
     ("dpmpp_2s_ancestral", ("normal",), "dpmpp_2s_a"),
     ("ipndm", ("normal",), "ipndm"),
-    ("ddim", ("normal", "ddim_uniform"), "ddim"),
+    ("ddim", ("ddim_uniform",), "ddim"),
     ("uni_pc", ("normal",), "unipc"),
     ("deis", ("normal",), "deis"),
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
@@ -236,8 +236,10 @@ def _grid(g, found):
     """Sampler and scheduler: one of ours that is both, or a sampler with --sigmas."""
     sampler, scheduler = g.value(g.sampler, "sampler_name"), g.value(g.sampler, "scheduler")
     if ours := infotext.sampler_of(COMFYUI, sampler, scheduler):
-        return {"scheduler": ours}, []
+        return {"scheduler": ours} | infotext.spaced(ours), []
+    if (sampler, scheduler) in (("ddim", "normal"), ("ddim", "karras")):  # in σ, from x0 and ε, it is Euler's
+        return {"scheduler": "euler"} | infotext.spaced("euler", {"karras": "karras"}.get(scheduler)), []
     plain = infotext.sampler_of(COMFYUI, sampler, "normal")
     if scheduler in GRIDS and plain not in (None, *infotext.UNSPACED):
-        return {"scheduler": plain, "sigmas": scheduler}, []
+        return {"scheduler": plain} | infotext.spaced(plain, {"beta": "beta_times"}.get(scheduler, scheduler)), []
     return {}, [f"sampler {short(sampler)} with scheduler {short(scheduler)}"]

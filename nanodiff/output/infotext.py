@@ -46,6 +46,23 @@ OTHERWISE["DPM++ 3M SDE"] = "without the last level but one, noise of a Brownian
 CHURN = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
 UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
+EVEN = (
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "deis",
+)  # which have a grid of their own where theirs is even in time
+
+
+def spaced(sampler, sigmas=None):
+    """{timestep_spacing, sigmas} with which a sampler of ours has the levels of the web UI and of ComfyUI, whatever the model's own spacing: from the
+    noisiest to the cleanest of the training."""
+    if sampler in ("ddim", "pndm", "lcm"):
+        return {}
+    sigmas = sigmas or ("normal" if sampler in EVEN else None)
+    return {"timestep_spacing": "linspace"} | ({"sigmas": sigmas} if sigmas else {})
+
+
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -149,7 +166,7 @@ def _sampling(facts):
                 found[ours] = value
                 del facts[theirs]
     if sampler:
-        found["scheduler"] = sampler
+        found |= {"scheduler": sampler} | spaced(sampler, found.get("sigmas"))
         del facts["Sampler"]
         if name in OTHERWISE:
             facts["Sampler"] = f"{name} (another picture: there {OTHERWISE[name]})"
@@ -167,7 +184,9 @@ def _hires(facts, steps):
         found["hires_strength"] = strength
         # there all steps of the second pass are taken, here the part `hires_strength` of them
         if taken := _number(facts.get("Hires steps"), int) or steps:
-            found["hires_steps"] = int(taken / min(strength, 0.999))
+            found["hires_steps"] = whole = int(taken / min(strength, 0.999))
+            if int(whole * strength) != taken:  # as many of these, rounding aside
+                found["hires_strength"] = min((taken + 0.5) / whole, 1.0)
     for key in ("Hires upscale", "Hires steps", *(["Denoising strength"] if strength else [])):
         facts.pop(key, None)
     if upscaler in UPSCALERS.values():

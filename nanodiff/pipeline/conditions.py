@@ -17,6 +17,11 @@ CACHE_BYTES = 1 << 30  # encoded prompts that are kept, in host memory
 GROUP = 32  # prompts that are encoded at a time
 
 
+def negative_skip(words):
+    """clip_skip of the negative prompt: in diffusers it is the prompt's alone, in AUTOMATIC1111 and ComfyUI every text's."""
+    return words.clip_skip if words.syntax or words.weighted == "comfyui" else 0
+
+
 class Text(NamedTuple):
     """An encoded prompt, or several."""
 
@@ -204,12 +209,13 @@ class Conditions:
         text = self.encode(_rows(n, list(prompts), words.prompt_2, words.prompt_3), words.clip_skip, **how)
         if not guided:
             return text, None
+        how["clip_skip"] = skip = negative_skip(words)
         if negative_prompt is None:
             negative = self.nothing(text, how)
-        else:  # as in diffusers, clip_skip is the prompt's alone
+        else:
             negative = self.encode(_rows(n, negative_prompt, words.negative_prompt_2, words.negative_prompt_3), **how)
         longest = max(text.states.shape[1], negative.states.shape[1])  # fill each with its own clip_skip
-        return self.filled(text, longest, words.clip_skip), self.filled(negative, longest, 0)
+        return self.filled(text, longest, words.clip_skip), self.filled(negative, longest, skip)
 
     @torch.no_grad()
     def prepare(self, prompts, negative_prompt=None, *args, **options):

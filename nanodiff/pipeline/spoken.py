@@ -6,6 +6,7 @@ Explained in the book (docs/book): chapter 9.
 import torch
 
 from nanodiff.config import UserError
+from nanodiff.pipeline.conditions import negative_skip
 from nanodiff.text.syntax import composed, scheduled
 
 
@@ -46,7 +47,7 @@ class Spoken:
             return found[0]
         longest = max(text.states.shape[1] for text, _ in found)
         parts = [sd.filled(text, longest, words.clip_skip) for text, _ in found]
-        return list(zip(parts, weights, strict=True)), found[0][1]
+        return list(zip(parts, weights, strict=True)), sd.filled(found[0][1], longest, negative_skip(words))
 
     def model(self, make):
         """model(x, t) of the run. make(text, negative) -> model of fixed texts, as Guidance.denoiser() gives it."""

@@ -45,6 +45,11 @@ def inputs(cfg, sd):
     if mask:
         pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
         start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
+        small = F.interpolate(start["mask"], (height // sd.downscale, width // sd.downscale))  # as the sampler sees it
+        if not small.any():
+            blur = f", blurred over {cfg.mask_blur}" if cfg.mask_blur else ""
+            raise UserError(f"--mask {cfg.mask}: marks nothing to repaint at {width}x{height}{blur}: what it marks is too small; enlarge it, or repaint that part alone "
+                            "(--mask-padding)")  # fmt: skip
     if cfg.ip_adapter:
         start["pictures"] = sd.pictures
     if cfg.control:

@@ -98,6 +98,10 @@ def told(cfg, src):
     flow = str(src.scheduler()[0].get("_class_name", "")).startswith("FlowMatch")
     if getattr(cfg, "adopted", False) and flow:
         cfg.scheduler = foreign.FLOWS.get(cfg.scheduler, cfg.scheduler)
+        cfg.timestep_spacing = None
+        cfg.sigmas = {"normal": None, "beta_times": "beta"}.get(
+            cfg.sigmas, cfg.sigmas
+        )  # a flow's own grid is their "normal"
 
 
 def hashed(cfg):
@@ -210,7 +214,10 @@ def tiny_decoder(path, sd, device):
 
 def under(cfg, base):
     """The loaded pipeline under the sampler and LoRA scale that cfg asks for."""
-    sd = base.with_scheduler(cfg.scheduler, cfg.sigmas)
+    fields = {"timestep_spacing": cfg.timestep_spacing} if cfg.timestep_spacing else {}
+    if fields and base.schedule.flow:
+        raise UserError("--timestep-spacing is for models of a noise schedule; this one is a flow")
+    sd = base.with_scheduler(cfg.scheduler, cfg.sigmas, **fields)
     for attached, scale in base.loras:
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale

@@ -13,7 +13,7 @@ from nanodiff.weights import hub
 
 # What a PNG remembers, and what --from-image therefore brings back.
 REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "steps", "guidance_scale", "guidance_rescale",
-              "scheduler", "sigmas", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
+              "scheduler", "sigmas", "timestep_spacing", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "height", "width", "seed", "clip_skip", "resize", "dtype", "diffusers_quirks",
               "vae_checkpoint", "vae_tiling", "components", "prediction_type", "t5", "prompt_2", "prompt_3",
               "negative_prompt_2", "negative_prompt_3", "max_sequence_length", "long_prompts", "prompt_weights", "prompt_syntax", "lora_dir", "embedding",
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
@@ -28,7 +28,7 @@ def remembered(cfg, facts, sd, tagged=None):
     values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
     shown = {
         "lora_hashes": sd.hashes | (tagged or {}),
-        "strength": cfg.strength,
+        "strength": facts.get("strength", cfg.strength),
         "mask_blur": cfg.mask_blur,
         "model_hash": sd.model_hash() if sd.model_hash else None,
     }  # for other programs' eyes

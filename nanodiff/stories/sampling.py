@@ -97,8 +97,8 @@ def main(cfg):
     if cfg.offload != "none" and not any(job.loras for job in jobs):
         with record.timed("encode"):  # the text encoders come once, for all prompts, and leave before the denoiser
             prepare(cfg, sd, jobs, steps, scale > 1)
-    make_room()
-    made = Pictures(cfg, sd, record, settings | size, finished, tagged, number, named, resize)
+    facts = settings | size | ({"strength": start["strength"]} if "strength" in start else {})
+    made = Pictures(cfg, sd, record, facts, finished, tagged, number, named, resize, make_room)
     passes = len(batches) * (2 if cfg.hires else 1)
     try:
         with Progress(passes, sd.preview and (sd.preview, out / "preview.png")) as progress:
@@ -116,17 +116,21 @@ def main(cfg):
 class Pictures:
     """The pictures of a run on their way to the disk: one by one with what they remember, strips and texts beside them, and at the end a sheet.
 
-    facts: {setting: value} of all of them; finished(picture) -> the picture as it is written; resize: (width, height) or None.
+    facts: {setting: value} of all of them; finished(picture) -> the picture as it is written; resize: (width, height) or None; make_room(): called
+    once there is one to write, for what stops a run before loses nothing of an older one.
     """
 
-    def __init__(self, cfg, sd, record, facts, finished, tagged, number, named, resize):
+    def __init__(self, cfg, sd, record, facts, finished, tagged, number, named, resize, make_room):
         self.cfg, self.sd, self.record, self.facts = cfg, sd, record, facts
         self.finished, self.tagged = finished, tagged
-        self.number, self.named, self.resize = number, named, resize
+        self.number, self.named, self.resize, self.make_room = number, named, resize, make_room
         self.sheet, self.latents, self.count = [], [], 0
 
     def add(self, first, batch, result):
         """Write the pictures of the Jobs `batch`, the first of which is the run's `first`-th."""
+        if self.make_room:
+            self.make_room()
+            self.make_room = None
         if self.cfg.save_latents:
             self.latents.append(result.latents.cpu().float())
         for k, (one, picture) in enumerate(zip(batch, images.to_pil(result.pixels), strict=True)):
@@ -155,8 +159,10 @@ class Pictures:
             self.sheet.append((picture, one.prompt))
 
     def close(self):
-        """The sheet, the latents and run.json."""
+        """The sheet, the latents and run.json, if anything was drawn."""
         cfg, record = self.cfg, self.record
+        if not self.count:
+            return
         if self.sheet:
             pictures, labels = zip(*self.sheet, strict=True)
             if Path(cfg.output).exists():

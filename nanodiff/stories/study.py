@@ -122,9 +122,9 @@ class Finished:
     """The finished pictures of a study, in study.json: {key: row of study.csv}."""
 
     def __init__(self, out, seed, anew=False):
-        """seed: None takes the one the study was begun with. anew: what was finished is deleted. Raises UserError for a record that is not
-        ours."""
-        self.out, self.rows, self.seed = Path(out), {}, seed
+        """seed: None takes the one the study was begun with. anew: what was finished is deleted once there is a new picture. Raises UserError for a
+        record that is not ours."""
+        self.out, self.rows, self.seed, self.old = Path(out), {}, seed, []
         if (self.out / "study.json").exists():
             try:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
@@ -135,9 +135,7 @@ class Finished:
             except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
                 raise UserError(f"{self.out / 'study.json'}: not a study's record: {e}") from None
             if anew:
-                for row in self.rows.values():
-                    (self.out / row["file"]).unlink(missing_ok=True)
-                (self.out / "study.json").unlink()
+                self.old = [row["file"] for row in self.rows.values()]
                 self.rows, before = {}, None
             self.seed = before if seed is None else seed
 
@@ -150,13 +148,15 @@ class Finished:
         """The file of a picture: its own if it had one, else the next number."""
         if key in self.rows:
             return self.rows[key]["file"]
-        there = [p.name for p in self.out.glob("[0-9]*.png")] + [
-            row["file"] for row in self.rows.values()
-        ]  # another run's, too
+        there = {p.name for p in self.out.glob("[0-9]*.png")} - set(self.old)  # another run's, too
+        there |= {row["file"] for row in self.rows.values()}
         return f"{max((int(n.partition('.')[0]) for n in there if re.fullmatch(NUMBER, n)), default=-1) + 1:05d}.png"
 
     def add(self, key, row):
         self.rows[key] = row
+        for name in set(self.old) - {row["file"]}:
+            (self.out / name).unlink(missing_ok=True)
+        self.old = []
         write_json(self.out / "study.json", {"seed": self.seed, "pictures": self.rows})
 
     def write_csv(self, rows, axes):

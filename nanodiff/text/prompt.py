@@ -18,9 +18,10 @@ from nanodiff.config import UserError, printable
 from nanodiff.text.syntax import check_depth
 from nanodiff.weights import as_weights, load_pickle, load_weights
 
-BACKTRACK = 20  # a chunk ends at its last comma when that is at most so many tokens back
+BACKTRACK = 20  # a chunk ends at its last comma when that is one of so many last tokens, unless the next one is a comma (the web UI's rule)
+LARGE_WORD = 8  # tokens from which ComfyUI divides a word between chunks
 ROUND, SQUARE = 1.1, 1 / 1.1
-TOKENS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?\d*\.?\d+\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
+TOKENS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 
 
 def weighted_parts(prompt):
@@ -36,8 +37,8 @@ def weighted_parts(prompt):
                 part[1] *= factor
 
     for token in TOKENS.findall(prompt):
-        if token.startswith("\\") and len(token) == 2:
-            parts.append([token[1], 1.0])
+        if token.startswith("\\"):  # alone it is nothing
+            parts.append([token[1:], 1.0])
         elif token == "(":
             open_round.append(len(parts))
         elif token == "[":
@@ -115,9 +116,12 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
         if weight is None:  # BREAK
             rows, row, at_comma = [*rows, row], [], 0
             continue
-        for piece in tokenizer.pieces(text):
-            if len(row) == room:
-                keep = at_comma if room - at_comma <= BACKTRACK and at_comma else room
+        comfyui = weighted == "comfyui"  # which keeps words whole, and knows no rule of commas
+        words = [tokenizer.pieces(word) for word in text.split()] if comfyui else [tokenizer.pieces(text)]
+        for word, piece in ((w if i == 0 else (), p) for w in words for i, p in enumerate(w)):
+            if len(row) == room or (comfyui and len(word) < LARGE_WORD and len(row) + len(word) > room):
+                near = at_comma and room - at_comma < BACKTRACK and piece != comma and not comfyui
+                keep = at_comma if near else len(row)
                 rows, row, at_comma = [*rows, row[:keep]], row[keep:], 0
             row.append((piece, weight))
             at_comma = len(row) if piece == comma else at_comma

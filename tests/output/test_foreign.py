@@ -3,12 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from util import TINY
 
 from nanodiff.config import UserError
-from nanodiff.diffusion import samplers
+from nanodiff.diffusion import grids, samplers
 from nanodiff.output import foreign
 
 GRAPH = {
@@ -33,7 +36,7 @@ def test_a_graph():
     found, unused = foreign.comfyui(GRAPH)
     assert found == {
         "prompt": ["a (cat:1.2)"], "negative_prompt": "blurry", "prompt_syntax": "comfyui", "steps": 20, "guidance_scale": 8.0, "seed": 42,
-        "width": 512, "height": 384, "scheduler": "dpmpp_2m_karras", "model": "v1-5.safetensors",
+        "width": 512, "height": 384, "scheduler": "dpmpp_2m_karras", "timestep_spacing": "linspace", "model": "v1-5.safetensors",
     }  # fmt: skip
     assert unused == ["LoRA 'ink.safetensors at 0.8' (give it with --lora)"]
 
@@ -78,7 +81,44 @@ def test_values_that_other_nodes_give():
 @pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta", "simple"])
 def test_grids(sampler, ours, grid):
     found, _ = foreign.comfyui(changed("3", sampler_name=sampler, scheduler=grid))
-    assert (found["scheduler"], found["sigmas"]) == (ours, grid)
+    theirs = (
+        "beta_times" if grid == "beta" else grid
+    )  # ComfyUI's are quantiles of times, the web UI's and diffusers' of σ
+    assert (found["scheduler"], found["sigmas"], found["timestep_spacing"]) == (ours, theirs, "linspace")
+
+
+def test_the_plain_grids_are_those_of_the_training():
+    """Whatever the model's own spacing is: SDXL's is another (leading), which would begin at 5.1 of 14.6."""
+    grid = lambda sampler, scheduler: {k: v for k, v in foreign.comfyui(changed("3", sampler_name=sampler, scheduler=scheduler))[0].items()  # noqa: E731
+                                       if k in ("scheduler", "sigmas", "timestep_spacing")}  # fmt: skip
+    assert grid("euler", "normal") == {"scheduler": "euler", "timestep_spacing": "linspace"}
+    assert grid("dpmpp_2m", "normal") == {"scheduler": "dpmpp_2m", "sigmas": "normal", "timestep_spacing": "linspace"}
+    assert grid("ddim", "normal") == {"scheduler": "euler", "timestep_spacing": "linspace"}
+    assert grid("ddim", "ddim_uniform") == {"scheduler": "ddim"}
+    raw = json.loads((TINY / "sdxl" / "scheduler" / "scheduler_config.json").read_text())
+    base = samplers.schedule_of(raw, "here")
+    assert base.cfg["timestep_spacing"] == "leading"
+    every = base.all_sigmas()
+    want = [*np.exp(np.interp(np.linspace(999, 0, 5), np.arange(1000), np.log(every))), 0]
+    for found in (
+        grid("euler", "normal"),
+        grid("heun", "normal"),
+        grid("lms", "normal"),
+        grid("dpmpp_2m", "normal"),
+        grid("deis", "normal"),
+    ):
+        name, sigmas = found["scheduler"], found.get("sigmas")
+        schedule = samplers.rescheduled(base, name, timestep_spacing="linspace")
+        schedule = samplers.spaced_by(schedule, name, sigmas) if sigmas else schedule
+        assert grids.sigma_grid(schedule, 5)[1][:5] == pytest.approx(want[:5], rel=2e-3), name
+    karras = samplers.spaced_by(samplers.rescheduled(base, "euler", timestep_spacing="linspace"), "euler", "karras")
+    levels = grids.sigma_grid(karras, 5)[1]
+    assert levels[0] == pytest.approx(every[-1], rel=1e-5) and levels[4] == pytest.approx(every[0], rel=1e-5)
+    comfyui = samplers.spaced_by(base, "euler", "beta_times")
+    times = [round(999 * float(scipy.stats.beta.ppf(1 - i / 5, 0.6, 0.6))) for i in range(5)]
+    assert grids.sigma_grid(comfyui, 5)[1][:5] == pytest.approx([every[t] for t in times], rel=1e-6)
+    with pytest.raises(UserError, match="has no 900 different times"):
+        grids.sigma_grid(comfyui, 900)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ def test_a_real_one():
     assert found == {
         "prompt": ["masterpiece, (a cat:1.2), <lora:ink:0.6>\non two lines"], "prompt_syntax": "a1111",
         "negative_prompt": "blurry,\nlow quality", "steps": 28, "guidance_scale": 6.5, "seed": 1234567890, "width": 512, "height": 768,
-        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "model_hash": "6ce0161689", "hires": 1.5, "hires_strength": 0.45, "hires_steps": 26,
+        "scheduler": "dpmpp_2m_karras", "clip_skip": 1, "model": "v1-5-pruned", "model_hash": "6ce0161689", "hires": 1.5, "hires_strength": 12.5 / 26, "hires_steps": 26, "timestep_spacing": "linspace",
         "hires_latent": True,
     }  # fmt: skip
+    assert int(26 * found["hires_strength"]) == 12, "as many steps as it says"
     assert [u.split(":")[0] for u in unused] == ["VAE", "Hires upscaler", "Lora hashes", "RNG"]
     assert "another picture" in unused[-1]
 
@@ -104,9 +105,10 @@ def test_what_is_written_is_read_back(more):
     found, unused = infotext.parameters(infotext.written(record))
     assert not unused
     found["prompt"] = found["prompt"][0]
-    assert {k: v for k, v in found.items() if k != "prompt_syntax"} == {
+    assert {k: v for k, v in found.items() if k not in ("prompt_syntax", "timestep_spacing")} == {
         k: v for k, v in record.items() if v is not None
     }
+    assert found.get("timestep_spacing") == (None if record["scheduler"] == "ddim" else "linspace")
 
 
 def test_every_name_in_the_menu_is_a_sampler():

@@ -9,6 +9,7 @@ from nanodiff.config import UserError
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import spoken
 from nanodiff.pipeline.conditions import Extra
+from nanodiff.pipeline.settings import Words
 from nanodiff.text import prompt as prompts
 
 
@@ -41,6 +42,17 @@ def drawn(sd, *texts, syntax=True, negative="blue", **more):
 def test_what_comes_to_the_same(models, name, one, other):
     sd = models[name]
     assert max_error(drawn(sd, one), drawn(sd, other, syntax=False)) < PIPELINE
+
+
+def test_clip_skip_is_every_texts_in_the_web_ui_and_comfyui(models):
+    """In diffusers the negative prompt has its last layer; in the others every text is encoded alike, the empty one too."""
+    sd = models["sd15"]
+    skipped = lambda text: sd.encode([text], 1).states  # noqa: E731
+    for negative in ("blue", None):
+        for how, theirs in (({"syntax": True}, True), ({"weighted": "comfyui"}, True), ({}, False)):
+            _, got = sd.conditions(["a cat"], negative, Words(clip_skip=1, **how))
+            want = skipped(negative or "") if theirs else sd.encode([negative or ""]).states
+            assert torch.equal(got.states, want), (negative, how)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

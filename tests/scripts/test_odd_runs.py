@@ -323,6 +323,29 @@ def test_a_mask_that_marks_nothing(tmp_path, kind):
     assert code == 2 and "mask.png: marks nothing to repaint" in err, err
 
 
+@pytest.mark.parametrize("more", [("--mask-blur", 20), ()], ids=["blurred", "one pixel"])
+def test_a_mask_that_vanishes_on_its_way(tmp_path, more):
+    """Softened, or among the latents, nothing is left of it: that is said, and not drawn in silence."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    mask = np.zeros((64, 64), "uint8")
+    mask[31 : 34 if more else 32, 31:34] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = (
+        "--model",
+        TINY / "sd15",
+        "--init-image",
+        tmp_path / "in.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--strength",
+        0.7,
+        "--steps",
+        3,
+    )
+    code, _, err = draw(*argv, *more, "--output-dir", tmp_path / "o")
+    assert code == 2 and "mask.png: marks nothing to repaint at " in err and "too small" in err, err
+
+
 def test_overwriting_waits_for_what_can_be_known(tmp_path):
     assert draw("--output-dir", tmp_path)[0] == 0
     code, _, err = draw("--output-dir", tmp_path, "--overwrite", "--lora", "x.safetensors:nan")

@@ -17,6 +17,7 @@ from util import TINY, copy_model, error_line, golden, recipe, run, start
 
 from nanodiff import files, pipeline, weights
 from nanodiff.models.controlnet import ControlNetModel
+from nanodiff.output import images
 from nanodiff.stories import models
 from nanodiff.weights import load_tensors
 
@@ -273,7 +274,8 @@ def test_a_picture_of_another_program_is_repeated(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [["--lora", "nowhere.safetensors"], ["--perturbed-scale", "2", "--perturbed-layers", "nowhere"], ["--eta", "0.5"], ["--height", "12"],
-     ["--freeu", "1,2"], ["--freeu", "1,2,nan,1"], ["--sigmas", "ays"], ["--s-churn", "5"], ["--s-noise", "1.1"]],
+     ["--freeu", "1,2"], ["--freeu", "1,2,nan,1"], ["--sigmas", "ays"], ["--s-churn", "5"], ["--s-noise", "1.1"], ["--clip-skip", "9"],
+     ["--prompt", "a AND b", "--prompt-syntax", "a1111", "--guidance-scale", "1"]],
 )  # fmt: skip
 def test_what_cannot_be_drawn_deletes_nothing(tmp_path, argv):
     """--overwrite makes room when drawing begins, not before."""
@@ -283,6 +285,58 @@ def test_what_cannot_be_drawn_deletes_nothing(tmp_path, argv):
     assert error_line(sample(tmp_path, "--prompt", "a dog", "--overwrite", *argv))
     assert error_line(sample(tmp_path, "--prompt", "a dog", *argv))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_a_study_that_cannot_be_drawn_anew_is_kept(tmp_path):
+    study = ("--prompt", "a cat", "--study", "steps=1,2")
+    assert sample(tmp_path, *study).returncode == 0
+    before = {
+        p.name: p.read_bytes()
+        for p in tmp_path.iterdir()
+        if p.suffix in (".png", ".json", ".csv") and p.name != "run.json"
+    }
+    assert error_line(sample(tmp_path, "--prompt", "a cat", "--study", "height=100", "--overwrite"))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert sample(tmp_path, "--prompt", "a dog", "--study", "steps=1", "--overwrite").returncode == 0
+    assert sorted(p.name for p in tmp_path.glob("0*.png")) == ["00000.png"]
+    assert (tmp_path / "00000.png").read_bytes() != before["00000.png"]
+
+
+def test_timestep_spacing(tmp_path):
+    """diffusers' field; it comes back out of the picture, and a flow has none."""
+    argv = ("--prompt", "a cat", "--scheduler", "euler", "--steps", "3", "--seed", "1")
+    drawn = {}
+    for spacing in ("linspace", "trailing", "leading"):
+        assert (
+            sample(
+                tmp_path / spacing, *argv, "--timestep-spacing", spacing, model=("--model", TINY / "sdxl")
+            ).returncode
+            == 0
+        )
+        drawn[spacing] = pixels(tmp_path / spacing / "00000.png")
+    assert not np.array_equal(drawn["linspace"], drawn["trailing"])
+    plain = sample(tmp_path / "plain", *argv, model=("--model", TINY / "sdxl"))
+    assert plain.returncode == 0 and np.array_equal(pixels(tmp_path / "plain" / "00000.png"), drawn["leading"])
+    again = run("sample.py", "--from-image", tmp_path / "trailing" / "00000.png", "--output-dir", tmp_path / "again")
+    assert again.returncode == 0 and np.array_equal(pixels(tmp_path / "again" / "00000.png"), drawn["trailing"])
+    flow = sample(
+        tmp_path / "flow", "--prompt", "a", "--timestep-spacing", "linspace", model=("--model", TINY / "sd35-medium")
+    )
+    assert "--timestep-spacing is for models of a noise schedule" in error_line(flow)
+
+
+def test_what_a_picture_of_the_web_ui_chose_is_chosen(tmp_path):
+    """Braces and wildcards were resolved before it wrote its text: here they are plain."""
+    info = PngInfo()
+    info.add_itxt(
+        "parameters", "{a|b} snake_case__name__\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 9, Size: 64x48, RNG: CPU"
+    )
+    Image.new("RGB", (4, 4)).save(tmp_path / "theirs.png", pnginfo=info)
+    done = run(
+        "sample.py", "--from-image", tmp_path / "theirs.png", "--model", TINY / "sd15", "--output-dir", tmp_path / "a"
+    )
+    assert done.returncode == 0, done.stderr
+    assert images.read_record(tmp_path / "a" / "00000.png")["prompt"] == "{a|b} snake_case__name__"
 
 
 def test_churn(tmp_path):

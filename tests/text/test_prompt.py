@@ -1,5 +1,6 @@
 """Prompts: weights and chunks by A1111's rules, learned words equal to the recording; parity when all is off."""
 
+import numpy as np
 import pytest
 import torch
 from util import GOLDEN, TINY, golden, max_error
@@ -88,6 +89,46 @@ def test_chunks_end_at_a_near_comma(clip):
     far = "cat " * 30 + "end, " + "dog " * 70
     first = prompt.chunks(clip, far, long=True)[0][0]
     assert first.index(clip.eos) == 76, "a comma more than 20 tokens back is too far"
+
+
+def test_where_chunks_end_in_the_web_ui_and_in_comfyui(clip):
+    """AUTOMATIC1111's tokenize_line: its comma is one of the last 20 of the 75, and a comma as the next token ends the chunk where it stands. ComfyUI keeps
+    words of fewer than eight tokens whole, and knows no commas."""
+
+    def lengths(text, weighted=True):
+        return [ids.index(clip.eos) - 1 for ids, _ in prompt.chunks(clip, text, True, weighted)]
+
+    def theirs(text):  # the same rule, written as they write it
+        chunks, chunk, last = [], [], -1
+        for token in clip.pieces(text):
+            if token == clip.pieces(",")[-1]:
+                last = len(chunk)
+            elif len(chunk) == 75 and last != -1 and len(chunk) - last <= 20:
+                chunks, chunk, last = [*chunks, chunk[: last + 1]], chunk[last + 1 :], -1
+            if len(chunk) == 75:
+                chunks, chunk, last = [*chunks, chunk], [], -1
+            chunk = [*chunk, token]
+        return [len(c) for c in [*chunks, chunk]]
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = " ".join(
+            rng.choice(["cat", "dog,", "red", "blue"], p=(0.5, 0.1, 0.2, 0.2)) for _ in range(rng.integers(60, 200))
+        )
+        assert lengths(text) == theirs(text), text
+    assert lengths("cat " * 75 + ", dog") == [75, 2]
+    assert lengths("cat " * 60 + "end, " + "dog " * 40, "comfyui") == [75, 27]
+    assert (
+        lengths("cat " * 73 + "xqzxqz", "comfyui") == [73, len(clip.pieces("xqzxqz"))]
+        and 2 < len(clip.pieces("xqzxqz")) < 8
+    )
+    long = "xqz" * 12
+    assert len(clip.pieces(long)) >= 8 and lengths("cat " * 73 + long, "comfyui")[0] == 75, "a large word is divided"
+
+
+def test_a_weight_may_end_in_its_point_and_a_lone_backslash_is_nothing():
+    assert prompt.weighted_parts("(cat:1.)") == [("cat", 1.0)] and prompt.weighted_parts("(cat:.5)") == [("cat", 0.5)]
+    assert prompt.weighted_parts("a \\ b \\( c") == [("a  b ( c", 1.0)]
 
 
 def test_break_begins_a_chunk_and_weights_follow_their_words(clip):
