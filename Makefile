@@ -46,7 +46,7 @@ world: $(WORLD)/scenes.tar  ## draw 30,000 scenes of shapes and train the model 
 world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (ten minutes; MODEL=folder)
 	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
 
-world-study: $(STAMP)  ## what composition needs: short runs on single objects that differ in one thing, three seeds each; what is learned first (minutes a run on a GPU, most of an hour on a core)
+world-study: $(STAMP)  ## what composition needs: short runs on close-ups of single objects that differ in one thing, three seeds each; what is learned first (six minutes a run on a core; --share divides them)
 	$(PY) -m assets.world.study runs --output-dir $(OUT)/world-study
 	$(PY) -m assets.world.study emergence --run $(OUT)/world-study/recipe-0 --output-dir $(OUT)/world-study
 

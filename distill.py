@@ -17,14 +17,13 @@ few-step: a student that needs 1 to 8 steps where its teacher needs 50 (nanodiff
 Everything may be killed at any moment: the same command goes on with what is missing. Under torchrun the same pictures come out.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiff.commandline import arg, script
 from nanodiff.config import UserError
-from nanodiff.training.options import Adapters, Noise, Training
+from nanodiff.training.options import Adapters, Noise, Training, check_adapters
 
 LESS_MEMORY = "try --batch-size 1 with --grad-accum, --gradient-checkpointing, a smaller --resolution"
 
@@ -169,8 +168,7 @@ class Transfer(Training, Noise, Adapters):
 
     def check(self):
         self.check_ranges()
-        if not self.lora and set(getattr(self, "given", ())) & {f.name for f in dataclasses.fields(Adapters)}:
-            raise UserError("--lora-… are settings of --lora")
+        check_adapters(self)
         if self.feature_weight and self.method == "data":
             raise UserError("--feature-weight is for --method online or both")
         if self.method != "data" and (self.min_snr is not None or self.snr_weighting or self.loss != "mse"):
@@ -261,9 +259,8 @@ class FewStep(Training, Adapters):
             raise UserError(
                 "--lora: adapters belong to the --model they were trained on, so there is no other --student"
             )
+        check_adapters(self)
         given = set(getattr(self, "given", ()))
-        if not self.lora and given & {f.name for f in dataclasses.fields(Adapters)}:
-            raise UserError("--lora-… are settings of --lora")
         for name, methods in OF_METHODS.items():
             if name in given and self.method not in methods:
                 raise UserError(f"--{name.replace('_', '-')} is {' and '.join(methods)}'s, not {self.method}'s")

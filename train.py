@@ -15,9 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodiff.commandline import arg, check_needs, script
+from nanodiff.commandline import arg, script
 from nanodiff.config import UserError
-from nanodiff.training.options import Adapters, Noise, Training, under
+from nanodiff.training.options import Adapters, Noise, Training, check_adapters, under
 
 # torch is imported inside main(), so that --help answers at once.
 
@@ -82,7 +82,8 @@ class Common(Training):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is required")
         self.check_ranges()
-        check_needs(self)
+        if hasattr(self, "lora"):
+            check_adapters(self)
         self.resolution = self.resolution or (None if getattr(self, "model", None) else 64)
         for name in PATHS:
             if value := getattr(self, name, None):

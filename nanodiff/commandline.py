@@ -234,22 +234,18 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         raise UserError(f"unknown argument {clipped(unknown[0], 200)}{hint}")
     given = vars(given)
     values = dict(presets.get(given.pop("preset", None) or "", {}))
-    named = {}
     if path := given.pop("config"):
         settings = read_settings(path)
         if isinstance(settings.get("config"), dict) and "config" not in by_names(
             cls
         ):  # a run's own record (output/record.py)
             settings = {k: v for k, v in settings["config"].items() if v is not None}
-        named = from_mapping(cls, settings, path)
-        values |= named
+        values |= from_mapping(cls, settings, path)
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
     cfg = cls(**(values | given))
     check_bounds(cfg)
-    # what was asked for, by flags or in a file: it wins over what a picture or checkpoint remembers
-    defaults = cls()
-    cfg.given = frozenset(given) | {k for k, v in named.items() if v != getattr(defaults, k)}
+    cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     cfg.spelled = spelled  # and as they were typed
     return cfg
 

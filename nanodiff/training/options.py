@@ -183,15 +183,20 @@ class Noise:
 class Adapters:
     """Low-rank adapters."""
 
-    lora_rank: int = arg(4, "rank of the adapters", low=1, high=16384, group="LoRA", often=True, needs="lora")
-    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank", needs="lora")
+    lora_rank: int = arg(4, "rank of the adapters", low=1, high=16384, group="LoRA", often=True)
+    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
     lora_targets: str = arg(
         "",
         "layers to adapt: ends of names, or patterns with *, comma-separated; default: all attention projections",
-        needs="lora",
     )
-    lora_rank_pattern: str = arg("", "another rank for some of them, such as attn2.to_k=8,ff.net.2=2", needs="lora")
-    lora_alpha_pattern: str = arg("", "another alpha for some of them", needs="lora")
-    lora_dropout: float = arg(0.0, "of the adapters' inputs, while training", low=0, high=0.99, needs="lora")
-    lora_rslora: bool = arg(False, "strength alpha / sqrt(rank), which lets high ranks learn", needs="lora")
-    lora_format: str = arg("auto", "how they are written: kohya (which every program reads alike), diffusers or peft; auto is kohya, for an MMDiT diffusers", choices=("auto", "kohya", "diffusers", "peft"), needs="lora")  # fmt: skip
+    lora_rank_pattern: str = arg("", "another rank for some of them, such as attn2.to_k=8,ff.net.2=2")
+    lora_alpha_pattern: str = arg("", "another alpha for some of them")
+    lora_dropout: float = arg(0.0, "of the adapters' inputs, while training", low=0, high=0.99)
+    lora_rslora: bool = arg(False, "strength alpha / sqrt(rank), which lets high ranks learn")
+    lora_format: str = arg("auto", "how they are written: kohya (which every program reads alike), diffusers or peft; auto is kohya, for an MMDiT diffusers", choices=("auto", "kohya", "diffusers", "peft"))  # fmt: skip
+
+
+def check_adapters(cfg):
+    """Raise UserError for settings of adapters on the command line of a run without them. (A file of settings may hold them all, and --lora off.)"""
+    if not cfg.lora and set(getattr(cfg, "given", ())) & {f.name for f in fields(Adapters)}:
+        raise UserError("--lora-… are settings of --lora")
