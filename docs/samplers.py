@@ -25,8 +25,8 @@ GRIDS = """
 """
 TAIL = """
 Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM2 a, DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE and
-3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, here and in ComfyUI
-they do not.
+3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, dpm_2, dpm_2_ancestral and
+uni_pc in ComfyUI; here they do not.
 A picture of theirs is drawn with `--timestep-spacing linspace`, since both go from the noisiest level of the training to the cleanest whatever the model's scheduler_config.json says
 (SDXL's begins a third down), and with `normal` where a sampler has a grid of its own (`dpmpp_2m` and its kin).
 Of a flow (SD 3, 3.5) there are `karras`, `exponential`, `beta`, `sgm_uniform` and `simple`; ComfyUI calls its samplers "euler" and "heun". A flow's own grid is

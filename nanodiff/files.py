@@ -51,11 +51,12 @@ def write_file(path, write, sync=True):
 def write_folder(folder, fill):
     """fill(new folder) in place of a folder, so that a reader sees the old one or the new one, never files of both. What else lies in the old one goes with
     it."""
+    folder = folder.resolve()  # a link to a folder stays a link
     fresh, old = (folder.with_name(f"{folder.name}.{what}") for what in ("part", "old"))
-    for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)
     fill(fresh)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -67,14 +67,16 @@ def _texts(value, where):
 
 
 def _from_lines(path):
-    found = {}
+    found, columns = {}, None
     for n, line in enumerate(tables.text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         row, where = parse_json(line, f"{path}:{n}"), f"{path}:{n}"
         if not isinstance(row, dict):
             raise UserError(f"{where}: no JSON object")
-        key, caption = (tables.column(None, usual, row, where) for usual in (tables.NAMES, tables.CAPTIONS))
+        if columns is None or not set(columns) <= row.keys():
+            columns = [tables.column(None, usual, row, where) for usual in (tables.NAMES, tables.CAPTIONS)]
+        key, caption = columns
         found.setdefault(tables.name_in(row[key], where), []).extend(tables.captions_in(row[caption], where) or [""])
     return found
 

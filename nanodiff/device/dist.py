@@ -63,9 +63,7 @@ def progress(items, total, what):
 
 def start(device, timeout):
     """Join the other processes; alone, where torchrun started this one, make a group of one. timeout: seconds after which a process that does not answer is lost."""
-    alone = world().size == 1 and (
-        device.type == "mps" or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    )
+    alone = world().size == 1 and (device.type == "mps" or "TORCHELASTIC_RUN_ID" not in os.environ)
     if alone or td.is_initialized():
         return
     if device.type == "mps":

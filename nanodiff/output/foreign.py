@@ -44,6 +44,7 @@ GRIDS = (
     "simple",
 )  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
 # inputs that are no value of a node
+SHORT = ("dpm_2", "dpm_2_ancestral")  # which leave a noise level out
 CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline", "strip_newlines")
 SHOWS = ("showtext", "showanything")  # classes of nodes that show a text that they are given, and keep it
 SAMPLING = ("KSampler", "KSamplerAdvanced")
@@ -235,6 +236,13 @@ def _stages(g, found):
 def _grid(g, found):
     """Sampler and scheduler: one of ours that is both, or a sampler with --sigmas."""
     sampler, scheduler = g.value(g.sampler, "sampler_name"), g.value(g.sampler, "scheduler")
+    settings, left = _spaced(sampler, scheduler)
+    if settings and (sampler in SHORT or (sampler == "uni_pc" and scheduler != "normal")):
+        left = [f"sampler {sampler} (another picture: there without the last level but one)"]
+    return settings, left
+
+
+def _spaced(sampler, scheduler):
     if ours := infotext.sampler_of(COMFYUI, sampler, scheduler):
         return {"scheduler": ours} | infotext.spaced(ours), []
     if (sampler, scheduler) in (("ddim", "normal"), ("ddim", "karras")):  # in σ, from x0 and ε, it is Euler's

@@ -50,7 +50,6 @@ EVEN = (
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
-    "deis",
 )  # which have a grid of their own where theirs is even in time
 
 

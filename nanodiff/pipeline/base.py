@@ -108,6 +108,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
         self.recorded = {}  # {what the denoiser is: its Replayed}, at most one
+        self.distilled = (
+            None  # is it a turbo? None: its scheduler tells; of a loaded model its own, whatever sampler it is under
+        )
         self.check_fit()
 
     def __repr__(self):
@@ -131,7 +134,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
     @property
     def turbo(self) -> bool:
         """Adversarially distilled (sd-turbo, sdxl-turbo): to be sampled in one to four steps without guidance."""
-        return is_turbo(self.schedule.raw, self.name)
+        return is_turbo(self.schedule.raw, self.name) if self.distilled is None else self.distilled
 
     def sampling(self, name: str) -> float | None:
         """ "steps" or "guidance_scale" that the model's folder asks for, or None."""
@@ -174,7 +177,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """The same models under another Schedule."""
         other = type(self)(self.net, self.vae, self.encoders, self.tokenizers, schedule, self.name)
         other.index, other.kept, other.recorded = self.index, self.kept, self.recorded
-        other.packs, other.replays = self.packs, self.replays
+        other.packs, other.replays, other.distilled = self.packs, self.replays, self.turbo
         return other
 
     def save(

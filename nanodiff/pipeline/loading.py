@@ -9,7 +9,7 @@ from nanodiff.device import memory, quantize
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
-from nanodiff.pipeline.families import BUILDERS, SAMPLING
+from nanodiff.pipeline.families import BUILDERS, SAMPLING, is_turbo
 from nanodiff.pipeline.sd3 import SD3, Joint
 from nanodiff.pipeline.sdxl import SDXL, Refiner
 from nanodiff.pipeline.single import Single
@@ -75,6 +75,7 @@ def load(
     raw, where = src.scheduler()
     schedule = samplers.schedule_of(raw, where, scheduler)
     sd = family(denoiser, vae, encoders, tokenizers, schedule, name=str(name or model))
+    sd.distilled = is_turbo(raw, sd.name)
     sd.index = {k: v for k, v in src.index.items() if isinstance(v, bool) or k == SAMPLING}
     return sd
 

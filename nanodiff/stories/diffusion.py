@@ -25,6 +25,8 @@ NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", 
             "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
 FOR_FLOWS = ("timestep_sampling", "timestep_mean", "timestep_std", "timestep_shift")
 FOR_SAMPLE = ("snr_weighting", "snr_clip")
+OFF = {"timestep_sampling": "uniform", "timestep_mean": 0.0, "timestep_std": 1.0, "timestep_shift": 1.0, "snr_weighting": False,
+       "snr_clip": None}  # what asks for nothing  # fmt: skip
 
 
 def make_model(cfg, dataset, device):
@@ -38,7 +40,7 @@ def make_model(cfg, dataset, device):
         (FOR_SAMPLE, sd.schedule.prediction == "sample", "`prediction_type` sample"),
     ):
         for name in names:
-            if name in getattr(cfg, "given", ()) and not fits:
+            if name in getattr(cfg, "given", ()) and getattr(cfg, name) != OFF[name] and not fits:
                 raise UserError(f"`{name}` is for {what}; this model predicts {sd.schedule.prediction}")
     if cfg.sample_every or cfg.save_images_epochs:
         try:

@@ -98,10 +98,10 @@ def told(cfg, src):
     flow = str(src.scheduler()[0].get("_class_name", "")).startswith("FlowMatch")
     if getattr(cfg, "adopted", False) and flow:
         cfg.scheduler = foreign.FLOWS.get(cfg.scheduler, cfg.scheduler)
-        cfg.timestep_spacing = None
-        cfg.sigmas = {"normal": None, "beta_times": "beta"}.get(
-            cfg.sigmas, cfg.sigmas
-        )  # a flow's own grid is their "normal"
+        given = getattr(cfg, "given", ())  # what was typed is not theirs
+        cfg.timestep_spacing = cfg.timestep_spacing if "timestep_spacing" in given else None
+        theirs = {"normal": None, "beta_times": "beta"} if "sigmas" not in given else {}
+        cfg.sigmas = theirs.get(cfg.sigmas, cfg.sigmas)  # a flow's own grid is their "normal"
 
 
 def hashed(cfg):
@@ -217,6 +217,16 @@ def under(cfg, base):
     fields = {"timestep_spacing": cfg.timestep_spacing} if cfg.timestep_spacing else {}
     if fields and base.schedule.flow:
         raise UserError("--timestep-spacing is for models of a noise schedule; this one is a flow")
+    if fields and "timestep_spacing" in getattr(cfg, "given", ()):
+        made = [
+            base.with_scheduler(cfg.scheduler, cfg.sigmas, timestep_spacing=s).schedule
+            for s in ("linspace", "leading", "trailing")
+        ]
+        if len({tuple(samplers.times(s, 10)) for s in made}) == 1:
+            beside = f" with --sigmas {cfg.sigmas}" if cfg.sigmas else ""
+            raise UserError(
+                f"--timestep-spacing does nothing to {samplers.name_of(made[0])}{beside}, whose grid is another one"
+            )
     sd = base.with_scheduler(cfg.scheduler, cfg.sigmas, **fields)
     for attached, scale in base.loras:
         if attached.scale != scale * cfg.lora_scale:

@@ -19,7 +19,7 @@ from nanodiff.text.syntax import check_depth
 from nanodiff.weights import as_weights, load_pickle, load_weights
 
 BACKTRACK = 20  # a chunk ends at its last comma when that is one of so many last tokens, unless the next one is a comma (the web UI's rule)
-LARGE_WORD = 8  # tokens from which ComfyUI divides a word between chunks
+SHORT_PART = 8  # tokens of a part of one weight from which ComfyUI divides it between chunks
 ROUND, SQUARE = 1.1, 1 / 1.1
 TOKENS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 
@@ -116,10 +116,13 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
         if weight is None:  # BREAK
             rows, row, at_comma = [*rows, row], [], 0
             continue
-        comfyui = weighted == "comfyui"  # which keeps words whole, and knows no rule of commas
-        words = [tokenizer.pieces(word) for word in text.split()] if comfyui else [tokenizer.pieces(text)]
-        for word, piece in ((w if i == 0 else (), p) for w in words for i, p in enumerate(w)):
-            if len(row) == room or (comfyui and len(word) < LARGE_WORD and len(row) + len(word) > room):
+        pieces, comfyui = (
+            tokenizer.pieces(text),
+            weighted == "comfyui",
+        )  # which keeps short parts whole, and knows no rule of commas
+        whole = comfyui and len(pieces) < SHORT_PART
+        for i, piece in enumerate(pieces):
+            if len(row) == room or (whole and i == 0 and len(row) + len(pieces) > room):
                 near = at_comma and room - at_comma < BACKTRACK and piece != comma and not comfyui
                 keep = at_comma if near else len(row)
                 rows, row, at_comma = [*rows, row[:keep]], row[keep:], 0

@@ -196,7 +196,7 @@ class Adapters:
     lora_format: str = arg("auto", "how they are written: kohya (which every program reads alike), diffusers or peft; auto is kohya, for an MMDiT diffusers", choices=("auto", "kohya", "diffusers", "peft"))  # fmt: skip
 
 
-def check_adapters(cfg):
-    """Raise UserError for settings of adapters on the command line of a run without them. (A file of settings may hold them all, and --lora off.)"""
-    if not cfg.lora and set(getattr(cfg, "given", ())) & {f.name for f in fields(Adapters)}:
+def check_adapters(lora, given):
+    """Raise UserError for settings of adapters among the names of options that were `given` to a run without them (not `lora`)."""
+    if not lora and set(given) & {f.name for f in fields(Adapters)}:
         raise UserError("--lora-… are settings of --lora")

@@ -87,6 +87,20 @@ def test_grids(sampler, ours, grid):
     assert (found["scheduler"], found["sigmas"], found["timestep_spacing"]) == (ours, theirs, "linspace")
 
 
+def test_what_comfyui_does_otherwise_is_said():
+    for sampler, scheduler, other in (
+        ("dpm_2", "normal", True),
+        ("uni_pc", "karras", True),
+        ("uni_pc", "normal", False),
+        ("euler", "normal", False),
+    ):
+        found, left = foreign.comfyui(changed("3", sampler_name=sampler, scheduler=scheduler))
+        assert "scheduler" in found and any("without the last level but one" in x for x in left) == other, (
+            sampler,
+            scheduler,
+        )
+
+
 def test_the_plain_grids_are_those_of_the_training():
     """Whatever the model's own spacing is: SDXL's is another (leading), which would begin at 5.1 of 14.6."""
     grid = lambda sampler, scheduler: {k: v for k, v in foreign.comfyui(changed("3", sampler_name=sampler, scheduler=scheduler))[0].items()  # noqa: E731
@@ -105,7 +119,6 @@ def test_the_plain_grids_are_those_of_the_training():
         grid("heun", "normal"),
         grid("lms", "normal"),
         grid("dpmpp_2m", "normal"),
-        grid("deis", "normal"),
     ):
         name, sigmas = found["scheduler"], found.get("sigmas")
         schedule = samplers.rescheduled(base, name, timestep_spacing="linspace")

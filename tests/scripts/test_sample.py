@@ -319,6 +319,12 @@ def test_timestep_spacing(tmp_path):
     assert plain.returncode == 0 and np.array_equal(pixels(tmp_path / "plain" / "00000.png"), drawn["leading"])
     again = run("sample.py", "--from-image", tmp_path / "trailing" / "00000.png", "--output-dir", tmp_path / "again")
     assert again.returncode == 0 and np.array_equal(pixels(tmp_path / "again" / "00000.png"), drawn["trailing"])
+    plain = pipeline.load(TINY / "sdxl").with_scheduler("euler", timestep_spacing="trailing")
+    assert not plain.turbo and plain.settings(None, None)[0] > 10, "spacing makes no turbo of a model"
+    turbo = pipeline.load(TINY / "sdxl-turbo").with_scheduler("euler", timestep_spacing="linspace")
+    assert turbo.turbo and turbo.with_scheduler("ddim").turbo
+    idle = sample(tmp_path / "idle", *argv, "--sigmas", "sgm_uniform", "--timestep-spacing", "leading")
+    assert "--timestep-spacing does nothing to euler with --sigmas sgm_uniform" in error_line(idle)
     flow = sample(
         tmp_path / "flow", "--prompt", "a", "--timestep-spacing", "linspace", model=("--model", TINY / "sd35-medium")
     )

@@ -186,6 +186,15 @@ def test_bad_input_is_one_line(tmp_path, pictures, argv, says):
     assert says in error_line(train_("diffusion", pictures, tmp_path / "o", *argv))
 
 
+def test_what_is_off_is_no_mistake(tmp_path, pictures):
+    """Settings that ask for nothing, also where another prediction type has them; a preset's adapters, switched off."""
+    off = ["--timestep-sampling", "uniform", "--timestep-shift", "1", "--no-snr-weighting"]
+    assert train_("diffusion", pictures, tmp_path / "a", "--max-steps", "1", *off).returncode == 0
+    cfg = commandline.parse(train.DiffusionConfig, ["--preset", "corel-lora", "--no-lora", "--data", str(pictures), "--output-dir", "x"],
+                            presets=train.PRESETS["diffusion"])  # fmt: skip
+    cfg.check()
+
+
 def test_a_mistake_loses_nothing_of_an_older_run(tmp_path, pictures):
     done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "2")
     assert done.returncode == 0, done.stderr
