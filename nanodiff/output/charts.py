@@ -139,6 +139,7 @@ def _rows(log):
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 DASHES, MARKS, HATCHES = ("-", "--", ":", "-."), "os^Dv<>", ("", "//", "..", "xx")
 WIDEST = 60  # inches, of 100 dots
+MOST_TICKS = 8  # along an axis
 FONT = 13  # points in the 100 dpi files: legible when they are shown at half their size
 
 
@@ -231,7 +232,9 @@ def lines(path, x, panels, xlabel, title=""):
             axis.plot(range(len(x)), [t[0] for t in triples], color=colour, linestyle=DASHES[k % len(DASHES)],
                       marker=MARKS[k % len(MARKS)], label=label)  # fmt: skip
             axis.fill_between(range(len(x)), [t[1] for t in triples], [t[2] for t in triples], color=colour, alpha=0.15)
-        axis.set_xticks(range(len(x)), [str(v) for v in x], rotation=30 if max(len(str(v)) for v in x) > 6 else 0)
+        every = -(-len(x) // MOST_TICKS)  # of many numbers some are written
+        shown = [str(v) for v in x][::every]
+        axis.set_xticks(range(0, len(x), every), shown, rotation=30 if max(map(len, shown)) > 6 else 0)
         axis.set_xlabel(xlabel)
         axis.set_title(name.replace("_", " "))
         if len(series) > 1:
