@@ -168,7 +168,7 @@ class Transfer(Training, Noise, Adapters):
 
     def check(self):
         self.check_ranges()
-        check_adapters(self.lora, getattr(self, "given", ()))  # a file of settings may hold them, and --lora off
+        check_adapters(self.lora, getattr(self, "given", ()))
         if self.feature_weight and self.method == "data":
             raise UserError("--feature-weight is for --method online or both")
         if self.method != "data" and (self.min_snr is not None or self.snr_weighting or self.loss != "mse"):
@@ -259,7 +259,7 @@ class FewStep(Training, Adapters):
             raise UserError(
                 "--lora: adapters belong to the --model they were trained on, so there is no other --student"
             )
-        check_adapters(self.lora, getattr(self, "given", ()))  # a file of settings may hold them, and --lora off
+        check_adapters(self.lora, getattr(self, "given", ()))
         given = set(getattr(self, "given", ()))
         for name, methods in OF_METHODS.items():
             if name in given and self.method not in methods:

@@ -83,7 +83,7 @@ class Common(Training):
                 raise UserError(f"--{name.replace('_', '-')} is required")
         self.check_ranges()
         if hasattr(self, "lora"):
-            check_adapters(self.lora, getattr(self, "given", ()))  # a file of settings may hold them, and --lora off
+            check_adapters(self.lora, getattr(self, "given", ()))
         self.resolution = self.resolution or (None if getattr(self, "model", None) else 64)
         for name in PATHS:
             if value := getattr(self, name, None):

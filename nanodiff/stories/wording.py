@@ -76,9 +76,13 @@ def job(cfg, prompt, negative, seed):
         return Job(prompt, prompt, seed, (), negative, others)
     folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
     dynamic = cfg.prompt_syntax == "a1111"
-    if not getattr(cfg, "adopted", False):  # another program's picture says what was chosen: braces in it are plain
+    theirs = getattr(
+        cfg, "adopted", False
+    )  # another program's picture says what was chosen: braces in its texts are plain, not in typed ones
+    if not theirs or "prompt" in cfg.given:
         prompt = syntax.chosen(prompt, seed, folder, dynamic)
-        negative = None if negative is None else syntax.chosen(negative, seed, folder, dynamic)
+    if negative is not None and (not theirs or "negative_prompt" in cfg.given):
+        negative = syntax.chosen(negative, seed, folder, dynamic)
     if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
         plain = lambda text: text and EMBEDDING.sub(r"\1", text)  # noqa: E731
         others = tuple((name, plain(syntax.chosen(text, seed))) for name, text in others)

@@ -197,6 +197,7 @@ class Adapters:
 
 
 def check_adapters(lora, given):
-    """Raise UserError for settings of adapters among the names of options that were `given` to a run without them (not `lora`)."""
+    """Raise UserError for settings of adapters among the names of options that were `given` to a run without them (not `lora`). A file of settings, which is
+    not `given`, may hold them all."""
     if not lora and set(given) & {f.name for f in fields(Adapters)}:
         raise UserError("--lora-… are settings of --lora")

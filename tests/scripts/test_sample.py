@@ -343,6 +343,20 @@ def test_what_a_picture_of_the_web_ui_chose_is_chosen(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert images.read_record(tmp_path / "a" / "00000.png")["prompt"] == "{a|b} snake_case__name__"
+    typed = ("--prompt", "{cat|cat}", "--negative-prompt", "{dog|dog}")
+    done = run(
+        "sample.py",
+        "--from-image",
+        tmp_path / "theirs.png",
+        "--model",
+        TINY / "sd15",
+        *typed,
+        "--output-dir",
+        tmp_path / "b",
+    )
+    assert done.returncode == 0, done.stderr
+    record = images.read_record(tmp_path / "b" / "00000.png")
+    assert (record["prompt"], record["negative_prompt"]) == ("cat", "dog"), "what is typed is chosen from"
 
 
 def test_churn(tmp_path):
