@@ -200,7 +200,11 @@ class Config:
         0.6, "how much of it the second pass repaints, above 0 to 1", low=0.01, high=1, needs="hires"
     )
     hires_steps: int | None = arg(
-        None, "steps of the second pass, of which it takes that part; default: --steps", low=1, high=1000, needs="hires"
+        None,
+        "steps of the second pass, of which it takes that part; default: as many as the first has",
+        low=1,
+        high=1000,
+        needs="hires",
     )
     hires_latent: bool = arg(
         False,
@@ -229,7 +233,7 @@ class Config:
         None, "also write one sheet of all pictures here (and up to 16 of them one by one beside it)", often=True
     )
     base_dir: str = arg(".", "folder that relative --output, --output-dir and model paths start from")
-    nrow: int | None = arg(None, "pictures in a row of the sheet", low=1, needs="output")
+    nrow: int | None = arg(None, "pictures in a row of the sheet", low=1, needs=("output", "study"))
     named: bool = arg(False, "file names from prompt, model and settings instead of numbers")
     labels: bool = arg(False, "write each prompt above its picture in the sheet", needs="output")
     save_latents: bool = arg(False, "write latents.safetensors")

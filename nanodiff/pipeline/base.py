@@ -241,7 +241,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         steered = (controls, asked, itertools.count()) if controls else None
 
         def make(text, negative):
-            weaker = drawing.skip_layers or drawing.perturbed
+            weaker = (drawing.skip_layers if guided else None) or drawing.perturbed  # as in diffusers
             return self.denoiser(text, negative, scale, drawing.guidance_rescale, extra, weaker, times, steered, beside)
 
         if words.syntax:
@@ -349,6 +349,19 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """The step at which image-to-image starts."""
         return max(steps - min(int(steps * strength), steps), 0)
 
+    def idle(self, steps: int, drawing: Drawing, first: int = 0) -> list[str]:
+        """What of a run of so many steps from step `first` on is at work at none of them, in words: parts of the steps may be too small to hold one."""
+        calls = samplers.asked(self.schedule, steps - first)
+        found = [
+            f"a ControlNet from {c.start:g} to {c.end:g} of the steps"
+            for c in drawing.controls
+            if not any(c.active(i, calls) for i in range(calls))
+        ]
+        skip = drawing.skip_layers
+        if skip and not any(skip.active(i, steps) for i in range(first, steps)):
+            found.append(f"skip-layer guidance from {skip.start:g} to {skip.stop:g} of the steps")
+        return found
+
     def check_options(self, drawing: Drawing, start: Start, words: Words) -> None:
         """Raise UserError for settings of another family, and for those that need another."""
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "max_sequence_length"):
@@ -363,6 +376,10 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`{name}`: only SDXL takes sizes as a condition")
         if drawing.skip_layers and not self.family.skips_layers:
             raise UserError("`skip_layers`: only SD 3 models take it")
+        if drawing.skip_layers and not drawing.skip_layers.start < drawing.skip_layers.stop:
+            raise UserError(
+                f"`skip_layers`: from {drawing.skip_layers.start:g} to {drawing.skip_layers.stop:g} of the steps is no part of them"
+            )
         if drawing.skip_layers and not set(drawing.skip_layers.layers) <= set(range(self.net.cfg.num_layers)):
             raise UserError(f"`skip_layers`: the model has the blocks 0 to {self.net.cfg.num_layers - 1}")
         for name in ("perturbed", "freeu"):

@@ -44,6 +44,10 @@ class Control:
     edges: bool = False  # the picture is edges that were found here
     latents: torch.Tensor | None = None  # the picture's, where the ControlNet is shown those: see shown()
 
+    def active(self, i: int, n: int) -> bool:
+        """Does it speak at call i of n?"""
+        return self.start <= i / n and (i + 1) / n <= self.end
+
 
 class Controls:
     """What `controls` add in a run of `steps` model calls: at(x, t) is asked once a call. count: which call it is.
@@ -65,7 +69,7 @@ class Controls:
         """Residuals for the UNet's batch at this call, or None where none speaks. x: [B, C, H, W], without its doubles."""
         i, n, said = next(self.count), self.steps, []
         for control, alone, ask in self.each:
-            if control.scale == 0 or i / n < control.start or (i + 1) / n > control.end:
+            if control.scale == 0 or not control.active(i, n):
                 continue
             rows = torch.cat([x] * (self.groups - alone))
             found = ask(rows, t)

@@ -24,6 +24,7 @@ class SkipLayers(NamedTuple):
     stop: float = 0.2
 
     def active(self, i: int, n: int) -> bool:
+        """Is it at work at step i of n?"""
         return n * self.start < i < n * self.stop
 
 

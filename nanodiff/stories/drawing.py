@@ -1,5 +1,6 @@
 """What drawing needs before and after: prompts and settings as the library takes them, progress, the folder and the names of what is made."""
 
+import hashlib
 import itertools
 import math
 import re
@@ -10,13 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodiff import pipeline
+from nanodiff import lora, pipeline
 from nanodiff.config import UserError, printable, read_fields, short
 from nanodiff.data import tables
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import images
 from nanodiff.output.images import slug
-from nanodiff.pipeline import Perturbed, SkipLayers, Words
+from nanodiff.pipeline import Perturbed, SkipLayers, Words, control, pictures
 from nanodiff.pipeline.settings import Churn
 from nanodiff.training.options import parse_size
 from nanodiff.weights import hub
@@ -44,6 +45,8 @@ def prompts_of(cfg, optional=False):
 def defaults(cfg, sd):
     """Fill what was left open from the kind of model. Returns (steps, guidance scale, negative prompt)."""
     steps, scale = sd.settings(cfg.ddim_steps or cfg.steps, cfg.guidance_scale)
+    if cfg.init_image and not (cfg.ddim_steps or cfg.steps):
+        steps = least_steps(sd, steps, strength_of(cfg, sd))
     negative = cfg.negative_prompt
     if negative and sd.turbo and scale <= 1:
         print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
@@ -58,6 +61,17 @@ def defaults(cfg, sd):
             flag = name.replace("_", "-")
             print(f"warning: guidance is off at --guidance-scale {scale:g}; --{flag} does nothing", file=sys.stderr)
     return steps, scale, negative
+
+
+def strength_of(cfg, sd):
+    """How much of --init-image is repainted."""
+    own = 1.0 if sd.inpaints else sd.family.strength
+    return own if cfg.strength is None else cfg.strength
+
+
+def least_steps(sd, steps, strength):
+    """`steps`, or as few more as leave a step to take from a picture: a turbo's single one at strength 0.8 would be none."""
+    return next(n for n in itertools.count(steps) if sd.first_step(n, strength) < n)
 
 
 def rebase(cfg, names=PATHS):
@@ -190,36 +204,57 @@ def strip(cfg, sd, history, k, path, shown=8):
     images.save_grid(torch.cat(pixels), path, nrow=len(picked), labels=[f"t={history[i].t:.0f}" for i in picked])
 
 
-# options that name files which are read
-READ = (
-    "init_image",
-    "mask",
-    "control_image",
-    "ip_adapter_image",
-    "from_image",
-    "prompts_file",
-    "model",
-    "lora",
-    "embedding",
-)
-NUMBERED = re.compile(r"(\d{5,})(_steps)?\.png")
+# options that name files or folders whose content is in the picture; those of SUFFIXED with more behind a colon
+SHOWN = ("init_image", "mask", "control_image", "ip_adapter_image")
+MODELS = ("model", "refiner", "vae_checkpoint", "components", "fast_vae", "lora", "embedding", "control", "ip_adapter", "image_encoder")  # fmt: skip
+NAMED = (*SHOWN, *MODELS, "wildcards", "lora_dir")
+SUFFIXED = {"lora": lora.parse, "control": control.parse, "ip_adapter": pictures.parse}
+HASHED = 1 << 24  # bytes up to which a file is known by its content, a larger one by its size and time
+NUMBERED = re.compile(r"(\d{5,})(_steps)?\.\w+")
+
+
+def named_files(cfg, names=NAMED):
+    """(option, file, folder or Hub id that it names), one by one, without what stands behind."""
+    for name in names:
+        value = getattr(cfg, name)
+        for text in value if isinstance(value, list) else [value] if value else []:
+            if name == "control_image" and not Path(text).exists():
+                text = text.removeprefix("canny:")
+            yield name, SUFFIXED[name](text)[0] if name in SUFFIXED else text
+
+
+def marks(cfg):
+    """{path: what it holds} of the files and folders that a picture is made of: two that are alike have the same. Of the small ones their
+    content, of the large ones size and time; nothing of a Hub id."""
+
+    def mark(path):
+        if path.stat().st_size > HASHED:
+            return [path.stat().st_size, path.stat().st_mtime_ns]
+        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+    found = {}
+    for _, text in named_files(cfg):
+        path = hub.trained(text)
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found[text] = [mark(p) for p in inside if p.is_file()]
+    return {text: held for text, held in found.items() if held}
 
 
 def begun(cfg, out):
-    """(number of a run's first picture in the folder `out`, f()): the one after those that are there, of whatever run; with --overwrite 0.
-    f(), called when drawing begins: the run before makes room, with --overwrite its pictures are deleted. Raises UserError for what cannot."""
+    """(number of a run's first picture in the folder `out`, f()): the one after those that are there, of whatever run and kind; with --overwrite 0.
+    f(), called when drawing begins: the run before makes room, with --overwrite what it wrote is deleted. Raises UserError for what cannot."""
     there = {int(m[1]): p for p in out.iterdir() if (m := NUMBERED.fullmatch(p.name))}
     record, latents = out / "run.json", out / "latents.safetensors"
     if cfg.overwrite:
         listed = read_fields(record, {"files": list}).get("files", []) if record.is_file() else []
         names = {Path(str(f["path"])).name for f in listed if isinstance(f, dict) and "path" in f}
-        old = [p for p in out.iterdir() if p.name in names and NUMBERED.fullmatch(p.name)]
+        old = [p for p in out.iterdir() if p.name in names and (NUMBERED.fullmatch(p.name) or p == latents)]
 
         def delete():
             for path in old:
                 path.unlink(missing_ok=True)
-            if old:
-                print(f"note: {out}: {len(old)} pictures of the run before are deleted", file=sys.stderr)
+            if pngs := [p for p in old if p.suffix == ".png"]:
+                print(f"note: {out}: {len(pngs)} pictures of the run before are deleted", file=sys.stderr)
             if rest := [p for p in there.values() if p not in old]:
                 print(
                     f"note: {out}: {len(rest)} pictures of earlier runs stay, but for those whose numbers are drawn again",
@@ -249,11 +284,9 @@ def check_output(cfg, out):
     path = Path(cfg.output)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {cfg.output}: not a file name in an existing folder")
-    for name in READ if path.is_file() else ():
-        value = getattr(cfg, name)
-        for text in value if isinstance(value, list) else [value] if value else []:
-            if _same_file(path, text.removeprefix("canny:")):
-                raise UserError(f"--output {cfg.output}: is what --{name.replace('_', '-')} reads")
+    for name, text in named_files(cfg, (*NAMED, "from_image", "prompts_file")) if path.is_file() else ():
+        if _same_file(path, text):
+            raise UserError(f"--output {cfg.output}: is what --{name.replace('_', '-')} reads")
     inside = path.resolve().parent == out.resolve()
     if inside and (NUMBERED.fullmatch(path.name) or path.suffix in (".json", ".safetensors", ".txt")):
         raise UserError(f"--output {cfg.output}: is a name of the run's own files; take another")
@@ -274,10 +307,11 @@ def documented(cfg):
     return its and "named" not in getattr(cfg, "given", ())
 
 
-def unused(path, cfg):
-    """`path`, or the first of path_2, path_3, … that is not there, unless it may be overwritten."""
+def unused(path, overwrite, written=()):
+    """`path`, or the first of path_2, path_3, … that is not there; with `overwrite` the first that is not among the names this run has written."""
+    taken = (lambda p: p.name in written) if overwrite else Path.exists
     others = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in itertools.count(2))
-    return path if cfg.overwrite or not path.exists() else next(p for p in others if not p.exists())
+    return next(p for p in (path, *itertools.islice(others, 1 << 20)) if not taken(p))
 
 
 def file_name(cfg, facts, sd):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -14,34 +16,29 @@ from nanodiff.output import images, repaint
 from nanodiff.output.repaint import LANCZOS
 from nanodiff.pipeline import Drawing, Start, control
 from nanodiff.pipeline.settings import grouped
-from nanodiff.stories.drawing import options
+from nanodiff.stories.drawing import least_steps, options, strength_of
 from nanodiff.stories.wording import worded
+
+STRETCHED = 0.05  # logarithm of proportions: so much is rounding to the VAE's multiple
 
 
 def inputs(cfg, sd):
-    """({height, width}, {image, strength, mask, pictures, controls} for generate(), what is to be done with each picture that was drawn).
-
-    Sizes as in diffusers: an --init-image, else the first --control-image, sets the size (down to a multiple of the VAE's), a mask or SD 3
-    brings the model's own size; --height and --width win.
-    """
-    picture = images.open_image(cfg.init_image) if cfg.init_image else None
-    sizing = picture or (control_image(cfg.control_image[0])[0] if cfg.control_image else None)
-    if sizing and not cfg.mask and sd.keeps_size:
-        height, width = (max(side // sd.multiple, 1) * sd.multiple for side in (sizing.height, sizing.width))
-    else:
-        height, width = sd.size
-    height, width = cfg.height or height, cfg.width or width
+    """({height, width}, {image, strength, mask, pictures, controls} for generate(), what is to be done with each picture that was drawn)."""
+    picture, sizing = sizing_of(cfg)
+    height, width = canvas(cfg, sizing, sd.size, sd.multiple, sd.keeps_size)
     mask, box, start = opened_mask(cfg, picture), None, {}
     if cfg.mask_padding is not None:
         box = repaint.region(mask, width, height, cfg.mask_padding)
+    elif picture and abs(math.log(picture.width / picture.height * height / width)) > STRETCHED:
+        print(f"note: --init-image {cfg.init_image} is {picture.width}x{picture.height}, drawn as {width}x{height}: its proportions change "
+              f"(--height and --width set the size{', --mask-padding repaints a part' if mask else ''})", file=sys.stderr)  # fmt: skip
 
     def fitted(image):
         return repaint.enlarged(image, box, width, height) if box else image.resize((width, height), LANCZOS)
 
     if picture:
-        own = 1.0 if sd.inpaints else sd.family.strength
         start["image"] = images.to_pixels(fitted(picture))[None].to(sd.device)
-        start["strength"] = own if cfg.strength is None else cfg.strength
+        start["strength"] = strength_of(cfg, sd)
     if mask:
         pixels = torch.frombuffer(bytearray(fitted(mask).tobytes()), dtype=torch.uint8)
         start["mask"] = (pixels.view(1, 1, height, width) >= 128).float()
@@ -64,6 +61,25 @@ def inputs(cfg, sd):
     return {"height": height, "width": width}, start, lambda drawn: drawn
 
 
+def sizing_of(cfg):
+    """(--init-image or None, the picture whose size is drawn or None)"""
+    picture = images.open_image(cfg.init_image) if cfg.init_image else None
+    return picture, picture or (control_image(cfg.control_image[0])[0] if cfg.control_image else None)
+
+
+def canvas(cfg, sizing, own, multiple, keeps_size):
+    """(height, width) of what is drawn. Sizes as in diffusers: an --init-image, else the first --control-image, sets the size (down to a multiple
+    of the VAE's); a mask without a ControlNet, or a family that does not keep sizes (SD 3), brings the model's own; --height and --width win.
+    --mask-padding always enlarges to the model's own, where diffusers' ControlNet pipelines keep the picture's.
+
+    sizing: PIL picture or None. own: (height, width) of the model. multiple: of pixels.
+    """
+    height, width = own
+    if sizing and keeps_size and (not cfg.mask or (cfg.control and cfg.mask_padding is None)):
+        height, width = (max(side // multiple, 1) * multiple for side in (sizing.height, sizing.width))
+    return cfg.height or height, cfg.width or width
+
+
 def opened_mask(cfg, picture):
     """--mask as a PIL picture ("L"), with the edge that --mask-blur asks for; None without."""
     if not cfg.mask:
@@ -82,10 +98,11 @@ def opened_mask(cfg, picture):
 
 
 def control_image(text):
-    """(picture, are its edges meant?) that --control-image names: a file, or canny:FILE."""
+    """(picture, are its edges meant?) that --control-image names: a file, or canny:FILE. Lines and poses are drawn on black: so is what is
+    transparent in them."""
     kind, _, path = text.partition(":")
     if kind != "canny" or Path(text).exists():
-        return images.open_image(text), False
+        return images.open_image(text, background="black"), False
     return images.open_image(path), True
 
 
@@ -129,7 +146,7 @@ def draw(cfg, sd, batch, steps, scale, size, start, **more):
         again["pictures"] = start["pictures"]
     if cfg.control:
         again["controls"] = controls(cfg, sd, lambda p: p.resize((width, height), LANCZOS))
-    steps = cfg.hires_steps or steps
+    steps = second_steps(cfg, sd, steps)
     return sd.generate(
         texts,
         negative,
@@ -176,8 +193,15 @@ def larger(cfg, sd, size):
     return tuple(max(round(size[side] * cfg.hires / sd.multiple), 1) * sd.multiple for side in ("height", "width"))
 
 
+def second_steps(cfg, sd, steps):
+    """Steps of the second pass: --hires-steps, else as many as the first has, or where nobody said how many as few more as leave one to take."""
+    if cfg.hires_steps or cfg.steps or cfg.ddim_steps:
+        return cfg.hires_steps or steps
+    return least_steps(sd, steps, cfg.hires_strength)
+
+
 def check(cfg, sd, steps, scale, size, start):
-    """Raise UserError for what cannot be drawn, also in the second pass, before anything is drawn or makes room for it."""
+    """Raise UserError for what cannot be drawn, also in the second pass, before anything is drawn or makes room for it. Says what will do nothing."""
     settings = options(cfg, sd) | size | start | {"steps": steps, "guidance_scale": scale}
     words = settings.pop("words")
     if sd.refiner:
@@ -193,10 +217,13 @@ def check(cfg, sd, steps, scale, size, start):
         sd.refiner.checked(
             1, dataclasses.replace(drawing, denoising_end=None, controls=(), pictures=()), going_on, one_text(words)
         )
-    sd.checked(1, *grouped(settings, Drawing(), Start(), words))
+    drawing, begin, words = grouped(settings, Drawing(), Start(), words)
+    sd.checked(1, drawing, begin, words)
+    for what in sd.idle(steps, drawing, begun(sd, steps, start)):
+        print(f"note: {what}: does nothing in {steps} steps, none of which lies in its part of them", file=sys.stderr)
     if not cfg.hires:
         return
-    steps = cfg.hires_steps or steps
+    steps = second_steps(cfg, sd, steps)
     samplers.check_steps(sd.schedule, steps)
     if sd.first_step(steps, cfg.hires_strength) >= steps:
         raise UserError(

@@ -8,7 +8,7 @@ from nanodiff.commandline import as_dict, from_mapping
 from nanodiff.config import UserError, printable, short
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record
-from nanodiff.pipeline import control, pictures
+from nanodiff.stories.drawing import MODELS, SHOWN, named_files
 from nanodiff.weights import hub
 
 # What a PNG remembers, and what --from-image therefore brings back.
@@ -19,7 +19,7 @@ REMEMBERED = ("prompt", "negative_prompt", "model", "variant", "revision", "step
               "lora", "lora_scale", "lora_fuse", "allow_partial", "skip_layers", "skip_layer_scale", "skip_layer_start",
               "skip_layer_stop", "perturbed_scale", "perturbed_layers", "freeu", "original_size", "target_size", "crop", "negative_original_size", "negative_target_size",
               "negative_crop", "denoising_end", "quantize", "fast_vae", "control", "control_image", "control_guess", "hires", "hires_strength",
-              "hires_steps", "hires_latent", "ip_adapter", "ip_adapter_image", "image_encoder", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
+              "hires_steps", "hires_latent", "init_image", "strength", "mask", "mask_blur", "mask_padding", "ip_adapter", "ip_adapter_image", "image_encoder", "refiner", "refiner_start", "aesthetic_score", "negative_aesthetic_score")  # fmt: skip
 
 
 def remembered(cfg, facts, sd, tagged=None):
@@ -28,15 +28,9 @@ def remembered(cfg, facts, sd, tagged=None):
     values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
     shown = {
         "lora_hashes": sd.hashes | (tagged or {}),
-        "strength": facts.get("strength", cfg.strength),
-        "mask_blur": cfg.mask_blur,
         "model_hash": sd.model_hash() if sd.model_hash else None,
     }  # for other programs' eyes
-    return (
-        {k: values[k] for k in REMEMBERED}
-        | {"init_image": bool(cfg.init_image)}
-        | {k: v for k, v in shown.items() if v}
-    )
+    return {k: values[k] for k in REMEMBERED} | {k: v for k, v in shown.items() if v}
 
 
 def recall(cfg):
@@ -44,9 +38,13 @@ def recall(cfg):
     if images.recorded(cfg.from_image) is None and (other := foreign.read(cfg.from_image)):
         return adopt(cfg, *other)
     record = read_record(cfg.from_image)
-    if record.get("init_image"):
-        raise UserError(f"{cfg.from_image}: was made from another picture, which it does not contain")
     given = given_in(cfg)
+    if record.get("init_image") is True:  # of before pictures told which
+        del record["init_image"]
+        if "init_image" not in given:
+            raise UserError(
+                f"{cfg.from_image}: was made from another picture, which it does not contain; name it with --init-image"
+            )
     known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
     known["prompt"] = [known.get("prompt")]
     for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
@@ -54,32 +52,10 @@ def recall(cfg):
             setattr(cfg, key, value)
     if cfg.model == "embedded":
         cfg.model = None
-    for name in (
-        "model",
-        "refiner",
-        "vae_checkpoint",
-        "components",
-        "fast_vae",
-        "lora",
-        "embedding",
-        "control",
-        "control_image",
-        "ip_adapter",
-        "ip_adapter_image",
-        "image_encoder",
-    ):
-        value = getattr(cfg, name)
-        for path in value if isinstance(value, list) else [value]:
-            path = path.rpartition(":")[0] or path if name == "lora" and path and not Path(path).exists() else path
-            path = (
-                {"control": control.parse, "ip_adapter": pictures.parse}.get(name, lambda p: (p,))(path)[0]
-                if path
-                else path
-            )
-            path = path.removeprefix("canny:") if name == "control_image" and not Path(path).exists() else path
-            if path and name not in given and not Path(path).exists():
-                flag = name.replace("_", "-")
-                raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
+    for name, path in named_files(cfg, (*SHOWN, *MODELS)):
+        if name not in given and not Path(path).exists():
+            flag = name.replace("_", "-")
+            raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
 
 
 def given_in(cfg):

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
-from nanodiff import data, lora, pipeline, weights
-from nanodiff.commandline import as_dict
+from nanodiff import data, pipeline, weights
+from nanodiff.commandline import as_dict, is_given
 from nanodiff.config import UserError, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
@@ -34,6 +34,8 @@ from nanodiff.stories.drawing import (
     documented,
     file_name,
     keep_record,
+    marks,
+    named_files,
     options,
     prompts_of,
     rebase,
@@ -41,7 +43,7 @@ from nanodiff.stories.drawing import (
     unused,
     words,
 )
-from nanodiff.stories.inputs import against, check, draw, inputs
+from nanodiff.stories.inputs import against, canvas, check, draw, inputs, opened_mask, sizing_of
 from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, under
 from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, check_words, job, jobs_of, note_marks, worded
@@ -53,7 +55,8 @@ INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
 def main(cfg):
     if cfg.from_image:
         recall(cfg)
-    cfg.check()
+    if cfg.study is None:  # of a study it is the cells that are checked: what one option needs may be another's axis
+        cfg.check()
     samplers.check_name(cfg.scheduler)
     rebase(cfg)
 
@@ -74,8 +77,7 @@ def main(cfg):
         cfg.seed = secrets.randbelow(1 << 32)
         print(f"seed: {cfg.seed}")
     sd = under(cfg, load(cfg, record, device))
-    if not prompts and not sd.unconditional and not cfg.control_guess:
-        raise UserError('--prompt is required, such as --prompt "red apple"')
+    check_prompts(cfg, sd)
     prompts = prompts or [""]
     if not cfg.model and not cfg.components:
         known_words(prompts)
@@ -113,6 +115,12 @@ def main(cfg):
     print(f"{made.count} pictures in {out}" + (f", sheet {cfg.output}" if cfg.output else ""))
 
 
+def check_prompts(cfg, sd):
+    """Raise UserError where no prompt is given and the model needs one."""
+    if not (cfg.prompt or cfg.prompts_file or sd.unconditional or cfg.control_guess):
+        raise UserError('--prompt is required, such as --prompt "red apple"')
+
+
 class Pictures:
     """The pictures of a run on their way to the disk: one by one with what they remember, strips and texts beside them, and at the end a sheet.
 
@@ -124,7 +132,7 @@ class Pictures:
         self.cfg, self.sd, self.record, self.facts = cfg, sd, record, facts
         self.finished, self.tagged = finished, tagged
         self.number, self.named, self.resize, self.make_room = number, named, resize, make_room
-        self.sheet, self.latents, self.count = [], [], 0
+        self.sheet, self.latents, self.count, self.names = [], [], 0, set()
 
     def add(self, first, batch, result):
         """Write the pictures of the Jobs `batch`, the first of which is the run's `first`-th."""
@@ -147,7 +155,8 @@ class Pictures:
         own = {"prompt": one.prompt, "negative_prompt": one.negative, "seed": one.seed}
         facts = self.facts | own | dict(one.others)
         name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
-        self.path = unused(out / name, cfg) if self.named else out / name
+        self.path = unused(out / name, cfg.overwrite, self.names) if self.named else out / name
+        self.names.add(self.path.name)
         known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(one))
         images.save_png(picture, self.path, known if cfg.metadata else None)
         self.record.file(self.path, seed=one.seed, prompt=one.prompt)
@@ -233,9 +242,7 @@ def study(cfg, device):
     for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview", "txt"):
         if getattr(cfg, name):
             raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
-    axes = grid.parse(cfg.study, type(cfg))
-    cells = grid.cells(axes)
-    variants = variants_of(cfg, cells)
+    axes, cells, variants = parsed(cfg)
     record = Record(cfg, device)
     alone = not (record.out / "study.json").is_file()  # what the folder holds is another run's
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
@@ -244,13 +251,15 @@ def study(cfg, device):
     print(f"seed: {finished.seed}")
     cfg.seed = finished.seed
     rows, base, loaded, skipped = {}, None, None, 0  # rows: {(cell, picture): row of study.csv}
-    total = sum(len(prompts_of(variant)) * cfg.num_images * (2 if variant.hires else 1) for variant in variants)
+    refused = {}  # {cell: why it cannot be drawn}
+    total = sum(len(shown_prompts(variant)) * cfg.num_images * (2 if variant.hires else 1) for variant in variants)
     try:
         with Progress(total) as progress:
             for at, cell, variant, prompt, seed, key in planned(cfg, cells, variants):
-                if row := finished.get(key):
-                    rows[at] = row | cell
-                    skipped += 1
+                row = finished.get(key)
+                if row or at[0] in refused:
+                    rows |= {at: row | cell} if row else {}
+                    skipped += bool(row)
                     progress.skip(2 if variant.hires else 1)
                     continue
                 wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
@@ -262,8 +271,14 @@ def study(cfg, device):
                     base, loaded = load(variant, record, device), wanted
                     base.tagged = Tagged(variant.lora_dir, variant.allow_partial)
                 path, began = record.out / finished.name(key), time.perf_counter()
-                with record.timed("sample"):
-                    one_picture(variant, base, prompt, seed, path, progress)
+                try:
+                    with record.timed("sample"):
+                        one_picture(variant, base, prompt, seed, path, progress)
+                except UserError as e:  # a sampler that is not for this model: the others are
+                    refused[at[0]] = str(e)
+                    print(f"note: {grid.label(cell)}: not drawn: {e}", file=sys.stderr)
+                    progress.skip(2 if variant.hires else 1)
+                    continue
                 seconds = round(time.perf_counter() - began, 3)
                 rows[at] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
                 finished.add(key, rows[at])
@@ -274,30 +289,60 @@ def study(cfg, device):
         for row in rows.values():
             record.file(record.out / row["file"], seed=row["seed"], prompt=row["prompt"])
         record.data["results"] |= {"images": len(rows), "cells": len(cells), "taken_over": skipped}
-        if alone:
-            keep_record(record.out, "a study is added")
-        record.write()
+        record.data["results"] |= (
+            {"refused": {grid.label(cells[c]): why for c, why in refused.items()}} if refused else {}
+        )
+        if rows or not refused:
+            if alone:
+                keep_record(record.out, "a study is added")
+            record.write()
+    if refused and not rows:
+        raise UserError(f"--study: none of {len(cells)} cells can be drawn: {refused[min(refused)]}")
     again = f" ({skipped} of them finished before)" if skipped else ""
     print(f"{len(rows)} pictures{again}, sheet {record.out / 'study.png'}, table {record.out / 'study.csv'}")
+    if refused:
+        raise UserError(
+            f"--study: {len(refused)} of {len(cells)} cells cannot be drawn, such as {grid.label(cells[min(refused)])}: {refused[min(refused)]}"
+        )
 
 
-def variants_of(cfg, cells):
-    """The Config of each cell, all of them checked before any work."""
+def parsed(cfg):
+    """(axes, cells, the Config of each cell) of --study, all of them checked before any work."""
+    axes = grid.parse(cfg.study, type(cfg))
+    cells = grid.cells(axes)
     variants = [dataclasses.replace(cfg, **cell) for cell in cells]
     for cell, variant in zip(cells, variants, strict=True):
         rebase(variant, [name for name in PATHS if name in cell])
+        reset_unneeded(variant, dict(axes))
     for variant in variants:
         variant.check()
-        note_marks(variant, prompts_of(variant), variant.negative_prompt)
+        note_marks(variant, shown_prompts(variant), variant.negative_prompt)
         options(variant)
-    return variants
+    return axes, cells, variants
+
+
+def reset_unneeded(cfg, axes):
+    """What an option needs that is an axis and off in this cell: the option is as if it had not been given. axes: their names."""
+    if "control" in axes and not cfg.control:
+        cfg.control_image, cfg.control_guess = [], False
+    for field in dataclasses.fields(cfg):
+        needs = field.metadata.get("needs") or ()
+        needs = (needs,) if isinstance(needs, str) else needs
+        if any(name in axes for name in needs) and not any(is_given(cfg, name) for name in needs):
+            setattr(cfg, field.name, [] if field.default is dataclasses.MISSING else field.default)
+
+
+def shown_prompts(cfg):
+    """The prompts of a cell; an empty one where there is none, for models (and ControlNets in guess mode) that draw without."""
+    return prompts_of(cfg, optional=True) or [""]
 
 
 def planned(cfg, cells, variants):
     """((cell, picture) by number, the cell's settings, its Config, prompt, seed, what the picture is known by) of a study's pictures."""
     for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
         fixed = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME}
-        prompts = [prompt for prompt in prompts_of(variant) for _ in range(cfg.num_images)]
+        fixed["files"] = marks(variant)
+        prompts = [prompt for prompt in shown_prompts(variant) for _ in range(cfg.num_images)]
         for j, prompt in enumerate(prompts):
             seed = (cfg.seed if variant.seed is None else variant.seed) + j
             yield (
@@ -314,6 +359,7 @@ def one_picture(cfg, base, prompt, seed, path, progress):
     """Make and write one picture of a study by the loaded pipeline `base`."""
     sd = under(cfg, base)
     sd.tagged = base.tagged
+    check_prompts(cfg, sd)
     steps, scale, negative = defaults(cfg, sd)
     size, start, finished = inputs(cfg, sd)
     check(cfg, sd, steps, scale, size, start)
@@ -330,7 +376,19 @@ def one_picture(cfg, base, prompt, seed, path, progress):
 
 
 def dry_run(cfg, device):
-    """Print what a run would take, from configurations alone."""
+    """Print what a run would take, or of a study the cell that takes most, from configurations alone."""
+    _, cells, variants = parsed(cfg) if cfg.study is not None else (None, [{}], [cfg])
+    plans = [planned_memory(variant, device) for variant in variants]
+    most = max(range(len(plans)), key=lambda i: memory.peaks(plans[i])[variants[i].offload])
+    if cfg.study is not None:
+        print(f"of {len(cells)} cells the one that takes most: {grid.label(cells[most])}")
+    for line in memory.table(plans[most], variants[most].offload):
+        print(line)
+    print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")
+
+
+def planned_memory(cfg, device):
+    """The stages of a run (memory.Stage), from configurations alone."""
     src = sources.configs(
         cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
         cfg.allow_pickle, not cfg.t5,
@@ -345,20 +403,21 @@ def dry_run(cfg, device):
     controls = [control.plan(control.parse(text)[0], net.cfg, cfg.token, cfg.allow_pickle) for text in cfg.control]
     for one in controls:
         control.check_fit(one, SimpleNamespace(net=net, channels=channels, downscale=scale))
-    height, width = cfg.height, cfg.width
     multiple = scale * getattr(net.cfg, "patch_size", 1)
-    for name, side in (("height", height), ("width", width)):
+    for name, side in (("height", cfg.height), ("width", cfg.width)):
         if side and side % multiple:
             raise UserError(f"--{name} {side} must be a positive multiple of {multiple}")
-    for name in ("init_image", "mask", "lora", "embedding", "control_image", "ip_adapter_image"):
-        value = getattr(cfg, name)
-        for text in value if isinstance(value, list) else [value] if value else []:
-            path = lora.parse(text)[0] if name == "lora" else text.removeprefix("canny:")
-            if not Path(path).exists():
-                raise UserError(f"--{name.replace('_', '-')} {printable(text)}: no such file")
+    for name, path in named_files(
+        cfg, ("init_image", "mask", "lora", "embedding", "control_image", "ip_adapter_image")
+    ):
+        if not Path(path).exists():
+            raise UserError(f"--{name.replace('_', '-')} {printable(path)}: no such file")
+    own = (net.cfg.sample_size or 64) * scale
+    picture, sizing = sizing_of(cfg)
+    opened_mask(cfg, picture)
+    height, width = canvas(cfg, sizing, (own, own), multiple, pipeline.FAMILIES[src.kind].family.keeps_size)
     if cfg.hires:  # the second pass is the larger one
-        own = (net.cfg.sample_size or 64) * scale
-        height, width = (round((side or own) * cfg.hires / scale) * scale for side in (height, width))
+        height, width = (round(side * cfg.hires / scale) * scale for side in (height, width))
     plan = pipeline.plan(
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls, device,
@@ -374,6 +433,4 @@ def dry_run(cfg, device):
             other, dtype, height, width, rows, guided, cfg.quantize, cfg.t5, 256, cfg.vae_tiling, device=device
         )
         plan += [stage._replace(name=f"refiner {stage.name.removeprefix('text_')}") for stage in more]
-    for line in memory.table(plan, cfg.offload):
-        print(line)
-    print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")
+    return plan

@@ -17,7 +17,7 @@ import train
 from nanodiff.commandline import check_bounds
 from nanodiff.config import UserError
 from nanodiff.output import images
-from nanodiff.stories import wording
+from nanodiff.stories import inputs, wording
 
 CLASSES = {
     c
@@ -26,6 +26,10 @@ CLASSES = {
     if isinstance(c, type) and dataclasses.is_dataclass(c)
 }
 SAMPLE = ("--steps", 1, "--seed", 0, "--prompt", "apple")
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
 
 
 def draw(*argv):
@@ -358,7 +362,7 @@ def test_overwriting_waits_for_what_can_be_known(tmp_path):
     ("argv", "line"),
     [
         (("--height", 12), "--height 12 must be a positive multiple of 8"),
-        (("--lora", "nosuch.safetensors:0.5"), "--lora nosuch.safetensors:0.5: no such file"),
+        (("--lora", "nosuch.safetensors:0.5"), "--lora nosuch.safetensors: no such file"),
         (("--init-image", "nosuch.png"), "--init-image nosuch.png: no such file"),
     ],
 )
@@ -398,3 +402,99 @@ def test_flags_of_messages_are_flags(tmp_path):
     ):
         code, _, err = draw("--model", TINY / "sd35-medium", "--output-dir", tmp_path, *argv)
         assert code == 2 and flag in err, err
+
+
+def test_a_transparent_map_is_shown_on_black(tmp_path):
+    """White lines on nothing, as editors of poses write them, are no blank sheet."""
+    lines = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    lines.paste((255, 255, 255, 255), (20, 0, 24, 64))
+    lines.save(tmp_path / "clear.png")
+    assert inputs.control_image(str(tmp_path / "clear.png"))[0].getpixel((0, 0)) == (0, 0, 0)
+    assert inputs.control_image(str(tmp_path / "clear.png"))[0].getpixel((21, 9)) == (255, 255, 255)
+
+
+def test_a_dry_run_plans_the_size_that_is_drawn(tmp_path):
+    Image.new("RGB", (2048, 1025)).save(tmp_path / "wide.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    plan = lambda *argv: draw("--model", TINY / "sd15", "--output-dir", tmp_path, "--dry-run", *argv)  # noqa: E731
+    code, picture, _ = plan("--init-image", tmp_path / "wide.png")
+    assert code == 0 and picture == plan("--height", "1024", "--width", "2048")[1] != plan()[1]
+    code, _, err = plan("--init-image", tmp_path / "wide.png", "--mask", tmp_path / "mask.png")
+    assert code == 2 and "is 64x64, --init-image is 2048x1025" in err
+
+
+def test_a_picture_that_is_squeezed_is_said_and_a_controlnet_keeps_its_size(tmp_path):
+    size = lambda control, mask: inputs.canvas(  # noqa: E731
+        SimpleNamespace(mask=mask, control=control, mask_padding=None, height=None, width=None),
+        Image.new("RGB", (128, 96)),
+        (64, 64),
+        8,
+        True,
+    )
+    assert size([], None) == (96, 128) and size([], "m") == (64, 64) and size(["c"], "m") == (96, 128)
+    Image.new("RGB", (128, 96), "green").save(tmp_path / "wide.png")
+    Image.new("L", (128, 96), 255).save(tmp_path / "mask.png")
+    argv = ("--model", TINY / "sd15", "--steps", "2", "--seed", "1", "--init-image", tmp_path / "wide.png")
+    _, _, err = draw(*argv, "--output-dir", tmp_path / "a", "--mask", tmp_path / "mask.png")
+    assert "is 128x96, drawn as 128x128: its proportions change" in err
+    _, _, err = draw(*argv, "--output-dir", tmp_path / "b")
+    assert "proportions" not in err
+
+
+def test_a_picture_from_a_picture_is_repeated(tmp_path):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    argv = ("--init-image", tmp_path / "in.png", "--strength", "0.6", "--mask", tmp_path / "mask.png", "--mask-blur", 2)
+    code, _, err = draw("--model", TINY / "sd15", "--steps", 4, "--seed", 1, *argv, "--output-dir", tmp_path / "a")
+    assert code == 0, err
+    first = tmp_path / "a" / "00000.png"
+    code, _, err = in_process(sample, "sample.py", "--from-image", first, "--output-dir", tmp_path / "b")
+    assert code == 0 and (tmp_path / "b" / "00000.png").read_bytes() == first.read_bytes(), err
+    (tmp_path / "in.png").rename(tmp_path / "moved.png")
+    code, _, err = in_process(sample, "sample.py", "--from-image", first, "--output-dir", tmp_path / "c")
+    assert code == 2 and "name it with --init-image" in err
+    named = ("--from-image", first, "--init-image", tmp_path / "moved.png", "--output-dir", tmp_path / "c")
+    code, _, err = in_process(sample, "sample.py", *named)
+    assert code == 0 and (pixels(tmp_path / "c" / "00000.png") == pixels(first)).all(), err
+
+
+def test_a_turbo_takes_a_step_from_a_picture(tmp_path):
+    """Its one step at our strength of 0.8 would be none; nobody said either number."""
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
+    turbo = lambda *argv: in_process(
+        sample, "sample.py", "--model", TINY / "sd-turbo", "--prompt", "a", "--seed", 1, *argv
+    )  # noqa: E731
+    code, out, err = turbo("--init-image", tmp_path / "in.png", "--output-dir", tmp_path / "a")
+    assert code == 0 and "steps=2" in out, err
+    code, _, err = turbo("--hires", "1.5", "--output-dir", tmp_path / "b")
+    assert code == 0, err
+    code, _, err = turbo("--steps", 1, "--init-image", tmp_path / "in.png", "--output-dir", tmp_path / "c")
+    assert code == 2 and "leaves no step to take" in err
+
+
+def test_parts_of_the_steps_that_hold_none_are_said(tmp_path):
+    flow = ("--model", TINY / "sd35-medium", "--seed", 1, "--skip-layers", "0")
+    _, _, err = draw(*flow, "--steps", 5, "--output-dir", tmp_path / "a")
+    assert "skip-layer guidance from 0.01 to 0.2 of the steps: does nothing in 5 steps" in err
+    _, _, err = draw(*flow, "--steps", 5, "--skip-layer-stop", "0.9", "--output-dir", tmp_path / "b")
+    assert "does nothing" not in err
+    code, _, err = draw(*flow, "--skip-layer-start", "0.3", "--output-dir", tmp_path / "c")
+    assert code == 2 and "from 0.3 to 0.2 of the steps is no part of them" in err
+
+
+def test_what_is_written_and_what_is_overwritten(tmp_path):
+    """Names without a seed never write over this run's own; numbers go on after whatever has one; --overwrite takes all its run wrote."""
+    argv = ("--model_id", str(TINY / "sd15"), "--prompt", "a", "--steps", "1", "--seed", "1", "--num-images", "3")
+    for _ in range(2):
+        code, _, err = in_process(sample, "sample.py", *argv, "--output_dir", tmp_path / "named", "--overwrite")
+        assert code == 0 and len(list((tmp_path / "named").glob("*.png"))) == 3, err
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "00000.jpg").write_bytes(b"")
+    (tmp_path / "ds" / "00000.txt").write_text("my own caption")
+    tiny = ("--model", TINY / "sd15", "--steps", 1, "--seed", 1)
+    code, _, err = draw(*tiny, "--txt", "--output-dir", tmp_path / "ds")
+    assert code == 0 and (tmp_path / "ds" / "00000.txt").read_text() == "my own caption", err
+    assert (tmp_path / "ds" / "00001.png").exists() and (tmp_path / "ds" / "00001.txt").exists()
+    draw(*tiny, "--txt", "--save-latents", "--num-images", 2, "--output-dir", tmp_path / "o")
+    draw(*tiny, "--overwrite", "--output-dir", tmp_path / "o")
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"00000.png", "run.json"}

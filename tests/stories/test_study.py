@@ -208,3 +208,64 @@ def test_a_record_is_data_not_paths(tmp_path, pictures):
         return
     with pytest.raises(UserError, match=r"study\.json"):
         do(tmp_path, "--study", "steps=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "different"),
+    [
+        ("hires=none,1.5", ("--hires-steps", "2", "--hires-strength", "0.9"), 2),
+        ("init-image=none,IN", ("--strength", "0.9"), 2),
+        ("perturbed_scale=0,3", ("--perturbed-layers", "up_blocks.1"), 2),
+        ("lora=none,LORA", ("--lora-scale", "0.5"), 2),
+        ("hires_steps=2,3;hires=none,1.5", ("--hires-strength", "0.9"), 3),
+    ],
+)
+def test_what_an_option_needs_may_be_an_axis(tmp_path, text, more, different):
+    """Only the cells are checked, and what one does not need there is as if it had not been given."""
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
+    text = text.replace("IN", str(tmp_path / "in.png")).replace(
+        "LORA", str(TINY.parent / "lora/sd15.kohya.safetensors")
+    )
+    rows = do(tmp_path / "s", "--study", text, "--steps", "2", "--guidance-scale", "2", *more, "--nrow", "1")
+    assert len({Image.open(tmp_path / "s" / r["file"]).tobytes() for r in rows}) == different
+    assert Image.open(tmp_path / "s" / "study.png").width < 300, "--nrow"
+
+
+def test_an_option_without_its_need_in_any_cell_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--hires-steps does nothing without --hires"):
+        do(tmp_path, "--study", "steps=1,2", "--hires-steps", "3")
+
+
+def test_an_impossible_cell_does_not_stop_the_others(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"1 of 3 cells cannot be drawn, such as height 100: `height` 100"):
+        do(tmp_path, "--study", "height=64,100,72", "--steps", "1")
+    rows = list(csv.DictReader((tmp_path / "study.csv").open()))
+    assert [r["height"] for r in rows] == ["64", "72"] and "note: height 100: not drawn" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "run.json").read_text())["results"]["refused"]) == ["height 100"]
+    with pytest.raises(UserError, match="none of 2 cells can be drawn"):
+        do(tmp_path / "none", "--study", "height=100,101", "--steps", "1")
+    assert not (tmp_path / "none" / "run.json").exists()
+
+
+def test_a_file_that_changed_is_drawn_again(tmp_path):
+    path, out = tmp_path / "in.png", tmp_path / "s"
+    argv = ("--study", "strength=0.5,0.9", "--init-image", str(path), "--steps", "2")
+    taken = lambda: json.loads((out / "run.json").read_text())["results"]["taken_over"]  # noqa: E731
+    Image.new("RGB", (64, 64), "green").save(path)
+    do(out, *argv)
+    path.write_bytes(path.read_bytes())  # the same again, at another time
+    do(out, *argv)
+    assert taken() == 2
+    Image.new("RGB", (72, 64), "green").save(path)
+    rows = do(out, *argv)
+    assert taken() == 0 and {Image.open(out / r["file"]).width for r in rows} == {72}
+
+
+def test_a_dry_run_plans_the_cell_that_takes_most(tmp_path, capsys):
+    plan = lambda *argv: (  # noqa: E731
+        sampling.main(commandline.parse(sample.Config, [*MODEL, "--output-dir", str(tmp_path), "--dry-run", *argv])),
+        capsys.readouterr().out,
+    )[1]
+    found = plan("--study", "height=64,2048,128;width=64,1024")
+    assert "of 6 cells the one that takes most: height 2048, width 1024" in found
+    assert found.splitlines()[1:] == plan("--height", "2048", "--width", "1024").splitlines()
