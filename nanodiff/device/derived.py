@@ -1,5 +1,10 @@
 """What is derived from a module's weights and kept: beside them, in an attribute `phases` (models/upsample.py); what it says of a prompt (pipeline/conditions.py); a
-recording of its kernels. Who changes, moves or records weights must say so here."""
+recording of its kernels. Who changes, moves or records weights must say so here; a pipeline notices by itself, before it draws, what was written behind
+PyTorch's back (`parameter.data`, as many averages of weights are copied): see noticed()."""
+
+import torch
+
+SAMPLED, EACH = 16, 8  # weights that noticed() looks at, and numbers of each
 
 
 def _keepers(module):
@@ -14,13 +19,35 @@ def weights_changed(module):
             m.phases = ()
 
 
+def stamp(tensor):
+    """A number that is another one after every write that PyTorch sees; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def noticed(module):
+    """weights_changed(), where some numbers of the weights are others than at the last call."""
+    own = [
+        t.detach()
+        for t in module.parameters()
+        if type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() and not t.is_meta
+    ]
+    some = own[:: max(1, len(own) // SAMPLED)]
+    picked = [
+        t[(slice(None, None, max(1, len(t) // EACH)), *[0] * (t.dim() - 1))] if t.dim() else t[None] for t in some
+    ]
+    seen = torch.cat([p.float() for p in picked]).cpu().numpy().tobytes() if picked else b""
+    if seen != getattr(module, "seen", seen):
+        weights_changed(module)
+    module.seen = seen
+
+
 def version(module):
     """A value that is another one when a module may say another thing of the same input: its weights were written or changed (weights_changed), or a hook
     beside them, such as a LoRA, came, went or has another `scale`. Where the weights lie is no part of it."""
     tensors = [*module.parameters(), *module.buffers()]
     hooks = [h for m in module.modules() for h in m._forward_hooks.values()]
     owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]
-    written = tuple(0 if t.is_inference() else t._version for t in tensors)
+    written = tuple((stamp(t), t.dtype) for t in tensors)
     return getattr(module, "changes", 0), written, tuple((o, getattr(o, "scale", None)) for o in owners)
 
 

@@ -97,11 +97,17 @@ def _differentiated(module, x):
     return learns or dual(x, module.weight, module.bias)
 
 
+def _otherwise(module, x):
+    """Must a direct layer take PyTorch's way: for a gradient, or since autocast says in which type it computes?"""
+    return _differentiated(module, x) or x.dtype != module.weight.dtype or torch.is_autocast_enabled("cpu")
+
+
 def _for_inference(module, x):
+    """x in the type of a packed layer, which has no other, whatever autocast says."""
     if _differentiated(module, x):
-        raise RuntimeError(
-            "this model was prepared for inference on a CPU; call nanodiff.onednn.undo(model) to train or differentiate it"
-        )
+        raise RuntimeError("this model was prepared for inference on a CPU; call nanodiff.device.onednn.undo(model) to "
+                           "train or differentiate it")  # fmt: skip
+    return x.to(module.weight.dtype)
 
 
 def _geglu(y):
@@ -179,19 +185,19 @@ class DirectLinear(nn.Linear):
     """A linear layer by oneDNN instead of MKL, unless a gradient is wanted (a LoRA trained around frozen weights)."""
 
     def forward(self, x):
-        if _differentiated(self, x):
+        if _otherwise(self, x):
             return super().forward(x)
         return product(x, self.weight, self.bias)
 
     def geglu(self, x):
         """value · gelu(gate) of the two halves of what forward() gives."""
-        if _differentiated(self, x) or traced(x):
+        if _otherwise(self, x) or traced(x):
             return _geglu(self.forward(x))
         return _gated(x, *self.weight.chunk(2), self.bias)
 
     def gelu(self, x):
         """gelu(forward(x)) in its tanh form."""
-        if _differentiated(self, x):
+        if _otherwise(self, x):
             return _gelu(super().forward(x))
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
 
@@ -208,12 +214,8 @@ class PackedLinear(nn.Linear):
             self.packed = [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in parts]
             _release(self)
 
-    def _parts(self, x):
-        _for_inference(self, x)
-        return self.packed
-
     def _product(self, x, end, form):
-        parts = self._parts(x)
+        x, parts = _for_inference(self, x), self.packed
         biases = [None] * len(parts) if self.bias is None else self.bias.chunk(len(parts))
         made = [
             torch.ops.mkldnn._linear_pointwise(x, part, bias, end, [], form)
@@ -227,7 +229,7 @@ class PackedLinear(nn.Linear):
     def geglu(self, x):
         """value · gelu(gate) of the two halves of what forward() gives; for a layer whose module has said `halves = 2` of it, so that how it is
         packed does not hang on who called it first (an adapter calls forward())."""
-        return _geglu(self.forward(x)) if traced(x) else _gated(x, *self._parts(x), self.bias)
+        return _geglu(self.forward(x)) if traced(x) else _gated(_for_inference(self, x), *self.packed, self.bias)
 
     def gelu(self, x):
         """gelu(forward(x)) in its tanh form."""
@@ -240,7 +242,7 @@ class PackedConv2d(nn.Conv2d):
     packed = None
 
     def forward(self, x):
-        _for_inference(self, x)
+        x = _for_inference(self, x)
         where = (self.padding, self.stride, self.dilation, self.groups)
         if self.packed is None:
             self.packed = [torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *where, tuple(x.shape))]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, short
 from nanodiff.device import int8, memory, onednn
 
 BLOCK = 64
@@ -159,8 +159,10 @@ def apply(model, kind, device="cpu", home=None):
     (default: there too). In int8, on a CPU with instructions for it, what the model names as behind a norm (after_norm(), convolutions too) is
     multiplied in 8 bits.
 
-    Raises UserError when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
+    Raises UserError for another kind than KINDS, and when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
     """
+    if kind not in KINDS:
+        raise UserError(f"`quantize` {short(kind)}: is none of {', '.join(KINDS)}")
     onednn.undo(model)
     for layer, size in after_norm(model) if in_8_bits(kind, device) else ():
         weight = layer.weight.data

@@ -125,6 +125,7 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
     return groups, strange
 
 
+WHOSE = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # lora_adapter_metadata speaks of
 # of adapter_config.json
 ADAPTER = {"use_rslora": bool, "use_dora": bool, "lora_alpha": float, "alpha_pattern": dict, "peft_type": str}
 
@@ -140,7 +141,13 @@ def _settings(file, metadata):
         if not isinstance(flat, dict):
             raise UserError(f"{file}: lora_adapter_metadata is no JSON object")
         for key, value in flat.items():
-            prefix, _, name = key.partition(".")
+            prefix, _, name = key.rpartition(
+                "."
+            )  # without one of the denoiser alone, as its save_lora_adapter() writes it
+            if prefix not in ("", *WHOSE):
+                raise UserError(
+                    f"{file}: lora_adapter_metadata is of {printable(prefix)!r}, none of {', '.join(WHOSE)}"
+                )
             settings.setdefault(prefix, {})[name] = value
     config = file.parent / "adapter_config.json"
     if file.name == "adapter_model.safetensors" and config.exists():

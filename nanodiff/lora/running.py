@@ -55,10 +55,11 @@ def attach(models: dict[str, nn.Module], lora: Lora, scale: float = 1.0) -> Atta
 
 
 class Fused:
-    """A LoRA added into the weights. remove() puts back the very weights that were there before, if they were kept."""
+    """A LoRA added into the weights. remove() puts back the very weights that were there before, if they were kept; where the weights have become
+    others since (another LoRA was fused over this one, they were trained or cast) it takes its own part out of them, within rounding."""
 
     def __init__(self, models, lora, scale, keep=True):
-        self.before, self.models = [], models
+        self.before, self.models, self.scale = [], models, scale
         for model in models.values():
             onednn.undo(model)
         layers = [models[d.component].get_submodule(d.module) for d in lora.deltas]
@@ -77,18 +78,24 @@ class Fused:
                 shared = (
                     weight.data.untyped_storage().nbytes() > weight.data.nbytes
                 )  # such as with q and k (layers.join)
-                self.before.append((weight, weight.data.clone() if shared else weight.data))
-            delta = d.matrix(weight.shape).to(weight.device)
-            # never in place: it may be a mapped file
-            weight.data = (weight.data.float() + scale * delta).to(weight.dtype)
+                self.before.append((weight, weight.data.clone() if shared else weight.data, d))
+            weight.data = self._with(d, weight.data, scale)  # never in place: it may be a mapped file
         for model in models.values():
             derived.weights_changed(model)
 
+    @staticmethod
+    def _with(delta, data, scale):
+        return (data.float() + scale * delta.matrix(data.shape).to(data.device)).to(data.dtype)
+
     def remove(self) -> None:
+        """Take it out again; a second time there is nothing to take."""
         for model in self.models.values():
             onednn.undo(model)
-        for weight, data in reversed(self.before):
-            weight.data = data
+        for weight, data, delta in reversed(self.before):
+            data = data.to(weight.device)
+            ours = data.dtype == weight.dtype and torch.equal(weight.data, self._with(delta, data, self.scale))
+            weight.data = data if ours else self._with(delta, weight.data, -self.scale)
+        self.before = []
         for model in self.models.values():
             derived.weights_changed(model)
 

@@ -47,10 +47,13 @@ FIXED = {
     "return_dict": [True],
 }
 QUICK_GELU = 1.702  # x·σ(1.702 x) is within 0.021 of the exact GELU; weights are of use with the one they were trained with alone
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU * x),
-    "gelu": F.gelu,
-}
+
+
+def _quick_gelu(x):  # by name, so that a model can be pickled
+    return x * torch.sigmoid(QUICK_GELU * x)
+
+
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
 
 
 @dataclass

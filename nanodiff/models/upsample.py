@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanodiff.device import derived
 from nanodiff.models.layers import _lean, _plain, kernels
 
 
@@ -41,9 +42,9 @@ class Upsample(nn.Module):
         weight, bias = self.conv.weight, self.conv.bias
         state = (
             weight.data_ptr(),
-            weight._version,
+            derived.stamp(weight),
             bias.data_ptr(),
-            bias._version,
+            derived.stamp(bias),
             weight.dtype,
             weight.device,
             type(self.conv),

@@ -89,8 +89,8 @@ def fit(image, width, height):
 
 
 def to_pixels(image):
-    """PIL RGB -> [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """A PIL picture, taken as RGB -> [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 # of CLIP's pictures, by which they are normed

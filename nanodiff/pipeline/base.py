@@ -14,6 +14,8 @@ Explained in the book (docs/book): chapter 10.
 
 import itertools
 import operator
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 
 from nanodiff.config import UserError, short
-from nanodiff.device import memory, onednn
+from nanodiff.device import derived, memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.models.unet import UNet2DConditionModel, perturbed
@@ -51,7 +53,9 @@ class Result:
     output_type: str = "pil"  # of `images`
 
     def to_pil(self) -> list:
-        """The pictures as PIL images."""
+        """The pictures as PIL images. Raises UserError where none were decoded."""
+        if self.pixels is None:
+            raise UserError('`output_type` "latent" decodes no pictures; Pipeline.decode() makes them of `latents`')
         return images.to_pil(self.pixels)
 
     @property
@@ -213,7 +217,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """One batch of pictures, one per prompt; a single text is a batch of one.
 
         drawing, start, words, and in `settings` single fields of theirs by name (`steps=25`, `image=…`, `prompt_2=…`): see
-        settings.py. seeds: one per prompt (default 0, 1, …), or `generators`, CPU ones. sampler: a function in place of the
+        settings.py. Threads that draw with one denoiser wait for each other. seeds: one per prompt (default 0, 1, …), or `generators`, CPU ones. sampler: a function in place of the
         schedule's own sampler, called as samplers.py says. on_step(i, n, Step) is called after each step. decode(latents):
         in place of the VAE's. output_type: of Result.images, "pil" or "np"; "latent": nothing is decoded. Raises UserError for settings that make no sense.
         """
@@ -223,7 +227,31 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             raise UserError(f"`sampler` {short(sampler)}: expected a function; with_scheduler() takes a name")
         prompts, generators = _counted(prompts, seeds, generators)
         drawing, start, words = grouped(settings, drawing or Drawing(), start or Start(), words or Words())
+        negative_prompt = _negative(negative_prompt)
         steps, scale, height, width = self.checked(len(prompts), drawing, start, words)
+        with _one_at_a_time(self.net):
+            return self._generate(prompts, negative_prompt, drawing, start, words, generators, (steps, scale, height, width), sampler,
+                                  keep_steps, on_step, decode, output_type)  # fmt: skip
+
+    def _generate(
+        self,
+        prompts,
+        negative_prompt,
+        drawing,
+        start,
+        words,
+        generators,
+        resolved,
+        sampler,
+        keep_steps,
+        on_step,
+        decode,
+        output_type,
+    ):
+        """generate() of what has been checked; resolved: (steps, guidance scale, height, width)."""
+        steps, scale, height, width = resolved
+        for model in self.models().values():
+            derived.noticed(model)
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
@@ -403,6 +431,28 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """SDXL's size condition; None for the others."""
 
 
+_locks, _making = weakref.WeakKeyDictionary(), threading.Lock()  # {denoiser: its RLock}
+
+
+def _one_at_a_time(net):
+    """Settings such as FreeU, and weights that come and go, are the network's while it draws."""
+    with _making:
+        return _locks.setdefault(net, threading.RLock())
+
+
+def _negative(given):
+    """A negative prompt as text, list of texts or None. Raises UserError."""
+    if given is None or isinstance(given, str):
+        return given
+    try:
+        given = list(given)
+    except TypeError:
+        given = [given]
+    if not all(isinstance(p, str) for p in given):
+        raise UserError(f"`negative_prompt` {short(given)}: expected a text, or a list of some")
+    return given
+
+
 def _counted(prompts, seeds, generators):
     """([prompt], generators), as many of each. Raises UserError where they do not agree: a picture of another's noise is nobody's."""
     try:
@@ -419,6 +469,12 @@ def _counted(prompts, seeds, generators):
             generators = [torch.Generator().manual_seed(s) for s in seeds]
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UserError(f"`seeds` {short(seeds)}: expected whole numbers, one for each prompt") from None
+    if not isinstance(generators, torch.Generator):
+        generators = list(generators) if hasattr(generators, "__iter__") else [generators]
+        if odd := [g for g in generators if not isinstance(g, torch.Generator)]:
+            raise UserError(
+                f"`generators` {short(odd[0])}: expected torch.Generators, one for each prompt or one for all"
+            )
     if not isinstance(generators, torch.Generator) and len(generators) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(generators)} seeds: one of each makes a picture")
     return prompts, generators

@@ -115,7 +115,9 @@ class Conditions:
         Each different prompt is encoded once and kept, until the encoders change. What does not fit is said. length: tokens of T5.
         """
         how = (clip_skip, long_prompts, weighted, length)
-        versions = tuple(derived.version(e) for e in self.encoders if e is not None)
+        kind = self.device.type
+        auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        versions = (auto, *(derived.version(e) for e in self.encoders if e is not None))
         keys = [(*_per_encoder(t, len(self.encoder_names)), *how, versions) for t in texts]
         missing, fresh = {}, {}  # those of one length together: none is filled because of its neighbours
         for k in dict.fromkeys(keys):
@@ -130,7 +132,7 @@ class Conditions:
         while len(self.kept) > 1 and sum(_bytes(t) for t in self.kept.values()) > CACHE_BYTES:
             self.kept.popitem(last=False)
         return self.joined(
-            [Text(*(None if p is None else p.to(self.device) for p in found[k])) for k in keys], clip_skip
+            [Text(*(None if p is None else p.to(self.device, self.dtype) for p in found[k])) for k in keys], clip_skip
         )
 
     def chunks(self, texts, long_prompts, weighted):
@@ -231,12 +233,18 @@ class Conditions:
     def learn_word(self, name, vectors, path):
         """Teach the text encoders a word: {"clip_l", "clip_g" or "" (of the only one): vectors [n, D]}; path: where it is from, for errors."""
         clips = {"clip_l": 0, "clip_g": 1, "": 0}
-        for key, value in vectors.items():
-            i = clips[key]
-            if i >= len(self.encoders) or not isinstance(self.encoders[i], CLIPTextModel):
-                raise UserError(f"{path}: has {key} vectors, this model has one text encoder; it is for SDXL or SD 3")
-            prompt.add_embedding(self.tokenizers[i], self.encoders[i], name, value)
+        if strange := [
+            k for k in vectors if not isinstance(dict(enumerate(self.encoders)).get(clips[k]), CLIPTextModel)
+        ]:
+            raise UserError(
+                f"{path}: has {strange[0]} vectors, this model has one text encoder; it is for SDXL or SD 3"
+            )
         if len([e for e in self.encoders if isinstance(e, CLIPTextModel)]) > len(vectors):
             raise UserError(f"{path}: has vectors for one text encoder, this model has two; it is for SD 1 or 2")
+        pupils = [(self.tokenizers[clips[key]], self.encoders[clips[key]], value) for key, value in vectors.items()]
+        for pupil in pupils:  # all of them before any: a word that one of two encoders knows would be half a word
+            prompt.check_embedding(*pupil[:2], name, pupil[2])
+        for tokenizer, encoder, value in pupils:
+            prompt.add_embedding(tokenizer, encoder, name, value)
         self.kept.clear()
         return name

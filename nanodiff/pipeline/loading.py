@@ -26,7 +26,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     scheduler: str | None = None,
-    offload: str = "none",
+    offload: str | None = "none",
     quantized: str | None = None,
     no_t5: bool = False,
     components: str | None = None,
@@ -36,17 +36,27 @@ def load(
 ) -> Pipeline:
     """A Pipeline from a folder, single file or Hub id (see hub.resolve), from what source() returned, or the embedded model.
 
-    dtype: type in which everything computes. scheduler: name of another sampler than the model's own
+    dtype: type in which everything computes; None leaves each part in its file's, to be saved again or, where these are of two bytes or more, drawn with.
+    scheduler: name of another sampler than the model's own
     (samplers.SAMPLERS). offload: see memory.Resident. quantized: "int8" or "nf4" for the denoiser and T5. no_t5: leave
     SD 3's third text encoder out. components, prediction_type, allow_pickle: for single files, see source().
     """
     model = EMBEDDED if model is None else model
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise UserError(f"`dtype` {short(dtype)}: expected a floating-point torch.dtype, such as torch.bfloat16")
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise UserError(f"`device` {short(device)}: is no device of torch's, such as 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("`device` cuda: there is none here, or this PyTorch was built without it")
+    offload = "none" if offload is None else offload
+    for field, value, known in (
+        ("offload", offload, memory.OFFLOADS),
+        ("quantized", quantized, (None, *quantize.KINDS)),
+    ):
+        if value not in known:
+            raise UserError(f"`{field}` {short(value)}: is none of {', '.join(map(repr, known))}")
     ready = isinstance(model, Folder | Single)
     src = model if ready else source(model, variant, revision, token, components, prediction_type, allow_pickle, no_t5)
     family = FAMILIES[src.kind]
@@ -68,7 +78,8 @@ def load(
             if offload == "none":
                 quantize.rest(modules[part], dtype, device)
         if offload != "none":  # the VAE is small, and its tiled decode reaches into its blocks
-            memory.Resident(modules[part], dtype, device, blocks=offload == "sequential" and part != "vae")
+            own = dtype or memory.dtype_of(modules[part])
+            memory.Resident(modules[part], own, device, blocks=offload == "sequential" and part != "vae")
     denoiser = modules.pop(family.denoiser_name)
     vae = modules.pop("vae", None)
     encoders = [modules.get(n) for n in family.encoder_names]

@@ -5,7 +5,7 @@ Explained in the book (docs/book): chapter 10.
 
 import torch
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, short
 from nanodiff.device import memory
 from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
@@ -127,4 +127,10 @@ def known_sizes(sizes, known):
     for key in sizes:
         if key.removeprefix("negative_") not in known:
             raise UserError(f"`{key}`: this model has no such condition")
+        numbers = [sizes[key]] if key.endswith("score") else sizes[key]
+        pair = key.endswith("score") or (isinstance(numbers, list | tuple) and len(numbers) == 2)
+        if not pair or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+            raise UserError(
+                f"`{key}` {short(sizes[key])}: expected {'a number' if key.endswith('score') else 'a pair of numbers'}"
+            )
     return sizes

@@ -115,6 +115,17 @@ def check_kinds(drawing: Drawing, start: Start, words: Words) -> None:
         value = getattr(drawing, name)
         if value is not None and not isinstance(value, kind):
             raise UserError(f"`{name}` {short(value)}: expected a {kind.__name__}")
+    for group, name, kind in ((drawing, "churn", Churn), (drawing, "sizes", dict)):
+        value = getattr(group, name)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"`{name}` {short(value)}: expected a {kind.__name__}")
+    for name in ("controls", "pictures"):
+        if not isinstance(getattr(drawing, name), list | tuple):
+            raise UserError(f"`{name}` {short(getattr(drawing, name))}: expected a tuple")
+    for name, optional in (("clip_skip", False), ("max_sequence_length", True)):
+        value = getattr(words, name)
+        if not (optional and value is None) and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise UserError(f"`{name}` {short(value)}: expected a whole number")
     if words.weighted not in (None, False, True, "comfyui"):
         raise UserError(f"`weighted` {short(words.weighted)}: is none of False, True, 'comfyui'")
     if not isinstance(words.syntax, bool):
@@ -141,8 +152,12 @@ def check_pixels(start: Start, rows: int, height: int, width: int) -> None:
             value.is_floating_point() or (name == "mask" and value.dtype == torch.bool)
         )
         if not known:
+            made = {
+                "image": "output.images.to_pixels(picture)[None] makes one of a PIL picture",
+                "mask": "1 where it is repainted",
+            }
             raise UserError(
-                f"`{name}`: expected a tensor of floats in [{low:g}, 1]; output.images.to_pixels() makes one of a PIL picture"
+                f"`{name}`: expected a tensor of floats in [{low:g}, 1], {[rows, channels, height, width]}; {made[name]}"
             )
         if value.dim() != 4 or value.shape[0] not in (1, rows) or tuple(value.shape[1:]) != (channels, height, width):
             raise UserError(

@@ -144,6 +144,35 @@ class Component(Folder):
         return self.own if name == self.part else self.path / name
 
 
+class Denoiser(Folder):
+    """A denoiser alone, in a file with a Hub folder's names but without its config.json (as distilled UNets are published), in place of a pipeline's own."""
+
+    def __init__(self, path, part, rest, variant=None):
+        if rest is None:
+            raise UserError(
+                f"{path}: a {part} alone, not a pipeline; name the pipeline that it is for with `components`"
+            )
+        super().__init__(rest.path, variant)
+        if part not in self.parts:
+            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
+        self.part, self.own = part, path
+
+    def module(self, name, dtype, device):
+        if name != self.part:
+            return super().module(name, dtype, device)
+        return weights.load(self.builder(name), self.own, dtype, device, cfg=self.config(name))
+
+
+def denoiser_in(path):
+    """ "unet" or "transformer", where a safetensors file holds one alone by its tensors' names in a Hub folder; else None."""
+    if path.suffix in weights.PICKLES:
+        return None
+    first = {"unet": ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "conv_out.weight", "mid_block.resnets.0.time_emb_proj.weight"),
+             "transformer": ("pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight", "proj_out.weight")}  # fmt: skip
+    names = weights.header([path])
+    return next((part for part, some in first.items() if all(name in names for name in some)), None)
+
+
 def source(
     model: str | Path,
     variant: str | None = None,
@@ -155,7 +184,7 @@ def source(
     no_t5: bool = False,
     without: Sequence[str] = (),
 ) -> Folder | Single:
-    """The Folder, Component or single.Single that `model` names. components: what a single file or a component
+    """The Folder, Component, Denoiser or single.Single that `model` names. components: what a single file or a component
     lacks comes from here. without: components whose weights are not wanted, so not downloaded."""
     skip = (*without, *(("text_encoder_3", "tokenizer_3") if no_t5 else ()))
     path = hub.resolve(model, revision, token, variant, skip)
@@ -169,6 +198,10 @@ def source(
         if (path / "model_index.json").exists() and rest:
             raise UserError(f"`components` is for single files and single components; {path} is a whole pipeline")
         return Component(path, rest, variant) if not (path / "model_index.json").exists() else Folder(path, variant)
+    if part := denoiser_in(path):
+        if prediction_type:
+            raise UserError(f"`prediction_type` is for single-file checkpoints; {path} is a {part} alone")
+        return Denoiser(path, part, rest, variant)
     return Single(path, BUILDERS, rest, prediction_type, allow_pickle)
 
 

@@ -230,8 +230,8 @@ def load_embedding(path, allow_pickle=False):
     return path.stem if name in ("emb_params", "*") else name, {"": vectors}
 
 
-def add_embedding(tokenizer, model, name, vectors):
-    """Teach a tokenizer and its CLIP text encoder the word `name` of n vectors [n, D]. Raises UserError."""
+def check_embedding(tokenizer, model, name, vectors):
+    """Raise UserError for a word that add_embedding() cannot teach."""
     table = model.text_model.embeddings.token_embedding
     if not name.strip() or not len(vectors):
         raise UserError(f"learned word {printable(name)!r}: {'has no name' if not name.strip() else 'has no vectors'}")
@@ -239,6 +239,13 @@ def add_embedding(tokenizer, model, name, vectors):
         raise UserError(
             f"learned word {printable(name)}: vectors of width {vectors.shape[1]}, the text encoder has {table.weight.shape[1]}"
         )
+    tokenizer.check_word(name, len(vectors))
+
+
+def add_embedding(tokenizer, model, name, vectors):
+    """Teach a tokenizer and its CLIP text encoder the word `name` of n vectors [n, D]. Raises UserError, and then nothing has changed."""
+    check_embedding(tokenizer, model, name, vectors)
+    table = model.text_model.embeddings.token_embedding
     first = table.weight.shape[0]
     tokenizer.add_word(name, range(first, first + len(vectors)))
     # in the same parameter, which may be one that memory.Resident moves

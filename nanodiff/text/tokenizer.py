@@ -117,11 +117,16 @@ class CLIPTokenizer:
     def add_word(self, word, ids):
         """Let `word` stand for the token ids of a learned word (textual inversion); those after the first are WORD_1, WORD_2, …
         too, the names by which diffusers keeps them."""
-        ids, names = list(ids), [word, *(f"{word}_{k}" for k in range(1, len(ids)))]
+        ids = list(ids)
+        for k, name in enumerate(self.check_word(word, len(ids))):
+            self._add(name, ids[k:] if k == 0 else ids[k : k + 1])
+
+    def check_word(self, word, n):
+        """The names of a learned word of n vectors. Raises UserError for one that is there."""
+        names = [word, *(f"{word}_{k}" for k in range(1, n))]
         if taken := [name for name in names if self.backend.token_to_id(name) is not None]:
             raise UserError(f"learned word {printable(taken[0])}: the tokenizer already has this word")
-        for k, name in enumerate(names):
-            self._add(name, ids[k:] if k == 0 else ids[k : k + 1])
+        return names
 
     def _add(self, word, ids):
         if self.backend.token_to_id(word) is None:

@@ -117,7 +117,7 @@ def load(
     cfg: object = None,
     without: Sequence[str] = (),
 ) -> torch.nn.Module:
-    """The model `cls` of a Hub component folder (config.json + weights), in eval mode.
+    """The model `cls` of a Hub component folder (config.json + weights), or of one file of weights in its names (then cfg says what it is), in eval mode.
 
     dtype: torch dtype, None keeps the stored one. without: parts of the file that are not wanted, by the first word of their
     names. Each tensor goes from the file straight to its final type and device.
@@ -126,7 +126,7 @@ def load(
     if torch.device(device).type == "cpu":
         keep_freed_memory()
     cfg = cfg or cls.Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    paths = find_files(folder, variant)
+    paths = [folder] if folder.is_file() else find_files(folder, variant)
     shapes = header(paths)
     _check_depth(cfg, shapes, folder)
     model = skeleton(cls, cfg)
@@ -241,6 +241,10 @@ def save(
     folder = Path(folder)
     if state is None and any(hasattr(m, "stands_for") for m in model.modules()):
         raise UserError(f"{folder}: a quantized model cannot be saved; save it as it was before")
+    if state is None and any(hasattr(m, "lora_scale") for m in model.modules()):
+        raise UserError(
+            f"{folder}: the model has adapters of a LoRA in training, which no reader knows; lora.trained() gives them"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
     # None is left out where a reader has it by itself

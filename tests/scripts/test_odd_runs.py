@@ -461,9 +461,10 @@ def test_a_picture_from_a_picture_is_repeated(tmp_path):
 def test_a_turbo_takes_a_step_from_a_picture(tmp_path):
     """Its one step at our strength of 0.8 would be none; nobody said either number."""
     Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
-    turbo = lambda *argv: in_process(
-        sample, "sample.py", "--model", TINY / "sd-turbo", "--prompt", "a", "--seed", 1, *argv
-    )  # noqa: E731
+
+    def turbo(*argv):
+        return in_process(sample, "sample.py", "--model", TINY / "sd-turbo", "--prompt", "a", "--seed", 1, *argv)
+
     code, out, err = turbo("--init-image", tmp_path / "in.png", "--output-dir", tmp_path / "a")
     assert code == 0 and "steps=2" in out, err
     code, _, err = turbo("--hires", "1.5", "--output-dir", tmp_path / "b")
