@@ -93,8 +93,6 @@ class Common(Training):
             mine = name == "resume" and value not in (None, "auto", "latest")
             if value and (mine or Path(under(self.base_dir, value)).exists()):
                 setattr(self, name, under(self.base_dir, value))
-        if getattr(self, "snr_clip", None) and not self.snr_weighting:
-            raise UserError("--snr-clip is for --snr-weighting; the clipped weighting of every prediction is --min-snr")
         if self.dataset_config_name:
             self.data = str(Path(self.data) / self.dataset_config_name)
         if self.no_mixed_precision:
@@ -275,8 +273,8 @@ PRESETS = {
         # S0: fine-tuning of a whole Stable Diffusion 1.x
         "finetune": {"resolution": 512, "batch_size": 1, "lr": 1e-5, "lr_warmup_steps": 0.1, "mixed_precision": "fp16",
                      "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999, "caption_dropout": 0.0},
-        "lora": {"batch_size": 1, "lr": 1e-4, "lora": True, "gradient_checkpointing": True, "ema": False,
-                 "adam_beta2": 0.999, "caption_dropout": 0.0},
+        "lora": {"batch_size": 1, "max_steps": 1000, "lr": 1e-4, "lr_warmup_steps": 0.05, "lora": True, "gradient_checkpointing": True,
+                 "ema": False, "adam_beta2": 0.999, "caption_dropout": 0.0},
         # S2's second task: adapters on a whole Stable Diffusion, denoiser and text encoder
         "corel-lora": {"resolution": 512, "batch_size": 1, "grad_accum": 4, "epochs": 200, "lr": 1e-4, "lora": True, "lora_rank": 4,
                        "lora_alpha": 4.0, "train_text_encoder": True, "gradient_checkpointing": True, "ema": False, "adam_beta2": 0.999,
@@ -403,7 +401,7 @@ def train_diffusion(cfg):
     dataset, held = load_data(cfg, captions=cfg.condition == "text")
     torch.manual_seed(cfg.seed)  # initial weights
     sd, nets = dist.together(diffusion.make_model, cfg, dataset, run.device)
-    feed = make_feed(cfg, dataset, multiple=sd.multiple, check=sd.check_size)
+    feed = make_feed(cfg, dataset, multiple=sd.multiple, check=sd.check_size, tells=sd.family.sizes == 6)
     diffusion.prompts_of(cfg, sd, dataset)  # before resume(): what is refused here loses nothing of an older run
     calls = run.trainable(nets, random="lora_dropout" if cfg.lora_dropout else None)
     run.schedule(feed.per_epoch)
@@ -415,7 +413,7 @@ def train_diffusion(cfg):
 
     x0_of, text_of = diffusion.encoded(cfg, run, sd, calls, dataset, feed, cfg.seed, cfg.caption_dropout)
     if held:
-        check_feed = make_feed(cfg, held, training=False, multiple=sd.multiple)
+        check_feed = make_feed(cfg, held, training=False, multiple=sd.multiple, tells=feed.decoder.tells)
         held_x0, held_text = diffusion.encoded(cfg, run, sd, calls, held, check_feed, cfg.seed + 1, 0.0)
     losses = build.losses(cfg, sd, calls, run.device, cfg.lora_dropout, cfg.conditioning)
 

@@ -67,14 +67,16 @@ def weight(schedule, t, min_snr=None):
         return torch.ones(len(t), device=t.device)
     snr = schedule.snr(t)
     clipped = snr.clamp(max=min_snr)
-    # The target's own weight in terms of an x0 loss: ε 1/SNR, x0 1, v 1/(SNR+1), flow 1/(√SNR+1)² · …
+    # The target's own weight in terms of an x0 loss: ε 1/SNR, x0 1, v 1/(SNR+1), flow 1/(√SNR+1)²
     if schedule.prediction == "epsilon":
         return clipped / snr
     if schedule.prediction == "sample":
         return clipped
     if schedule.prediction == "v_prediction":
         return clipped / (snr + 1)
-    return clipped / (snr.sqrt() + 1) ** 2  # ‖ε-x0‖² error = (1+1/√SNR)² ‖x0‖² error · SNR-free
+    return (
+        clipped / (snr.sqrt() + 1) ** 2
+    )  # x0 = x - σ (ε - x0) and 1/σ = 1 + √SNR: its squared error is (1 + √SNR)² times x0's
 
 
 def squared(error):

@@ -186,7 +186,8 @@ class Value(NamedTuple):
 
 
 def kid(a, b, subsets=100, size=1000, seed=SEED, degree=3, gamma=None, coef0=1.0):
-    """(Value, size used): mean and deviation over subsets of both sets, drawn as torch-fidelity draws them."""
+    """(Value, size used): mean and deviation over subsets of both sets, drawn as torch-fidelity draws them. A set that is no larger than a subset is
+    the same in all of them: what its pictures' choice would make of the value is then the jackknife's variance, and is added."""
     a, b = checked(a, "the first set"), checked(b, "the second set")
     size = min(size, len(a), len(b))
     gamma = 1 / a.shape[1] if gamma is None else gamma
@@ -201,7 +202,21 @@ def kid(a, b, subsets=100, size=1000, seed=SEED, degree=3, gamma=None, coef0=1.0
         values = [mmd(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]) for i, j in picks]
     else:
         values = [mmd(kernel(a[i], a[i]), kernel(b[j], b[j]), kernel(a[i], b[j])) for i, j in picks]
-    return Value(float(np.mean(values)), float(np.std(values))), size
+    variance, (i, j) = np.var(values), picks[0]
+    if size == min(len(a), len(b)):
+        xx, yy, xy = kernel(a[i], a[i]), kernel(b[j], b[j]), kernel(a[i], b[j])
+        variance += _jackknife(xx, yy, xy) * (len(a) == size) + _jackknife(yy, xx, xy.T) * (len(b) == size)
+    return Value(float(np.mean(values)), float(np.sqrt(variance))), size
+
+
+def _jackknife(xx, yy, xy):
+    """The variance of mmd() that the choice of x makes, by leaving out each of its n rows in turn (Efron & Stein 1981); NaN of fewer than three."""
+    n, m = xy.shape
+    if n < 3:
+        return np.nan
+    others = (xx.sum() - xx.trace()) - 2 * (xx.sum(1) - xx.diagonal())  # of pairs without row i, both ways round
+    values = others / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy.sum(1)) / ((n - 1) * m)
+    return (n - 1) / n * ((values - values.mean()) ** 2).sum()
 
 
 def mmd(xx, yy, xy):

@@ -105,8 +105,8 @@ class Guidance:
             kvs = with_pictures(kvs, self.net, extra.pictures, len(text.states), groups)
         return (kvs,)
 
-    def denoise(self, net, x, t, states, pooled):
-        """One call of the denoiser, or of what training put in its place, without guidance."""
+    def denoise(self, net, x, t, states, pooled, told=None):
+        """One call of the denoiser, or of what training put in its place, without guidance. told: what SDXL is told of pictures [B, 6], see its size_ids()."""
         self.check_trainable()
         return net(x, t, states)
 

@@ -36,7 +36,7 @@ class Joint(Pipeline):
     def condition(self, text, extra, groups, net=None):
         return text.states, text.pooled
 
-    def denoise(self, net, x, t, states, pooled):
+    def denoise(self, net, x, t, states, pooled, told=None):
         return net(x, t, states, pooled)
 
 
@@ -95,7 +95,7 @@ class SD3(Pipeline):
     def condition(self, text, extra, groups, net=None):
         return text.states, text.pooled
 
-    def denoise(self, net, x, t, states, pooled):
+    def denoise(self, net, x, t, states, pooled, told=None):
         return net(x, t, states, pooled)
 
     def first_step(self, steps, strength):

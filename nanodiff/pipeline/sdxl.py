@@ -74,11 +74,13 @@ class SDXL(Pipeline):
             ids = torch.cat([sizes[:1].expand(n, -1), ids[n:]])
         return *super().condition(text, extra, groups, net), (text.pooled, ids)
 
-    def denoise(self, net, x, t, states, pooled):
-        """The sizes are the picture's own, uncropped."""
+    def denoise(self, net, x, t, states, pooled, told=None):
+        """told: [B, 6] as size_ids(); without it the sizes are the picture's own, uncropped."""
         self.check_trainable()
-        height, width = (s * self.downscale for s in x.shape[-2:])
-        return net(x, t, states, (pooled, self.size_ids(1, height, width, None)[1:].expand(len(x), -1)))
+        if told is None:
+            height, width = (s * self.downscale for s in x.shape[-2:])
+            told = self.size_ids(1, height, width, None)[1:].expand(len(x), -1)
+        return net(x, t, states, (pooled, told.to(x.device)))
 
     def vae_dtype(self):
         """SDXL's own VAE overflows in fp16 (`force_upcast`), so it is not even tried there."""

@@ -23,10 +23,6 @@ from nanodiff.weights import hub
 
 NEW_ONLY = ("vae", "text_encoder", "text_config", "model_config", "model_size", "beta_schedule", "zero_snr", "ddpm_num_steps",
             "condition", "vocab_size", "max_length", "text_mask")  # fmt: skip
-FOR_FLOWS = ("timestep_sampling", "timestep_mean", "timestep_std", "timestep_shift")
-FOR_SAMPLE = ("snr_weighting", "snr_clip")
-OFF = {"timestep_sampling": "uniform", "timestep_mean": 0.0, "timestep_std": 1.0, "timestep_shift": 1.0, "snr_weighting": False,
-       "snr_clip": None}  # what asks for nothing  # fmt: skip
 
 
 def make_model(cfg, dataset, device):
@@ -35,13 +31,7 @@ def make_model(cfg, dataset, device):
     if cfg.resolution % sd.multiple:
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
     sd.check_size(cfg.resolution, cfg.resolution, "`resolution`")
-    for names, fits, what in (
-        (FOR_FLOWS, sd.schedule.flow, "flows"),
-        (FOR_SAMPLE, sd.schedule.prediction == "sample", "`prediction_type` sample"),
-    ):
-        for name in names:
-            if name in getattr(cfg, "given", ()) and getattr(cfg, name) != OFF[name] and not fits:
-                raise UserError(f"`{name}` is for {what}; this model predicts {sd.schedule.prediction}")
+    build.check_noise(cfg, sd.schedule)
     if cfg.sample_every or cfg.save_images_epochs:
         try:
             samplers.check_steps(sd.schedule, cfg.sample_steps)

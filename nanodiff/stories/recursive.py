@@ -11,13 +11,14 @@ from nanodiff import data, pipeline
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
-from nanodiff.diffusion import objective
+from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import image_sets, pages
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import images, report
 from nanodiff.output.record import Record
+from nanodiff.pipeline import sources
 from nanodiff.stories import gallery
-from nanodiff.training import teach
+from nanodiff.training import build, teach
 from nanodiff.training.options import decisive, listed
 
 
@@ -142,7 +143,7 @@ def learn(cfg, model, dataset, folder, facts):
 def recursive(cfg):
     """The stage `recursive`: see the module docstring."""
     cfg.check()
-    objective.check_loss(cfg.loss)
+    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]))
     scales = cfg.cfg_scales or [cfg.cfg_scale]
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)

@@ -61,9 +61,9 @@ def load_data(cfg, captions):
     return dataset.subset(sorted(order[n:])), dataset.subset(sorted(order[:n]))
 
 
-def make_feed(cfg, dataset, training=True, multiple=1, check=None):
+def make_feed(cfg, dataset, training=True, multiple=1, check=None, tells=False):
     """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order. check(height, width): raises
-    UserError for a size that the model cannot have."""
+    UserError for a size that the model cannot have. tells: is the model told sizes and crops (SDXL)?"""
     change = training and not getattr(cfg, "dry_run", False)
     transform = loader.Transform(
         cfg.resolution, cfg.center_crop or not change, cfg.random_flip and change, cfg.random_jitter * change,
@@ -78,6 +78,7 @@ def make_feed(cfg, dataset, training=True, multiple=1, check=None):
         check(height, width, "sides of `aspect_buckets`")
     feed = loader.Feed(dataset, transform, cfg.seed, cfg.batch_size, cfg.grad_accum, cfg.num_workers if training else 0,
                        cfg.on_bad_image, cfg.bad_image_limit, buckets, timeout=cfg.dist_timeout)  # fmt: skip
+    feed.decoder.tells = tells
     if training and feed.plan.group > len(dataset):
         dist.say(
             f"note: {len(dataset)} pictures are fewer than the {feed.plan.group} of an update: each update sees them all"

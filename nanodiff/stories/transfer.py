@@ -10,7 +10,7 @@ from nanodiff.commandline import as_dict
 from nanodiff.config import UserError, printable, read_json
 from nanodiff.data import promptset
 from nanodiff.device import choice, dist, memory
-from nanodiff.diffusion import fewstep, objective
+from nanodiff.diffusion import fewstep
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import image_pairs, image_sets, pages
 from nanodiff.files import out_dir, write_json
@@ -51,7 +51,7 @@ def transfer(*stages):
 
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
-    objective.check_loss(cfg.loss)
+    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]))
 
     if transfer_generate in stages or transfer_evaluate in stages:
         learning_prompts(cfg)

@@ -227,6 +227,23 @@ def outline(net, rows, side, length):
 
 # -- the loss ------------------------------------------------------------------------------------------------
 
+FOR_FLOWS = ("timestep_sampling", "timestep_mean", "timestep_std", "timestep_shift")
+FOR_SAMPLE = ("snr_weighting", "snr_clip")
+OFF = {"timestep_sampling": "uniform", "timestep_mean": 0.0, "timestep_std": 1.0, "timestep_shift": 1.0, "snr_weighting": False,
+       "snr_clip": None}  # what asks for nothing  # fmt: skip
+
+
+def check_noise(noise: Noise, schedule):
+    """Raise UserError for an unknown loss, and for a setting that was given and does nothing to a model of this schedule."""
+    objective.check_loss(noise.loss)
+    flow, sample = schedule.flow, schedule.prediction == "sample"
+    for names, fits, what in ((FOR_FLOWS, flow, "flows"), (FOR_SAMPLE, sample, "`prediction_type` sample")):
+        for name in names:
+            if name in getattr(noise, "given", ()) and getattr(noise, name) != OFF[name] and not fits:
+                raise UserError(f"`{name}` is for {what}; this model predicts {schedule.prediction}")
+    if noise.snr_clip and not noise.snr_weighting:
+        raise UserError("`snr_clip` is for `snr_weighting`; the clipped weighting of every prediction is `min_snr`")
+
 
 def shown(conditioning, pixels):
     """What a ControlNet is shown of pictures [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1]."""
@@ -266,7 +283,7 @@ def losses(noise: Noise, sd, calls, device, dropout=0.0, conditioning=None):
         net = calls.get(sd.denoiser_name, sd.net)  # it may be frozen, and the text encoder trained
         if "controlnet" in calls:
             net = controlnet.steered(calls["controlnet"], net, shown(conditioning, batch.pixels).to(x0))
-        denoise = lambda x, t: sd.denoise(net, x, t, states, pooled)  # noqa: E731
+        denoise = lambda x, t: sd.denoise(net, x, t, states, pooled, batch.told)  # noqa: E731
         return objective.diffusion(denoise, sd.schedule, x0, eps, t, gamma, noise.loss)
 
     return of

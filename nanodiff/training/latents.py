@@ -9,6 +9,8 @@ import torch
 from nanodiff.config import UserError, printable, short
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
+from nanodiff.pipeline.base import Pipeline
+from nanodiff.pipeline.conditions import Text
 from nanodiff.text.tokenizer import CLIPTokenizer
 from nanodiff.training.loader import Cache, content, fingerprint, replacement
 
@@ -118,7 +120,7 @@ class Texts:
     """The condition of a batch: which caption each picture gets this time, sometimes none, encoded.
 
     trained: the call of a text encoder that learns along; otherwise the pipeline's frozen encoders, each caption once.
-    dropout: share of the samples that get the empty text, for classifier-free guidance (Ho & Salimans 2022 §3.1).
+    dropout: share of the samples that get what stands for no text, for classifier-free guidance (Ho & Salimans 2022 §3.1).
     """
 
     def __init__(
@@ -169,12 +171,12 @@ class Texts:
             dist.say(f"warning: captions of more than {room} tokens are cut, such as {short(text, 60)}")
 
     def chosen(self, batch):
-        """The text of every sample."""
+        """The text of every sample; None where it is dropped."""
         out = []
         for index, position in zip(batch.indices, batch.positions, strict=True):
             g = objective.generator(self.seed, "dropout", index)
             if torch.rand((), generator=g).item() < self.dropout:
-                out.append("")
+                out.append(None)
                 continue
             group = self.texts[position]
             pick = torch.randint(len(group), (), generator=objective.generator(self.seed, "caption", index)).item()
@@ -184,6 +186,17 @@ class Texts:
     def __call__(self, batch, texts=None):
         """The condition (states, pooled) of a loader's Batch, on the device. texts: instead of the drawn ones."""
         texts = self.chosen(batch) if texts is None else texts
+        states, pooled = self._said([t or "" for t in texts])
+        if None in texts and type(self.sd).nothing is not Pipeline.nothing:
+            # what the family's guidance has in place of the empty text (SDXL: zeros), for that is what is drawn with
+            kept = torch.tensor([t is not None for t in texts], device=states.device)
+            none = self.sd.nothing(Text(states, pooled), {"clip_skip": 0})
+            states = torch.where(kept[:, None, None], states, none.states.to(states))
+            pooled = torch.where(kept[:, None], pooled, none.pooled.to(pooled))
+        return states, pooled
+
+    def _said(self, texts):
+        """(states, pooled) of texts."""
         if self.trained is not None:
             for text in texts:
                 if text not in self.ids:

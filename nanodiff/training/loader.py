@@ -147,13 +147,29 @@ class Transform:
                 image = kind(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
+    def _place(self, original, size, rng):
+        """(scale, left, top) of the crop, left and top in the original's pixels. original, size: (width, height)."""
+        scale = max(s / o for s, o in zip(size, original, strict=True))
+        place = (0.5, 0.5) if self.center_crop else (rng.uniform(), rng.uniform())
+        return scale, *((o - s / scale) * p for o, s, p in zip(original, size, place, strict=True))
+
+    def told(self, original, size, rng, mirrored):
+        """What SDXL is told of a picture (Podell et al. 2023, arXiv 2307.01952 §2.2): (height, width) of the original, (top, left) of the crop in the
+        resized picture (of the mirrored one where it was), (height, width) of what it is brought to. rng: as for the picture itself."""
+        if self.rotate:
+            rng.uniform(-self.rotate, self.rotate)
+        left = top = 0
+        if not self.squash:
+            scale, left, top = self._place(original, size, rng)
+            if mirrored:
+                left = original[0] - size[0] / scale - left
+            left, top = max(round(left * scale), 0), max(round(top * scale), 0)
+        return (*original[::-1], top, left, *size[::-1])
+
     def _cropped(self, image, size, rng):
         """Resized so that it covers `size`, then cropped."""
         w, h = size
-        scale = max(w / image.width, h / image.height)
-        room = image.width - w / scale, image.height - h / scale  # in the original's pixels
-        place = (0.5, 0.5) if self.center_crop else (rng.uniform(), rng.uniform())
-        left, top = room[0] * place[0], room[1] * place[1]
+        scale, left, top = self._place(image.size, size, rng)
         box = (max(left, 0.0), max(top, 0.0), min(left + w / scale, image.width), min(top + h / scale, image.height))
         if box == (0, 0, w, h) == (0, 0, *image.size):
             return image
@@ -188,6 +204,7 @@ class Batch(NamedTuple):
     positions: list  # in the data set (where a bad picture was replaced: the other's)
     flips: torch.Tensor  # bool [B]: mirrored?
     pixels: torch.Tensor | None  # [B, 3, H, W] in [-1, 1]; None when the feed has no pictures (cached encodings)
+    told: torch.Tensor | None  # [B, 6], see Transform.told; None where the feed does not say it
     count: int  # samples that count: 0 where another rank has this micro-batch alone
     weight: float  # share of the update's samples, times the number of ranks
     last: bool  # the last micro-batch of the update?
@@ -228,14 +245,14 @@ class Feed:
                     raise found
                 finally:
                     del found  # or the error, its traceback and this frame would hold each other, and the workers
-            positions, flips, pixels, bad = found
+            positions, flips, pixels, told, bad = found
             self.bad |= bad
             if len(self.bad) > self.limit * len(self.dataset):
                 raise self._too_many()
             if pixels is not None:
                 pixels = pixels.float() / 127.5 - 1
             keys = [self.dataset.keys[p] for p in positions] if count else []
-            yield Batch(indices, positions, flips, pixels, count, count / total * self.world,
+            yield Batch(indices, positions, flips, pixels, told, count, count / total * self.world,
                         i == len(shares) - 1, keys, waited)  # fmt: skip
         self.at = step + 1
 
@@ -333,12 +350,17 @@ def _quiet(worker):
 
 
 class Decoder(torch.utils.data.Dataset):
-    """(global indices, positions) -> (positions, flips, pixels uint8 or None, {position: (key, reason)} of bad ones)."""
+    """(global indices, positions) -> (positions, flips, pixels uint8 or None, sizes [B, 6] or None, {position: (key, reason)} of bad ones).
+
+    tells: are the sizes wanted (Transform.told)?"""
+
+    tells = False
 
     def __init__(self, dataset, transform, seed, policy="stop", buckets=None, pictures=True, sharers=1):
         self.dataset, self.transform, self.seed, self.policy, self.pictures = dataset, transform, seed, policy, pictures
         self.sizes = {i: size for size, members in (buckets or {}).items() for i in members}
         self.room, self.kept, self.known_bad = MEMORY // sharers, {}, {}
+        self.originals = {}  # {position: (width, height)} of those that were asked for
 
     def __getitem__(self, request):
         indices, positions = request
@@ -348,7 +370,7 @@ class Decoder(torch.utils.data.Dataset):
             return e
 
     def _batch(self, indices, positions):
-        arrays, used, bad, flips = [], [], {}, []
+        arrays, used, bad, flips, told = [], [], {}, [], []
         for index, position in zip(indices, positions, strict=True):
             rng = generator(self.seed, index)
             flips.append(bool(self.transform.flip and rng.uniform() < 0.5))
@@ -357,8 +379,19 @@ class Decoder(torch.utils.data.Dataset):
                 position, array = self.some(position, rng, bad, self.size(position))
                 arrays.append(array[:, :, ::-1] if flips[-1] else array)
             used.append(position)
+            if self.tells:
+                told.append(self._told(index, position, flips[-1]))
         pixels = torch.from_numpy(np.stack(arrays)) if arrays else None
-        return used, torch.tensor(flips), pixels, bad
+        return used, torch.tensor(flips), pixels, torch.tensor(told, dtype=torch.float32) if told else None, bad
+
+    def _told(self, index, position, mirrored):
+        """Transform.told() of the sample `index`, from the picture's header and the draws that its crop was made with."""
+        if position not in self.originals:
+            self.originals[position] = _size(self.dataset, position)
+        rng = generator(self.seed, index)
+        if self.transform.flip:
+            rng.uniform()
+        return self.transform.told(self.originals[position], self.size(position), rng, mirrored)
 
     def size(self, position):
         """(width, height) that a picture is brought to."""

@@ -128,6 +128,11 @@ class Training:
     def check_ranges(self):
         """Raise UserError for a number that is out of its range."""
         check_bounds(self)
+        given = getattr(self, "given", ())
+        if "epochs" in given and "max_steps" not in given:
+            self.max_steps = 0  # a preset's, which would win over what was typed
+        if self.lr_min > self.lr:
+            raise UserError(f"--lr-min {self.lr_min:g} is above --lr {self.lr:g}: the rate would rise")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise UserError("--optimizer muon needs whole matrices: take --parallel ddp, or --optimizer adamw")
         if self.optimizer == "schedule_free":

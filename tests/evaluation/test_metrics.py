@@ -95,6 +95,18 @@ def test_kid(recorded):
     assert size == 140 and whole.value == pytest.approx(want["kid_full_unbiased"], rel=1e-8)
 
 
+@pytest.mark.parametrize(("n", "m", "shift"), [(50, 64, 0.0), (40, 40, 0.5), (200, 30, 0.3)])
+def test_kid_of_small_sets_says_how_sure_it_is(n, m, shift):
+    """Subsets as large as a set are that set, again and again: the spread is that of the choice of its pictures."""
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((n, 32)), rng.standard_normal((m, 32)) + shift
+        found.append(metrics.kid(a, b, subsets=10)[0])
+    true = np.std([v.value for v in found])
+    assert 0.7 * true < np.mean([v.std for v in found]) < 2 * true
+
+
 def test_large_sets_give_the_same(recorded, monkeypatch):
     a, b, _, _ = recorded
     before = metrics.kid(a, b, 10, 50), metrics.prdc(a, b), metrics.memorisation(a, b)

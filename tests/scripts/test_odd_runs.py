@@ -14,7 +14,7 @@ import distill
 import eval as judge
 import sample
 import train
-from nanodiff.commandline import check_bounds
+from nanodiff.commandline import check_bounds, parse
 from nanodiff.config import UserError
 from nanodiff.output import images
 from nanodiff.stories import inputs, wording
@@ -499,3 +499,36 @@ def test_what_is_written_and_what_is_overwritten(tmp_path):
     draw(*tiny, "--txt", "--save-latents", "--num-images", 2, "--output-dir", tmp_path / "o")
     draw(*tiny, "--overwrite", "--output-dir", tmp_path / "o")
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"00000.png", "run.json"}
+
+
+def test_what_a_training_says_of_its_settings(tmp_path):
+    """Options that do nothing to a model are refused wherever it is trained; a warm-up that the run does not outlast is said; --epochs wins over a
+    preset's updates."""
+    emoji = images_folder(tmp_path / "data")
+    tiny = ("--model", TINY / "sd15", "--data", emoji, "--resolution", 64, "--sample-every", 0, "--max-steps", 2)
+    run = lambda *argv: in_process(train, "train.py", "diffusion", *tiny, *argv)  # noqa: E731
+    code, _, err = run("--lr", "1e-4", "--lr-min", "1e-2", "--output-dir", tmp_path / "a")
+    assert code == 2 and "--lr-min 0.01 is above --lr 0.0001" in err
+    code, out, err = run("--lr-warmup-steps", 100, "--output-dir", tmp_path / "b")
+    assert code == 0 and "2 updates are no more than the warm-up's 100" in out + err, err
+    code, out, err = run("--lr-warmup-steps", 1, "--output-dir", tmp_path / "c")
+    assert code == 0 and "warm-up's" not in out + err
+    study = ("--model", TINY / "sd15", "--captions", emoji, "--target-gen", 1, "--num-images", 2, "--steps", 1)
+    for flags, says in (
+        (("--timestep-sampling", "logit_normal"), "--timestep-sampling is for flows; this model predicts epsilon"),
+        (("--snr-clip", 5), "--snr-clip is for --prediction-type sample"),
+    ):
+        where = ("--data-root", tmp_path / "d", "--models-root", tmp_path / "m", "--output-dir", tmp_path / "r")
+        code, _, err = in_process(distill, "distill.py", "recursive", *study, *where, *flags)
+        assert code == 2 and says in err and not (tmp_path / "d").exists(), err
+    cfg = parse(train.DiffusionConfig, ["--preset", "tiny", "--epochs", "3"], presets=train.PRESETS["diffusion"])
+    cfg.check_ranges()
+    assert cfg.max_steps == 0 and cfg.epochs == 3
+
+
+def images_folder(path, count=4):
+    path.mkdir()
+    for i in range(count):
+        Image.new("RGB", (64, 64), (40 * i, 9, 9)).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"number {i}")
+    return path

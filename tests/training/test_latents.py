@@ -8,7 +8,7 @@ from util import TINY
 from nanodiff import data, pipeline
 from nanodiff.config import UserError
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.training import latents, loader
+from nanodiff.training import build, latents, loader, options
 
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
        "up_block_types": ("UpDecoderBlock2D",) * 2, "scaling_factor": 0.5}  # fmt: skip
@@ -93,7 +93,7 @@ def test_nan_latents_name_the_picture(pictures):
 
 def batch(indices, positions):
     return loader.Batch(
-        indices, positions, torch.zeros(len(indices), dtype=torch.bool), None, len(indices), 1.0, True, [], 0.0
+        indices, positions, torch.zeros(len(indices), dtype=torch.bool), None, None, len(indices), 1.0, True, [], 0.0
     )
 
 
@@ -116,5 +116,37 @@ def test_captions_are_drawn_by_index():
     drawn = made.chosen(batch(list(range(2000)), [0, 1] * 1000))
     again = made.chosen(batch(list(range(100, 140)), [0, 1] * 20))
     assert drawn[100:140] == again
-    counts = {t: drawn.count(t) for t in ("a", "b", "c", "d", "")}
-    assert 430 < counts[""] < 570 and all(200 < counts[t] < 300 for t in "abc") and 680 < counts["d"] < 820
+    counts = {t: drawn.count(t) for t in ("a", "b", "c", "d", None)}
+    assert 430 < counts[None] < 570 and all(200 < counts[t] < 300 for t in "abc") and 680 < counts["d"] < 820
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_dropped_caption_is_what_guidance_draws_against(name, cached):
+    """SDXL's is zeros, not the empty text, which stays a caption like any other."""
+    sd = pipeline.load(TINY / name)
+    made = latents.Texts(sd, [("a red apple",)], 0, "cpu", dropout=1.0, cached=cached)
+    states, pooled = made(batch([0, 1], [0, 0]))
+    _, nothing = sd.conditions(["a red apple"] * 2, None)
+    assert torch.allclose(states, nothing.states, atol=1e-6)
+    assert pooled is None or torch.allclose(pooled, nothing.pooled, atol=1e-6)
+    states, _ = made(batch([0], [0]), [""])
+    assert torch.allclose(states, sd.encode([""]).states, atol=1e-6)
+    states, _ = made(batch([0, 1], [0, 0]), [None, "a red apple"])
+    assert torch.allclose(states[1], sd.encode(["a red apple"]).states[0], atol=1e-6)
+
+
+def test_sdxl_is_told_the_pictures_own_size():
+    sd, told = pipeline.load(TINY / "sdxl"), torch.tensor([[120.0, 40.0, 7.0, 0.0, 64.0, 64.0]])
+    seen = []
+
+    def net(x, t, states, added):
+        seen.append(added[1])
+        return x
+
+    x0, text = torch.zeros(1, 4, 32, 32), sd.encode(["a"])
+    made = build.losses(options.Noise(), sd, {sd.denoiser_name: net}, "cpu")
+    for given in (told, None):
+        made(batch([0], [0])._replace(told=given), lambda b: x0, lambda b: (text.states, text.pooled), 0)
+    assert seen[0].tolist() == told.tolist()
+    assert seen[1].tolist() == [[32.0 * sd.downscale, 32.0 * sd.downscale, 0.0, 0.0] + 2 * [32.0 * sd.downscale]]

@@ -230,6 +230,30 @@ def test_center_crop_is_the_usual_fit():
     assert np.array_equal(got, np.asarray(images.fit(image, 16, 16)))
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("rotate", [0.0, 3.0])
+def test_what_sdxl_is_told_is_what_was_done(tmp_path, center, flip, rotate):
+    """Each pixel of these pictures says where it is: the crop's corner is read off the first of them."""
+    rows, columns = np.mgrid[0:120, 0:40]
+    Image.fromarray(np.stack([columns * 6, rows * 2, 0 * rows], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
+    dataset = data.load(tmp_path, captions=False)
+    feed = loader.Feed(dataset, loader.Transform(20, center, flip, 0.0, rotate), 5, 1)
+    feed.decoder.tells, seen = True, set()
+    for step in range(12):
+        (batch,) = feed.update(step)
+        told = [int(v) for v in batch.told[0]]
+        assert told[:2] == [120, 40] and told[4:] == [20, 20]
+        pixels = (batch.pixels[0] + 1) * 127.5
+        first = pixels[:, :, -1] if batch.flips[0] else pixels[:, :, 0]
+        top = round((first[1, 0].item() / 2 - 0.5) / 2)  # half as large as the original
+        assert rotate or abs(top - told[2]) <= 1
+        seen.add(told[2])
+    assert seen == {20} if center else len(seen) > 3
+    feed.decoder.tells = False
+    assert next(iter(feed.update(0))).told is None
+
+
 def test_squashed_pictures_are_whole():
     """As ViT's processor resizes: every side for itself, nothing cut."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))

@@ -153,6 +153,22 @@ def test_orthogonal_is_the_polar_factor(dtype, rounding):
     assert torch.equal(recipe.orthogonal(torch.zeros(1, 4, 5), dtype=dtype).float(), torch.zeros(1, 4, 5))
 
 
+def test_orthogonal_keeps_its_bounds():
+    """Those of its docstring, for singular values from 1.6e-3 of the norm on; below they stay small."""
+    singular = torch.cat([torch.logspace(math.log10(1.6e-3), math.log10(0.5), 63, dtype=torch.float64), torch.ones(1)])
+    singular /= singular.norm()
+    singular = singular[singular >= 1.6e-3]
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[0] for n in (64, 96))
+    x = u[:, : len(singular)] * singular.float() @ v[: len(singular)]
+    found = torch.linalg.svdvals(recipe.orthogonal(x[None], dtype=torch.float32)[0])[: len(singular)]
+    assert found.min() > 0.68 and 1.19 < found.max() < 1.21
+
+
+def test_a_rate_that_would_rise_is_refused():
+    with pytest.raises(UserError, match=r"--lr-min 0\.01 is above --lr 0\.0001"):
+        options.Training(lr=1e-4, lr_min=1e-2).check_ranges()
+
+
 def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_rest():
     """PyTorch's iterates in bf16, whose rounding is what is allowed."""
     mine = [torch.randn(s, requires_grad=True) for s in ((30, 50), (50, 30), (30, 50), (20,), (7, 8))]
