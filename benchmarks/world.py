@@ -53,12 +53,12 @@ for step in range(updates):
         group["lr"] = rate * min(1, (step + 1) / 50) * decay
     x0 = (mean[rows] + std[rows] * torch.randn(mean[rows].shape)) * vae.config.scaling_factor
     text = torch.where(torch.rand(batch, 1) < 0.1, nothing, words[rows])
-    states = encoder(text, output_hidden_states=True)
+    states = encoder(text)
     u = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=mean_of_times, logit_std=1.0)
     noise, t = torch.randn_like(x0), (u * 1000).long().clamp(max=999)
     sigma = (1 - t.float() / 1000).view(-1, 1, 1, 1)
     x = (1 - sigma) * x0 + sigma * noise
-    out_ = net(hidden_states=x, timestep=sigma.flatten() * 1000, encoder_hidden_states=states.hidden_states[-2], pooled_projections=states.text_embeds).sample
+    out_ = net(hidden_states=x, timestep=sigma.flatten() * 1000, encoder_hidden_states=states.last_hidden_state, pooled_projections=states.text_embeds).sample
     loss = (out_ - (noise - x0)).pow(2).mean()
     loss.backward(); torch.nn.utils.clip_grad_norm_(weights, 1.0)
     opt.step(); opt.zero_grad()

@@ -35,7 +35,8 @@ diffusers', which ends at 0.001: of 4 steps the last one does nothing (on the sm
 the network before its noise, as diffusers does; AUTOMATIC1111 after it. `dpmpp_sde` draws its noise from the picture's own seed, by the law of the Brownian path
 that diffusers, AUTOMATIC1111 and ComfyUI take from torchsde's tree: another picture from the same seed (theirs have the tree for 2M SDE and 3M SDE, too). `dpmpp_2s_a` is
 k-diffusion's alone, and `dpmpp_3m_sde` its, not diffusers' (a wrong sign there). With the other samplers the same seed gives diffusers' picture, which is AUTOMATIC1111's
-only where its noise is drawn on the CPU.
+only where its noise is drawn on the CPU; but for `lms` that begins with a picture (diffusers forgets there how many steps it has seen, k-diffusion does not), and for inpainting
+by an ordinary model with samplers that ask twice a step (`heun`, `kdpm2`, `kdpm2_a`): diffusers puts the kept part back between the two questions, here it is put back after the step.
 """
 
 

@@ -188,7 +188,8 @@ def _group(group, space, generated, real, prompts, s, found, what):
         value, size = metrics.kid(r, g, s.kid_subsets, s.kid_size, s.seed)
         if size < s.kid_size:
             dist.say(f"note: KID with subsets of {size} pictures in place of {s.kid_size}: there are not more")
-        put("kid", value.value, std=value.std, subsets=s.kid_subsets, subset_size=size, seed=s.seed)
+        spread = {"std": value.std} if np.isfinite(value.std) else {}  # of two pictures there is none
+        put("kid", value.value, **spread, subsets=s.kid_subsets, subset_size=size, seed=s.seed)
     elif group == "is":
         value = metrics.inception_score(net.logits(torch.from_numpy(g)).detach().cpu().numpy(), s.splits, s.seed)
         put("is", value.value, std=value.std, splits=s.splits, seed=s.seed)

@@ -230,6 +230,13 @@ def save(image, path, kind, **options):
     write_bytes(path, data.getbuffer())
 
 
+def save_named(image, path):
+    """Write a PIL image in the form that the file's name ends with, one of FORMATS; a PNG where it ends with none of them."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    kind = kind if kind in FORMATS else "PNG"
+    save(image, path, kind, **({"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}))
+
+
 def save_grid(pixels, path, nrow=None, labels=None):
     """[B, 3, H, W] -> a PNG sheet."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

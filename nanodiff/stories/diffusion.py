@@ -31,7 +31,7 @@ def make_model(cfg, dataset, device):
     if cfg.resolution % sd.multiple:
         raise UserError(f"`resolution` {cfg.resolution} must be a multiple of {sd.multiple}")
     sd.check_size(cfg.resolution, cfg.resolution, "`resolution`")
-    build.check_noise(cfg, sd.schedule)
+    build.check_noise(cfg, sd.schedule, getattr(cfg, "given", ()))
     if cfg.sample_every or cfg.save_images_epochs:
         try:
             samplers.check_steps(sd.schedule, cfg.sample_steps)

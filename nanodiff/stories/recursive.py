@@ -143,7 +143,7 @@ def learn(cfg, model, dataset, folder, facts):
 def recursive(cfg):
     """The stage `recursive`: see the module docstring."""
     cfg.check()
-    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]))
+    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ()))
     scales = cfg.cfg_scales or [cfg.cfg_scale]
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)

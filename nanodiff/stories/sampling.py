@@ -176,7 +176,7 @@ class Pictures:
             pictures, labels = zip(*self.sheet, strict=True)
             if Path(cfg.output).exists():
                 print(f"note: {cfg.output}: replaces what was there", file=sys.stderr)
-            images.save_png(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
+            images.save_named(images.grid(pictures, cfg.nrow, labels if cfg.labels else None), cfg.output)
             record.file(cfg.output)
             if len(pictures) <= INDIVIDUAL:
                 folder = out_dir(Path(cfg.output).with_suffix("").as_posix() + "_individual")

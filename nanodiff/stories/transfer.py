@@ -51,7 +51,7 @@ def transfer(*stages):
 
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
-    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]))
+    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ()))
 
     if transfer_generate in stages or transfer_evaluate in stages:
         learning_prompts(cfg)

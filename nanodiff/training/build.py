@@ -233,16 +233,16 @@ OFF = {"timestep_sampling": "uniform", "timestep_mean": 0.0, "timestep_std": 1.0
        "snr_clip": None}  # what asks for nothing  # fmt: skip
 
 
-def check_noise(noise: Noise, schedule):
-    """Raise UserError for an unknown loss, and for a setting that was given and does nothing to a model of this schedule."""
+def check_noise(noise: Noise, schedule, given=()):
+    """Raise UserError for an unknown loss, and for a setting among the names `given` that does nothing to a model of this schedule."""
     objective.check_loss(noise.loss)
+    if noise.snr_clip and not noise.snr_weighting:
+        raise UserError("`snr_clip` is for `snr_weighting`; the clipped weighting of every prediction is `min_snr`")
     flow, sample = schedule.flow, schedule.prediction == "sample"
     for names, fits, what in ((FOR_FLOWS, flow, "flows"), (FOR_SAMPLE, sample, "`prediction_type` sample")):
         for name in names:
-            if name in getattr(noise, "given", ()) and getattr(noise, name) != OFF[name] and not fits:
+            if name in given and getattr(noise, name) != OFF[name] and not fits:
                 raise UserError(f"`{name}` is for {what}; this model predicts {schedule.prediction}")
-    if noise.snr_clip and not noise.snr_weighting:
-        raise UserError("`snr_clip` is for `snr_weighting`; the clipped weighting of every prediction is `min_snr`")
 
 
 def shown(conditioning, pixels):

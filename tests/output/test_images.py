@@ -123,3 +123,9 @@ def test_grid_shape_and_labels():
     sheet = images.grid([Image.new("RGB", (10, 6), "red")] * 5, nrow=3, labels=["a\x1b"] * 5)
     assert sheet.size == (3 * 14 + 4, 2 * (6 + 14 + 4) + 4)
     assert json.dumps(sheet.getpixel((5, 19))) == "[255, 0, 0]"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a.png", "PNG"), ("a", "PNG"), ("a.xyz", "PNG")])  # fmt: skip
+def test_a_sheet_is_of_the_kind_its_name_says(tmp_path, name, kind):
+    images.save_named(Image.new("RGB", (8, 8), "red"), tmp_path / name)
+    assert Image.open(tmp_path / name).format == kind

@@ -516,7 +516,8 @@ def test_what_a_training_says_of_its_settings(tmp_path):
     study = ("--model", TINY / "sd15", "--captions", emoji, "--target-gen", 1, "--num-images", 2, "--steps", 1)
     for flags, says in (
         (("--timestep-sampling", "logit_normal"), "--timestep-sampling is for flows; this model predicts epsilon"),
-        (("--snr-clip", 5), "--snr-clip is for --prediction-type sample"),
+        (("--snr-weighting",), "--snr-weighting is for --prediction-type sample"),
+        (("--snr-clip", 5), "--snr-clip is for --snr-weighting"),
     ):
         where = ("--data-root", tmp_path / "d", "--models-root", tmp_path / "m", "--output-dir", tmp_path / "r")
         code, _, err = in_process(distill, "distill.py", "recursive", *study, *where, *flags)
