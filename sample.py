@@ -164,7 +164,9 @@ class Config:
     width: int | None = arg(None, "pixels; default: the model's own", often=True, low=1)
     num_images: int = arg(1, "pictures per prompt", often=True, low=1)
     batch_size: int = arg(4, "pictures at a time", low=1)
-    seed: int | None = arg(None, "picture i uses seed + i; default: random, printed", often=True)
+    seed: int | None = arg(
+        None, "picture i uses seed + i; default: random, printed", often=True, low=0, high=(1 << 64) - 1
+    )
     clip_skip: int = arg(0, "leave out the last N layers of the text encoder")
     init_image: str | None = arg(None, "start from this picture (image-to-image)", group="from a picture", often=True)
     strength: float | None = arg(

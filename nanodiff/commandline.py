@@ -106,7 +106,8 @@ def check_bounds(cfg):
             shown = clipped(value if isinstance(value, int) else f"{value:g}")
             if high is None:
                 raise UserError(f"{flag} must be at least {low:g}, not {shown}")
-            most = "2^63 - 1" if high == SEEDS else f"{high:g}"
+            bits = high.bit_length() if isinstance(high, int) else 0
+            most = f"2^{bits} - 1" if bits > 62 and high == (1 << bits) - 1 else f"{high:g}"
             raise UserError(f"{flag} {shown} must be between {low:g} and {most}")
 
 

@@ -468,7 +468,9 @@ def _counted(prompts, seeds, generators):
             seeds = list(range(len(prompts)) if seeds is None else map(operator.index, seeds))
             generators = [torch.Generator().manual_seed(s) for s in seeds]
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise UserError(f"`seeds` {short(seeds)}: expected whole numbers, one for each prompt") from None
+            raise UserError(
+                f"`seeds` {short(seeds)}: expected whole numbers up to 2^64 - 1, one for each prompt"
+            ) from None
     if not isinstance(generators, torch.Generator):
         generators = list(generators) if hasattr(generators, "__iter__") else [generators]
         if odd := [g for g in generators if not isinstance(g, torch.Generator)]:

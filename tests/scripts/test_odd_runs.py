@@ -533,3 +533,15 @@ def images_folder(path, count=4):
         Image.new("RGB", (64, 64), (40 * i, 9, 9)).save(path / f"{i}.png")
         (path / f"{i}.txt").write_text(f"number {i}")
     return path
+
+
+def test_seeds_of_64_bits(tmp_path):
+    """ComfyUI's are drawn from all of them."""
+    most = (1 << 64) - 1
+    code, _, err = draw("--model", TINY / "sd15", "--seed", most, "--output-dir", tmp_path / "a")
+    assert code == 0 and images.read_record(tmp_path / "a" / "00000.png")["seed"] == most, err
+    again = ("--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "b")
+    code, _, err = in_process(sample, "sample.py", *again)
+    assert code == 0 and (pixels(tmp_path / "a" / "00000.png") == pixels(tmp_path / "b" / "00000.png")).all(), err
+    code, _, err = draw("--model", TINY / "sd15", "--seed", most + 1, "--output-dir", tmp_path / "c")
+    assert code == 2 and "must be between 0 and 2^64 - 1" in err
