@@ -31,7 +31,7 @@ PICTURE = (
     "--guidance-scale",
     "3",
 )
-TRAIN = ("--data", str(ROOT / "assets" / "emoji" / "emoji.tar"), "--preset", "nano", "--max-steps", "4", "--batch-size", "4", "--checkpointing-steps", "2",
+TRAIN = ("--data", str(ROOT / "assets" / "emoji" / "emoji.tar"), "--preset", "tiny", "--max-steps", "4", "--batch-size", "4", "--checkpointing-steps", "2",
          "--max-samples", "16", "--num-workers", "1")  # fmt: skip
 
 
