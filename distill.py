@@ -63,7 +63,7 @@ class Recursive(Training, Noise):
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
     ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
-    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text, for guidance")
+    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text (SDXL: zeros), for guidance")
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of a generation's")
     checkpoints_total_limit: int | None = arg(1, "checkpoints to keep")
     save_dtype: str = arg("fp32", "type of the written models", choices=("fp32", "fp16", "bf16"))
@@ -74,6 +74,10 @@ class Recursive(Training, Noise):
             raise UserError("--baseline trains on generation 0 and --finetune on real pictures; give one of the two")
         if self.accumulate and (self.baseline or self.finetune):
             raise UserError("--accumulate is for a model's own pictures, not beside --baseline or --finetune")
+        if self.cfg_scales and "cfg_scale" in getattr(self, "given", ()):
+            raise UserError(
+                "--cfg-scale is one study's guidance, --cfg-scales are several studies'; give one of the two"
+            )
         if not 0 <= self.real_fraction < 1:
             raise UserError(
                 f"--real-fraction {self.real_fraction:g} must be at least 0 and below 1 (all real is --finetune)"
@@ -160,7 +164,7 @@ class Transfer(Training, Noise, Adapters):
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
     ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
-    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text, for guidance")
+    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text (SDXL: zeros), for guidance")
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
     sample_every: int = arg(0, "updates between sheets of pictures; 0 = none", low=0, high=1 << 40)
     save_dtype: str = arg("fp32", "type of the written weights", choices=("fp32", "fp16", "bf16"))
@@ -242,7 +246,7 @@ class FewStep(Training, Adapters):
     ema: bool = arg(True, "average the weights; the student is the average")
     ema_decay: float = arg(0.99, "largest decay of the average")
     sample_every: int = arg(0, "updates between sample sheets; 0 = none", low=0, high=1 << 40)
-    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text", low=0, high=1)
+    caption_dropout: float = arg(0.0, "share of captions replaced by the empty text (SDXL: zeros)", low=0, high=1)
     checkpointing_steps: int = arg(0, "updates between checkpoints; 0: a tenth of the run's")
     checkpoints_total_limit: int | None = arg(1, "checkpoints to keep")
     save_dtype: str = arg("fp32", "type of the written model", choices=("fp32", "fp16", "bf16"))
@@ -277,6 +281,7 @@ class FewStep(Training, Adapters):
 
 
 OF_METHODS = {
+    "student_steps": ("progressive", "consistency", "dmd"),
     "first_steps": ("progressive",),
     "substeps": ("progressive",),
     "known_steps": ("consistency", "dmd"),

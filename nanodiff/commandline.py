@@ -24,7 +24,7 @@ import typing
 from pathlib import Path
 
 from nanodiff import aliases
-from nanodiff.config import Stopped, UserError, check_regular, clipped, nearest, printable, read_json, short
+from nanodiff.config import Stopped, UserError, check_regular, clipped, nearest, printable, read_json, shipped, short
 
 SHORT = 25  # options of a stage up to which --help shows them all
 ELSEWHERE = {  # other programs' words
@@ -37,6 +37,7 @@ ELSEWHERE = {  # other programs' words
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SEEDS = (1 << 63) - 1  # the largest one
 SECRETS = {"token", "hub_token", "hf_token"}
+secret = set()  # the tokens that this process was given: masked() hides them
 CHANGING = ("update", "pop", "popitem", "setdefault", "clear")  # of a dict
 CONNECTION = re.compile(
     r"[Gg]loo|[Cc]onnection|Dist(Backend|Network|Store)Error|[Tt]imed out|timeout caused pair closure|NCCL"
@@ -235,7 +236,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         raise UserError(f"unknown argument {clipped(unknown[0], 200)}{hint}")
     given = vars(given)
     values = dict(presets.get(given.pop("preset", None) or "", {}))
-    if path := given.pop("config"):
+    if path := shipped(given.pop("config")):
         settings = read_settings(path)
         if isinstance(settings.get("config"), dict) and "config" not in by_names(
             cls
@@ -245,6 +246,10 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
     cfg = cls(**(values | given))
+    if getattr(cfg, "base_dir", ".") == ".":
+        for f in fields:
+            setattr(cfg, f.name, shipped(getattr(cfg, f.name)))
+    secret.update(v for v in (getattr(cfg, name, None) for name in SECRETS) if v)
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     cfg.spelled = spelled  # and as they were typed
@@ -254,6 +259,13 @@ def parse(cls, argv, doc="", presets=None, prog=None):
 def as_dict(cfg):
     """{field: value} of a config dataclass, without tokens."""
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in SECRETS}
+
+
+def masked(argv):
+    """The words of a command line with every token hidden, however its flag was spelled."""
+    for value in secret:
+        argv = [word.replace(value, "***") for word in argv]
+    return list(argv)
 
 
 def _dashed(token):

@@ -16,6 +16,19 @@ import typing
 from pathlib import Path
 
 JSON_SIZE_LIMIT = 64 << 20  # a tokenizer.json of Gemma is 33 MB; anything larger than this is not a config
+ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
+ASSETS = ASSETS if ASSETS.is_dir() else Path(__file__).parents[1] / "assets"
+
+
+def shipped(value):
+    """What an option names, "assets/nano" for one, or where that came with the program: so that it is found from any folder, and when installed. Anything
+    else, and what is there, stays as it is."""
+    if isinstance(value, list):
+        return [shipped(v) for v in value]
+    path = Path(value) if isinstance(value, str) and value.startswith("assets/") and "\0" not in value else None
+    if path is None or os.path.exists(path) or not os.path.exists(ASSETS / path.relative_to("assets")):
+        return value
+    return str(ASSETS / path.relative_to("assets"))
 
 
 class UserError(Exception):

@@ -15,9 +15,6 @@ from pathlib import Path
 from nanodiff import commandline, system
 from nanodiff.config import UserError
 
-ASSETS = Path(__file__).parent / "_assets"  # what comes with the program: installed, it is inside the package
-ASSETS = ASSETS if ASSETS.is_dir() else Path(__file__).parents[1] / "assets"
-
 
 def write_bytes(path, data, sync=True):
     """Write a file of these bytes. See write_file()."""

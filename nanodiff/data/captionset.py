@@ -14,6 +14,7 @@ beginning is ignored.
 import argparse
 import csv
 import filecmp
+import functools
 import hashlib
 import io
 import json
@@ -37,7 +38,6 @@ NAMES = ("Image_Name", *(n for n in tables.NAMES if n != "Image_Name"))
 CAPTIONS = ("Title", *(n for n in tables.CAPTIONS if n != "Title"))
 SOURCE = "Source_Name"
 UNKNOWN = "?"  # the source of a synthetic row that names none
-SUFFIXES = [x for s in sources.SUFFIXES for x in (s, s.upper())]
 LOGGED = re.compile(
     r"(?P<name>[^,|/\\]+?)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
 )  # of a job's .out
@@ -102,7 +102,7 @@ def _table(path, captions=True):
             raise UserError(
                 f"{where}: {printable(stem)} is a {suffixes[stem]} in an earlier row and a {suffix} here: one name for two pictures"
             )
-        yield stem, found, _bare(source), where
+        yield stem, found, images.bare(source), where
 
 
 def _logged(path):
@@ -118,13 +118,9 @@ def _logged(path):
         dist.say(f"note: {path}: {others} lines name no picture with a caption and are not used")
 
 
-def _bare(name):
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in sources.SUFFIXES else name
-
-
 def _stem(name, where):
     """A picture's name without its suffix, which stays inside its folder."""
-    name = _bare(tables.name_in(name.strip(), where))
+    name = images.bare(tables.name_in(name.strip(), where))
     if not name or any(len(p.encode()) > 200 for p in Path(name).parts):
         raise UserError(f"{where}: {short(name)} is no picture's name")
     return name
@@ -137,10 +133,25 @@ def cleaned(text):
 
 def find(name, folders):
     """The file of a picture among some folders, or None. Raises UserError when two folders have different pictures of that name."""
-    found = [path for folder in folders for suffix in SUFFIXES if (path := Path(folder) / f"{name}{suffix}").is_file()]
+    paths = [Path(folder) / name for folder in folders]
+    found = [p for path in paths for p in _pictures(path.parent, _changed(path.parent)).get(path.name, ())]
     if different := [p for p in found[1:] if not filecmp.cmp(p, found[0], shallow=False)]:
         raise UserError(f"{found[0]} and {different[0]} are different pictures of one name; rename one")
     return found[0] if found else None
+
+
+def _changed(folder):
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
+
+
+@functools.lru_cache(64)
+def _pictures(folder, _):
+    """{name without suffix: [picture's file]} of a folder, listed anew when it has changed."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in sources.SUFFIXES and path.is_file():
+            found.setdefault(images.bare(path.name), []).append(path)
+    return found
 
 
 def located(rows, folders, skip=False):
@@ -509,15 +520,13 @@ def export(source, target):
     (target / "images").mkdir(parents=True, exist_ok=True)
     for i in range(len(dataset)):
         key = Path(dataset.keys[i])
-        name = images.slug(key.stem if key.suffix.lower() in sources.SUFFIXES else key.name)
+        name = images.slug(images.bare(key.name))
         while name in taken:
             name += f"_{i}"
         taken.add(name)
         kept = dataset.data(i)
-        with images.Image.open(io.BytesIO(kept)) as image:
-            suffix = {"JPEG": ".jpg"}.get(image.format, f".{(image.format or 'png').lower()}")
         # there may be thousands; the table, at the end, is synced
-        write_bytes(target / "images" / f"{name}{suffix}", kept, sync=False)
+        write_bytes(target / "images" / f"{name}{images.suffix_of(kept)}", kept, sync=False)
         rows.append(Row(name, dataset.texts[i]))
     write_bytes(target / "titles.csv", table(rows))
     print(f"{len(rows)} pictures: {target / 'titles.csv'}")

@@ -3,7 +3,7 @@
     read("assets/prompts/dogs.json").draw(1000, seed=42)
 
 A file of words is JSON: `templates` {category: "a {breed} dog {pose}"}, `words` {name: [word, …]}, and `training`, the categories that
-pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line), .csv and .tsv (a column of prompts, or of lists of
+pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line; one that begins with "# " is a comment), .csv and .tsv (a column of prompts, or of lists of
 them as caption.py has them, and perhaps `category`), or any set of pictures with captions.
 """
 
@@ -84,14 +84,14 @@ def read(path, column=None):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".json" and isinstance(raw := read_json(path), dict) and "templates" in raw:
+    if path.suffix.lower() == ".json" and isinstance(raw := read_json(path), dict) and "templates" in raw:
         return _words(raw, path)
     if path.suffix.lower() in tables.SUFFIXES:
         return Lines(_table(path, column))
     if column:
         raise UserError(f"`prompt_column` is for tables, and {path} is none")
-    if path.suffix == ".txt":
-        lines = [line for line in tables.lines(path) if not line.startswith("#")]
+    if path.suffix.lower() == ".txt":
+        lines = [line for line in tables.lines(path) if line != "#" and not line.startswith("# ")]
     else:
         lines = list(sources.load(path).captions)
     if not lines:

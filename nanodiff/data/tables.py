@@ -65,6 +65,11 @@ def lines(path):
     return [line for line in (part.strip() for part in re.split(r"\r\n|\n|\r", text_of(path))) if line]
 
 
+def by_number(name):
+    """The key of a sort in which 2.png comes before 10.png."""
+    return re.sub(r"\d+", lambda m: m[0].zfill(24), name)
+
+
 def name_in(value, where):
     """A listed file name: relative, without steps upwards, one that a file can have. Raises UserError."""
     if not isinstance(value, str) or not value.strip():

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nanodiff.config import UserError, printable
 from nanodiff.data.sources import load
+from nanodiff.output.images import suffix_of
 
 
 def check(path, image_column=None, caption_column=None):
@@ -48,8 +49,8 @@ def pack(path, target, image_column=None, caption_column=None):
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
             for i, (item, texts) in enumerate(zip(data.items, data.texts, strict=True)):
-                picture = data.image(i)
-                members = {f".{(picture.format or _format(data.data(i))).lower()}": data.data(i)}
+                data.image(i)  # what cannot be read is not packed
+                members = {suffix_of(data.data(i)): data.data(i)}
                 if len(texts) > 1:
                     members[".json"] = json.dumps({"caption": list(texts)}, ensure_ascii=False).encode()
                 elif texts:
@@ -67,10 +68,3 @@ def pack(path, target, image_column=None, caption_column=None):
         with contextlib.suppress(NotADirectoryError):  # it was to lie beneath a file
             partial.unlink(missing_ok=True)
     print(f"{target}: {len(data)} pictures")
-
-
-def _format(data):
-    """The usual suffix of encoded picture bytes."""
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    return "webp" if data[8:12] == b"WEBP" else "bmp" if data[:2] == b"BM" else "png"

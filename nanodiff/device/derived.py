@@ -25,7 +25,8 @@ def stamp(tensor):
 
 
 def noticed(module):
-    """weights_changed(), where some numbers of the weights are others than at the last call."""
+    """weights_changed(), where some numbers of the weights are others than at the last call: what writes to all of them, as averages are copied, is seen,
+    what writes to a few layers may not be."""
     own = [
         t.detach()
         for t in module.parameters()

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanodiff import system
 from nanodiff.device import derived
 
-# Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
 OFFLOADS = ("none", "model", "sequential")  # models on the device: all, one at a time, block by block
+# Blocks that move one at a time, by class name: the repeated parts of the UNet, MMDiT, T5, CLIP.
 BLOCKS = {"ResnetBlock", "TransformerBlock", "Downsample", "Upsample", "JointBlock", "ImageBlock", "Block", "Layer"}
 EXACT = {"absmax"}  # buffers that keep their type: the scales of quantized weights
 

@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nanodiff import weights
-from nanodiff.config import UserError, printable, read_json
+from nanodiff.config import ASSETS, UserError, printable, read_json
 from nanodiff.device import dist
-from nanodiff.files import ASSETS
 from nanodiff.models import inception as inception_v3
 from nanodiff.models import lpips
 from nanodiff.models.clip import CLIPModel

@@ -13,9 +13,9 @@ from nanodiff.config import UserError, printable
 from nanodiff.device import dist
 from nanodiff.device.memory import keep_freed_memory
 from nanodiff.evaluation import similarity
-from nanodiff.evaluation.image_sets import _stem, images, prompts_for
+from nanodiff.evaluation.image_sets import images, prompts_for
 from nanodiff.output import report
-from nanodiff.output.images import Image, to_pixels
+from nanodiff.output.images import Image, bare, to_pixels
 
 
 class Pair(NamedTuple):
@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 
 def matched(folders):
     """(names, {label: Dataset in that order}) of folders with the same names of pictures. Raises UserError naming what differs."""
-    sets = {label: {_stem(k): i for i, k in enumerate(d.keys)} for label, d in folders.items()}
+    sets = {label: {bare(k): i for i, k in enumerate(d.keys)} for label, d in folders.items()}
     labels = list(sets)
     for label, known in sets.items():
         if len(known) != len(folders[label]):
@@ -147,7 +147,7 @@ def of_sets(folders, pairings, settings, prompts=None):
         candidates = []
         for d in folders.values():  # as they are listed: a file's lines stand for the pictures in that order
             texts, why = dist.on_main(prompts_for, d, prompts)
-            at = {_stem(k): i for i, k in enumerate(d.keys)}
+            at = {bare(k): i for i, k in enumerate(d.keys)}
             candidates.append(([texts[at[name]] for name in order] if texts else None, why))
         texts = next((t for t, _ in candidates if t), None)
         for label, pictures in sets.items():

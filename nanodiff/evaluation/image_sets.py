@@ -20,7 +20,7 @@ from nanodiff.data import caption_files, tables
 from nanodiff.device import dist
 from nanodiff.evaluation import features, metrics
 from nanodiff.output import report
-from nanodiff.output.images import recorded
+from nanodiff.output.images import bare, recorded
 
 GROUPS = ("fid", "kid", "is", "prdc", "memorisation", "diversity", "clip_score", "clip_fid", "modality_gap", "colours")
 MEMBERS = dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc")  # may be asked for alone
@@ -29,6 +29,10 @@ NEEDS_PROMPTS = ("clip_score", "modality_gap")
 OF_FEATURES = ("fid", "kid", "prdc", "memorisation", "diversity")
 SPACES = ("inception", "clip", "pixels")
 RESAMPLES = 20  # for FID's interval
+FEWER = {
+    "is": " (a number of `is_splits`)",
+    "prdc": " (one more than `nearest_k`)",
+}  # what says how many pictures are needed
 
 
 @dataclass
@@ -79,6 +83,13 @@ def wanted(names):
     return tuple(dict.fromkeys(found))
 
 
+def spaces_of(names):
+    """`names`, checked to be of SPACES. Raises UserError for an unknown one."""
+    if unknown := [n for n in names if n not in SPACES]:
+        raise UserError(f"`features`: {printable(unknown[0])!r} is none of {', '.join(SPACES)}")
+    return names
+
+
 def network(settings, name):
     """The Network of a name of SPACES, or "is"; loaded once. Raises features.Absent without its weights."""
     if name not in settings.networks:
@@ -87,6 +98,8 @@ def network(settings, name):
             made = features.colour_pixels()
         elif name == "clip":
             made = features.clip(clip_path(s), s.device)
+        elif name not in ("inception", "is"):
+            raise ValueError(f"unknown space {name!r}")
         else:
             variant, tap = (s.is_network, 2048) if name == "is" else ("fid", s.tap)
             same = "inception" if name == "is" else "is"
@@ -139,9 +152,10 @@ def images(generated, settings, real=None, prompts=None, what="generated", silen
                     raise features.Absent(f"{group} {reason}")
                 _group(group, space, generated, real, prompts, s, found, what)
             except (features.Absent, metrics.TooFew) as e:
+                why = f"{name}: {e}{FEWER.get(group, '')}" if isinstance(e, metrics.TooFew) else str(e)
                 if s.must:
-                    raise UserError(str(e)) from None
-                found.skipped[name] = str(e)
+                    raise UserError(why) from None
+                found.skipped[name] = why
     settings.networks["rows"] = {
         k: v for k, v in settings.networks.get("rows", {}).items() if k[1:] != _named(generated)
     }
@@ -327,26 +341,26 @@ def _prompts_from(dataset, path):
         lines = prompts_in(path)
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
+        if sorted(dataset.keys) == dataset.keys != sorted(dataset.keys, key=tables.by_number):
+            raise UserError(
+                f"`prompts` {path}: lines cannot tell their pictures: {dataset.root} is in the order of {printable(dataset.keys[0])}, {printable(dataset.keys[1])}, "
+                f"{printable(dataset.keys[2])}, …, not of its numbers; give captions by file name (.csv, .json, .jsonl)"
+            )
         return lines
     known, stems = {k: v[0] for k, v in caption_files.read(path, by_file=True).items()}, {}
     for key in dataset.keys:
-        stems.setdefault(_stem(key), []).append(key)
-    of_stem = {_stem(k): v for k, v in known.items()}
+        stems.setdefault(bare(key), []).append(key)
+    of_stem = {bare(k): v for k, v in known.items()}
     twice = [v for s, v in stems.items() if len(v) > 1 and not all(k in known for k in v)]
     if twice:
         raise UserError(
             f"{dataset.root}: {' and '.join(map(printable, twice[0]))} differ by suffix only; {path} must name them with it"
         )
-    missing = [k for k in dataset.keys if k not in known and _stem(k) not in of_stem]
+    missing = [k for k in dataset.keys if k not in known and bare(k) not in of_stem]
     if missing:
         raise UserError(
             f"{path}: has no caption for {len(missing)} of {len(dataset)} pictures, such as {printable(missing[0])}"
         )
     if len(known) > len(dataset):
         dist.say(f"note: {path}: {len(known)} captions for {len(dataset)} pictures; the others are of other pictures")
-    return [known.get(k, of_stem.get(_stem(k))) for k in dataset.keys]
-
-
-def _stem(key):
-    """A picture's name without its suffix."""
-    return key.rpartition(".")[0] if "." in key.rpartition("/")[2] else key
+    return [known.get(k, of_stem.get(bare(k))) for k in dataset.keys]

@@ -209,8 +209,8 @@ def research(settings, folder, tests, metrics, drawn):
 
 
 def write_pairs(folder, found):
-    """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files."""
-    out_dir(folder)
+    """metrics_{category}_{i}.json and .csv of each picture, category_averages.json, overall_metrics.json. Returns the files; older ones make room."""
+    _clear(out_dir(folder), "metrics_*")
     files, counts, parts = [], {}, distinct(p.category for p in found)
     columns = [n for n in TITLES if n in next(iter(found[0].numbers.values()))]
     for pair in found:
@@ -258,8 +258,17 @@ def figures_of(panels, out, document, found, folders, pairings, metrics):
     return files + charts_of(look, document, found, pairings, metrics)
 
 
+def _clear(folder, names):
+    """Delete an older comparison's files: a run never mixes with another's results."""
+    for old in folder.glob(names):
+        old.unlink()
+
+
 def pictures_of(panels, side, maps, document, found, folders, pairings):
-    """Of some of the pictures: a panel of all folders' in `side`, and difference maps of the pairings in `maps`. Returns the files."""
+    """Of some of the pictures: a panel of all folders' in `side`, and difference maps of the pairings in `maps`. Returns the files; older ones make
+    room."""
+    _clear(side, "comparison_all_*")
+    _clear(maps, "difference_*")
     _, sets = image_pairs.matched(folders)
     files, counts, chosen = [], {}, set(spread(len(found), panels) if panels else ())
     parts = distinct(p.category for p in found)

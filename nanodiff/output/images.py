@@ -3,8 +3,10 @@
 import bisect
 import io
 import json
+import math
 import re
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,28 @@ FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if fea
 # of picture files, those that FORMATS read, in the order in which they are looked for
 SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".ppm", ".pgm", ".pnm",
             *([".avif"] if "AVIF" in FORMATS else []))  # fmt: skip
+LARGEST = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 65536}  # pixels of a side
 CHUNK = "nanodiff"  # our PNG text chunk: the truth; "parameters" beside it is for display in other tools
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # EXIF's and TIFF's numbers
 TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))  # fmt: skip
 FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def bare(name):
+    """A picture's name without its suffix; one that ends otherwise, as "a dish.v2" does, is whole."""
+    suffix = Path(name).suffix
+    return name[: -len(suffix)] if suffix.lower() in SUFFIXES else name
+
+
+def suffix_of(data):
+    """The usual suffix of encoded picture bytes; of a phone's JPEG with more pictures behind it, too. Raises UserError for what is no picture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            kind = image.format
+    except FAULTS as e:
+        raise UserError(f"no picture that can be read: {e}") from None
+    return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
 def open_image(source, name=None, background="white"):
@@ -231,9 +250,16 @@ def save(image, path, kind, **options):
 
 
 def save_named(image, path):
-    """Write a PIL image in the form that the file's name ends with, one of FORMATS; a PNG where it ends with none of them."""
+    """Write a PIL image in the form that the file's name ends with, one of FORMATS; a PNG where it ends with none of them, or (which is said) where the
+    image is larger than the form can be."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     kind = kind if kind in FORMATS else "PNG"
+    if max(image.size) > LARGEST.get(kind, math.inf):
+        print(
+            f"note: {path}: is a PNG, for {image.width}x{image.height} pixels are more than {kind} can have ({LARGEST[kind]} a side)",
+            file=sys.stderr,
+        )
+        kind = "PNG"
     save(image, path, kind, **({"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}))
 
 

@@ -8,7 +8,7 @@ import time
 import torch
 
 from nanodiff import config, system
-from nanodiff.commandline import SECRETS, as_dict
+from nanodiff.commandline import as_dict, masked
 from nanodiff.config import UserError
 from nanodiff.device import dist, onednn
 from nanodiff.files import claim, out_dir, write_json
@@ -27,7 +27,7 @@ class Record:
         self.started = time.perf_counter()
         self.data = {
             "config": as_dict(cfg),
-            "argv": _without_secrets(sys.argv, cfg),
+            "argv": masked(sys.argv),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
@@ -67,11 +67,3 @@ class Record:
             self.data["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         if dist.is_main():
             write_json(self.out / "run.json", self.data)
-
-
-def _without_secrets(argv, cfg):
-    """argv with every token masked, however its flag was spelled."""
-    values = [v for v in (getattr(cfg, name, None) for name in SECRETS) if v]
-    for value in values:
-        argv = [word.replace(value, "***") for word in argv]
-    return list(argv)

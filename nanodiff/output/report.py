@@ -25,6 +25,7 @@ import PIL
 import scipy  # its parts are imported where they are first used
 import torch
 
+from nanodiff.commandline import masked
 from nanodiff.config import UserError, commit, printable, read_json, spreadsheet
 from nanodiff.files import write_bytes, write_json
 
@@ -41,7 +42,7 @@ def provenance(**facts):
     """Facts of a number and of the program that made it."""
     versions = {"nanodiff": commit(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
                 "pillow": PIL.__version__}  # fmt: skip
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+    command = shlex.join([Path(sys.argv[0]).name, *masked(sys.argv[1:])]) if sys.argv else ""
     return facts | {"versions": versions, "command": printable(command)}
 
 

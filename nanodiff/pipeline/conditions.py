@@ -115,6 +115,9 @@ class Conditions:
         Each different prompt is encoded once and kept, until the encoders change. What does not fit is said. length: tokens of T5.
         """
         how = (clip_skip, long_prompts, weighted, length)
+        for encoder in self.encoders:
+            if encoder is not None:
+                derived.noticed(encoder)
         kind = self.device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         versions = (auto, *(derived.version(e) for e in self.encoders if e is not None))
@@ -179,8 +182,12 @@ class Conditions:
         """Token ids [B, S] -> the text that the UNet attends to [B, S, D]: the last layer but `clip_skip`, normed."""
         return self.pick(0, clip_skip)(self.encoders[0](ids)[0])
 
+    nothing_is_zeros = False  # what stands against a prompt where there is no negative one; otherwise the empty prompt
+
     def nothing(self, text, how):
-        """What stands against `text` when there is no negative prompt: the empty one."""
+        """What stands against `text` when there is no negative prompt."""
+        if self.nothing_is_zeros:
+            return Text(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
         return self.encode([""] * len(text.states), **how)
 
     def joined(self, texts, clip_skip=0):

@@ -3,6 +3,8 @@
 Explained in the book (docs/book): chapter 10.
 """
 
+from numbers import Real
+
 import torch
 
 from nanodiff.config import UserError, short
@@ -40,10 +42,9 @@ class SDXL(Pipeline):
         ]
         return Text(torch.cat(_same_length(self, pairs, clip_skip), dim=-1), pairs[-1][1])
 
-    def nothing(self, text, how):
-        if not self.index.get("force_zeros_for_empty_prompt", True):
-            return super().nothing(text, how)
-        return Text(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
+    @property
+    def nothing_is_zeros(self):
+        return self.index.get("force_zeros_for_empty_prompt", True)
 
     def size_ids(self, n, height, width, sizes):
         """[2, 6]: the six sizes of the negative and of the positive condition, heights first.
@@ -130,8 +131,8 @@ def known_sizes(sizes, known):
         if key.removeprefix("negative_") not in known:
             raise UserError(f"`{key}`: this model has no such condition")
         numbers = [sizes[key]] if key.endswith("score") else sizes[key]
-        pair = key.endswith("score") or (isinstance(numbers, list | tuple) and len(numbers) == 2)
-        if not pair or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+        pair = key.endswith("score") or (hasattr(numbers, "__len__") and len(numbers) == 2)
+        if not pair or any(isinstance(n, bool) or not isinstance(n, Real) for n in numbers):
             raise UserError(
                 f"`{key}` {short(sizes[key])}: expected {'a number' if key.endswith('score') else 'a pair of numbers'}"
             )

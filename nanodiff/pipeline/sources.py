@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from nanodiff import weights
-from nanodiff.config import UserError, printable, read_json, short, typed
+from nanodiff.config import ASSETS, UserError, printable, read_json, short, typed
 from nanodiff.device import onednn
-from nanodiff.files import ASSETS
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.models.llm import CausalLM
 from nanodiff.models.vae import AutoencoderKL
@@ -245,8 +244,12 @@ def load_text(path, dtype, device, projection=False):
 
 
 def load_language(path, dtype, device):
-    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left."""
+    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left. What ends a reply is what
+    generation_config.json says, where it does: a chat model's config.json may know the end of a document alone."""
     raw, where = read_json(Path(path) / "config.json"), str(Path(path) / "config.json")
+    generation = Path(path) / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    raw |= {} if ends is None else {"eos_token_id": ends}
     cfg = CausalLM.Config.from_json(raw, where)
     tokenizer = TextTokenizer.load(path, cfg)
     tied = ("lm_head",) if cfg.tie_word_embeddings else ()

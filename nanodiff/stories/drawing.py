@@ -71,7 +71,8 @@ def strength_of(cfg, sd):
 
 def least_steps(sd, steps, strength):
     """`steps`, or as few more as leave a step to take from a picture: a turbo's single one at strength 0.8 would be none."""
-    return next(n for n in itertools.count(steps) if sd.first_step(n, strength) < n)
+    enough = (n for n in range(steps, sd.schedule.T + 1) if sd.first_step(n, strength) < n)
+    return next(enough, steps)  # none: too low a strength, which is refused as such
 
 
 def rebase(cfg, names=PATHS):
@@ -209,8 +210,9 @@ SHOWN = ("init_image", "mask", "control_image", "ip_adapter_image")
 MODELS = ("model", "refiner", "vae_checkpoint", "components", "fast_vae", "lora", "embedding", "control", "ip_adapter", "image_encoder")  # fmt: skip
 NAMED = (*SHOWN, *MODELS, "wildcards", "lora_dir")
 SUFFIXED = {"lora": lora.parse, "control": control.parse, "ip_adapter": pictures.parse}
-HASHED = 1 << 24  # bytes up to which a file is known by its content, a larger one by its size and time
-NUMBERED = re.compile(r"(\d{5,})(_steps)?\.\w+")
+INSIDE = {"wildcards": "*.txt", "lora_dir": "*.safetensors"}  # what is read of a folder, where it is not all
+HASHED = 1 << 20  # bytes up to which a file is known by its content, a larger one by its size and time
+NUMBERED = re.compile(r"(\d{5,7})(_steps)?\.\w+")  # eight digits are a date
 
 
 def named_files(cfg, names=NAMED):
@@ -223,21 +225,31 @@ def named_files(cfg, names=NAMED):
             yield name, SUFFIXED[name](text)[0] if name in SUFFIXED else text
 
 
-def marks(cfg):
-    """{path: what it holds} of the files and folders that a picture is made of: two that are alike have the same. Of the small ones their
-    content, of the large ones size and time; nothing of a Hub id."""
+class Marks:
+    """What the files and folders hold that pictures are made of: of small ones their content, of large ones size and time; nothing of a Hub id, nor
+    of what lies in the folder `out`, where the pictures go. Each file is read once, and what is in a folder is listed once."""
 
-    def mark(path):
-        if path.stat().st_size > HASHED:
-            return [path.stat().st_size, path.stat().st_mtime_ns]
-        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    def __init__(self, out):
+        self.out, self.known = Path(out).resolve(), {}
 
-    found = {}
-    for _, text in named_files(cfg):
-        path = hub.trained(text)
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        found[text] = [mark(p) for p in inside if p.is_file()]
-    return {text: held for text, held in found.items() if held}
+    def of(self, cfg):
+        """{path: what it holds} for one Config: two that are alike have the same."""
+        found = {}
+        for name, text in named_files(cfg):
+            if (name, text) not in self.known:
+                path, kind = hub.trained(text), INSIDE.get(name, "*")
+                inside = sorted(path.rglob(kind)) if path.is_dir() else [path]
+                self.known[name, text] = [
+                    _mark(p) for p in inside if p.is_file() and self.out not in p.resolve().parents
+                ]
+            found[text] = self.known[name, text]
+        return {text: held for text, held in found.items() if held}
+
+
+def _mark(path):
+    if path.stat().st_size > HASHED:
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def begun(cfg, out):
@@ -288,7 +300,8 @@ def check_output(cfg, out):
         if _same_file(path, text):
             raise UserError(f"--output {cfg.output}: is what --{name.replace('_', '-')} reads")
     inside = path.resolve().parent == out.resolve()
-    if inside and (NUMBERED.fullmatch(path.name) or path.suffix in (".json", ".safetensors", ".txt")):
+    ours = path.suffix == ".png" and NUMBERED.fullmatch(path.name)
+    if inside and (ours or path.suffix in (".json", ".safetensors", ".txt")):
         raise UserError(f"--output {cfg.output}: is a name of the run's own files; take another")
 
 
@@ -311,7 +324,7 @@ def unused(path, overwrite, written=()):
     """`path`, or the first of path_2, path_3, … that is not there; with `overwrite` the first that is not among the names this run has written."""
     taken = (lambda p: p.name in written) if overwrite else Path.exists
     others = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in itertools.count(2))
-    return next(p for p in (path, *itertools.islice(others, 1 << 20)) if not taken(p))
+    return next(p for p in itertools.chain((path,), others) if not taken(p))
 
 
 def file_name(cfg, facts, sd):

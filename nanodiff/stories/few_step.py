@@ -1,21 +1,26 @@
 """distill.py few-step: a student that needs few steps where its teacher needs many."""
 
+import shlex
 import shutil
 
 import torch
 
 from nanodiff import data, lora, pipeline
 from nanodiff.commandline import flagged
-from nanodiff.config import UserError, among_pictures
+from nanodiff.config import UserError, among_pictures, printable
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import fewstep, samplers
-from nanodiff.evaluation import image_sets, pages
+from nanodiff.diffusion.schedule import Schedule
+from nanodiff.evaluation import features, image_sets, pages
 from nanodiff.files import write_json
 from nanodiff.output import charts, images, report
 from nanodiff.output.record import Record
+from nanodiff.pipeline import sources
 from nanodiff.stories import gallery
 from nanodiff.training import build, loader, teach
 from nanodiff.training.options import decisive, listed
+
+LEAST_NOISE = 0.9  # of the timesteps: what a latent consistency student must know at least
 
 
 def few_schedule(cfg, sd):
@@ -34,12 +39,36 @@ def few_schedule(cfg, sd):
     return sd.with_scheduler("lcm", original_inference_steps=cfg.known_steps)
 
 
+def check_known(cfg, schedule):
+    """Raise UserError for --known-steps that a schedule has not; say what of its noise they leave out. They are every T // known-th timestep
+    (LCMScheduler's), so that of many that do not divide T the noisiest are none of them, from which pictures begin."""
+    if cfg.method not in ("consistency", "dmd") or schedule.flow:
+        return
+    if cfg.known_steps > schedule.T:
+        raise UserError(f"--known-steps {cfg.known_steps}: the schedule has {schedule.T} timesteps")
+    last = schedule.T // cfg.known_steps * cfg.known_steps
+    if last < LEAST_NOISE * schedule.T:
+        raise UserError(
+            f"--known-steps {cfg.known_steps}: the noisiest would be timestep {last - 1} of {schedule.T - 1}, and pictures begin with noise alone; take one that "
+            f"divides {schedule.T}"
+        )
+    if last < schedule.T:
+        dist.say(f"note: --known-steps {cfg.known_steps}: the noisiest is timestep {last - 1} of {schedule.T - 1}")
+
+
 def few_step(cfg):
     """The stage `few-step`: see the module docstring."""
     cfg.check()
+    image_sets.spaces_of(listed(cfg.features))
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
     record = Record(cfg, device)
+    if cfg.evaluate and "features" in getattr(cfg, "given", ()):  # asked for by name: known now, not after the training
+        for space in listed(cfg.features):
+            try:
+                image_sets.network(measures(cfg, record.out, device), space)
+            except features.Absent as e:
+                raise UserError(f"--features {space}: {e}") from None
     if wrong := among_pictures(cfg.data, "data", cfg.output_dir):
         dist.say(f"warning: {flagged(wrong)}")
     dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
@@ -68,6 +97,7 @@ def few_step(cfg):
                 guidance_of(cfg, teacher) if i == 0 else 1.0,
                 guided_steps(cfg, teacher) if cfg.method == "guidance" else n,
             )
+            check_known(cfg, sd.schedule)
             sd = few_schedule(cfg, sd)
             for count in (steps, *(cfg.check_steps if cfg.evaluate else ())):  # known now, not after the training
                 samplers.check_steps(sd.schedule, count)
@@ -75,7 +105,8 @@ def few_step(cfg):
                 nets["critic"] = fewstep.frozen(master).requires_grad_(True)
             sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
             if i == 0:
-                dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, rounds))} steps")
+                counts = rounds if cfg.method != "guidance" else [steps]
+                dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, counts))} steps")
             with record.timed("train"):
                 make = teach.FewSteps(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
                 teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution,
@@ -91,9 +122,14 @@ def few_step(cfg):
             few_quality(cfg, record, dataset, device)
     record.write()
     if dist.is_main():
-        print(
-            f'student: {target}\nnext: python sample.py --model {cfg.model + " --lora " if cfg.lora else ""}{target} --prompt "…" --output-dir OUT'
-        )
+        how = ["--model", str(target)]
+        if cfg.lora:  # beside it the model's own settings are others'; a whole student's folder says them
+            how = ["--model", cfg.model, "--lora", str(target), "--guidance-scale", "1"]
+            if cfg.method == "consistency" and not Schedule.from_config(sources.configs(cfg.model).scheduler()[0]).flow:
+                how += ["--scheduler", "lcm"]
+            if count := cfg.student_steps if cfg.method == "consistency" else cfg.teacher_steps:
+                how += ["--steps", str(count)]
+        print(f'student: {target}\nnext: python sample.py {shlex.join(how)} --prompt "…" --output-dir OUT')
     dist.finish()
 
 
@@ -156,13 +192,18 @@ def few_writer(cfg, sd, folder, facts):
     return write
 
 
+def measures(cfg, out, device):
+    """How the student is measured."""
+    return image_sets.Settings(groups=("fid", "kid"), spaces=listed(cfg.features), weights_dir=cfg.weights_dir, cache=str(out / "cache"),
+                               seed=cfg.seed, device=device)  # fmt: skip
+
+
 def few_quality(cfg, record, dataset, device):
     """Draw with teacher and student at several steps, measure, and show quality against steps."""
     out, found, sets = record.out, {}, {}
     chosen = pages.spread(len(dataset), min(cfg.num_images, len(dataset)))
     jobs = [gallery.Job(f"{i:05d}.png", dataset.captions[p], i) for i, p in enumerate(chosen)]
-    settings = image_sets.Settings(groups=("fid", "kid"), spaces=listed(cfg.features), weights_dir=cfg.weights_dir, cache=str(out / "cache"),
-                                 seed=cfg.seed, device=device)  # fmt: skip
+    settings = measures(cfg, out, device)
     dtype = choice.pick_dtype("auto", device)
     for who in ("teacher", "student"):
         taught = who == "student"
@@ -184,7 +225,7 @@ def few_quality(cfg, record, dataset, device):
     numbers = {f"{who}.steps_{n}.{k}": m for (who, n), f in found.items() for k, m in f.metrics.items()}
 
     def write():
-        document = report.Report(f"{cfg.method.capitalize()}: a student of {cfg.student_steps} steps")
+        document = report.Report(f"{cfg.method.capitalize()}: a student of {own} steps")
         document.text(f"{len(jobs)} pictures at each number of steps, the same prompts and seeds, against the {len(dataset)} of {cfg.data}. "
                       "The teacher's steps with guidance are two passes of the network, the student's one.")  # fmt: skip
         steps = sorted({n for _, n in found})
@@ -212,5 +253,7 @@ def few_quality(cfg, record, dataset, device):
 
     for path in dist.on_main(write):
         record.file(path)
+    for reason in sorted({why for f in found.values() for why in f.skipped.values()}):
+        dist.say(f"note: not computed: {printable(reason)}")
     for k, m in numbers.items():
         record.result(k, m["value"])

@@ -60,10 +60,7 @@ def finish(record, metrics, make):
 
 def images_of(cfg):
     wanted = image_sets.wanted(listed(cfg.metrics))
-    spaces = listed(cfg.features) or ("inception",)
-    for space in spaces:
-        if space not in image_sets.SPACES:
-            raise UserError(f"--features: {printable(space)!r} is none of {', '.join(image_sets.SPACES)}")
+    spaces = image_sets.spaces_of(listed(cfg.features)) or ("inception",)
     if cfg.fid_dims not in (64, 192, 768, 2048):
         raise UserError(f"--fid-dims {cfg.fid_dims} is none of 64, 192, 768, 2048")
     if cfg.generated and cfg.model:
@@ -92,6 +89,11 @@ def images_of(cfg):
             cfg.generated, given = [str(folder)], None
     names = _names(cfg.generated, "generated")
     found, sets, prompts_of = {}, {}, {}
+    if cfg.across:
+        across = max(map(int, listed(cfg.across)))
+        for path in cfg.generated:  # known now, not after the features
+            if across >= (count := len(dataset(path, "generated", cfg))):
+                raise UserError(f"--across {across}: {path} has {count} pictures, counted from 0")
     reads = given or not wanted or set(wanted) & set(image_sets.NEEDS_PROMPTS)
     for path, name in zip(cfg.generated, names, strict=True):
         sets[name] = dataset(path, "generated", cfg)

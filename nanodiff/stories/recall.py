@@ -39,11 +39,15 @@ def recall(cfg):
         return adopt(cfg, *other)
     record = read_record(cfg.from_image)
     given = given_in(cfg)
-    if record.get("init_image") is True:  # of before pictures told which
-        del record["init_image"]
+    if isinstance(record.get("init_image"), bool) and record.pop("init_image"):  # of before pictures told which
         if "init_image" not in given:
             raise UserError(
                 f"{cfg.from_image}: was made from another picture, which it does not contain; name it with --init-image"
+            )
+        if "mask" not in given:
+            print(
+                f"note: {cfg.from_image}: does not tell whether there was a mask; none is taken (--mask)",
+                file=sys.stderr,
             )
     known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
     known["prompt"] = [known.get("prompt")]

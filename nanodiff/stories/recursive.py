@@ -9,7 +9,7 @@ import numpy as np
 
 from nanodiff import data, pipeline
 from nanodiff.config import UserError, printable, read_json
-from nanodiff.data import caption_files
+from nanodiff.data import caption_files, tables
 from nanodiff.device import choice, dist
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import image_sets, pages
@@ -27,10 +27,10 @@ def read_captions(path, n):
     path = Path(path)
     if path.suffix.lower() == ".json":
         found = {k: v[0] for k, v in caption_files.read(path).items()}
-        ids = sorted(found, key=lambda k: (not k.isdecimal(), int(k) if k.isdecimal() else 0, k))
     else:
         dataset = data.load(path)
-        found, ids = dict(zip(dataset.keys, dataset.captions, strict=True)), sorted(dataset.keys)
+        found = dict(zip(dataset.keys, dataset.captions, strict=True))
+    ids = sorted(found, key=tables.by_number)
     if len(ids) < n:
         raise UserError(f"--captions {path}: {len(ids)} pictures have captions, {n} are wanted")
     return [(i, found[i]) for i in ids[:n]]
@@ -144,7 +144,8 @@ def recursive(cfg):
     """The stage `recursive`: see the module docstring."""
     cfg.check()
     build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ()))
-    scales = cfg.cfg_scales or [cfg.cfg_scale]
+    image_sets.spaces_of(listed(cfg.features))  # what cannot be shows now
+    scales = list(dict.fromkeys(cfg.cfg_scales)) or [cfg.cfg_scale]
     device = choice.pick_device(cfg.device)
     dist.start(device, cfg.dist_timeout)
     for name in ("target_gen", "steps", "num_images", "epochs"):

@@ -14,10 +14,10 @@ import torch
 
 from nanodiff import data, pipeline, weights
 from nanodiff.commandline import as_dict, is_given
-from nanodiff.config import UserError, printable
+from nanodiff.config import ASSETS, UserError, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
-from nanodiff.files import ASSETS, out_dir, write_bytes
+from nanodiff.files import out_dir, write_bytes
 from nanodiff.output import images, infotext
 from nanodiff.output.record import Record
 from nanodiff.pipeline import control, pictures, sources
@@ -27,6 +27,7 @@ from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
 from nanodiff.stories.drawing import (
     PATHS,
+    Marks,
     Progress,
     begun,
     check_output,
@@ -34,7 +35,6 @@ from nanodiff.stories.drawing import (
     documented,
     file_name,
     keep_record,
-    marks,
     named_files,
     options,
     prompts_of,
@@ -49,6 +49,8 @@ from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, check_words, job, jobs_of, note_marks, worded
 from nanodiff.training.options import parse_size
 
+WITHOUT_MEMORY = {"scheduler", "steps", "ddim_steps", "guidance_scale", "guidance_rescale", "seed", "eta", "sigmas", "timestep_spacing", "strength", "clip_skip",
+                  "lora_scale", "skip_layer_scale", "perturbed_scale", "freeu"}  # settings on which a plan does not hang  # fmt: skip
 INDIVIDUAL = 16  # up to so many pictures, --output also writes them one by one
 
 
@@ -252,14 +254,16 @@ def study(cfg, device):
     cfg.seed = finished.seed
     rows, base, loaded, skipped = {}, None, None, 0  # rows: {(cell, picture): row of study.csv}
     refused = {}  # {cell: why it cannot be drawn}
+    marks = Marks(record.out)
     total = sum(len(shown_prompts(variant)) * cfg.num_images * (2 if variant.hires else 1) for variant in variants)
     try:
         with Progress(total) as progress:
             for at, cell, variant, prompt, seed, key in planned(cfg, cells, variants):
-                row = finished.get(key)
+                files = marks.of(variant)
+                row = finished.get(key, files)
                 if row or at[0] in refused:
                     rows |= {at: row | cell} if row else {}
-                    skipped += bool(row)
+                    skipped += finished.is_old(key)
                     progress.skip(2 if variant.hires else 1)
                     continue
                 wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse
@@ -281,7 +285,7 @@ def study(cfg, device):
                     continue
                 seconds = round(time.perf_counter() - began, 3)
                 rows[at] = cell | {"file": path.name, "prompt": prompt, "seed": seed, "seconds": seconds}
-                finished.add(key, rows[at])
+                finished.add(key, rows[at] | ({"files": files} if files else {}))
     finally:  # what was finished is kept, listed and shown, also after Ctrl-C
         if rows:
             finished.write_csv(rows.values(), dict(axes))
@@ -325,11 +329,13 @@ def reset_unneeded(cfg, axes):
     """What an option needs that is an axis and off in this cell: the option is as if it had not been given. axes: their names."""
     if "control" in axes and not cfg.control:
         cfg.control_image, cfg.control_guess = [], False
+    off = set(axes)  # and what is reset with them, for what needs that
     for field in dataclasses.fields(cfg):
         needs = field.metadata.get("needs") or ()
         needs = (needs,) if isinstance(needs, str) else needs
-        if any(name in axes for name in needs) and not any(is_given(cfg, name) for name in needs):
+        if any(name in off for name in needs) and not any(is_given(cfg, name) for name in needs):
             setattr(cfg, field.name, [] if field.default is dataclasses.MISSING else field.default)
+            off.add(field.name)
 
 
 def shown_prompts(cfg):
@@ -341,7 +347,6 @@ def planned(cfg, cells, variants):
     """((cell, picture) by number, the cell's settings, its Config, prompt, seed, what the picture is known by) of a study's pictures."""
     for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
         fixed = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME}
-        fixed["files"] = marks(variant)
         prompts = [prompt for prompt in shown_prompts(variant) for _ in range(cfg.num_images)]
         for j, prompt in enumerate(prompts):
             seed = (cfg.seed if variant.seed is None else variant.seed) + j
@@ -378,13 +383,35 @@ def one_picture(cfg, base, prompt, seed, path, progress):
 def dry_run(cfg, device):
     """Print what a run would take, or of a study the cell that takes most, from configurations alone."""
     _, cells, variants = parsed(cfg) if cfg.study is not None else (None, [{}], [cfg])
-    plans = [planned_memory(variant, device) for variant in variants]
-    most = max(range(len(plans)), key=lambda i: memory.peaks(plans[i])[variants[i].offload])
+    known, plans, refused = (
+        {},
+        {},
+        {},
+    )  # known: {settings that memory hangs on: plan}; the others: {cell: plan, or why there is none}
+    for i, variant in enumerate(variants):
+        settings = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | WITHOUT_MEMORY}
+        settings["guided"] = variant.guidance_scale is None or variant.guidance_scale > 1
+        key = json.dumps(settings, sort_keys=True)
+        try:
+            plans[i] = known[key] = known.get(key) or planned_memory(variant, device)
+        except UserError as e:
+            if cfg.study is None:
+                raise
+            refused[i] = e
+            print(f"note: {grid.label(cells[i])}: cannot be drawn: {e}", file=sys.stderr)
+    if not plans:
+        raise UserError(f"--study: none of {len(cells)} cells can be drawn: {refused[0]}")
+    most = max(plans, key=lambda i: memory.peaks(plans[i])[variants[i].offload])
     if cfg.study is not None:
         print(f"of {len(cells)} cells the one that takes most: {grid.label(cells[most])}")
     for line in memory.table(plans[most], variants[most].offload):
         print(line)
     print("without what the libraries take for themselves (a CUDA context: about 0.5 GB)")
+    if refused:
+        first = min(refused)
+        raise UserError(
+            f"--study: {len(refused)} of {len(cells)} cells cannot be drawn, such as {grid.label(cells[first])}: {refused[first]}"
+        )
 
 
 def planned_memory(cfg, device):

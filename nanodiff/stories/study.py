@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import sys
 import typing
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class Finished:
     def __init__(self, out, seed, anew=False):
         """seed: None takes the one the study was begun with. anew: what was finished is deleted once there is a new picture. Raises UserError for a
         record that is not ours."""
-        self.out, self.rows, self.seed, self.old = Path(out), {}, seed, []
+        self.out, self.rows, self.seed, self.old, self.new = Path(out), {}, seed, [], set()
         if (self.out / "study.json").exists():
             try:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
@@ -139,10 +140,20 @@ class Finished:
                 self.rows, before = {}, None
             self.seed = before if seed is None else seed
 
-    def get(self, key):
-        """The row of a picture that is finished and still there, or None."""
+    def get(self, key, files):
+        """The row of a picture that is finished and still there, and made of the same `files` (drawing.Marks; older records do not tell), or None."""
         row = self.rows.get(key)
-        return row if row and (self.out / row["file"]).exists() else None
+        if not row or not (self.out / row["file"]).exists():
+            return None
+        changed = [name for name, held in row.get("files", files).items() if held != files.get(name)]
+        if changed:
+            print(f"note: {changed[0]}: has changed since {row['file']} was made, which is drawn anew", file=sys.stderr)
+            return None
+        return row
+
+    def is_old(self, key):
+        """Was a picture finished before this run?"""
+        return key in self.rows and key not in self.new
 
     def name(self, key):
         """The file of a picture: its own if it had one, else the next number."""
@@ -154,6 +165,7 @@ class Finished:
 
     def add(self, key, row):
         self.rows[key] = row
+        self.new.add(key)
         for name in set(self.old) - {row["file"]}:
             (self.out / name).unlink(missing_ok=True)
         self.old = []

@@ -51,8 +51,10 @@ def transfer(*stages):
 
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
-    build.check_noise(cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ()))
-
+    if transfer_train in stages:
+        build.check_noise(
+            cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ())
+        )
     if transfer_generate in stages or transfer_evaluate in stages:
         learning_prompts(cfg)
     if transfer_evaluate in stages:
@@ -107,6 +109,8 @@ def painter(model, device, adapters=None):
 def transfer_generate(cfg, record, device):
     """The teacher's pictures, each with its prompt beside it."""
     prompts = dist.on_main(learning_prompts, cfg)
+    if (different := len({p for _, p in prompts})) < len(prompts):
+        dist.say(f"note: {len(prompts)} pictures of {different} different prompts: {cfg.prompt_source} has no more")
     jobs = [gallery.Job(f"{i:05d}.png", prompt, cfg.seed + i) for i, (_, prompt) in enumerate(prompts)]
     sd = painter(cfg.teacher, device)
     how = teacher_settings(cfg, sd)
@@ -258,11 +262,7 @@ def write_comparison(cfg, found, metrics, folders, facts):
     folder, side, maps = (out_dir(cfg.root / n) for n in ("metrics", "comparison_output", "research_comparisons"))
     # this one is written last: without it nothing was evaluated to the end
     (folder / "evaluation.json").unlink(missing_ok=True)
-    for old in folder.glob("metrics_*"):
-        old.unlink()
     files = [*pages.write_pairs(folder, found), *report.write_metrics(folder, metrics)]
-    for old in (*side.glob("comparison_all_*"), *maps.glob("difference_*")):
-        old.unlink()
     files += pages.pictures_of(cfg.panels, side, maps, report.Report(""), found, folders, PAIRINGS)
     settings = {k: str(v) for k, v in as_dict(cfg).items() if v not in (None, "", [])}
     write_json(folder / "evaluation.json", {"settings": settings, **facts})

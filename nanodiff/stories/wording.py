@@ -39,6 +39,10 @@ def worded(words, batch):
 def jobs_of(cfg, prompts, negative, first=0):
     """A Job for each of --num-images pictures of each prompt, the first with the seed --seed + first."""
     typed = [prompt for prompt in prompts for _ in range(cfg.num_images)]
+    if typed and (last := cfg.seed + first + len(typed) - 1) >= 1 << 64:
+        raise UserError(
+            f"--seed {cfg.seed}: the last of {len(typed)} pictures would have the seed {last}, and 64 bits hold less"
+        )
     note_marks(cfg, prompts, negative)
     return [job(cfg, prompt, negative, cfg.seed + first + i) for i, prompt in enumerate(typed)]
 

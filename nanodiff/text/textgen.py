@@ -20,6 +20,8 @@ import torch
 from nanodiff.config import UserError
 from nanodiff.models.llm import Cache
 
+COLDEST = 1e-4  # of temperatures above 0: logits divided by it are still numbers
+
 
 @dataclass
 class Chance:
@@ -44,6 +46,10 @@ class Chance:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"`{name}` {value:g} must be between {low:g} and {high:g}")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(
+                f"`temperature` {self.temperature:g} must be 0 (the likeliest token) or at least {COLDEST:g}"
+            )
 
 
 GREEDY = Chance(temperature=0.0)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from nanodiff.config import JSON_SIZE_LIMIT, UserError, nearest, printable, read_fields, read_json, typed
-from nanodiff.files import ASSETS, write_bytes, write_json
+from nanodiff.config import ASSETS, JSON_SIZE_LIMIT, UserError, nearest, printable, read_fields, read_json, short, typed
+from nanodiff.files import write_bytes, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = ASSETS / "clip" / "merges.txt"
@@ -234,10 +234,11 @@ class T5Tokenizer:
 
 
 class TextTokenizer:
-    """A language model's: text to ids without cut or padding, and back. begin: the id that stands before a text, or None."""
+    """A language model's: text to ids without cut or padding, and back. begin: the id that stands before a text, or None; size: of the model's
+    vocabulary, which may lack tokens that were added for other models of a family (Gemma 3's pictures), or None for whatever there is."""
 
-    def __init__(self, backend, begin=None):
-        self.backend, self.begin = backend, begin
+    def __init__(self, backend, begin=None, size=None):
+        self.backend, self.begin, self.size = backend, begin, size
         self.spaced = (
             backend.token_to_id("a</w>") is not None
         )  # are words written with a space behind them? (see learned())
@@ -250,20 +251,26 @@ class TextTokenizer:
         if not path.exists():
             raise UserError(f"{folder}: no tokenizer.json, from which the tokenizer is read")
         backend = _from_json(path)
-        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        largest = max(backend.get_vocab(with_added_tokens=False).values(), default=0)
         if largest >= cfg.vocab_size:
             raise UserError(
                 f"{path}: has ids up to {largest}, the model's vocabulary has {cfg.vocab_size}: it is another model's"
             )
-        return cls(backend, cfg.bos_token_id)
+        return cls(backend, cfg.bos_token_id, cfg.vocab_size)
 
     def save(self, folder):
         """Write tokenizer.json into a folder."""
         write_bytes(Path(folder) / "tokenizer.json", self.backend.to_str().encode())
 
     def ids(self, text, begin=True):
-        """Ids of a text; begin: with the beginning before it, unless the text has it already."""
+        """Ids of a text; begin: with the beginning before it, unless the text has it already. Raises UserError for a token that the model has no
+        embedding for."""
         found = self.backend.encode(text, add_special_tokens=False).ids
+        if self.size and max(found, default=0) >= self.size:
+            token = self.backend.id_to_token(max(found))
+            raise UserError(
+                f"{short(text)}: the model has no embedding for {printable(token)!r}, which is a token of its own"
+            )
         return [self.begin, *found] if begin and self.begin is not None and found[:1] != [self.begin] else found
 
     def decode(self, ids):

@@ -9,8 +9,6 @@ import torch
 from nanodiff.config import UserError, printable, short
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
-from nanodiff.pipeline.base import Pipeline
-from nanodiff.pipeline.conditions import Text
 from nanodiff.text.tokenizer import CLIPTokenizer
 from nanodiff.training.loader import Cache, content, fingerprint, replacement
 
@@ -187,12 +185,10 @@ class Texts:
         """The condition (states, pooled) of a loader's Batch, on the device. texts: instead of the drawn ones."""
         texts = self.chosen(batch) if texts is None else texts
         states, pooled = self._said([t or "" for t in texts])
-        if None in texts and type(self.sd).nothing is not Pipeline.nothing:
-            # what the family's guidance has in place of the empty text (SDXL: zeros), for that is what is drawn with
+        if None in texts and self.sd.nothing_is_zeros:  # SDXL's guidance has zeros in place of the empty text
             kept = torch.tensor([t is not None for t in texts], device=states.device)
-            none = self.sd.nothing(Text(states, pooled), {"clip_skip": 0})
-            states = torch.where(kept[:, None, None], states, none.states.to(states))
-            pooled = torch.where(kept[:, None], pooled, none.pooled.to(pooled))
+            states = torch.where(kept[:, None, None], states, 0.0)
+            pooled = torch.where(kept[:, None], pooled, 0.0)
         return states, pooled
 
     def _said(self, texts):

@@ -375,23 +375,24 @@ class Decoder(torch.utils.data.Dataset):
             rng = generator(self.seed, index)
             flips.append(bool(self.transform.flip and rng.uniform() < 0.5))
             position = self.known_bad.get(position, position)
+            size = self.size(position)  # the batch's, also where another picture stands for a bad one
             if self.pictures:
-                position, array = self.some(position, rng, bad, self.size(position))
+                position, array = self.some(position, rng, bad, size)
                 arrays.append(array[:, :, ::-1] if flips[-1] else array)
             used.append(position)
             if self.tells:
-                told.append(self._told(index, position, flips[-1]))
+                told.append(self._told(index, position, size, flips[-1]))
         pixels = torch.from_numpy(np.stack(arrays)) if arrays else None
         return used, torch.tensor(flips), pixels, torch.tensor(told, dtype=torch.float32) if told else None, bad
 
-    def _told(self, index, position, mirrored):
+    def _told(self, index, position, size, mirrored):
         """Transform.told() of the sample `index`, from the picture's header and the draws that its crop was made with."""
         if position not in self.originals:
             self.originals[position] = _size(self.dataset, position)
         rng = generator(self.seed, index)
         if self.transform.flip:
             rng.uniform()
-        return self.transform.told(self.originals[position], self.size(position), rng, mirrored)
+        return self.transform.told(self.originals[position], size, rng, mirrored)
 
     def size(self, position):
         """(width, height) that a picture is brought to."""

@@ -181,7 +181,9 @@ class Noise:
         low=0.001,
         high=1000.0,
     )
-    caption_dropout: float = arg(0.1, "share of captions replaced by the empty text, for guidance", low=0, high=1)
+    caption_dropout: float = arg(
+        0.1, "share of captions replaced by the empty text (SDXL: zeros), for guidance", low=0, high=1
+    )
 
 
 @dataclass

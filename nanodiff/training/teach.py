@@ -36,7 +36,7 @@ class Lesson(NamedTuple):
     x0_of: latents.Latents
     text_of: latents.Texts
     seed: int
-    caption_dropout: float  # share of captions replaced by the empty text
+    caption_dropout: float  # share of captions replaced by the empty text (SDXL: zeros)
 
     def denoise(self, condition, call=None, sd=None):
         """f(x, t) -> the student's prediction, condition (states, pooled). call, sd: in place of the student's network, and of its pipeline."""
@@ -195,7 +195,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
         lesson_of=()):  # fmt: skip
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
     killed run goes on. training: options of every training, by which one that goes on is compared; side: pixels, default the model's;
-    caption_dropout: share of captions replaced by the empty text; adapter_dropout: of the adapters' inputs.
+    caption_dropout: share of captions replaced by the empty text (SDXL: zeros); adapter_dropout: of the adapters' inputs.
 
     lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher. Raises UserError for a `work` that was begun
     with another one or another data set, and for a size that the model cannot have."""

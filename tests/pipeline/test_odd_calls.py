@@ -14,9 +14,8 @@ from util import TINY
 
 import nanodiff
 from nanodiff import lora
-from nanodiff.config import UserError
+from nanodiff.config import ASSETS, UserError
 from nanodiff.device import quantize
-from nanodiff.files import ASSETS
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import images
 from nanodiff.pipeline.settings import Churn, SkipLayers

@@ -93,7 +93,7 @@ def test_mistakes_end_with_one_line(tmp_path):
         ({"max-new-tokens": 4000}, "more than the 2048 that the model reads"),
         ({"temperature": -1}, "--temperature -1 must be between"),
         ({"temperature": 1, "beams": 2}, "--beams takes the likeliest texts"),
-        ({"model": other(tmp_path, "llama", vocab_size=300)}, "has ids up to 505, the model's vocabulary has 300"),
+        ({"model": other(tmp_path, "llama", vocab_size=300)}, "has ids up to 501, the model's vocabulary has 300"),
     ):
         code, _, err = script(tmp_path, **more)
         assert code == 2 and said in err and "Traceback" not in err, (said, err)

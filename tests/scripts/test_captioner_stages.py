@@ -448,7 +448,7 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
             ("train", good | {"image-path": tmp_path / "no"}, "no such folder"),
             ("train", good | {"model-name": TINY / "vit"}, "model_type 'vit' is not supported"),
             ("train", good | {"vision-model": TINY / "llama"}, "is no ViT"),
-            ("train", good | {"model-name": small}, "has ids up to 505, the model's vocabulary has 300"),
+            ("train", good | {"model-name": small}, "has ids up to 501, the model's vocabulary has 300"),
             ("train", good | {"lora-targets": "to_q"}, "no layer of the llm has such a name"),
             ("train", good | {"parallel": "fsdp"}, "--parallel fsdp"),
             ("train", good | {"lora-r": 0}, "--lora-r must be at least 1"),
