@@ -249,7 +249,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     if getattr(cfg, "base_dir", ".") == ".":
         for f in fields:
             setattr(cfg, f.name, shipped(getattr(cfg, f.name)))
-    secret.update(v for v in (getattr(cfg, name, None) for name in SECRETS) if v)
+    hide(cfg)
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     cfg.spelled = spelled  # and as they were typed
@@ -259,6 +259,11 @@ def parse(cls, argv, doc="", presets=None, prog=None):
 def as_dict(cfg):
     """{field: value} of a config dataclass, without tokens."""
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in SECRETS}
+
+
+def hide(cfg):
+    """Remember the tokens in a config dataclass, for masked()."""
+    secret.update(v for v in (getattr(cfg, name, None) for name in SECRETS) if v)
 
 
 def masked(argv):
@@ -369,6 +374,27 @@ def from_mapping(cls, mapping, where):
             raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
         values[name] = value
     return values
+
+
+def numbers(kind):
+    """argparse's type of a list with commas between."""
+
+    def read(text):
+        return [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"list of {kind.__name__}"  # as argparse calls it when it is none
+    return read
+
+
+def at_least(low):
+    """argparse's type of whole numbers from `low` on."""
+
+    def read(text):
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {low}")
+        return int(text)
+
+    return read
 
 
 def tool(run):

@@ -10,12 +10,14 @@ picture span 2), and a Fréchet distance between drawn and real pictures (FID's 
 """
 
 import argparse
-import json
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from nanodiff import data, pipeline
+from nanodiff.commandline import at_least, tool
+from nanodiff.files import write_json
 
 CAPTIONS, NEAREST, BATCH, COMPONENTS = 200, 5, 20, 64
 
@@ -61,20 +63,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/nano")
     parser.add_argument("--data", default="assets/emoji/emoji.tar")
-    parser.add_argument("--captions", type=int, default=CAPTIONS)
+    parser.add_argument("--captions", type=at_least(2), default=CAPTIONS)
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
-    dataset = data.load(args.data)
-    got = score(pipeline.load(args.model), dataset, args.captions)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(got, f)
-    print(
-        f"captions: {args.captions}, nearest neighbour right: {got['top1']:.1f}%, missed: {', '.join(got['missed']) or 'none'}"
-    )
-    print(f"error to the caption's own picture: {got['rmse']:.4f}, Fréchet distance: {got['frechet']:.3f}")
-    print(f"{got['top5']:.1f}%")
+
+    def run():
+        dataset = data.load(args.data)
+        got = score(pipeline.load(args.model), dataset, args.captions)
+        if args.json:
+            write_json(args.json, got)
+        print(
+            f"captions: {args.captions}, nearest neighbour right: {got['top1']:.1f}%, missed: {', '.join(got['missed']) or 'none'}"
+        )
+        print(f"error to the caption's own picture: {got['rmse']:.4f}, Fréchet distance: {got['frechet']:.3f}")
+        print(f"{got['top5']:.1f}%")
+
+    return tool(run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,12 +8,14 @@ same Fréchet distance. One line says whether a student's 4 steps keep 90 % of t
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from assets.nano import score
 from nanodiff import data, pipeline
+from nanodiff.commandline import tool
 from nanodiff.output import charts, images
 
 STEPS, OWN, CAPTIONS, FREE = (1, 2, 4, 8), 50, 100, 200
@@ -38,6 +40,12 @@ def main():
     parser.add_argument("--data", default="assets/emoji/emoji.tar")
     parser.add_argument("--output-dir", required=True)
     args = parser.parse_args()
+    if wrong := [s for s in args.student if "=" not in s]:
+        parser.error(f"--student {wrong[0]}: expected NAME=DIR")
+    return tool(lambda: compare(args))
+
+
+def compare(args):
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     dataset = data.load(args.data)
@@ -82,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

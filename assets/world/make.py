@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from assets.emoji.make import add
 from assets.world import scenes
-from nanodiff.commandline import tool
+from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_file
 
@@ -47,11 +47,11 @@ def pack(path, drawn, count, first=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--scenes", type=at_least(1), default=30_000)
     parser.add_argument(
-        "--first", type=int, default=0, help="number of the first one, where others are in other shards"
+        "--first", type=at_least(0), default=0, help="number of the first one, where others are in other shards"
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=at_least(0), default=1)
     parser.add_argument("--task", choices=scenes.TASKS, help="only these")
     parser.add_argument("--colour", choices=scenes.PAINTS, help="of the first object of each scene")
     parser.add_argument("--held-out", action="store_true", help="only what is held out, in place of none of it")
@@ -68,8 +68,6 @@ def main():
             raise UserError(f"--held-out: nothing of {args.colour} is held out, it is in no scene for training")
         if not 0 <= args.in_order <= 1:
             raise UserError(f"--in-order {args.in_order:g}: a share lies between 0 and 1")
-        if args.first < 0:
-            raise UserError(f"--first {args.first}: the first scene is number 0")
         out_dir(args.target.parent)
         write(args.target, args.scenes, args.seed, args.task, args.held_out, args.colour, args.first, args.in_order)
         print(f"{args.target}: {args.scenes} scenes, {args.target.stat().st_size >> 10} kB")

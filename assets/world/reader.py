@@ -21,6 +21,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from assets.world.scenes import GROUNDS, PAINTS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
+from nanodiff.commandline import at_least, numbers
 
 DIFFERS = 60.0  # from the ground, as a Euclidean distance of RGB bytes, beyond which a pixel belongs to an object
 SPECK = 10  # pixels; less is no object
@@ -177,15 +178,16 @@ def true_of(read, told):
 def main():
     """How many real scenes are read right, also blurred."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=5000)
+    parser.add_argument("--scenes", type=at_least(1), default=5000)
     parser.add_argument(
         "--blur",
-        default="0,0.5,0.8,1,1.2,1.5",
+        type=numbers(float),
+        default=[0, 0.5, 0.8, 1, 1.2, 1.5],
         help="standard deviations of a Gaussian blur in pixels, comma-separated",
     )
     args = parser.parse_args()
     print("| blur | right | wrong |\n|---|---|---|")
-    for blur in map(float, args.blur.split(",")):
+    for blur in args.blur:
         wrong = Counter()
         for i in tqdm(range(args.scenes), desc=f"blur {blur:g}", disable=None, leave=False):
             scene = random_scene(np.random.default_rng((SEED, i)), held=None)

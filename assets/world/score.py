@@ -45,16 +45,6 @@ def mixed(count, groups=(True,), colour=None):
     ]
 
 
-def numbers(kind):
-    """argparse's type of a list of numbers with commas between."""
-
-    def read(text):
-        return [kind(part) for part in text.split(",")]
-
-    read.__name__ = f"list of {kind.__name__}"  # as argparse calls it when it is none
-    return read
-
-
 def shown(picture, side=128):
     """A picture [64, 64, 3] as a PIL picture in which its pixels are seen."""
     return Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)

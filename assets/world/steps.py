@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from assets.world import score
-from nanodiff.commandline import tool
+from nanodiff.commandline import numbers, tool
 from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import images
@@ -43,12 +43,12 @@ def variants(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR[:GUIDANCE]")
-    parser.add_argument("--steps", type=score.numbers(int), default=[1, 2, 4, 8, 20], help="comma-separated")
+    parser.add_argument("--steps", type=numbers(int), default=[1, 2, 4, 8, 20], help="comma-separated")
     parser.add_argument(
-        "--guidance", type=score.numbers(float), default=[None], help="comma-separated; default: the model's own"
+        "--guidance", type=numbers(float), default=[None], help="comma-separated; default: the model's own"
     )
     parser.add_argument(
-        "--scheduler", type=score.numbers(str), default=[None], help="comma-separated; default: the model's own"
+        "--scheduler", type=numbers(str), default=[None], help="comma-separated; default: the model's own"
     )
     parser.add_argument("--captions", type=int, default=100, help="of each task, seen and held out")
     parser.add_argument("--output-dir", type=Path, required=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from assets.nano.captions import said
 from assets.world import make, scenes, score
-from nanodiff.commandline import tool
+from nanodiff.commandline import numbers, tool
 from nanodiff.config import UserError, read_json
 from nanodiff.files import out_dir, write_bytes, write_json
 
@@ -252,7 +252,7 @@ def main():
     b.add_argument("--run", type=Path, required=True)
     b.add_argument(
         "--tasks",
-        type=score.numbers(str),
+        type=numbers(str),
         default=["close-up"],
         help=f"comma-separated: close-up, {', '.join(scenes.TASKS)}",
     )

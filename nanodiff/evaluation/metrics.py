@@ -338,7 +338,7 @@ def modality_gap(images, texts):
         "l2m": float(np.linalg.norm(x.mean(0) - y.mean(0))),
         "var_images": float(((x - x.mean(0)) ** 2).sum(1).mean()),
         "var_texts": float(((y - y.mean(0)) ** 2).sum(1).mean()),
-        "rmg": float(between / (sum(within) / 2 + between)),
+        "rmg": float(between / (sum(within) / 2 + between)) if between or any(within) else np.nan,
     }
 
 

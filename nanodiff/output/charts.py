@@ -1,6 +1,6 @@
 """Charts with matplotlib, the one file that imports it (optional extra `report`).
 
-python -m nanodiff.charts loss out/model/metrics.jsonl loss.png
+python -m nanodiff.output.charts loss out/model/metrics.jsonl loss.png
 """
 
 import functools
@@ -299,7 +299,7 @@ def table(path, header, rows, title=""):
 if __name__ == "__main__":
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m nanodiff.charts", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m nanodiff.output.charts", description=__doc__.split("\n\n")[0])
     parser.add_argument("chart", choices=["loss"])
     parser.add_argument("log")
     parser.add_argument("target")

@@ -8,7 +8,7 @@ import time
 import torch
 
 from nanodiff import config, system
-from nanodiff.commandline import as_dict, masked
+from nanodiff.commandline import as_dict, hide, masked
 from nanodiff.config import UserError
 from nanodiff.device import dist, onednn
 from nanodiff.files import claim, out_dir, write_json
@@ -22,6 +22,7 @@ class Record:
             raise UserError("running this on several processes is not supported yet; start it without torchrun")
         if not str(cfg.output_dir).strip():
             raise UserError("--output-dir is empty")
+        hide(cfg)
         self.out = out_dir(cfg.output_dir)
         dist.on_main(self._claim)
         self.started = time.perf_counter()

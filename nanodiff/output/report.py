@@ -122,7 +122,8 @@ def paired(a, b, seed=0):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
         raise UserError(f"{len(a)} and {len(b)} numbers are no pairs")
-    difference = (b - a)[np.isfinite(a) & np.isfinite(b)]
+    finite = np.isfinite(a) & np.isfinite(b)
+    difference = b[finite] - a[finite]
     n = len(difference)
     if n < 2:
         return None

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -135,7 +136,9 @@ def finish(run):
     run.close()
     if dist.is_main():
         best = run.out / "checkpoints" / ("best_model" if run.best is not None else "last_checkpoint")
-        print(f"the captioner: {best}\nnext: python caption.py infer --model-file {best} --infer-image-path PICTURE")
+        print(
+            f"the captioner: {best}\nnext: python caption.py infer --model-file {shlex.quote(str(best))} --infer-image-path PICTURE"
+        )
 
 
 def learned_too(cfg, rows):
@@ -328,7 +331,8 @@ def infer(cfg):
         record.file(path)
     record.data["results"]["captions"] = {row.name: row.captions[0] for row in captioned}
     record.write()
-    alone = Path(cfg.infer_image_path).suffix.lower() != ".csv" and len(captioned) == 1
+    listed = Path(cfg.infer_image_path).suffix.lower() in tables.SUFFIXES
+    alone = not listed and len(captioned) == 1
     for row in captioned:
         text = printable(row.captions[0])  # a model may write anything, and this goes to a terminal
         name = Path(row.path).name if Path(cfg.infer_image_path).is_dir() else row.name

@@ -43,6 +43,10 @@ LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 VIT_TARGETS = ("dense",)
 NO_LABEL = -100
 RECORD = "captioner.json"
+DONE = {  # what preprocessor_config.json may say is done, and what is
+    "do_convert_rgb": (True, None), "do_resize": (True,), "do_center_crop": (False, None), "do_rescale": (True,), "do_normalize": (True,),
+    "rescale_factor": (1 / 255, 0.003921568859368563),  # in fp64 and fp32
+}  # fmt: skip
 RESAMPLING = {2: "bilinear", 1: "lanczos"}  # PIL's numbers, as preprocessor_config.json has them
 SIZES = {  # of models trained from scratch: (ViT, LLaMA)
     "tiny": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
@@ -162,6 +166,9 @@ class Pictures:
         if not path.is_file():
             return cls(size)
         raw = read_json(path)
+        for key, done in DONE.items():
+            if key in raw and raw[key] not in done:
+                raise UserError(f"{path}: {key} = {raw[key]!r} is not supported (only {' and '.join(map(str, done))})")
         stated = raw.get("size", size)
         sides = set(stated.values()) if isinstance(stated, dict) else {stated}
         if sides != {size}:

@@ -137,7 +137,7 @@ def augment(cfg):
     if counts["captions_with_fewer"]:
         dist.say(
             f"warning: {counts['captions_with_fewer']} of {counts['captions']} captions have fewer than {cfg.variations} variations "
-            f"after {cfg.attempts} replies; {work.shortfall} names them"
+            f"after {cfg.attempts if cfg.temperature else 1} replies; {work.shortfall} names them"
         )
     record.file(work.csv)
     end(record)
@@ -208,7 +208,9 @@ def template_of(cfg):
     if cfg.template is None:
         return None
     path = Path(cfg.template)
-    text = tables.text_of(path) if path.suffix == ".txt" and path.is_file() else cfg.template
+    if path.suffix.lower() == ".txt" and "{" not in cfg.template and not path.is_file():
+        raise UserError(f"--template {cfg.template}: no such file")
+    text = tables.text_of(path) if path.suffix.lower() == ".txt" and path.is_file() else cfg.template
     names = names_in(text)
     if strange := [n for n in names if n not in ("caption", "n", "low", "high", "first")]:
         raise UserError(

@@ -201,6 +201,8 @@ def captions(cfg):
     record, _ = begin(cfg)
     mine, theirs = (dist.on_main(caption_files.read, path) for path in (cfg.candidates, cfg.references))
     names = listed(cfg.metrics)
+    if cfg.wordnet and names and "meteor" not in names:
+        raise UserError("--wordnet is for meteor, which --metrics leaves out")
     if not names and len(mine) == 1:
         dist.say("note: not computed: cider weighs words by how few pictures have them, and here is one picture")
         names = tuple(n for n in textmetrics.NAMES if n != "cider")

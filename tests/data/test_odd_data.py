@@ -296,3 +296,29 @@ def test_words_of_prompts(tmp_path, raw, line):
 )  # fmt: skip
 def test_replies_of_language_models(reply, captions):
     assert captionset.variations(reply, "an apple") == captions
+
+
+def test_two_comes_before_ten():
+    names = ["10.png", "2.png", "a 1", "(3).png", "1.png"]
+    assert sorted(names, key=tables.by_number) == ["(3).png", "1.png", "2.png", "10.png", "a 1"]
+
+
+def test_suffixes_in_any_case_and_a_phones_jpeg(tmp_path, capsys):
+    pictures = tmp_path / "in"
+    picture(pictures / "q.png").rename(pictures / "q.Png")
+    assert captionset.find("q", [pictures]) == pictures / "q.Png"
+    picture(pictures / "late.png")  # the folder has changed since
+    assert captionset.find("late", [pictures]) == pictures / "late.png" and captionset.find("none", [pictures]) is None
+    two = Image.new("RGB", (8, 8), "blue")
+    two.save(pictures / "phone.jpg", "MPO", save_all=True, append_images=[two])
+    for name in ("q", "late", "phone"):
+        (pictures / f"{name}.txt").write_text(f"a {name}")
+    captionset.export(pictures, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == ["late.png", "phone.jpg", "q.png"]
+    rows = captionset.located(captionset.read(tmp_path / "out" / "titles.csv"), [tmp_path / "out" / "images"])
+    assert len(rows) == 3
+    Image.new("RGB", (8, 8)).save(pictures / "still.gif")
+    (pictures / "still.txt").write_text("a gif")
+    tools.pack(pictures, tmp_path / "out.tar")
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        assert {n.rpartition(".")[2] for n in tar.getnames()} == {"png", "jpg", "gif", "txt"}

@@ -1,5 +1,6 @@
 """Pixels, grids, metadata, names."""
 
+import io
 import json
 
 import numpy as np
@@ -129,3 +130,31 @@ def test_grid_shape_and_labels():
 def test_a_sheet_is_of_the_kind_its_name_says(tmp_path, name, kind):
     images.save_named(Image.new("RGB", (8, 8), "red"), tmp_path / name)
     assert Image.open(tmp_path / name).format == kind
+
+
+def test_a_sheet_that_its_format_cannot_hold_is_a_png(tmp_path, capsys):
+    long = Image.new("RGB", (1, 16384))
+    images.save_named(long, tmp_path / "sheet.webp")
+    assert Image.open(tmp_path / "sheet.webp").format == "PNG"
+    assert "1x16384 pixels are more than WEBP can have (16383 a side)" in capsys.readouterr().err
+    images.save_named(long.crop((0, 0, 1, 16383)), tmp_path / "sheet.webp")
+    assert Image.open(tmp_path / "sheet.webp").format == "WEBP"
+
+
+def test_the_suffix_is_of_what_the_bytes_are():
+    for kind, suffix in (
+        ("JPEG", ".jpg"),
+        ("PNG", ".png"),
+        ("GIF", ".gif"),
+        ("TIFF", ".tif"),
+        ("PPM", ".ppm"),
+        ("WEBP", ".webp"),
+        ("MPO", ".jpg"),
+    ):
+        data, more = (
+            io.BytesIO(),
+            {"save_all": True, "append_images": [Image.new("RGB", (4, 4))]} if kind == "MPO" else {},
+        )
+        Image.new("RGB", (4, 4)).save(data, kind, **more)
+        assert images.suffix_of(data.getvalue()) == suffix, kind
+    assert [images.bare(n) for n in ("a.JPG", "dish_0.5", "b/c.v2.png", "x")] == ["a", "dish_0.5", "b/c.v2", "x"]

@@ -9,6 +9,8 @@ import pytest
 import scipy.stats
 from PIL import Image
 
+import caption
+from nanodiff import commandline
 from nanodiff.config import UserError
 from nanodiff.output import report
 
@@ -102,3 +104,16 @@ def test_documents(tmp_path):
 def test_csv_cells_are_no_formulas(tmp_path):
     report.write_csv(tmp_path / "x.csv", ("a",), [["=cmd()"], ["@x"], ["plain"], [-3.5], [None]])
     assert (tmp_path / "x.csv").read_text().splitlines() == ["a", "'=cmd()", "'@x", "plain", "-3.5", '""']
+
+
+@pytest.mark.parametrize("flag", (["--hf-token", "hf_SECRET"], ["--hf_token=hf_SECRET"]))
+def test_a_command_is_told_without_its_token(monkeypatch, tmp_path, flag):
+    monkeypatch.setattr("sys.argv", ["caption.py", "eval", *flag])
+    commandline.parse(caption.STAGES["eval"][0], flag)
+    told = report.provenance()["command"]
+    assert "hf_SECRET" not in told and "***" in told, told
+
+
+def test_paired_infinities_are_no_warning():
+    with np.errstate(all="raise"):
+        assert report.paired([np.inf, 1.0, 2.0], [np.inf, 2.0, 4.0]).mean == 1.5

@@ -282,3 +282,17 @@ def test_what_is_of_the_right_kind():
     assert torch.isfinite(drawn(sd.with_scheduler("euler"), churn=Churn(0.5))).all()
     with pytest.raises(UserError, match="decodes no pictures"):
         sd.generate("a", seeds=[1], steps=1, output_type="latent").to_pil()
+
+
+def test_sizes_of_numpy():
+    sd, sizes = tiny("sdxl"), {"original_size": (64, 48)}
+    for same in ((np.int64(64), np.float32(48)), np.array([64, 48]), [64, 48.0]):
+        assert torch.equal(drawn(sd, sizes={"original_size": same}), drawn(sd, sizes=sizes))
+
+
+def test_a_prompt_that_was_encoded_before_its_encoder_was_rewritten():
+    sd = tiny()
+    before = sd.encode(["a"]).states
+    for p in sd.text_encoder.parameters():
+        p.data.mul_(1.2)
+    assert not torch.equal(before, sd.encode(["a"]).states)

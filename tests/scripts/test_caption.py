@@ -107,3 +107,45 @@ def test_quantized(tmp_path):
     assert code == 0 and "quantized to int8: the weights are 0." in err, err
     code, _, err = script(tmp_path, quantize="int4")
     assert code == 2 and "--quantize int4: a layer of 48 x" in err and "take int8" in err
+
+
+@pytest.fixture
+def gemma(tmp_path):
+    """The tiny Gemma as its released files are: a token of its tokenizer is another model's, and what ends a reply stands in generation_config.json."""
+    folder = shutil.copytree(TINY / "gemma3", tmp_path / "gemma")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    picture = {
+        "id": size,
+        "content": "<picture>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    raw["added_tokens"].append(picture)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_a_tokenizer_with_another_models_token(tmp_path, gemma):
+    code, _, err = script(tmp_path, model=gemma)
+    assert code == 0, err
+    code, _, err = script(tmp_path, model=gemma, prompt="a <picture> of soup")
+    assert code == 2 and "the model has no embedding for '<picture>'" in err
+
+
+def test_what_ends_a_reply_is_in_generation_config(tmp_path, gemma):
+    assert script(tmp_path, model=gemma, **{"max-new-tokens": 8})[0] == 0
+    whole = results(tmp_path)["ids"]
+    end = next(i for i, token in enumerate(whole) if i and token not in whole[:i])
+    (gemma / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, whole[end]]}))
+    assert script(tmp_path, model=gemma, **{"max-new-tokens": 8})[0] == 0
+    assert results(tmp_path)["ids"] == whole[:end] and results(tmp_path)["ended"]
+
+
+def test_too_cold(tmp_path):
+    code, _, err = script(tmp_path, temperature="1e-40")
+    assert code == 2 and "--temperature 1e-40 must be 0 (the likeliest token) or at least 0.0001" in err
+    assert script(tmp_path, temperature="1e-4")[0] == 0

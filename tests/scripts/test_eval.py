@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from util import GOLDEN, ROOT, TINY, error_line, in_process, launch, recipe, run
 
 import eval as evaluation
 from nanodiff import config, data
+from nanodiff.config import UserError
 from nanodiff.data import tools
-from nanodiff.evaluation import pages
+from nanodiff.evaluation import image_sets, pages
 from nanodiff.models.inception import InceptionV3
 from nanodiff.models.lpips import VGG16
 from nanodiff.stories import judging
@@ -557,3 +559,88 @@ def test_numbers_are_those_of_the_library(alone, sets):
     assert found["pixels_fid"]["value"] == pytest.approx(metrics.fid(a, b), rel=1e-9)
     assert found["pixels_diversity"]["value"] == pytest.approx(metrics.diversity(b), rel=1e-9)
     assert np.isfinite(list(values(found).values())).all()
+
+
+def test_names_with_dots_are_whole(tmp_path):
+    for name in ("dish_0.5", "dish_0.7", "dish_0"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    pictures = data.load(tmp_path, captions=False)
+    table = tmp_path.with_suffix(".csv")
+    table.write_text("Image_Name,Title\ndish_0.5,half\ndish_0.7,more\ndish_0,none\n")
+    assert image_sets.prompts_for(pictures, table)[0] == [
+        "half" if "5" in k else "more" if "7" in k else "none" for k in pictures.keys
+    ]
+    table.write_text("Image_Name,Title\ndish_0.5,half\ndish_0.7,more\n")
+    with pytest.raises(UserError, match=r"has no caption for 1 of 3 pictures, such as dish_0\.png"):
+        image_sets.prompts_for(pictures, table)
+
+
+def test_lines_cannot_tell_numbered_pictures(tmp_path):
+    for i in range(11):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = tmp_path.with_suffix(".txt")
+    lines.write_text("".join(f"prompt {i}\n" for i in range(11)))
+    with pytest.raises(UserError, match=r"is in the order of 0\.png, 1\.png, 10\.png, …, not of its numbers"):
+        image_sets.prompts_for(data.load(tmp_path, captions=False), lines)
+    (tmp_path / "10.png").rename(tmp_path / "9a.png")
+    assert image_sets.prompts_for(data.load(tmp_path, captions=False), lines)[0][9] == "prompt 9"
+
+
+def test_a_comparison_replaces_the_one_before(sets, tmp_path):
+    for count in (6, 3):
+        for label in ("a", "b"):
+            shutil.rmtree(tmp_path / label, ignore_errors=True)
+            (tmp_path / label).mkdir()
+            for i in range(count):
+                Image.new("RGB", (16, 16), (20 * i, 9, 30 if label == "a" else 60)).save(tmp_path / label / f"{i}.png")
+        argv = (
+            "compare",
+            "--before",
+            tmp_path / "a",
+            "--after",
+            tmp_path / "b",
+            "--metrics",
+            "mse",
+            "--output-dir",
+            tmp_path / "out",
+        )
+        code, _, err = in_process(evaluation, "eval.py", *argv)
+        assert code == 0, err
+        assert len(list((tmp_path / "out" / "metrics").glob("metrics_*.json"))) == count
+    assert len(list((tmp_path / "out").rglob("comparison_all_*"))) == 3
+
+
+def test_too_few_is_said_of_what(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    argv = (
+        "images",
+        "--generated",
+        tmp_path,
+        "--real",
+        tmp_path,
+        "--features",
+        "pixels",
+        "--output-dir",
+        tmp_path.with_suffix(".out"),
+    )
+    code, _, err = in_process(evaluation, "eval.py", *argv, "--metrics", "fid")
+    assert code == 2 and "pixels_fid: the" in err and "1 pictures, at least 2 are needed" in err, err
+    code, _, err = in_process(evaluation, "eval.py", *argv, "--metrics", "prdc")
+    assert code == 2 and "pixels_prdc: " in err and "(one more than --nearest-k)" in err, err
+    other = tmp_path.with_name("other")
+    other.mkdir()
+    Image.new("RGB", (16, 16), "red").save(other / "a.png")
+    code, _, err = in_process(
+        evaluation,
+        "eval.py",
+        *argv[:3],
+        "--generated",
+        other,
+        "--metrics",
+        "colours",
+        "--across",
+        "50",
+        "--output-dir",
+        tmp_path.with_suffix(".o2"),
+    )
+    assert code == 2 and "--across 50: " in err and "has 1 pictures, counted from 0" in err, err

@@ -53,7 +53,11 @@ SAMPLERS = {"consistency": "lcm", "dmd": "lcm", "progressive": "ddim", "guidance
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_methods(folder, method):
     """Each trains, and leaves a folder that draws in its few steps when nothing more is said."""
-    code, _, err = script(folder, method=method, **{"no-evaluate": True, "student-steps": 2, "teacher-steps": 6})
+    code, _, err = script(
+        folder,
+        method=method,
+        **{"no-evaluate": True, "student-steps": 2 if method != "guidance" else None, "teacher-steps": 6},
+    )
     assert code == 0, err
     sd = pipeline.load(folder / "out" / "model", torch.float32)
     assert samplers.name_of(sd.schedule) == SAMPLERS[method] and sd.sampling("guidance_scale") == 1.0
@@ -173,3 +177,30 @@ def test_mistakes_end_with_one_line(folder, case):
     more, said = BAD[case]
     code, _, err = script(folder, **more)
     assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_times_that_a_student_cannot_know(folder):
+    code, _, err = script(folder, **{"known-steps": 2000})
+    assert code == 2 and "--known-steps 2000: the schedule has 1000 timesteps" in err
+    code, _, err = script(folder, **{"known-steps": 600})
+    assert code == 2 and "the noisiest would be timestep 599 of 999" in err
+    code, _, err = script(folder, **{"known-steps": 30, "no-evaluate": True})
+    assert code == 0 and "the noisiest is timestep 989 of 999" in err
+
+
+def test_spaces_are_known_before_the_training(folder):
+    code, _, err = script(folder, features="bogus")
+    assert code == 2 and "--features: 'bogus' is none of inception, clip, pixels" in err
+    code, _, err = script(folder, features="inception")
+    assert code == 2 and "--features inception: " in err and not (folder / "out" / "model").exists()
+
+
+def test_the_next_command_draws_as_the_student_was_taught(folder):
+    (folder / "two words").mkdir()
+    lora_of = {"output-dir": folder / "two words" / "out", "lora": True, "no-evaluate": True, "student-steps": 2}
+    code, out, err = script(folder, **lora_of)
+    assert code == 0 and f"--lora '{folder}/two words/out/model' --guidance-scale 1 --scheduler lcm --steps 2" in out, (
+        err
+    )
+    code, out, err = script(folder, method="guidance", **{"student-steps": 2})
+    assert code == 2 and "--student-steps is progressive and consistency and dmd's, not guidance's" in err

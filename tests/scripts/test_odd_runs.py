@@ -15,7 +15,7 @@ import eval as judge
 import sample
 import train
 from nanodiff.commandline import check_bounds, parse
-from nanodiff.config import UserError
+from nanodiff.config import ASSETS, UserError
 from nanodiff.output import images
 from nanodiff.stories import inputs, wording
 
@@ -545,3 +545,65 @@ def test_seeds_of_64_bits(tmp_path):
     assert code == 0 and (pixels(tmp_path / "a" / "00000.png") == pixels(tmp_path / "b" / "00000.png")).all(), err
     code, _, err = draw("--model", TINY / "sd15", "--seed", most + 1, "--output-dir", tmp_path / "c")
     assert code == 2 and "must be between 0 and 2^64 - 1" in err
+
+
+def test_pictures_of_before_they_told_their_init_image(tmp_path):
+    """An older record says only whether there was one, and nothing of a mask."""
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
+    assert draw("--model", TINY / "sd15", "--output-dir", tmp_path / "a")[0] == 0
+    record = images.read_record(tmp_path / "a" / "00000.png")
+    for was, argv, want in ((False, (), 0), (True, (), 2), (True, ("--init-image", tmp_path / "in.png"), 0)):
+        images.save_png(Image.new("RGB", (64, 64)), tmp_path / "old.png", record | {"init_image": was, "mask": None})
+        again = ("--from-image", tmp_path / "old.png", "--steps", 2, "--output-dir", tmp_path / "b")
+        code, _, err = in_process(sample, "sample.py", *again, *argv)
+        assert code == want, err
+        assert ("does not tell whether there was a mask" in err) == (was and not want)
+    assert "name it with --init-image" in in_process(sample, "sample.py", "--from-image", tmp_path / "old.png")[2]
+
+
+def test_a_strength_that_leaves_no_step_is_refused_at_once(tmp_path):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
+    argv = (
+        "--model",
+        TINY / "sd15",
+        "--prompt",
+        "a",
+        "--init-image",
+        tmp_path / "in.png",
+        "--strength",
+        "1e-12",
+        "--output-dir",
+        tmp_path / "a",
+    )
+    code, _, err = in_process(sample, "sample.py", *argv)
+    assert code == 2 and "--strength 1e-12" in err and "--steps" not in err.split("--strength")[0], err
+
+
+def test_a_date_is_no_number(tmp_path):
+    (tmp_path / "20240101.jpg").write_bytes(b"")
+    assert draw("--model", TINY / "sd15", "--output-dir", tmp_path)[0] == 0
+    assert (tmp_path / "00000.png").is_file()
+
+
+def test_what_comes_with_the_program_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = draw("--model", "assets/nano", "--output-dir", tmp_path / "a")
+    assert code == 0, err
+    assert parse(distill.Transfer, []).prompt_source == str(ASSETS / "prompts" / "dogs.json")
+    (tmp_path / "assets" / "prompts").mkdir(parents=True)
+    (tmp_path / "assets" / "prompts" / "dogs.json").write_text("{}")
+    assert parse(distill.Transfer, []).prompt_source == "assets/prompts/dogs.json"
+
+
+def test_a_stage_refuses_what_it_needs_alone(tmp_path):
+    """The teacher's pictures can be drawn before there is a student."""
+    (tmp_path / "p.TXT").write_text("#1 dog\n# a comment\n")
+    argv = ("--teacher", TINY / "sd15", "--model", tmp_path / "none-yet", "--prompt-source", tmp_path / "p.TXT", "--num-images", 2,
+            "--steps", 1, "--method", "data", "--output-dir", tmp_path / "out")  # fmt: skip
+    code, out, err = in_process(distill, "distill.py", "transfer", "generate", *argv)
+    assert code == 0 and "teacher_images: 2" in out and "2 pictures of 1 different prompts" in err, err
+
+
+def test_one_guidance_or_several():
+    with pytest.raises(UserError, match="--cfg-scale is one study's guidance"):
+        parse(distill.Recursive, ["--cfg-scale", "5", "--cfg-scales", "1"]).check()

@@ -269,3 +269,40 @@ def test_a_dry_run_plans_the_cell_that_takes_most(tmp_path, capsys):
     found = plan("--study", "height=64,2048,128;width=64,1024")
     assert "of 6 cells the one that takes most: height 2048, width 1024" in found
     assert found.splitlines()[1:] == plan("--height", "2048", "--width", "1024").splitlines()
+
+
+def test_a_study_inside_a_folder_that_it_names_goes_on(tmp_path, capsys):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "fruit.txt").write_text("apple\npear\n")
+    syntax = ("--prompt-syntax", "a1111", "--wildcards", str(tmp_path / "w"))
+    for again in ("2 pictures,", "2 pictures (2 of them finished before)"):
+        do(tmp_path / "w" / "out", "--steps", "1", *syntax, "--study", "guidance_scale=1,2")
+        assert again in capsys.readouterr().out
+
+
+def test_a_study_of_before_files_were_kept_goes_on(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    argv = ("--steps", "2", "--init-image", str(tmp_path / "in.png"), "--study", "guidance_scale=1,2")
+    do(tmp_path / "out", *argv)
+    record = tmp_path / "out" / "study.json"
+    raw = json.loads(record.read_text())
+    for row in raw["pictures"].values():
+        assert str(tmp_path / "in.png") in row.pop("files")
+    record.write_text(json.dumps(raw))
+    capsys.readouterr()
+    do(tmp_path / "out", *argv)
+    assert "(2 of them finished before)" in capsys.readouterr().out
+
+
+def test_what_hangs_on_what_is_off_is_off(tmp_path):
+    """--mask needs --init-image, --mask-blur needs --mask."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    argv = ("--steps", "2", "--mask", str(tmp_path / "mask.png"), "--mask-blur", "2")
+    assert len(do(tmp_path / "out", *argv, "--study", f"init_image=none,{tmp_path / 'in.png'}")) == 2
+
+
+def test_a_dry_run_goes_on_past_an_impossible_cell(tmp_path, capsys):
+    with pytest.raises(UserError, match="3 of 6 cells cannot be drawn, such as height 65, guidance scale 1"):
+        do(tmp_path, "--dry-run", "--study", "height=64,65;guidance_scale=1,2,3")
+    assert "of 6 cells the one that takes most: height 64, guidance scale 1" in capsys.readouterr().out

@@ -150,3 +150,15 @@ def test_sdxl_is_told_the_pictures_own_size():
         made(batch([0], [0])._replace(told=given), lambda b: x0, lambda b: (text.states, text.pooled), 0)
     assert seen[0].tolist() == told.tolist()
     assert seen[1].tolist() == [[32.0 * sd.downscale, 32.0 * sd.downscale, 0.0, 0.0] + 2 * [32.0 * sd.downscale]]
+
+
+def test_a_dropped_caption_of_an_sdxl_that_has_no_zeros():
+    sd = pipeline.load(TINY / "sdxl")
+    sd.index = {**sd.index, "force_zeros_for_empty_prompt": False}
+    made = latents.Texts(sd, [("a red apple",)], 0, "cpu", dropout=1.0)
+    calls = []
+    sd.encode_uniques, own = lambda *a: calls.append(a) or own(*a), sd.encode_uniques
+    with torch.autocast("cpu", torch.bfloat16):
+        states, _ = made(batch([0], [0]))
+    assert not calls, "the empty text is in the cache"
+    assert torch.equal(states, made([], [""])[0]) and states.any()

@@ -333,3 +333,36 @@ def test_fingerprint_sees_every_value():
     assert before == loader.fingerprint(net)
     net.weight.data[1, 2, 0, 0] += 1e-6
     assert loader.fingerprint(net) != before
+
+
+def test_a_wide_picture_is_told_its_corner_also_mirrored(tmp_path):
+    """SDXL's training script tells the left edge of what is seen, so of a mirrored picture the other one."""
+    rows, columns = np.mgrid[0:40, 0:120]
+    Image.fromarray(np.stack([columns * 2, rows, 0 * rows], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
+    feed = loader.Feed(data.load(tmp_path, captions=False), loader.Transform(20, False, True, 0.0, 0.0), 5, 1)
+    feed.decoder.tells, lefts = True, {False: set(), True: set()}
+    for step in range(24):
+        (batch,) = feed.update(step)
+        told, mirrored = [int(v) for v in batch.told[0]], bool(batch.flips[0])
+        first = ((batch.pixels[0, 0, 10, 0] + 1) * 127.5).item() / 2 / 2 - 0.25  # the original's column, half as large
+        want = 60 - 1 - first if mirrored else first
+        assert told[2] == 0 and abs(told[3] - want) <= 1, (told, want, mirrored)
+        lefts[mirrored].add(told[3])
+    assert all(len(some) > 3 for some in lefts.values())
+
+
+def test_what_stands_for_a_bad_picture_is_told_the_size_it_was_cut_to(tmp_path):
+    for i in range(16):
+        Image.new("RGB", (64, 64) if i < 8 else (128, 64)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:60])
+    (tmp_path / "12.png").write_bytes((tmp_path / "12.png").read_bytes()[:60])
+    dataset = data.load(tmp_path, captions=False)
+    sizes = {(64, 64): range(8), (96, 48): range(8, 16)}
+    f = loader.Feed(dataset, loader.Transform(64), 0, 2, buckets=sizes, policy="skip", limit=0.9)
+    f.decoder.tells, replaced = True, 0
+    for step in range(3 * f.per_epoch):
+        for batch in f.update(step):
+            high, wide = batch.pixels.shape[-2:]
+            assert batch.told[:, 4:].tolist() == [[high, wide]] * len(batch.told)
+            replaced += sum((p < 8) != (wide == 64) for p in batch.positions)
+    assert replaced, "no picture of the other bucket stood in"
