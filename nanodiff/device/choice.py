@@ -36,7 +36,17 @@ def pick_dtype(name, device):
         return torch.float16 if device.type == "cuda" else torch.float32
     if name == "fp16" and device.type == "cpu":
         raise UserError("`dtype` fp16 does not compute on a CPU at any useful speed; use fp32 or bf16")
+    _say_slow(name, device)
     return DTYPES[name]
+
+
+def _say_slow(name, device):
+    """A line for bf16 on a processor without an instruction for it, which has its memory and not its speed."""
+    if name == "bf16" and device.type == "cpu" and not onednn.computes_bf16():
+        print(
+            "note: this CPU has no instruction for bf16: fp32 takes twice the memory and about a quarter of the time",
+            file=sys.stderr,
+        )
 
 
 def pick_precision(name, device):
@@ -48,6 +58,7 @@ def pick_precision(name, device):
     if name == "fp16" and device.type != "cuda":
         raise UserError("`mixed_precision` fp16 needs a CUDA GPU; use bf16 or no")
     if name != "auto":
+        _say_slow(name, device)
         return DTYPES.get(name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
