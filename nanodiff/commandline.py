@@ -37,6 +37,8 @@ ELSEWHERE = {  # other programs' words
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SEEDS = (1 << 63) - 1  # the largest one
 SECRETS = {"token", "hub_token", "hf_token"}
+# options that may name what comes with the program: models, data, prompts
+SHIPPED = {"model", "teacher", "student", "vae", "data", "captions", "real", "generated", "prompts", "prompt_source", "evaluation_prompts", "prompts_file"}  # fmt: skip
 secret = set()  # the tokens that this process was given: masked() hides them
 CHANGING = ("update", "pop", "popitem", "setdefault", "clear")  # of a dict
 CONNECTION = re.compile(
@@ -248,12 +250,17 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     cfg = cls(**(values | given))
     if getattr(cfg, "base_dir", ".") == ".":
         for f in fields:
-            setattr(cfg, f.name, shipped(getattr(cfg, f.name)))
+            setattr(cfg, f.name, found(f.name, getattr(cfg, f.name)))
     hide(cfg)
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     cfg.spelled = spelled  # and as they were typed
     return cfg
+
+
+def found(name, value):
+    """An option's value, or where what it names came with the program."""
+    return shipped(value) if name in SHIPPED else value
 
 
 def as_dict(cfg):
@@ -390,9 +397,13 @@ def at_least(low):
     """argparse's type of whole numbers from `low` on."""
 
     def read(text):
-        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < low:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {low}")
-        return int(text)
+        return value
 
     return read
 

@@ -26,7 +26,9 @@ def shipped(value):
     if isinstance(value, list):
         return [shipped(v) for v in value]
     path = Path(value) if isinstance(value, str) and value.startswith("assets/") and "\0" not in value else None
-    if path is None or os.path.exists(path) or not os.path.exists(ASSETS / path.relative_to("assets")):
+    if path is None or path == Path("assets") or ".." in path.parts:
+        return value
+    if os.path.exists(path) or not os.path.exists(ASSETS / path.relative_to("assets")):
         return value
     return str(ASSETS / path.relative_to("assets"))
 

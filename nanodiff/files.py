@@ -16,6 +16,17 @@ from nanodiff import commandline, system
 from nanodiff.config import UserError
 
 
+def inside(folder, suffix=""):
+    """The files in a folder and its folders, linked ones too (each once), whose names end with `suffix`, in capitals or not."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root) / name for name in names if name.lower().endswith(suffix))
+
+
 def write_bytes(path, data, sync=True):
     """Write a file of these bytes. See write_file()."""
     write_file(path, lambda f: f.write(data), sync)

@@ -2,8 +2,11 @@
 
 import pytest
 
+import sample
 from nanodiff import config
+from nanodiff.commandline import parse
 from nanodiff.config import UserError, printable, read_json
+from nanodiff.stories import study
 
 
 def test_large_json_is_refused(tmp_path):
@@ -23,3 +26,20 @@ def test_printable():
 ])  # fmt: skip
 def test_no_cell_is_a_formula(cell, want):
     assert config.spreadsheet(cell) == want
+
+
+def test_what_comes_with_the_program(tmp_path, monkeypatch):
+    """Only what is read is found there, and only by its own name."""
+    monkeypatch.chdir(tmp_path)
+    nano = str(config.ASSETS / "nano")
+    assert config.shipped("assets/nano") == nano and config.shipped(["assets/nano", "x"]) == [nano, "x"]
+    for same in ("assets/", "assets", "assets/../docs", "assets/none", "an assets/nano", None, 3):
+        assert config.shipped(same) == same
+    cfg = parse(
+        sample.Config,
+        ["--model", "assets/nano", "--output-dir", "assets/nano", "--prompt", "assets/nano", "--output", "assets/nano"],
+    )
+    assert (cfg.model, cfg.output_dir, cfg.prompt, cfg.output) == (nano, "assets/nano", ["assets/nano"], "assets/nano")
+    assert study.parse("model=assets/nano,x", sample.Config) == [("model", [nano, "x"])]
+    (tmp_path / "assets" / "nano").mkdir(parents=True)
+    assert config.shipped("assets/nano") == "assets/nano"

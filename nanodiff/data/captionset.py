@@ -14,10 +14,10 @@ beginning is ignored.
 import argparse
 import csv
 import filecmp
-import functools
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -131,26 +131,25 @@ def cleaned(text):
     return " ".join(text.replace("\0", "").lower().split())
 
 
-def find(name, folders):
-    """The file of a picture among some folders, or None. Raises UserError when two folders have different pictures of that name."""
-    paths = [Path(folder) / name for folder in folders]
-    found = [p for path in paths for p in _pictures(path.parent, _changed(path.parent)).get(path.name, ())]
+def find(name, folders, known=None):
+    """The file of a picture among some folders, or None. Raises UserError when two folders have different pictures of that name. known: a dict that keeps
+    what is in the folders, for many names."""
+    known, found = {} if known is None else known, []
+    for path in (Path(folder) / name for folder in folders):
+        if path.parent not in known:
+            known[path.parent] = _pictures(path.parent)
+        found += known[path.parent].get(path.name, ())
     if different := [p for p in found[1:] if not filecmp.cmp(p, found[0], shallow=False)]:
         raise UserError(f"{found[0]} and {different[0]} are different pictures of one name; rename one")
     return found[0] if found else None
 
 
-def _changed(folder):
-    return folder.stat().st_mtime_ns if folder.is_dir() else 0
-
-
-@functools.lru_cache(64)
-def _pictures(folder, _):
-    """{name without suffix: [picture's file]} of a folder, listed anew when it has changed."""
+def _pictures(folder):
+    """{name without suffix: [picture's file]} of a folder."""
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in sources.SUFFIXES and path.is_file():
-            found.setdefault(images.bare(path.name), []).append(path)
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else ():
+        if Path(entry.name).suffix.lower() in sources.SUFFIXES and entry.is_file():
+            found.setdefault(images.bare(entry.name), []).append(folder / entry.name)
     return found
 
 
@@ -159,7 +158,8 @@ def located(rows, folders, skip=False):
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"`image_path` {folder}: no such folder")
-    found = [row._replace(path=str(path) if (path := find(row.name, folders)) else "") for row in rows]
+    known = {}
+    found = [row._replace(path=str(path) if (path := find(row.name, folders, known)) else "") for row in rows]
     absent = [row.name for row in found if not row.path]
     if absent:
         what = f"{len(absent)} of {len(rows)} pictures are not in {', '.join(map(str, folders))}: {', '.join(map(printable, absent[:5]))}"

@@ -3,7 +3,7 @@
     read("assets/prompts/dogs.json").draw(1000, seed=42)
 
 A file of words is JSON: `templates` {category: "a {breed} dog {pose}"}, `words` {name: [word, …]}, and `training`, the categories that
-pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line; one that begins with "# " is a comment), .csv and .tsv (a column of prompts, or of lists of
+pictures to learn from are drawn of (default: the first). Lists are .txt (a prompt a line; one that begins with "# " or "## " is a comment), .csv and .tsv (a column of prompts, or of lists of
 them as caption.py has them, and perhaps `category`), or any set of pictures with captions.
 """
 
@@ -91,7 +91,7 @@ def read(path, column=None):
     if column:
         raise UserError(f"`prompt_column` is for tables, and {path} is none")
     if path.suffix.lower() == ".txt":
-        lines = [line for line in tables.lines(path) if line != "#" and not line.startswith("# ")]
+        lines = [line for line in tables.lines(path) if not re.match(r"#+(\s|$)", line)]
     else:
         lines = list(sources.load(path).captions)
     if not lines:

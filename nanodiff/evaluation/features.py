@@ -104,7 +104,7 @@ def find(what, folder, allow_pickle=False):
     if not found:
         where = f"in {folder}" if folder else "without --weights-dir"
         raise Absent(f"{names[0]}.pth is not there {where}; get it from {url} (SHA-256 begins {begins})")
-    path, pickled = found[0], found[0].suffix in weights.PICKLES
+    path, pickled = found[0], weights.is_pickle(found[0])
     if pickled and not allow_pickle:
         raise UserError(
             f"{path}: a pickle; add `allow_pickle`, or `python -m nanodiff.weights convert {path.name} {path.stem}.safetensors `allow_pickle``"

@@ -8,6 +8,7 @@ The scripts make the pictures and write the reports; what is computed here is th
 processes: features are shared out, and every process ends with the same numbers.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -341,10 +342,14 @@ def _prompts_from(dataset, path):
         lines = prompts_in(path)
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
-        if sorted(dataset.keys) == dataset.keys != sorted(dataset.keys, key=tables.by_number):
+        keys = dataset.keys
+        numbered = len({re.sub(r"\d+", "#", k) for k in keys}) == 1 and all(
+            len(re.findall(r"\d+", bare(k))) == 1 for k in keys
+        )
+        if numbered and sorted(keys) == keys != sorted(keys, key=tables.by_number):
             raise UserError(
-                f"`prompts` {path}: lines cannot tell their pictures: {dataset.root} is in the order of {printable(dataset.keys[0])}, {printable(dataset.keys[1])}, "
-                f"{printable(dataset.keys[2])}, …, not of its numbers; give captions by file name (.csv, .json, .jsonl)"
+                f"`prompts` {path}: lines cannot tell their pictures: {dataset.root} is in the order of {', '.join(map(printable, keys[:3]))}, …, not of their "
+                "numbers; give captions by file name (.csv, .json, .jsonl)"
             )
         return lines
     known, stems = {k: v[0] for k, v in caption_files.read(path, by_file=True).items()}, {}

@@ -40,7 +40,7 @@ OTHERS = {  # pattern in a key: the method, which is no plain LoRA; refused by n
     r"dora_scale|lora_magnitude_vector": "DoRA",
     r"hada_": "LoHa",
     r"lokr_": "LoKr",
-    r"oft_": "OFT",
+    r"(^|[._])oft_": "OFT",
     r"lora_mid": "LoCon with a Tucker core",
     r"\.diff(_b)?$": "a full weight difference",
     r"glora": "GLoRA",

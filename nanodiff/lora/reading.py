@@ -33,7 +33,7 @@ def read(
         parts = [read(path / n, {n: models[n]}, allow_partial) for n in inside]
         return Lora(path.name, [d for p in parts for d in p.deltas], [k for p in parts for k in p.skipped])
     file = file_of(path)
-    if file.suffix in weights.PICKLES:
+    if weights.is_pickle(file):
         raise UserError(
             f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT `allow_pickle``"
         )
@@ -47,8 +47,8 @@ def read(
         )
     groups, strange = grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
-    deltas, absent = [], list(strange)
-    for name, parts in groups.items():
+    deltas, absent, twice, names = [], list(strange), [], {}  # names: {target: the layer of the file that is for it}
+    for name, parts in sorted(groups.items(), key=lambda g: bool(ORIGINAL.search(g[0]))):
         bare = name.removeprefix("base_model.model.")
         targets = known.get(name) or known.get(bare)
         if (
@@ -63,9 +63,21 @@ def read(
             raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
         fused = len(targets[0]) == 3 and targets[0][2] in (0, 1, 2)
         for target in targets if fused else targets[:1]:
+            if (first := names.setdefault(target, name)) != name:
+                twice.append((first, name))
+                continue
             deltas.append(
                 _delta(target, parts, models, _scale(f"{file}: {printable(name)}", target, parts, settings), file)
             )
+    if wrong := [pair for pair in twice if not ORIGINAL.search(pair[1])]:
+        raise UserError(
+            f"{file}: {printable(wrong[0][0])} and {printable(wrong[0][1])} are one layer of this model, under two names"
+        )
+    if twice:  # some mixed files have all layers under both; diffusers leaves these out, too
+        print(
+            f"note: {file.name}: {len(twice)} layers stand there under two names; taken once, such as {printable(twice[0][0])}",
+            file=sys.stderr,
+        )
     if absent and not allow_partial:
         few = ", ".join(printable(k) for k in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
@@ -125,7 +137,17 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
     return groups, strange
 
 
+ORIGINAL = re.compile(
+    r"(input|output)_blocks|middle_block|joint_blocks"
+)  # in a layer's name: it is the original checkpoint's
 WHOSE = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # lora_adapter_metadata speaks of
+REPLACED = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # PEFT's beginnings that take a part out of the model's weights
 # of adapter_config.json
 ADAPTER = {"use_rslora": bool, "use_dora": bool, "lora_alpha": float, "alpha_pattern": dict, "peft_type": str}
 
@@ -159,6 +181,12 @@ def _settings(file, metadata):
         if adapter["use_dora"] or (adapter["peft_type"] or "LORA").rpartition(".")[2].upper() != "LORA":
             kind = "DoRA" if adapter["use_dora"] else short(adapter["peft_type"])
             raise UserError(f"{where}is {kind}; only plain LoRA is supported")
+        init = adapter.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(REPLACED):
+            raise UserError(
+                f"{where}init_lora_weights is {short(init)}, with which the model's own weights change, too; save it by PEFT's "
+                "`path_initial_model_for_weight_conversion`, as a plain LoRA"
+            )
     return settings
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError
-from nanodiff.weights import PICKLES, as_weights, load_pickle, load_weights
+from nanodiff.weights import as_weights, is_pickle, load_pickle, load_weights
 
 WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 TAPS = (3, 8, 15, 22, 29)  # after these ReLUs
@@ -74,7 +74,7 @@ class LPIPS(nn.Module):
 
 def load_vgg(path, allow_pickle=False):
     """VGG16 from a file with torchvision's names, frozen. Raises UserError when it is another network's."""
-    pickled = allow_pickle and str(path).endswith(tuple(PICKLES))
+    pickled = allow_pickle and is_pickle(path)
     tensors = as_weights(load_pickle(path), path) if pickled else load_weights(path)
     return fill(VGG16(), {k: v for k, v in tensors.items() if k.startswith("features.")}, path)
 

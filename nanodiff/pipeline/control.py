@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,6 +21,11 @@ from nanodiff.pipeline.single import placed
 from nanodiff.weights import hub, original_names
 
 # the first word of tensors by which files of other kinds are told
+CHECKPOINT = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+)  # of a Stable Diffusion in original names
 OTHERS = (
     ("lora_controlnet", "a Control-LoRA"),
     ("lllite", "a ControlNet-LLLite"),
@@ -251,9 +257,14 @@ def from_file(path, unet, dtype, device, allow_pickle=False):
             )
         known.add(where)
         state[key] = placed(weights.as_weight(get(where), where, path), device, dtype)
-    for key in shapes:
-        if key not in known and not original_names.LEFT_OUT.match(key):
-            raise UserError(f"{path}: has unknown tensor {printable(key)}{nearest(key, known)}")
+    rest = [key for key in shapes if key not in known and not original_names.LEFT_OUT.match(key)]
+    whole = (
+        [key for key in rest if key.startswith(CHECKPOINT)] if prefix else []
+    )  # the first releases hold the Stable Diffusion beside them
+    if strange := [key for key in rest if key not in whole]:
+        raise UserError(f"{path}: has unknown tensor {printable(strange[0])}{nearest(strange[0], known)}")
+    if whole:
+        print(f"note: {path.name}: of this whole checkpoint the ControlNet alone is taken", file=sys.stderr)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nanodiff.config import UserError, short
+from nanodiff.config import UserError, printable, short
 from nanodiff.device import memory, quantize
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import families
@@ -108,6 +108,10 @@ def convert(
         sd.save(target)
     else:
         family = original_names.family_of_pipeline(sd.class_name, sd.net)
+        if words := sorted({word for t in sd.tokenizers for word in getattr(t, "words", ())}):
+            raise UserError(
+                f"{model}: has the learned words {', '.join(map(printable, words))}, for which one file has no place; keep it as a folder"
+            )
         marks = {
             "v_pred": sd.schedule.prediction == "v_prediction",
             "ztsnr": sd.schedule.cfg.get("rescale_betas_zero_snr"),

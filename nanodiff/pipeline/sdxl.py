@@ -131,7 +131,9 @@ def known_sizes(sizes, known):
         if key.removeprefix("negative_") not in known:
             raise UserError(f"`{key}`: this model has no such condition")
         numbers = [sizes[key]] if key.endswith("score") else sizes[key]
-        pair = key.endswith("score") or (hasattr(numbers, "__len__") and len(numbers) == 2)
+        pair = key.endswith("score") or (
+            (isinstance(numbers, list | tuple) or getattr(numbers, "ndim", 0) == 1) and len(numbers) == 2
+        )
         if not pair or any(isinstance(n, bool) or not isinstance(n, Real) for n in numbers):
             raise UserError(
                 f"`{key}` {short(sizes[key])}: expected {'a number' if key.endswith('score') else 'a pair of numbers'}"

@@ -7,6 +7,7 @@ What a file does not hold (tokenizers always, often text encoders and VAE) comes
 possible from the configurations and the CLIP vocabulary that are built in.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Single:
     def __init__(self, path, builders, rest=None, prediction_type=None, allow_pickle=False):
         self.path, self.builders, self.rest, self.builder = Path(path), builders, rest, builders.__getitem__
         self.state = None
-        if self.path.suffix in weights.PICKLES:
+        if weights.is_pickle(self.path):
             if not allow_pickle:
                 raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
             self.state = weights.load_pickle(path)
@@ -117,8 +118,24 @@ class Single:
             return given
         if "v_pred" in self.shapes:
             return "v_prediction"
+        stated = (
+            "" if self.state is not None else weights.metadata(self.path).get("modelspec.prediction_type", "").lower()
+        )
         if self.family != "SD 2":
+            if stated in (
+                "v",
+                "v_prediction",
+                "v-prediction",
+                "velocity",
+            ):  # keys decide; where there is none, the header
+                print(
+                    f"note: {self.path.name}: v-prediction by its header's modelspec.prediction_type", file=sys.stderr
+                )
+                return "v_prediction"
             return None
+        first = f"{DENOISER if DENOISER in self.prefixes.values() else ''}input_blocks.0.0.weight"
+        if self.shapes.get(first, (0, 4))[1] == 9:  # no inpainting model of SD 2 predicts v (ComfyUI)
+            return "epsilon"
         key = f"{DENOISER if DENOISER in self.prefixes.values() else ''}output_blocks.11.1.transformer_blocks.0.norm1.bias"
         if key not in self.shapes and self.rest is not None:
             return self.rest.scheduler()[0].get("prediction_type", "epsilon")
@@ -140,7 +157,9 @@ class Single:
 
     def config(self, name):
         if self.rest is not None and name in self.rest.parts:
-            return self.rest.config(name)
+            cfg = self.rest.config(name)
+            first = self._where("conv_in.weight", name, cfg)[0] if name == "unet" else None
+            return dataclasses.replace(cfg, in_channels=self.shapes[first][1]) if first in self.shapes else cfg
         raw = self.configs[name]
         if name == "unet" and self.family == "SD 2" and self.prediction == "v_prediction":
             raw = raw | {"sample_size": 96}

@@ -95,7 +95,10 @@ class Folder:
     def module(self, name: str, dtype: torch.dtype | None, device: str | torch.device) -> torch.nn.Module:
         self.check_there(name)
         cfg = self.config(name) if name.startswith("text_encoder") else None
-        return weights.load(self.builder(name), self.folder(name), dtype, device, self.variant, cfg=cfg)
+        unwanted = () if getattr(cfg, "with_projection", True) else ("text_projection",)
+        return weights.load(
+            self.builder(name), self.folder(name), dtype, device, self.variant, cfg=cfg, without=unwanted
+        )
 
     def tokenizer(self, name: str) -> object:
         self.check_there(name)
@@ -164,7 +167,7 @@ class Denoiser(Folder):
 
 def denoiser_in(path):
     """ "unet" or "transformer", where a safetensors file holds one alone by its tensors' names in a Hub folder; else None."""
-    if path.suffix in weights.PICKLES:
+    if weights.is_pickle(path):
         return None
     first = {"unet": ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "conv_out.weight", "mid_block.resnets.0.time_emb_proj.weight"),
              "transformer": ("pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight", "proj_out.weight")}  # fmt: skip
@@ -244,13 +247,16 @@ def load_text(path, dtype, device, projection=False):
 
 
 def load_language(path, dtype, device):
-    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left. What ends a reply is what
-    generation_config.json says, where it does: a chat model's config.json may know the end of a document alone."""
+    """(CausalLM, TextTokenizer) of a Hub folder. An output layer beside a tied embedding is the embedding, and left. A reply ends with the
+    tokens of config.json and those of generation_config.json: a chat model's config.json may know the end of a document alone."""
     raw, where = read_json(Path(path) / "config.json"), str(Path(path) / "config.json")
     generation = Path(path) / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    raw |= {} if ends is None else {"eos_token_id": ends}
     cfg = CausalLM.Config.from_json(raw, where)
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not isinstance(end, int) or isinstance(end, bool):
+            raise UserError(f"{generation}: eos_token_id has {short(end)}, which is no token")
+        cfg.eos_token_id = tuple(dict.fromkeys([*cfg.eos_token_id, end]))
     tokenizer = TextTokenizer.load(path, cfg)
     tied = ("lm_head",) if cfg.tie_word_embeddings else ()
     return onednn.widen(weights.load(CausalLM, path, dtype, device, cfg=cfg, without=tied)), tokenizer

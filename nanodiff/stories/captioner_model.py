@@ -44,7 +44,7 @@ VIT_TARGETS = ("dense",)
 NO_LABEL = -100
 RECORD = "captioner.json"
 DONE = {  # what preprocessor_config.json may say is done, and what is
-    "do_convert_rgb": (True, None), "do_resize": (True,), "do_center_crop": (False, None), "do_rescale": (True,), "do_normalize": (True,),
+    "do_convert_rgb": (True, False, None), "do_resize": (True,), "do_center_crop": (False, None), "do_rescale": (True,), "do_normalize": (True,),
     "rescale_factor": (1 / 255, 0.003921568859368563),  # in fp64 and fp32
 }  # fmt: skip
 RESAMPLING = {2: "bilinear", 1: "lanczos"}  # PIL's numbers, as preprocessor_config.json has them

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nanodiff import lora, pipeline
 from nanodiff.config import UserError, printable, read_fields, short
 from nanodiff.data import tables
+from nanodiff.files import inside as inside_of
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import images
 from nanodiff.output.images import slug
@@ -210,8 +211,9 @@ SHOWN = ("init_image", "mask", "control_image", "ip_adapter_image")
 MODELS = ("model", "refiner", "vae_checkpoint", "components", "fast_vae", "lora", "embedding", "control", "ip_adapter", "image_encoder")  # fmt: skip
 NAMED = (*SHOWN, *MODELS, "wildcards", "lora_dir")
 SUFFIXED = {"lora": lora.parse, "control": control.parse, "ip_adapter": pictures.parse}
-INSIDE = {"wildcards": "*.txt", "lora_dir": "*.safetensors"}  # what is read of a folder, where it is not all
+INSIDE = {"wildcards": ".txt", "lora_dir": ".safetensors"}  # what is read of a folder, where it is not all
 HASHED = 1 << 20  # bytes up to which a file is known by its content, a larger one by its size and time
+OWN = re.compile(r"study\.\w+|run(-\d+)?\.json|\d{5,9}\.png|\..*")  # what a study writes
 NUMBERED = re.compile(r"(\d{5,7})(_steps)?\.\w+")  # eight digits are a date
 
 
@@ -226,8 +228,8 @@ def named_files(cfg, names=NAMED):
 
 
 class Marks:
-    """What the files and folders hold that pictures are made of: of small ones their content, of large ones size and time; nothing of a Hub id, nor
-    of what lies in the folder `out`, where the pictures go. Each file is read once, and what is in a folder is listed once."""
+    """What the files and folders hold that pictures are made of: of small ones their content, of large ones size and time; nothing of a Hub id, nor,
+    where a folder around `out` is named, of what a study writes there. What is named is looked at once."""
 
     def __init__(self, out):
         self.out, self.known = Path(out).resolve(), {}
@@ -237,12 +239,16 @@ class Marks:
         found = {}
         for name, text in named_files(cfg):
             if (name, text) not in self.known:
-                path, kind = hub.trained(text), INSIDE.get(name, "*")
-                inside = sorted(path.rglob(kind)) if path.is_dir() else [path]
-                self.known[name, text] = [
-                    _mark(p) for p in inside if p.is_file() and self.out not in p.resolve().parents
-                ]
-            found[text] = self.known[name, text]
+                path, kind = hub.trained(text), INSIDE.get(name, "")
+                inside = [path]
+                if path.is_dir():
+                    inside = [
+                        p
+                        for p in sorted(inside_of(path, kind))
+                        if not (OWN.fullmatch(p.name) and p.resolve().parent == self.out)
+                    ]
+                self.known[name, text] = [_mark(p) for p in inside if p.is_file()]
+            found[text] = found.get(text, []) + self.known[name, text]
         return {text: held for text, held in found.items() if held}
 
 

@@ -91,12 +91,13 @@ def images_of(cfg):
     found, sets, prompts_of = {}, {}, {}
     if cfg.across:
         across = max(map(int, listed(cfg.across)))
-        for path in cfg.generated:  # known now, not after the features
-            if across >= (count := len(dataset(path, "generated", cfg))):
+        for path, name in zip(cfg.generated, names, strict=True):  # known now, not after the features
+            sets[name] = dataset(path, "generated", cfg)
+            if across >= (count := len(sets[name])):
                 raise UserError(f"--across {across}: {path} has {count} pictures, counted from 0")
     reads = given or not wanted or set(wanted) & set(image_sets.NEEDS_PROMPTS)
     for path, name in zip(cfg.generated, names, strict=True):
-        sets[name] = dataset(path, "generated", cfg)
+        sets[name] = sets.get(name) or dataset(path, "generated", cfg)
         prompts_of[name], why = dist.on_main(image_sets.prompts_for, sets[name], given) if reads else (None, "")
         with record.timed("features and metrics"):
             found[name] = image_sets.images(sets[name], settings, real, prompts_of[name], name, why)

@@ -263,7 +263,7 @@ def study(cfg, device):
                 row = finished.get(key, files)
                 if row or at[0] in refused:
                     rows |= {at: row | cell} if row else {}
-                    skipped += finished.is_old(key)
+                    skipped += bool(row) and finished.is_old(key)
                     progress.skip(2 if variant.hires else 1)
                     continue
                 wanted = [getattr(variant, k) for k in LOADING] + [variant.lora_scale] * variant.lora_fuse

@@ -17,7 +17,7 @@ import sys
 import typing
 from pathlib import Path
 
-from nanodiff.commandline import by_names, from_mapping
+from nanodiff.commandline import by_names, found, from_mapping
 from nanodiff.config import UserError, nearest, printable, spreadsheet
 from nanodiff.diffusion import samplers
 from nanodiff.files import write_bytes, write_json
@@ -67,7 +67,7 @@ def _value(cls, name, hint, text):
     options = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
     kind, optional = options[0], type(None) in typing.get_args(hint)
     if typing.get_origin(hint) is list:
-        return [] if text in NONE else [text]
+        return [] if text in NONE else found(name, [text])
     if text in NONE and optional:
         return None
     try:
@@ -79,7 +79,7 @@ def _value(cls, name, hint, text):
         raise UserError(f"--study: {name}: {printable(text)!r} is not of type {kind.__name__}") from None
     if name == "scheduler":
         samplers.check_name(value)
-    return from_mapping(cls, {name: value}, "--study")[name]
+    return found(name, from_mapping(cls, {name: value}, "--study")[name])
 
 
 def cells(axes):
@@ -116,7 +116,7 @@ def sheet(rows, axes, folder, nrow=None):
     return images.grid(cells, nrow or across, labels)
 
 
-NUMBER = r"\d{5,9}\.png"
+NUMBER = r"\d{5,7}\.png"
 
 
 class Finished:

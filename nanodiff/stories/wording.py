@@ -3,11 +3,11 @@
 import dataclasses
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from nanodiff import lora
 from nanodiff.config import UserError, nearest, printable
+from nanodiff.files import inside
 from nanodiff.stories.models import hashes
 from nanodiff.text import syntax
 
@@ -159,7 +159,7 @@ class Tagged:
     def _file(self, name):
         if self.folder is None:
             raise UserError(f"<lora:{printable(name)}:…> needs --lora-dir, the folder it is in")
-        files = sorted(Path(self.folder).rglob("*.safetensors"))
+        files = sorted(inside(self.folder, ".safetensors"))
         exact = {p.relative_to(self.folder).with_suffix("").as_posix(): p for p in files}
         alike = [p for p in files if p.stem == name]
         if name in exact:

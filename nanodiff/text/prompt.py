@@ -16,7 +16,7 @@ import torch
 
 from nanodiff.config import UserError, printable
 from nanodiff.text.syntax import check_depth
-from nanodiff.weights import as_weights, load_pickle, load_weights
+from nanodiff.weights import as_weights, is_pickle, load_pickle, load_weights
 
 BACKTRACK = 20  # a chunk ends at its last comma when that is one of so many last tokens, unless the next one is a comma (the web UI's rule)
 SHORT_PART = 8  # tokens of a part of one weight from which ComfyUI divides it between chunks
@@ -76,25 +76,24 @@ def comfyui_parts(prompt, weight=1.0):
             continue
         inner, own = item[1:-1], weight * ROUND
         text, colon, number = inner.rpartition(":")
-        if colon and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", number):
+        if text and colon and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", number):
             inner, own = text, float(number)
         parts += comfyui_parts(inner, own)
     return parts
 
 
 def _bracketed(text):
-    """The parts of a text that are in round brackets, with them, and those between, in order."""
-    found, start, depth = [], 0, 0
-    for i, c in enumerate(text):
-        if c == "(":
-            if depth == 0:
-                found, start = [*found, text[start:i]], i
-            depth += 1
-        elif c == ")" and depth:
-            depth -= 1
-            if depth == 0:
-                found, start = [*found, text[start : i + 1]], i + 1
-    return [part for part in (*found, text[start:]) if part]
+    """The parts of a text that are in round brackets, with them, and those between, in order. Counted as ComfyUI counts: behind a bracket that closes nothing
+    (a smiley) the next one opens none."""
+    found, part, depth = [], "", 0
+    for c in text:
+        if c == "(" and depth == 0:
+            found, part = [*found, part], ""
+        depth += (c == "(") - (c == ")")
+        part += c
+        if c == ")" and depth == 0:
+            found, part = [*found, part], ""
+    return [p for p in (*found, part) if p]
 
 
 def parts_of(text, weighted):
@@ -211,7 +210,7 @@ def load_embedding(path, allow_pickle=False):
     pickle `string_to_param: {"*": vectors}`. Raises UserError.
     """
     path = Path(path)
-    if path.suffix in (".pt", ".bin"):
+    if is_pickle(path):
         if not allow_pickle:
             raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")
         state = as_weights(load_pickle(path, inside="string_to_param"), path)

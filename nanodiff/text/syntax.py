@@ -20,7 +20,7 @@ NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*")
 PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WILDCARD = re.compile(r"__([\w./-]+?)__")
-UNREAD = re.compile(r"__[\w./-]*\*[\w./*-]*__|\$\{[^{}]*\}")
+UNREAD = re.compile(r"__[\w./-]*\*[\w./*-]*__|\$\{[^{}]*\}|\{[~@!][^{}]*\}|__[~@!][\w./-]+__|__[\w./-]+\([^()]*\)__")
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"(.*?)(?:\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
 # what a prompt may hold that means nothing without prompt_syntax: (mark, what it is elsewhere)
@@ -49,24 +49,20 @@ class Part(NamedTuple):
 def chosen(prompt, seed, folder=None, dynamic=True):
     """A prompt with one of each {a|b} and __name__ chosen, by `seed` alone.
 
-    {3::red|blue} is red three times in four, {2$$a|b|c} two of them with a comma between ({1-2$$…} one or two), {2$$ and $$a|b|c} with " and ". __name__ is a line of
-    folder/name.txt, in which there may be choices again. dynamic: globs and variables of Dynamic Prompts are refused, which otherwise are
+    {3::red|blue} is red three times in four, {2$$a|b|c} two of them with a comma between ({1-2$$…} one or two, {-2$$…} at most, {2-$$…} at least), {2$$ and $$a|b|c} with " and ". __name__ is a line of
+    folder/name.txt, in which there may be choices again. dynamic: globs, variables and samplers of Dynamic Prompts are refused, which otherwise are
     plain text. Raises UserError for a file that is not there, and for one that holds itself.
     """
     rng = random.Random(seed)
     if dynamic and (strange := UNREAD.search(prompt)):
         raise UserError(
-            f"{printable(strange[0])} in a prompt: globs and variables of Dynamic Prompts are not supported"
+            f"{printable(strange[0])} in a prompt: globs, variables and samplers of Dynamic Prompts are not supported"
         )
     return _chosen(prompt, rng, Path(folder) if folder else None, ())
 
 
 def _chosen(text, rng, folder, inside):
-    while match := re.search(r"\{([^{}]*)\}", text):  # the innermost first
-        text = text[: match.start()] + _one_of(match[1], rng) + text[match.end() :]
-
-    def line(match):
-        name = match[1]
+    def lines_of(name):
         if folder is None:
             raise UserError(f"__{printable(name)}__ needs a folder of wildcards (`wildcards`)")
         if name in inside:
@@ -78,9 +74,11 @@ def _chosen(text, rng, folder, inside):
         lines = [s for s in _lines(path) if not s.startswith("#")]
         if not lines:
             raise UserError(f"{path}: is empty")
-        return _chosen(rng.choice(lines), rng, folder, (*inside, name))
+        return lines
 
-    return WILDCARD.sub(line, text)
+    while match := re.search(r"\{([^{}]*)\}", text):  # the innermost first
+        text = text[: match.start()] + _one_of(match[1], rng, lines_of) + text[match.end() :]
+    return WILDCARD.sub(lambda m: _chosen(rng.choice(lines_of(m[1])), rng, folder, (*inside, m[1])), text)
 
 
 def _lines(path):
@@ -92,15 +90,20 @@ def _lines(path):
     return [s for s in map(str.strip, text.split("\n")) if s]
 
 
-def _one_of(body, rng):
-    """What becomes of the inside of {…}."""
+def _one_of(body, rng, lines_of):
+    """What becomes of the inside of {…}; lines_of(name): of a wildcard."""
     count, between = 1, ", "
-    if match := re.match(r"(\d+)(?:-(\d+))?\$\$(?:([^|$]*)\$\$)?", body):
-        least, most = int(match[1]), int(match[2] or match[1])
+    match = re.match(r"(\d*)(-?)(\d*)\$\$(?:([^|$]*)\$\$)?", body)
+    if match and (match[1] or match[3]):
+        between, body = match[4] if match[4] is not None else between, body[match.end() :]
+    written = body.split("|")
+    if match and len(written) == 1 and (name := WILDCARD.fullmatch(body.strip())):  # {2$$__name__}: two of its lines
+        written = lines_of(name[1])
+    if match and (match[1] or match[3]):
+        least, most = int(match[1] or 1), int(match[3] or (len(written) if match[2] else match[1]))
         count = rng.randint(min(least, most), max(least, most)) if match[2] else least
-        between, body = match[3] if match[3] is not None else between, body[match.end() :]
     options, weights = [], []
-    for option in body.split("|"):
+    for option in written:
         match = re.match(r"\s*(\d+\.?\d*|\.\d+)::", option)
         options.append(option[match.end() :] if match else option)
         weights.append(float(match[1]) if match else 1.0)

@@ -303,9 +303,12 @@ def _from_json(path):
     if path.stat().st_size > JSON_SIZE_LIMIT:
         raise UserError(f"{path}: {path.stat().st_size >> 20} MB is too large for a tokenizer")
     try:
-        return Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
         raise UserError(f"{path}: not a tokenizer file: {e}") from None
+    backend.no_truncation()  # of the last call before transformers >= 5 wrote the file: no part of the tokenizer, set anew at each call there
+    backend.no_padding()
+    return backend
 
 
 def _listed_words(folder):

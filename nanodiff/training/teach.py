@@ -45,9 +45,8 @@ class Lesson(NamedTuple):
 
     def nothing(self, condition, batch):
         """(states, pooled) against which the model's guidance works: of the empty text, or what its family has in its place."""
-        if type(self.sd).nothing is not pipeline.Pipeline.nothing:
-            text = self.sd.nothing(pipeline.Text(*condition), {"clip_skip": 0})
-            return text.states, text.pooled
+        if self.sd.nothing_is_zeros:
+            return tuple(map(torch.zeros_like, condition))
         return self.text_of(batch, [""] * len(batch.indices))
 
 

@@ -9,6 +9,7 @@ from nanodiff.weights.safetensors import (
     check_file,
     find_files,
     header,
+    is_pickle,
     load_pickle,
     load_tensors,
     load_weights,
@@ -20,5 +21,5 @@ from nanodiff.weights.safetensors import (
     tensor_hash,
 )
 
-__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "load", "load_pickle", "load_tensors", "load_weights", "metadata", "model_hash",
+__all__ = ["PICKLES", "RENAMES", "as_weight", "as_weights", "check_file", "check_names", "find_files", "header", "is_pickle", "load", "load_pickle", "load_tensors", "load_weights", "metadata", "model_hash",
            "open_file", "opened", "read_all", "renamed", "save", "save_tensors", "skeleton", "tensor_hash"]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from nanodiff import pipeline
 from nanodiff.commandline import tool
 from nanodiff.config import UserError, printable
-from nanodiff.weights.safetensors import PICKLES, find_files, header, load_pickle, save_tensors
+from nanodiff.weights.safetensors import PICKLES, find_files, header, is_pickle, load_pickle, save_tensors
 
 # ---------------------------------------------------------------------------------------------------------
 # Tool
@@ -31,14 +31,14 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
 
     Raises UserError without allow_pickle: reading a pickle can run code.
     """
-    if Path(target).suffix in PICKLES:
+    if is_pickle(target):
         raise UserError(
             f"{target}: what is written is safetensors; take a name that ends in .safetensors, or a folder's"
         )
-    if Path(source).is_dir() or Path(target).suffix != ".safetensors":
+    if Path(source).is_dir() or Path(target).suffix.lower() != ".safetensors":
         # Whole models are the pipeline's business; this tool is only where people look for it.
         return pipeline.convert(source, target, allow_pickle, components, prediction_type)
-    if Path(source).suffix not in PICKLES:
+    if not is_pickle(source):
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
     if not allow_pickle:
         raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")

@@ -251,8 +251,10 @@ def choose(files, variant=None, skip=()):
         chosen += [f for f in mine if f == f"{component}/config.json"]
         if component in skip:
             continue
-        sets = {v: [f for f in mine if variants([f.split("/")[1]]) == {v}] for v in {variant, None}}
-        chosen += sets[variant] or sets[None]
+        there = {v for f in mine for v in variants([f.split("/")[1]])}
+        sets = {v: [f for f in mine if variants([f.split("/")[1]]) == {v}] for v in {variant, None, *there}}
+        only = sets[min(there)] if len(there - {None}) == 1 and None not in there else []
+        chosen += sets[variant] or sets[None] or only
     return chosen
 
 

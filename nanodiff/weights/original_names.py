@@ -22,6 +22,7 @@ LEFT_OUT = re.compile(
     r"|.*\.position_ids|.*logit_scale|.*embed_tokens\.weight|conditioner\.embedders\..*attn_mask"
     r"|(cond_stage_model|conditioner\.embedders\.0)\.model\."
     r"(visual\..*|text_projection|attn_mask|transformer\.resblocks\.23\..*)"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection(\.weight)?"  # CLIP-L's, which nothing reads
     r"|text_encoders\..*\.text_model\.embeddings\.position_ids)$"
 )
 

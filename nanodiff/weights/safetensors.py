@@ -21,6 +21,13 @@ from nanodiff.files import write_file
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Is it one by its suffix, in capitals or not?"""
+    return Path(path).suffix.lower() in PICKLES
+
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # of types in a file, last first
 ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F16", "BF16", "I32", "F32", "F64", "I64")
@@ -57,6 +64,10 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path}: is an HTML or XML page, not the weights; the download went wrong")
     if (head[:2] == b"PK" or head[:1] == b"\x80") and not header:
         raise UserError(f"{path}: is a pickle, not safetensors; convert it with `python -m nanodiff.weights convert`")
+    if head[:4] == b"GGUF":
+        raise UserError(
+            f"{path}: is GGUF, quantized for other programs, which is not read here; take the model's safetensors"
+        )
     if size < 8:
         raise UserError(f"{path}: only {size} bytes; the download is not complete")
     (length,) = struct.unpack("<Q", head[:8])
@@ -132,7 +143,7 @@ def find_files(folder: str | Path, variant: str | None = None) -> list[Path]:
                         f"note: {folder}: {single.name} is not used, since {index.name} names shards", file=sys.stderr
                     )
                 return _shards(index)
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    pickles = sorted(p for p in folder.iterdir() if is_pickle(p))
     if pickles:
         raise UserError(
             f"{pickles[0]}: only a pickle here, which can run code when read; "
@@ -179,7 +190,8 @@ def _check_inside(index, name):
     """Raise UserError for a shard that is a link out of the model's folder; the Hub's cache keeps its files in `blobs` beside `snapshots`."""
     real, folder = (index.parent / name).resolve(), index.parent.absolute()
     blobs = real.parent.name == "blobs" and real.parent.parent in [p.resolve() for p in folder.parents]
-    if not blobs and folder.parent.resolve() not in real.parents:
+    beside = index.parent.resolve() == real.parent  # the component's folder may be a link itself
+    if not blobs and not beside and folder.parent.resolve() not in real.parents:
         raise UserError(f"{index}: the shard {name} is a link out of the model's folder, to {printable(real)}")
 
 
@@ -274,7 +286,7 @@ def opened(
     path: Path, allow_pickle: bool = False, nested: bool = False
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
     """({name: shape}, name -> tensor) of a file, of a pickle only where that is allowed. nested: see load_pickle(). Raises UserError."""
-    if path.suffix not in PICKLES:
+    if not is_pickle(path):
         return header([path]), open_file(path).get_tensor
     if not allow_pickle:
         raise UserError(f"{path}: reading a pickle can run code; if you trust it, add `allow_pickle`")

@@ -580,7 +580,7 @@ def test_lines_cannot_tell_numbered_pictures(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     lines = tmp_path.with_suffix(".txt")
     lines.write_text("".join(f"prompt {i}\n" for i in range(11)))
-    with pytest.raises(UserError, match=r"is in the order of 0\.png, 1\.png, 10\.png, …, not of its numbers"):
+    with pytest.raises(UserError, match=r"is in the order of 0\.png, 1\.png, 10\.png, …, not of their numbers"):
         image_sets.prompts_for(data.load(tmp_path, captions=False), lines)
     (tmp_path / "10.png").rename(tmp_path / "9a.png")
     assert image_sets.prompts_for(data.load(tmp_path, captions=False), lines)[0][9] == "prompt 9"
@@ -644,3 +644,24 @@ def test_too_few_is_said_of_what(tmp_path):
         tmp_path.with_suffix(".o2"),
     )
     assert code == 2 and "--across 50: " in err and "has 1 pictures, counted from 0" in err, err
+
+
+def test_lines_stand_for_pictures_that_are_no_numbers(tmp_path):
+    """Names that are digits among others have one order; two numbered pictures are too few to be named three."""
+    for names, refused in (
+        (("10.png", "9.png"), True),
+        (("3fa9.png", "3fb10.png", "c7.png"), False),
+        (("a_cfg7_5_1.png", "a_cfg10_1.png"), False),
+    ):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in names:
+            Image.new("RGB", (8, 8)).save(folder / name)
+        lines = folder.with_suffix(".txt")
+        lines.write_text("one\n" * len(names))
+        pictures = data.load(folder, captions=False)
+        if refused:
+            with pytest.raises(UserError, match=r"is in the order of 10\.png, 9\.png, …, not of their numbers"):
+                image_sets.prompts_for(pictures, lines)
+        else:
+            assert image_sets.prompts_for(pictures, lines)[0] == ["one"] * len(names)

@@ -1,6 +1,7 @@
 """Studies: axes from text, all combinations, sheets, what a stopped one takes over; the script around it."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from util import TINY, error_line, run
 import sample
 from nanodiff import commandline
 from nanodiff.config import UserError
-from nanodiff.stories import sampling, study
+from nanodiff.stories import drawing, sampling, study
 
 MODEL = ("--model", str(TINY / "sd15"), "--prompt", "a cat", "--seed", "3")
 
@@ -306,3 +307,22 @@ def test_a_dry_run_goes_on_past_an_impossible_cell(tmp_path, capsys):
     with pytest.raises(UserError, match="3 of 6 cells cannot be drawn, such as height 65, guidance scale 1"):
         do(tmp_path, "--dry-run", "--study", "height=64,65;guidance_scale=1,2,3")
     assert "of 6 cells the one that takes most: height 64, guidance scale 1" in capsys.readouterr().out
+
+
+def test_what_is_named_is_looked_at_wherever_it_lies(tmp_path):
+    """Also beneath the folder of the study's own pictures; and a folder that is named twice is looked at for both."""
+    (tmp_path / "in.png").write_bytes(b"a")
+    (tmp_path / "00000.png").write_bytes(b"a")
+    (tmp_path / "fruit.txt").write_text("apple")
+    cfg = lambda **more: dataclasses.replace(commandline.parse(sample.Config, []), **more)  # noqa: E731
+    named = cfg(init_image=str(tmp_path / "in.png"), wildcards=str(tmp_path), lora_dir=str(tmp_path))
+    before = drawing.Marks(tmp_path).of(named)
+    assert set(before) == {str(tmp_path / "in.png"), str(tmp_path)}
+    (tmp_path / "00000.png").write_bytes(b"b")
+    (tmp_path / "study.json").write_text("{}")
+    assert drawing.Marks(tmp_path).of(named) == before
+    for path, kind in (("in.png", "init_image"), ("fruit.txt", "wildcards"), ("l.safetensors", "lora_dir")):
+        (tmp_path / path).write_bytes(b"other")
+        after = drawing.Marks(tmp_path).of(named)
+        assert after != before, kind
+        before = after

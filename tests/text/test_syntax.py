@@ -172,7 +172,7 @@ def test_brackets_without_end(text):
 @pytest.mark.parametrize("prompt", ["x __*__ y", "x __sub/*__ y", "${x=a} y"])
 def test_marks_of_dynamic_prompts_that_are_not_read(tmp_path, prompt):
     (tmp_path / "a.txt").write_text("red")
-    with pytest.raises(UserError, match="globs and variables of Dynamic Prompts are not supported"):
+    with pytest.raises(UserError, match="globs, variables and samplers of Dynamic Prompts are not supported"):
         syntax.chosen(prompt, 0, tmp_path)
     assert syntax.chosen("x __a__ y {b}", 0, tmp_path) == "x red y b"
     assert syntax.chosen("x __*__ y", 0, dynamic=False) == "x __*__ y"  # plain text in ComfyUI

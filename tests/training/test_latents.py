@@ -8,7 +8,7 @@ from util import TINY
 from nanodiff import data, pipeline
 from nanodiff.config import UserError
 from nanodiff.models.vae import AutoencoderKL
-from nanodiff.training import build, latents, loader, options
+from nanodiff.training import build, latents, loader, options, teach
 
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
        "up_block_types": ("UpDecoderBlock2D",) * 2, "scaling_factor": 0.5}  # fmt: skip
@@ -162,3 +162,16 @@ def test_a_dropped_caption_of_an_sdxl_that_has_no_zeros():
         states, _ = made(batch([0], [0]))
     assert not calls, "the empty text is in the cache"
     assert torch.equal(states, made([], [""])[0]) and states.any()
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_few_step_students_guidance_is_the_models(zeros):
+    """Against zeros or the empty text, as the SDXL at hand is drawn with."""
+    sd = pipeline.load(TINY / "sdxl")
+    sd.index = {**sd.index, "force_zeros_for_empty_prompt": zeros}
+    texts = latents.Texts(sd, [("a red apple",)], 0, "cpu")
+    lesson = teach.Lesson(sd, None, {}, None, texts, 0, 0.0)
+    states, pooled = lesson.nothing(texts(batch([0], [0])), batch([0], [0]))
+    _, nothing = sd.conditions(["a red apple"], None)
+    assert torch.allclose(states, nothing.states, atol=1e-6) and torch.allclose(pooled, nothing.pooled, atol=1e-6)
+    assert states.any() != zeros
