@@ -26,8 +26,6 @@ SUFFIXES = {  # the end of a key -> what the tensor is
     ".lora_up.weight": UP,
     ".lora_A.weight": DOWN,
     ".lora_B.weight": UP,
-    ".lora_A.default.weight": DOWN,
-    ".lora_B.default.weight": UP,
     ".lora.down.weight": DOWN,
     ".lora.up.weight": UP,
     "_lora.down.weight": DOWN,
@@ -45,6 +43,11 @@ OTHERS = {  # pattern in a key: the method, which is no plain LoRA; refused by n
     r"\.diff(_b)?$": "a full weight difference",
     r"glora": "GLoRA",
 }
+COMFYUI = {
+    "text_encoder": ("clip_l", "clip_h"),
+    "text_encoder_2": ("clip_g",),
+    "text_encoder_3": ("t5xxl",),
+}  # as it saves them
 KOHYA = {
     "unet": ("lora_unet_",),
     "transformer": ("lora_unet_", "lora_transformer_"),
@@ -94,7 +97,8 @@ def names_of(models: dict[str, nn.Module]) -> dict[str, list[tuple[str, ...]]]:
                 continue
             target = (component, path)
             short = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
-            bare = [path] if component in ("unet", "transformer") else []
+            bare = [path, f"diffusion_model.{path}"] if component in ("unet", "transformer") else []
+            bare += [f"text_encoders.{name}.transformer.{path}" for name in COMFYUI.get(component, ())]
             for dotted in {
                 f"{component}.{path}",
                 f"{component}.{short}",

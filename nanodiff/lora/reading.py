@@ -81,6 +81,10 @@ def read(
     if absent and not allow_partial:
         few = ", ".join(printable(k) for k in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        if len(absent) == len(strange):  # of a model's layers, but no pair of matrices
+            raise UserError(
+                f"{file}: {len(absent)} tensors are no part of a plain LoRA: {few}{more} (`allow_partial` goes on without them)"
+            )
         hint = nearest(absent[0], known) if absent[0] in groups else ""
         raise UserError(
             f"{file}: {len(absent)} of {len(groups) + len(strange)} layers are not in this model, so it is for another family: "
@@ -112,15 +116,30 @@ def bundled_words(tensors, file):
 
 
 def file_of(path: str | Path) -> Path:
-    """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder."""
+    """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder, or the only one. Raises UserError."""
     path = Path(path)
-    names = ("adapter_model.safetensors", DIFFUSERS_NAME)
-    return next((path / n for n in names if (path / n).exists()), path / names[0]) if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    for name in ("adapter_model.safetensors", DIFFUSERS_NAME):
+        if (path / name).exists():
+            return path / name
+    there = sorted(p for p in path.iterdir() if p.suffix.lower() == ".safetensors")
+    if len(there) != 1:
+        found = (
+            f"has {len(there)} safetensors files, such as {there[0].name}; name one"
+            if there
+            else "has no safetensors file"
+        )
+        raise UserError(f"{path}: {found}")
+    return there[0]
 
 
 def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """({layer name: {"down", "up", "alpha"}}, keys of no known form)"""
     groups, strange = {}, []
+    adapters = {m[1] for key in tensors if (m := NAMED.search(key))}  # PEFT's own names of them
+    if len(adapters) > 1:
+        raise UserError(f"{file}: holds the adapters {', '.join(map(printable, sorted(adapters)))}; save one alone")
     for key, tensor in tensors.items():
         for mark, method in OTHERS.items():
             if re.search(mark, key):
@@ -129,6 +148,7 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
             raise UserError(
                 f"{file}: is in the layout of cloneofsimo/lora, which numbers layers instead of naming them; not supported"
             )
+        key = NAMED.sub(lambda m: m[0].replace(f".{m[1]}.", "."), key)
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         if suffix is None:
             strange.append(key)
@@ -137,6 +157,7 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
     return groups, strange
 
 
+NAMED = re.compile(r"\.lora_[AB]\.([\w-]+)\.weight$")
 ORIGINAL = re.compile(
     r"(input|output)_blocks|middle_block|joint_blocks"
 )  # in a layer's name: it is the original checkpoint's

@@ -281,4 +281,21 @@ def _config(shapes, unet, prefix):
     cfg = Config.of(
         unet, conditioning_channels=found[0][1], conditioning_embedding_out_channels=tuple(s[0] for s in found)
     )
-    return cfg if first is None else dataclasses.replace(cfg, in_channels=first[1])  # an inpainting UNet has more
+    cfg = cfg if first is None else dataclasses.replace(cfg, in_channels=first[1])  # an inpainting UNet has more
+    return cfg if prefix is not None else dataclasses.replace(cfg, **_smaller(shapes, unet))
+
+
+def _smaller(shapes, unet):
+    """The fields of a ControlNet in diffusers' names that attends at fewer places than its UNet (SDXL's "small" and "mid")."""
+    types, layers = [], []
+    for i, own in enumerate(unet.transformer_layers_per_block):
+        found = [
+            int(m[1])
+            for k in shapes
+            if (m := re.match(rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.", k))
+        ]
+        types.append("CrossAttnDownBlock2D" if found else "DownBlock2D")
+        layers.append(max(found) + 1 if found else own)
+    middle = any(k.startswith("mid_block.attentions.") for k in shapes)
+    return {"down_block_types": tuple(types), "transformer_layers_per_block": tuple(layers),
+            "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"}  # fmt: skip

@@ -62,7 +62,9 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
         if (path / "model_index.json").is_file() or (path / "config.json").is_file():
             return path
         inside = [p.parent.relative_to(path) for p in sorted(path.glob("*/model_index.json"))]
-        hint = f"; the model of this run is {path / inside[0]}" if inside else "; is it half downloaded?"
+        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".safetensors")
+        hint = f"; it has {', '.join(files[:3])}: name one" if files else "; is it half downloaded?"
+        hint = f"; the model of this run is {path / inside[0]}" if inside else hint
         raise UserError(f"{path}: a folder without model_index.json or config.json{hint}")
     name, _, at = str(model).partition("@")
     name = ALIASES.get(name, name)

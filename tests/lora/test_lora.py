@@ -555,3 +555,66 @@ def test_adapters_of_a_half_precision_model_are_fp32(dtype):
     out.float().sum().backward()
     grads = [p.grad for p in sd.net.parameters() if p.requires_grad]
     assert out.dtype == dtype and grads and all(g.dtype == torch.float32 for g in grads)
+
+
+def test_a_layer_under_two_names_counts_once(tmp_path, capsys):
+    """Some mixed files have all layers under the original's names and diffusers' (its #11062); two of one kind are a mistake."""
+    models = pipeline.load(TINY / "sdxl").models()
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors, deltas = dialect({"unet": models["unet"]}, [("unet", path)], kohya)
+    own = {
+        k.replace(path.replace(".", "_"), "input_blocks_4_1_transformer_blocks_0_attn1_to_q"): 2 * v
+        for k, v in tensors.items()
+    }
+    weights.save_tensors(tmp_path / "both.safetensors", own | tensors)
+    (found,) = lora.read(tmp_path / "both.safetensors", models).deltas
+    assert max_error(found.matrix(deltas["unet", path].shape), deltas["unet", path]) < 1e-5
+    assert "1 layers stand there under two names" in capsys.readouterr().err
+    again = {k.replace("lora_unet_" + path.replace(".", "_"), f"unet.{path}"): v for k, v in tensors.items()}
+    refuse(models, tmp_path, tensors | again, "are one layer of this model, under two names")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_adapters_that_changed_the_model_itself(sd15, tmp_path, init):
+    tensors, _ = dialect(
+        sd15.models(), ATTENTION, lambda c, p, part: "base_model.model." + peft(c, p, part).removeprefix("unet.")
+    )
+    weights.save_tensors(tmp_path / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "init_lora_weights": init}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"init_lora_weights is '{init}', with which the model's own weights change"):
+        lora.read(tmp_path, sd15.models())
+    for plain in (True, "gaussian", None, "orthogonal"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": plain}))
+        assert len(lora.read(tmp_path, sd15.models()).deltas) == 2
+
+
+def test_names_of_adapters_and_comfyuis_own(sd15, tmp_path):
+    models = sd15.models()
+    layer = ("unet", ATTENTION[0][1])
+    named = lambda c, p, part: peft(c, p, part).replace(".weight", ".style_0.weight")  # noqa: E731
+    for name_of, target in (
+        (named, layer),
+        (lambda c, p, part: f"diffusion_model.{p}.lora_{part}.weight", layer),
+        (lambda c, p, part: f"text_encoders.clip_l.transformer.{p}.lora_{part}.weight", TEXT[0]),
+    ):
+        tensors, deltas = dialect(models, [target], name_of)
+        weights.save_tensors(tmp_path / "x.safetensors", tensors)
+        (found,) = lora.read(tmp_path / "x.safetensors", models).deltas
+        assert (found.component, found.module) == target
+        assert max_error(found.matrix(deltas[target].shape), deltas[target]) < 1e-5
+    two = dialect(models, [layer], named)[0] | dialect(models, [layer], peft_default)[0]
+    refuse(models, tmp_path, two, "holds the adapters default, style_0; save one alone")
+    bias = dialect(models, [layer], peft)[0] | {f"unet.{layer[1]}.lora_B.bias": torch.zeros(4)}
+    refuse(models, tmp_path, bias, "1 tensors are no part of a plain LoRA")
+
+
+def test_a_folder_with_one_file(sd15, tmp_path):
+    tensors, _ = dialect(sd15.models(), ATTENTION, peft)
+    with pytest.raises(UserError, match="has no safetensors file"):
+        lora.read(tmp_path, sd15.models())
+    weights.save_tensors(tmp_path / "style.safetensors", tensors)
+    assert len(lora.read(tmp_path, sd15.models()).deltas) == 2
+    weights.save_tensors(tmp_path / "other.safetensors", tensors)
+    with pytest.raises(UserError, match=r"has 2 safetensors files, such as other\.safetensors; name one"):
+        lora.read(tmp_path, sd15.models())

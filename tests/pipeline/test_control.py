@@ -283,3 +283,32 @@ def test_parts_are_of_all_steps_where_a_run_ends_early(models, net):
     drawn(models["sd15"].with_scheduler("heun"), steps=6, denoising_end=0.5, guidance_scale=1.0)
     hook.remove()
     assert len(asked) == len(calls) > 3
+
+
+def test_a_whole_checkpoint_around_it(models, net, tmp_path, capsys):
+    """The first releases hold the Stable Diffusion, too."""
+    more = {
+        "model.diffusion_model.out.2.bias": torch.zeros(4),
+        "cond_stage_model.x": torch.zeros(1),
+        "first_stage_model.y": torch.zeros(1),
+    }
+    weights.save_tensors(tmp_path / "whole.safetensors", theirs(net) | more)
+    got = control.load(tmp_path / "whole.safetensors", models["sd15"].net.cfg, torch.float32, "cpu")
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in got.state_dict().items())
+    assert "of this whole checkpoint the ControlNet alone is taken" in capsys.readouterr().err
+    weights.save_tensors(tmp_path / "whole.safetensors", theirs(net) | more | {"junk": torch.zeros(1)})
+    with pytest.raises(UserError, match="has unknown tensor junk"):
+        control.load(tmp_path / "whole.safetensors", models["sd15"].net.cfg, torch.float32, "cpu")
+
+
+def test_one_that_attends_at_fewer_places_than_its_unet(tmp_path):
+    """SDXL's "small", as a file in diffusers' names."""
+    unet = pipeline.load(TINY / "sdxl").net.cfg
+    n = len(unet.block_out_channels)
+    small = ControlNetModel(dataclasses.replace(
+        ControlNetModel.Config.of(unet), down_block_types=("DownBlock2D",) * n, mid_block_type="UNetMidBlock2D",
+        conditioning_embedding_out_channels=(4, 8),
+    ))  # fmt: skip
+    weights.save_tensors(tmp_path / "small.safetensors", {k: v.clone() for k, v in small.state_dict().items()})
+    got = control.load(tmp_path / "small.safetensors", unet, torch.float32, "cpu")
+    assert got.cfg.down_block_types == ("DownBlock2D",) * n and got.cfg.mid_block_type == "UNetMidBlock2D"

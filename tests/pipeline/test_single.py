@@ -481,3 +481,58 @@ def test_turbos_are_told_by_their_name(files, name, kind, tmp_path, capsys, monk
     raw, _ = single.scheduler()
     assert raw["_class_name"] == kind and raw["timestep_spacing"] == "trailing" and pipeline.is_turbo(raw, name)
     assert single.config("unet").sample_size == 64
+
+
+def test_v_that_stands_in_the_header_alone(files, tmp_path, capsys):
+    path = tmp_path / "v.safetensors"
+    for stated, want in (("v", "v_prediction"), ("epsilon", "epsilon"), ("", "epsilon")):
+        weights.save_tensors(path, weights.load_tensors(files["sdxl"]), {"modelspec.prediction_type": stated})
+        assert pipeline.load(path, components=TINY / "sdxl").schedule.prediction == want
+        assert ("by its header's modelspec.prediction_type" in capsys.readouterr().err) == (stated == "v")
+
+
+def test_an_inpainting_model_of_sd2_predicts_noise(files, tmp_path):
+    """And its own nine channels are its configuration's, whatever the components say."""
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = lambda s: s | {first: torch.cat([s[first], s[first], s[first][:, :1]], dim=1)}  # noqa: E731
+    path = changed(files, "sd21-v", tmp_path, wide)
+    sd = pipeline.load(path, components=TINY / "sd21-v")
+    assert sd.schedule.prediction == "epsilon" and sd.unet.cfg.in_channels == 9 and sd.inpaints
+    assert pipeline.load(changed(files, "sd15", tmp_path, wide), components=TINY / "sd15").unet.cfg.in_channels == 9
+
+
+def test_clips_projection_that_nothing_reads(files, models, tmp_path):
+    for name, prefix in (("sd15", "cond_stage_model."), ("sdxl", "conditioner.embedders.0.")):
+        path = changed(
+            files, name, tmp_path, lambda s, p=prefix: s | {f"{p}transformer.text_projection.weight": torch.zeros(8, 8)}
+        )
+        assert pipeline.load(path, components=TINY / name).unet is not None
+    folder = copy_model("sd15", tmp_path / "folder")
+    file = folder / "text_encoder" / "model.safetensors"
+    weights.save_tensors(
+        file,
+        {**{k: v.clone() for k, v in weights.load_tensors(file).items()}, "text_projection.weight": torch.zeros(8, 8)},
+    )
+    assert max_error(pipeline.load(folder).encode(["a"]).states, models["sd15"].encode(["a"]).states) == 0
+
+
+def test_learned_words_have_no_place_in_one_file(tmp_path):
+    sd = pipeline.load(TINY / "sd15")
+    weights.save_tensors(tmp_path / "quux.safetensors", {"quux": torch.ones(1, sd.text_encoder.cfg.hidden_size)})
+    sd.learn(tmp_path / "quux.safetensors")
+    sd.save(tmp_path / "model")
+    with pytest.raises(UserError, match="has the learned words quux, for which one file has no place"):
+        pipeline.convert(tmp_path / "model", tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
+def test_suffixes_in_capitals(models, tmp_path):
+    path = tmp_path / "MODEL.CKPT"
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, path)
+    from nanodiff.weights.__main__ import convert
+
+    convert(path, tmp_path / "out.safetensors", allow_pickle=True)
+    assert list(weights.load_tensors(tmp_path / "out.safetensors")) == ["a"]
+    (tmp_path / "m.safetensors").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(UserError, match="is GGUF, quantized for other programs"):
+        weights.load_weights(tmp_path / "m.safetensors")

@@ -182,7 +182,7 @@ def test_compositions_need_guidance(models):
         (r"\(cat\) [dog]", [("(cat) [dog]", 1.0)]),
         ("(a: b)", [("a: b", 1.1)]),
         ("a (cat", [("a ", 1.0), ("(cat", 1.0)]),
-        ("a) (b:0.5)", [("a) ", 1.0), ("b", 0.5)]),
+        ("a) (b:0.5)", [("a) (b:0.5)", 1.0)]),  # a bracket that closes nothing: the next opens none
         ("BREAK", [("BREAK", 1.0)]),
     ],
 )

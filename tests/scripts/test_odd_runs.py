@@ -607,3 +607,20 @@ def test_a_stage_refuses_what_it_needs_alone(tmp_path):
 def test_one_guidance_or_several():
     with pytest.raises(UserError, match="--cfg-scale is one study's guidance"):
         parse(distill.Recursive, ["--cfg-scale", "5", "--cfg-scales", "1"]).check()
+
+
+def test_loras_in_linked_folders_and_in_capitals(tmp_path):
+    from nanodiff import files
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "loras" / "deep").mkdir(parents=True)
+    (tmp_path / "loras" / "styles").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "loras")
+    for path in ("elsewhere/ink.safetensors", "loras/deep/UP.SAFETENSORS", "loras/deep/no.txt"):
+        (tmp_path / path).write_bytes(b"")
+    found = sorted(
+        p.relative_to(tmp_path / "loras").as_posix() for p in files.inside(tmp_path / "loras", ".safetensors")
+    )
+    assert found == ["deep/UP.SAFETENSORS", "styles/ink.safetensors"]
+    assert wording.Tagged(tmp_path / "loras")._file("UP").name == "UP.SAFETENSORS"
+    assert wording.Tagged(tmp_path / "loras")._file("ink").name == "ink.safetensors"

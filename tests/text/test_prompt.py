@@ -244,3 +244,17 @@ def test_refusals(sd15, tmp_path, tensors, says):
     weights.save_tensors(tmp_path / "word.safetensors", tensors)
     with pytest.raises(UserError, match=says):
         sd15.learn(tmp_path / "word.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [  # by ComfyUI's parse_parentheses and token_weights (comfy/sd1_clip.py)
+        ("a smile :), (red:1.3) hair", [("a smile :), (red:1.3) hair", 1.0)]),
+        ("a) (b) ((c:2))", [("a) (b) (", 1.0), ("c", 2.0), (")", 1.0)]),
+        ("(:0.5)", [(":0.5", 1.1)]),
+        ("(a) b (c:0.5)", [("a", 1.1), (" b ", 1.0), ("c", 0.5)]),
+        ("a (b", [("a ", 1.0), ("(b", 1.0)]),
+    ],
+)
+def test_comfyui_brackets_that_do_not_match(text, want):
+    assert prompt.parts_of(text, "comfyui") == want

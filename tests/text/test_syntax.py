@@ -176,3 +176,20 @@ def test_marks_of_dynamic_prompts_that_are_not_read(tmp_path, prompt):
         syntax.chosen(prompt, 0, tmp_path)
     assert syntax.chosen("x __a__ y {b}", 0, tmp_path) == "x red y b"
     assert syntax.chosen("x __*__ y", 0, dynamic=False) == "x __*__ y"  # plain text in ComfyUI
+
+
+def test_wildcards_in_choices_and_open_bounds(tmp_path):
+    """As Dynamic Prompts' documents have them."""
+    (tmp_path / "flavours.txt").write_text("vanilla\nmint\nplum\n")
+    made = lambda text: {syntax.chosen(text, seed, tmp_path) for seed in range(80)}  # noqa: E731
+    pairs = {f"{a} and {b}" for a in ("vanilla", "mint", "plum") for b in ("vanilla", "mint", "plum") if a != b}
+    assert made("{2$$ and $$__flavours__}") == pairs
+    assert {len(t.split(", ")) for t in made("{-2$$a|b|c}")} == {1, 2}
+    assert {len(t.split(", ")) for t in made("{2-$$a|b|c}")} == {2, 3}
+    assert made("{$$a|b}") == {"$$a", "b"}, "no bounds, no mark"
+
+
+@pytest.mark.parametrize("text", ["{~red|green}", "{@red|green}", "__~flavours__", "__clothes(season=winter)__"])
+def test_samplers_of_dynamic_prompts_are_named(tmp_path, text):
+    with pytest.raises(UserError, match="globs, variables and samplers of Dynamic Prompts are not supported"):
+        syntax.chosen(text, 1, tmp_path)

@@ -1,11 +1,13 @@
 """CLIP tokenizer: equal on every recorded string, for the real vocabulary and the tiny ones."""
 
 import json
+import shutil
 
 import pytest
 from util import GOLDEN, TINY
 
 from nanodiff.config import UserError
+from nanodiff.text import tokenizer
 from nanodiff.text.tokenizer import END, CLIPTokenizer, T5Tokenizer, TextTokenizer, clip_from_merges, train_bpe
 
 STRINGS = json.loads((GOLDEN / "goldens" / "tokenizers.json").read_text())
@@ -127,3 +129,23 @@ def test_a_learned_text_tokenizer(tmp_path):
     assert again.ids("red apple piñata") == tok.ids("red apple piñata") and again.decode(
         tok.ids("piñata")
     ) == tok.decode(tok.ids("piñata"))
+
+
+@pytest.mark.parametrize("name", ["sd21-v/tokenizer", "sdxl/tokenizer_2", "gemma3"])
+def test_what_the_last_call_left_in_tokenizer_json_is_no_part_of_it(tmp_path, name):
+    """transformers >= 5 saves a tokenizer with the padding and the length of the call before, and sets both anew at each call."""
+    folder = shutil.copytree(TINY / name, tmp_path / "tokenizer")
+    texts = ["a red apple", "a", "a photo of an astronaut riding a horse, a cat and a dog"]
+
+    def made():
+        if name == "gemma3":
+            found = TextTokenizer(tokenizer._from_json(folder / "tokenizer.json"))
+            return [found.ids(text) for text in texts], found.backend
+        found = CLIPTokenizer.load(folder, 77)
+        return [found([text])[0] for text in texts] + [found.pieces(text) for text in texts], found.backend
+
+    before, backend = made()
+    backend.enable_truncation(6)
+    backend.enable_padding(length=77, pad_id=0)
+    backend.save(str(folder / "tokenizer.json"))
+    assert made()[0] == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -253,3 +254,41 @@ def test_a_model_that_is_no_pipeline_comes_from_the_cache_whole(cached, monkeypa
         hub.one("google/gemma-3-1b-it")
     with pytest.raises(UserError, match="not found"):
         hub.one("no-such-thing")
+
+
+def test_a_repository_that_has_one_variant_alone():
+    files = [
+        f for f in SD15_FILES if f != "unet/diffusion_pytorch_model.safetensors" and not f.startswith("text_encoder_3")
+    ]
+    files = [f for f in files if "non_ema" not in f]
+    chosen = hub.choose(files)
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in chosen and "text_encoder/model.safetensors" in chosen
+    two = [*files, "unet/diffusion_pytorch_model.bf16.safetensors"]
+    assert not [f for f in hub.choose(two) if f.startswith("unet/") and f.endswith(".safetensors")], (
+        "which one, nobody said"
+    )
+
+
+def test_a_components_folder_may_be_a_link(tmp_path):
+    """A T5 that several models share, with its shards."""
+    from nanodiff import pipeline, weights
+
+    model = copy_model("sd15", tmp_path / "model")
+    unet = shutil.move(model / "unet", tmp_path / "shared")
+    state = {k: v.clone() for k, v in weights.load_tensors(f"{unet}/diffusion_pytorch_model.safetensors").items()}
+    (tmp_path / "shared" / "diffusion_pytorch_model.safetensors").unlink()
+    parts = {
+        f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": dict(list(state.items())[i::2]) for i in range(2)
+    }
+    for name, part in parts.items():
+        weights.save_tensors(tmp_path / "shared" / name, part)
+    index = {"weight_map": {k: name for name, part in parts.items() for k in part}}
+    (tmp_path / "shared" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "unet").symlink_to(tmp_path / "shared")
+    assert pipeline.load(model).unet is not None
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    (tmp_path / "dream.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"it has dream\.safetensors: name one"):
+        hub.resolve(tmp_path)
