@@ -63,7 +63,7 @@ def read(
             raise UserError(f"{file}: {printable(name)} has only {', '.join(parts)}, a LoRA layer has down and up")
         fused = len(targets[0]) == 3 and targets[0][2] in (0, 1, 2)
         for target in targets if fused else targets[:1]:
-            if (first := names.setdefault(target, name)) != name:
+            if (first := names.setdefault(target[:2], name)) != name:
                 twice.append((first, name))
                 continue
             deltas.append(
