@@ -37,8 +37,12 @@ ELSEWHERE = {  # other programs' words
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SEEDS = (1 << 63) - 1  # the largest one
 SECRETS = {"token", "hub_token", "hf_token"}
-# options that may name what comes with the program: models, data, prompts
-SHIPPED = {"model", "teacher", "student", "vae", "data", "captions", "real", "generated", "prompts", "prompt_source", "evaluation_prompts", "prompts_file"}  # fmt: skip
+# options that name what is read, which may have come with the program
+SHIPPED = {"a", "b", "candidates", "captions", "checkpoint", "clip", "components", "control", "control_image", "data", "data_csv", "embedding",
+           "evaluation_prompts", "fast_vae", "finetuned", "from_image", "generated", "image_encoder", "image_path", "infer_image_path", "init_image", "inputs",
+           "ip_adapter", "ip_adapter_image", "lora", "lora_dir", "lpips_weights", "mask", "model", "model_config", "model_file", "original", "original_csv",
+           "prompt_source", "prompts", "prompts_file", "real", "references", "refiner", "sample_prompts", "student", "teacher", "template", "text_config",
+           "text_encoder", "vae", "vae_checkpoint", "vgg_weights", "vision_model", "weights_dir", "wildcards", "wordnet"}  # fmt: skip
 secret = set()  # the tokens that this process was given: masked() hides them
 CHANGING = ("update", "pop", "popitem", "setdefault", "clear")  # of a dict
 CONNECTION = re.compile(

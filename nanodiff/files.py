@@ -17,14 +17,18 @@ from nanodiff.config import UserError
 
 
 def inside(folder, suffix=""):
-    """The files in a folder and its folders, linked ones too (each once), whose names end with `suffix`, in capitals or not."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(root) / name for name in names if name.lower().endswith(suffix))
+    """The files in a folder and its folders, linked ones too (but for a link to a folder around it), whose names end with `suffix`, in capitals or not."""
+
+    def walk(path, around):
+        around = {*around, os.path.realpath(path)}
+        for entry in os.scandir(path):
+            if not entry.is_dir():
+                if entry.name.lower().endswith(suffix):
+                    yield Path(path) / entry.name
+            elif os.path.realpath(entry.path) not in around:
+                yield from walk(Path(path) / entry.name, around)
+
+    yield from walk(folder, ()) if os.path.isdir(folder) else ()
 
 
 def write_bytes(path, data, sync=True):

@@ -6,7 +6,6 @@ import sample
 from nanodiff import config
 from nanodiff.commandline import parse
 from nanodiff.config import UserError, printable, read_json
-from nanodiff.stories import study
 
 
 def test_large_json_is_refused(tmp_path):
@@ -40,6 +39,5 @@ def test_what_comes_with_the_program(tmp_path, monkeypatch):
         ["--model", "assets/nano", "--output-dir", "assets/nano", "--prompt", "assets/nano", "--output", "assets/nano"],
     )
     assert (cfg.model, cfg.output_dir, cfg.prompt, cfg.output) == (nano, "assets/nano", ["assets/nano"], "assets/nano")
-    assert study.parse("model=assets/nano,x", sample.Config) == [("model", [nano, "x"])]
     (tmp_path / "assets" / "nano").mkdir(parents=True)
     assert config.shipped("assets/nano") == "assets/nano"

@@ -1,6 +1,7 @@
 """Where to compute and in which type: what `auto` means for --device, --dtype and --mixed-precision."""
 
 import os
+import platform
 import sys
 
 import torch
@@ -41,10 +42,17 @@ def pick_dtype(name, device):
 
 
 def _say_slow(name, device):
-    """A line for bf16 on a processor without an instruction for it, which has its memory and not its speed."""
-    if name == "bf16" and device.type == "cpu" and not onednn.computes_bf16():
+    """A line for bf16 on an x86 processor without an instruction for it, which has its memory and not its speed."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if (
+        name == "bf16"
+        and device.type == "cpu"
+        and x86
+        and not onednn.computes_bf16()
+        and not int(os.environ.get("RANK", 0))
+    ):
         print(
-            "note: this CPU has no instruction for bf16: fp32 takes twice the memory and about a quarter of the time",
+            "note: this CPU has no instruction for bf16: fp32 takes about a quarter of the time",
             file=sys.stderr,
         )
 

@@ -343,9 +343,13 @@ def _prompts_from(dataset, path):
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
         keys = dataset.keys
-        numbered = len({re.sub(r"\d+", "#", k) for k in keys}) == 1 and all(
-            len(re.findall(r"\d+", bare(k))) == 1 for k in keys
+        parts = [
+            re.split(r"(\d+)", bare(k)) for k in keys
+        ]  # texts and numbers in turn: the pictures are numbered where one number is all that differs
+        numbered = (
+            len(set(map(len, parts))) == 1 and [len(set(p)) > 1 for p in zip(*parts, strict=True)].count(True) == 1
         )
+        numbered = numbered and len({tuple(p[::2]) for p in parts}) == 1
         if numbered and sorted(keys) == keys != sorted(keys, key=tables.by_number):
             raise UserError(
                 f"`prompts` {path}: lines cannot tell their pictures: {dataset.root} is in the order of {', '.join(map(printable, keys[:3]))}, …, not of their "

@@ -48,7 +48,8 @@ def read(
     groups, strange = grouped(tensors, file)
     known, settings = names_of(models), _settings(file, metadata)
     deltas, absent, twice, names = [], list(strange), [], {}  # names: {target: the layer of the file that is for it}
-    for name, parts in sorted(groups.items(), key=lambda g: bool(ORIGINAL.search(g[0]))):
+    theirs = lambda name: any(len(t) == 3 for t in known.get(name, ()))  # noqa: E731  # by the original checkpoint's name
+    for name, parts in sorted(groups.items(), key=lambda g: theirs(g[0])):
         bare = name.removeprefix("base_model.model.")
         targets = known.get(name) or known.get(bare)
         if (
@@ -69,7 +70,7 @@ def read(
             deltas.append(
                 _delta(target, parts, models, _scale(f"{file}: {printable(name)}", target, parts, settings), file)
             )
-    if wrong := [pair for pair in twice if not ORIGINAL.search(pair[1])]:
+    if wrong := [pair for pair in twice if not theirs(pair[1])]:
         raise UserError(
             f"{file}: {printable(wrong[0][0])} and {printable(wrong[0][1])} are one layer of this model, under two names"
         )
@@ -158,9 +159,6 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
 
 
 NAMED = re.compile(r"\.lora_[AB]\.([\w-]+)\.weight$")
-ORIGINAL = re.compile(
-    r"(input|output)_blocks|middle_block|joint_blocks"
-)  # in a layer's name: it is the original checkpoint's
 WHOSE = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # lora_adapter_metadata speaks of
 REPLACED = (
     "pissa",

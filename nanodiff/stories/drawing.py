@@ -237,9 +237,9 @@ class Marks:
     def of(self, cfg):
         """{path: what it holds} for one Config: two that are alike have the same."""
         found = {}
-        for name, text in named_files(cfg):
-            if (name, text) not in self.known:
-                path, kind = hub.trained(text), INSIDE.get(name, "")
+        for text, kind in dict.fromkeys((text, INSIDE.get(name, "")) for name, text in named_files(cfg)):
+            if (text, kind) not in self.known:
+                path = hub.trained(text)
                 inside = [path]
                 if path.is_dir():
                     inside = [
@@ -247,8 +247,8 @@ class Marks:
                         for p in sorted(inside_of(path, kind))
                         if not (OWN.fullmatch(p.name) and p.resolve().parent == self.out)
                     ]
-                self.known[name, text] = [_mark(p) for p in inside if p.is_file()]
-            found[text] = found.get(text, []) + self.known[name, text]
+                self.known[text, kind] = [_mark(p) for p in inside if p.is_file()]
+            found[text] = found.get(text, []) + self.known[text, kind]
         return {text: held for text, held in found.items() if held}
 
 

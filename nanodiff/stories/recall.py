@@ -53,7 +53,7 @@ def recall(cfg):
     known["prompt"] = [known.get("prompt")]
     for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
         if key not in given:
-            setattr(cfg, key, found(key, value))
+            setattr(cfg, key, found(key, value) if cfg.base_dir == "." else value)
     if cfg.model == "embedded":
         cfg.model = None
     for name, path in named_files(cfg, (*SHOWN, *MODELS)):

@@ -17,7 +17,7 @@ import sys
 import typing
 from pathlib import Path
 
-from nanodiff.commandline import by_names, found, from_mapping
+from nanodiff.commandline import by_names, from_mapping
 from nanodiff.config import UserError, nearest, printable, spreadsheet
 from nanodiff.diffusion import samplers
 from nanodiff.files import write_bytes, write_json
@@ -67,7 +67,7 @@ def _value(cls, name, hint, text):
     options = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
     kind, optional = options[0], type(None) in typing.get_args(hint)
     if typing.get_origin(hint) is list:
-        return [] if text in NONE else found(name, [text])
+        return [] if text in NONE else [text]
     if text in NONE and optional:
         return None
     try:
@@ -79,7 +79,7 @@ def _value(cls, name, hint, text):
         raise UserError(f"--study: {name}: {printable(text)!r} is not of type {kind.__name__}") from None
     if name == "scheduler":
         samplers.check_name(value)
-    return found(name, from_mapping(cls, {name: value}, "--study")[name])
+    return from_mapping(cls, {name: value}, "--study")[name]
 
 
 def cells(axes):
@@ -116,7 +116,10 @@ def sheet(rows, axes, folder, nrow=None):
     return images.grid(cells, nrow or across, labels)
 
 
-NUMBER = r"\d{5,7}\.png"
+NUMBER, COUNTED = (
+    r"\d{5,9}\.png",
+    r"\d{5,7}\.png",
+)  # of a study's pictures; and those that it counts on from (eight digits are a date)
 
 
 class Finished:
@@ -161,7 +164,7 @@ class Finished:
             return self.rows[key]["file"]
         there = {p.name for p in self.out.glob("[0-9]*.png")} - set(self.old)  # another run's, too
         there |= {row["file"] for row in self.rows.values()}
-        return f"{max((int(n.partition('.')[0]) for n in there if re.fullmatch(NUMBER, n)), default=-1) + 1:05d}.png"
+        return f"{max((int(n.partition('.')[0]) for n in there if re.fullmatch(COUNTED, n)), default=-1) + 1:05d}.png"
 
     def add(self, key, row):
         self.rows[key] = row

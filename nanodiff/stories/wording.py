@@ -89,7 +89,7 @@ def job(cfg, prompt, negative, seed):
         negative = syntax.chosen(negative, seed, folder, dynamic)
     if cfg.prompt_syntax != "a1111":  # a learned word is used by its name here
         plain = lambda text: text and EMBEDDING.sub(r"\1", text)  # noqa: E731
-        others = tuple((name, plain(syntax.chosen(text, seed))) for name, text in others)
+        others = tuple((name, plain(syntax.chosen(text, seed, None, dynamic))) for name, text in others)
         return Job(plain(prompt), plain(prompt), seed, (), plain(negative), others)
     if negative and syntax.NETWORK.search(negative):
         raise UserError(
@@ -161,7 +161,7 @@ class Tagged:
             raise UserError(f"<lora:{printable(name)}:…> needs --lora-dir, the folder it is in")
         files = sorted(inside(self.folder, ".safetensors"))
         exact = {p.relative_to(self.folder).with_suffix("").as_posix(): p for p in files}
-        alike = [p for p in files if p.stem == name]
+        alike = list({p.resolve(): p for p in files if p.stem == name}.values())  # a file and a link to it are one
         if name in exact:
             if len(alike) > 1:
                 print(

@@ -20,7 +20,9 @@ NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*")
 PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WILDCARD = re.compile(r"__([\w./-]+?)__")
-UNREAD = re.compile(r"__[\w./-]*\*[\w./*-]*__|\$\{[^{}]*\}|\{[~@!][^{}]*\}|__[~@!][\w./-]+__|__[\w./-]+\([^()]*\)__")
+UNREAD = re.compile(
+    r"__[\w./-]*\*[\w./*-]*__|\$\{[^{}]*\}|\{[~@!][^{}]*\}|__[~@!][\w./-]+__|__\w[\w./-]*?(?<!_)\([^()]*\)__"
+)
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"(.*?)(?:\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
 # what a prompt may hold that means nothing without prompt_syntax: (mark, what it is elsewhere)
@@ -76,9 +78,12 @@ def _chosen(text, rng, folder, inside):
             raise UserError(f"{path}: is empty")
         return lines
 
+    def resolved(name, line):
+        return _chosen(line, rng, folder, (*inside, name))
+
     while match := re.search(r"\{([^{}]*)\}", text):  # the innermost first
-        text = text[: match.start()] + _one_of(match[1], rng, lines_of) + text[match.end() :]
-    return WILDCARD.sub(lambda m: _chosen(rng.choice(lines_of(m[1])), rng, folder, (*inside, m[1])), text)
+        text = text[: match.start()] + _one_of(match[1], rng, lines_of, resolved) + text[match.end() :]
+    return WILDCARD.sub(lambda m: resolved(m[1], rng.choice(lines_of(m[1]))), text)
 
 
 def _lines(path):
@@ -90,14 +95,15 @@ def _lines(path):
     return [s for s in map(str.strip, text.split("\n")) if s]
 
 
-def _one_of(body, rng, lines_of):
-    """What becomes of the inside of {…}; lines_of(name): of a wildcard."""
+def _one_of(body, rng, lines_of, resolved):
+    """What becomes of the inside of {…}; lines_of(name): of a wildcard; resolved(name, line): one of them, with what it asks for chosen."""
     count, between = 1, ", "
     match = re.match(r"(\d*)(-?)(\d*)\$\$(?:([^|$]*)\$\$)?", body)
     if match and (match[1] or match[3]):
         between, body = match[4] if match[4] is not None else between, body[match.end() :]
     written = body.split("|")
-    if match and len(written) == 1 and (name := WILDCARD.fullmatch(body.strip())):  # {2$$__name__}: two of its lines
+    name = WILDCARD.fullmatch(body.strip()) if match and len(written) == 1 else None
+    if name:  # {2$$__name__}: two of its lines
         written = lines_of(name[1])
     if match and (match[1] or match[3]):
         least, most = int(match[1] or 1), int(match[3] or (len(written) if match[2] else match[1]))
@@ -112,7 +118,7 @@ def _one_of(body, rng, lines_of):
         at = rng.choices(range(len(options)), weights)[0] if any(weights) else rng.randrange(len(options))
         picked.append(options.pop(at))
         weights.pop(at)
-    return between.join(picked)
+    return between.join([resolved(name[1], line) for line in picked] if name else picked)
 
 
 # -- LoRAs ---------------------------------------------------------------------------------------------------

@@ -133,9 +133,14 @@ def download(name, revision=None, token=None, variant=None, skip=()):
     if constants.HF_HUB_OFFLINE:
         cache = constants.HF_HUB_CACHE
         raise UserError(f"{name}: offline, and {missing} ({cache}); run `hf download {name}` with a network{mirror}")
-    print(f"downloading {name}" + (f" ({missing})" if usable else ""), file=sys.stderr)
+    if not usable:
+        print(f"downloading {name}", file=sys.stderr)
     try:
         files = choose(hub.list_repo_files(name, revision=revision, token=token or None), variant, skip)
+        if usable and all((folder / file).is_file() for file in files):  # the repository has no other variant
+            return folder
+        if usable:
+            print(f"downloading {name} ({missing})", file=sys.stderr)
         folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=files, token=token or None))
     except errors.GatedRepoError:
         raise UserError(

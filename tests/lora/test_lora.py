@@ -618,3 +618,13 @@ def test_a_folder_with_one_file(sd15, tmp_path):
     weights.save_tensors(tmp_path / "other.safetensors", tensors)
     with pytest.raises(UserError, match=r"has 2 safetensors files, such as other\.safetensors; name one"):
         lora.read(tmp_path, sd15.models())
+
+
+def test_layers_outside_the_blocks_under_two_names(tmp_path, capsys):
+    models = pipeline.load(TINY / "sdxl").models()
+    tensors, _ = dialect({"unet": models["unet"]}, [("unet", "time_embedding.linear_1")], kohya)
+    own = {k.replace("time_embedding_linear_1", "time_embed_0"): 2 * v for k, v in tensors.items()}
+    weights.save_tensors(tmp_path / "both.safetensors", own | tensors)
+    (found,) = lora.read(tmp_path / "both.safetensors", models).deltas
+    assert torch.equal(found.down, tensors["lora_unet_time_embedding_linear_1.lora_down.weight"])
+    assert "under two names" in capsys.readouterr().err

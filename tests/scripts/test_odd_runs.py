@@ -17,7 +17,7 @@ import train
 from nanodiff.commandline import check_bounds, parse
 from nanodiff.config import ASSETS, UserError
 from nanodiff.output import images
-from nanodiff.stories import inputs, wording
+from nanodiff.stories import inputs, sampling, wording
 
 CLASSES = {
     c
@@ -624,3 +624,51 @@ def test_loras_in_linked_folders_and_in_capitals(tmp_path):
     assert found == ["deep/UP.SAFETENSORS", "styles/ink.safetensors"]
     assert wording.Tagged(tmp_path / "loras")._file("UP").name == "UP.SAFETENSORS"
     assert wording.Tagged(tmp_path / "loras")._file("ink").name == "ink.safetensors"
+
+
+def test_folders_of_loras_under_their_own_names_and_linked_ones(tmp_path):
+    from nanodiff import files
+
+    (tmp_path / "l" / "zreal").mkdir(parents=True)
+    (tmp_path / "l" / "zreal" / "ink.safetensors").write_bytes(b"")
+    for i in range(5):
+        (tmp_path / "l" / f"a{i}").symlink_to(tmp_path / "l" / "zreal")
+    (tmp_path / "l" / "b").mkdir()
+    (tmp_path / "l" / "b" / "up").symlink_to(tmp_path / "l")
+    (tmp_path / "l" / "zreal" / "b").symlink_to(tmp_path / "l" / "b")
+    found = sorted(p.relative_to(tmp_path / "l").as_posix() for p in files.inside(tmp_path / "l", ".safetensors"))
+    assert found == [*(f"a{i}/ink.safetensors" for i in range(5)), "zreal/ink.safetensors"]
+    tagged = wording.Tagged(tmp_path / "l")
+    assert tagged._file("zreal/ink") == tmp_path / "l" / "zreal" / "ink.safetensors"
+    assert tagged._file("a3/ink").resolve() == tagged._file("ink").resolve(), "a file and links to it are one"
+    assert list(files.inside(tmp_path / "none")) == []
+
+
+def test_what_is_read_may_have_come_with_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = parse(
+        train.DiffusionConfig,
+        [
+            "--text-encoder",
+            "assets/nano",
+            "--model-config",
+            "assets/nano/half.json",
+            "--data",
+            "assets/emoji/emoji.tar",
+        ],
+    )
+    assert {cfg.text_encoder, cfg.model_config, cfg.data} == {
+        str(ASSETS / n) for n in ("nano", "nano/half.json", "emoji/emoji.tar")
+    }
+    assert parse(sample.Config, ["--init-image", "assets/demo.png"]).init_image == str(ASSETS / "demo.png")
+    (tmp_path / "B" / "assets" / "nano").mkdir(parents=True)
+    cfg = parse(sample.Config, ["--base-dir", "B", "--study", "model=assets/nano", "--prompt", "a"])
+    assert [v.model for v in sampling.parsed(cfg)[2]] == ["B/assets/nano"]
+    cfg = parse(sample.Config, ["--study", "model=assets/nano", "--prompt", "a"])
+    assert [v.model for v in sampling.parsed(cfg)[2]] == [str(ASSETS / "nano")]
+
+
+def test_marks_of_dynamic_prompts_are_plain_text_for_comfyui():
+    cfg = parse(sample.Config, ["--prompt-syntax", "comfyui", "--prompt", "a {@home}", "--prompt-2", "b {@home}"])
+    made = wording.job(cfg, "a {@home}", None, 1)
+    assert made.text == "a {@home}".replace("{@home}", "@home") and dict(made.others)["prompt_2"] == "b @home"

@@ -326,3 +326,11 @@ def test_what_is_named_is_looked_at_wherever_it_lies(tmp_path):
         after = drawing.Marks(tmp_path).of(named)
         assert after != before, kind
         before = after
+
+
+def test_one_file_for_two_options_is_one(tmp_path):
+    (tmp_path / "in.png").write_bytes(b"a")
+    cfg = dataclasses.replace(
+        commandline.parse(sample.Config, []), init_image=str(tmp_path / "in.png"), mask=str(tmp_path / "in.png")
+    )
+    assert [len(held) for held in drawing.Marks(tmp_path / "out").of(cfg).values()] == [1]

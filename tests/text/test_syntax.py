@@ -193,3 +193,21 @@ def test_wildcards_in_choices_and_open_bounds(tmp_path):
 def test_samplers_of_dynamic_prompts_are_named(tmp_path, text):
     with pytest.raises(UserError, match="globs, variables and samplers of Dynamic Prompts are not supported"):
         syntax.chosen(text, 1, tmp_path)
+
+
+def test_wildcards_that_hold_themselves_in_a_choice(tmp_path):
+    (tmp_path / "f.txt").write_text("{2$$__f__}\nx\n")
+    (tmp_path / "a.txt").write_text("{2$$__b__}\nx\n")
+    (tmp_path / "b.txt").write_text("{2$$__a__}\ny\n")
+    for name in "fab":
+        with pytest.raises(UserError, match=r"holds __\w__ itself"):
+            syntax.chosen(f"a {{2$$__{name}__}}", 0, tmp_path)
+    (tmp_path / "c.txt").write_text("{p|q} __d__\nz\n")
+    (tmp_path / "d.txt").write_text("w\n")
+    assert {syntax.chosen("{2$$ & $$__c__}", seed, tmp_path) for seed in range(40)} == {
+        "p w & z",
+        "q w & z",
+        "z & p w",
+        "z & q w",
+    }
+    assert syntax.chosen("__d__(red)__d__", 0, tmp_path) == "w(red)w"
