@@ -65,8 +65,11 @@ def sigma_grid(schedule, n):
     if cfg.get("interpolation_type") == "log_linear":
         sigmas = np.exp(np.linspace(np.log(every[-1]), np.log(every[0]), n + 1, dtype=np.float32))
     span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
-    top = cfg.get("sigma_max") or float(span[0])
-    low = cfg.get("sigma_min") or float(span[1])
+    stated = (
+        cfg if schedule.kind == "LMSDiscreteScheduler" else schedule.raw
+    )  # whatever class the file is of, as in diffusers
+    top = stated.get("sigma_max") or float(span[0])
+    low = stated.get("sigma_min") or float(span[1])
     other = respaced(cfg, top, low, n)
     if table := schedule.raw.get(GRID):
         other = TABLES[table](schedule, n)
@@ -234,6 +237,10 @@ def flow_sigmas(schedule, n, mu=None, grid=None):
         even = np.linspace(1.0, low, n)
     sigmas = shifted(even if grid is None else np.array(grid))
     if cfg["shift_terminal"] and not table:
+        if sigmas[-1] >= 1:
+            raise UserError(
+                f"`steps` {n}: this scheduler stretches its last level to {cfg['shift_terminal']:g} (shift_terminal), and the only one is all noise; take 2 or more"
+            )
         sigmas = 1 - (1 - sigmas) * (1 - cfg["shift_terminal"]) / (1 - sigmas[-1])
     top, low = float(sigmas[0]), float(sigmas[-1])
     other = respaced(cfg, top, low, n)

@@ -101,7 +101,9 @@ class Schedule:
         cfg = DEFAULTS[kind] | {k: v for k, v in raw.items() if k in DEFAULTS[kind]}
         for key, values in SAME.get(kind, {}).items():
             cfg[key] = values.get(cfg[key], cfg[key]) if isinstance(cfg[key], str) else cfg[key]
-        _check_values(cfg, kind, where)
+        _check_values(
+            cfg | {k: raw[k] for k in ("sigma_min", "sigma_max") if k in raw}, kind, where
+        )  # see grids.sigma_grid
         spacings = [k for k in SPACINGS if cfg.get(k)]
         if len(spacings) > 1:
             raise UserError(f"{where}: only one of {' and '.join(spacings)} can be set")

@@ -641,3 +641,25 @@ def test_pndm_says_all_its_times(n, skip):
     schedule = ordinary("PNDMScheduler", skip_prk_steps=skip)
     steps = list(samplers.pndm(fake, torch.ones(1, 1), schedule, n, None))
     assert [step.t for step in steps] == samplers.times(schedule, n)
+
+
+def test_the_ends_of_a_grid_are_the_files_whatever_its_class():
+    """diffusers asks the config for them, not the class; its LMS does not ask."""
+    raw = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0}
+    for kind in (
+        "EulerDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+    ):
+        _, sigmas = grids.sigma_grid(Schedule.from_config(raw, kind, use_karras_sigmas=True), 10)
+        assert sigmas[0] == pytest.approx(10) and sigmas[9] == pytest.approx(0.05), kind
+    _, sigmas = grids.sigma_grid(Schedule.from_config(raw, "LMSDiscreteScheduler"), 10)
+    assert sigmas[0] != pytest.approx(10, abs=0.1)
+
+
+def test_one_step_has_no_last_level_to_stretch():
+    schedule = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02})
+    with pytest.raises(UserError, match=r"`steps` 1: this scheduler stretches its last level to 0\.02"):
+        grids.flow_sigmas(schedule, 1)
+    assert grids.flow_sigmas(schedule, 2)[1] == pytest.approx(0.02)
