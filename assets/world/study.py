@@ -224,6 +224,8 @@ def emergence(args):
         print(updates, {k: round(v, 3) for k, v in rows[updates].items()}, flush=True)
         write_json(out / "emergence.json", rows)
     names = list(next(iter(rows.values())))
+    if len(args.tasks) > 1:  # of several the wholes; the parts are in emergence.json
+        names = [name for name in names if " of " not in name or name.startswith("all of ")]
     series = lambda group: {k.removesuffix(group): [r[k] for r in rows.values()] for k in names if k.endswith(group)}  # noqa: E731
     panels = {"seen in training": series(", seen"), "held out": series(", held-out")}
     charts.lines(out / "emergence.png", list(rows), panels, "updates")
