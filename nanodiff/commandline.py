@@ -254,7 +254,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     cfg = cls(**(values | given))
     if getattr(cfg, "base_dir", ".") == ".":
         for f in fields:
-            setattr(cfg, f.name, found(f.name, getattr(cfg, f.name)))
+            setattr(cfg, f.name, shipped_option(f.name, getattr(cfg, f.name)))
     hide(cfg)
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
@@ -262,7 +262,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     return cfg
 
 
-def found(name, value):
+def shipped_option(name, value):
     """An option's value, or where what it names came with the program."""
     return shipped(value) if name in SHIPPED else value
 

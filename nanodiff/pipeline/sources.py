@@ -123,7 +123,17 @@ class Folder:
         return raw | {"_class_name": kind}, str(path)
 
 
-class Component(Folder):
+class Exchanged(Folder):
+    """A pipeline's folder of which one part comes from elsewhere: `own`."""
+
+    def __init__(self, own, part, rest, variant=None):
+        super().__init__(rest.path, variant)
+        if part not in self.parts:
+            raise UserError(f"{own}: is a {part}, but {rest.path} has none")
+        self.part, self.own = part, own
+
+
+class Component(Exchanged):
     """One component's folder in place of a pipeline's own, such as a UNet that was trained alone."""
 
     def __init__(self, path, rest, variant=None):
@@ -137,16 +147,13 @@ class Component(Folder):
             raise UserError(
                 f"{path}: one component ({part}), not a pipeline; name a pipeline for the rest with `components`"
             )
-        super().__init__(rest.path, variant)
-        if part not in self.parts:
-            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
-        self.part, self.own = part, path
+        super().__init__(path, part, rest, variant)
 
     def folder(self, name):
         return self.own if name == self.part else self.path / name
 
 
-class Denoiser(Folder):
+class Denoiser(Exchanged):
     """A denoiser alone, in a file with a Hub folder's names but without its config.json (as distilled UNets are published), in place of a pipeline's own."""
 
     def __init__(self, path, part, rest, variant=None):
@@ -154,10 +161,7 @@ class Denoiser(Folder):
             raise UserError(
                 f"{path}: a {part} alone, not a pipeline; name the pipeline that it is for with `components`"
             )
-        super().__init__(rest.path, variant)
-        if part not in self.parts:
-            raise UserError(f"{path}: is a {part}, but {rest.path} has none")
-        self.part, self.own = part, path
+        super().__init__(path, part, rest, variant)
 
     def module(self, name, dtype, device):
         if name != self.part:

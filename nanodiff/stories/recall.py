@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from nanodiff import weights
-from nanodiff.commandline import as_dict, found, from_mapping
+from nanodiff.commandline import as_dict, from_mapping, shipped_option
 from nanodiff.config import UserError, printable, short
 from nanodiff.output import foreign, images
 from nanodiff.output.images import read_record
@@ -53,7 +53,7 @@ def recall(cfg):
     known["prompt"] = [known.get("prompt")]
     for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
         if key not in given:
-            setattr(cfg, key, found(key, value) if cfg.base_dir == "." else value)
+            setattr(cfg, key, shipped_option(key, value) if cfg.base_dir == "." else value)
     if cfg.model == "embedded":
         cfg.model = None
     for name, path in named_files(cfg, (*SHOWN, *MODELS)):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from nanodiff import data, pipeline, weights
-from nanodiff.commandline import as_dict, found, is_given
+from nanodiff.commandline import as_dict, is_given, shipped_option
 from nanodiff.config import ASSETS, UserError, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
@@ -318,7 +318,7 @@ def parsed(cfg):
     for cell, variant in zip(cells, variants, strict=True):
         rebase(variant, [name for name in PATHS if name in cell])
         for name in cell if variant.base_dir == "." else ():
-            setattr(variant, name, found(name, getattr(variant, name)))
+            setattr(variant, name, shipped_option(name, getattr(variant, name)))
         reset_unneeded(variant, dict(axes))
     for variant in variants:
         variant.check()
