@@ -301,8 +301,10 @@ def unipc(model, x, schedule, n, noise, start=0):
     timesteps, sigmas = sigma_grid(schedule, n)
     levels, history, before = _levels(sigmas), [], None
     for i in range(start, n):
-        x0, eps = _both(model, x, schedule, timesteps[i], *levels[i][:2])
-        m = x0 if cfg["predict_x0"] else eps
+        if cfg["predict_x0"]:
+            m = x0 = _both(model, x, schedule, timesteps[i], *levels[i][:2])[0]
+        else:  # ε as the network says it, as in diffusers: thresholding is of x0 alone
+            x0, m = split(schedule.prediction, model(x, timesteps[i]), x, *levels[i][:2])
         if before is not None and i - 1 not in cfg["disable_corrector"]:
             began, order = before
             x = _united(cfg, began, history[0][1], levels[i - 1], levels[i], history[1:order], new=m)

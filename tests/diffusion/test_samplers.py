@@ -463,6 +463,17 @@ def test_a_corrector_that_is_off_for_some_steps():
     assert max_error(none, predictor) < 1e-9  # without it bh2 of second order is DPM-Solver++'s
 
 
+def test_unipc_of_noise_is_not_thresholded():
+    z = torch.linspace(-3, 3, 32, dtype=torch.float64)[None]  # one sample: its quantile is of many values
+    made = {}
+    for x0 in (True, False):
+        for cut in (True, False):
+            cfg = {"predict_x0": x0, "thresholding": cut, "sample_max_value": 1.0, "final_sigmas_type": "sigma_min"}
+            made[x0, cut] = run(make("unipc", "epsilon", "linspace", **cfg), "unipc", 8, z)
+    assert made[False, True].equal(made[False, False])  # diffusers' convert_model_output gives ε back as it is
+    assert max_error(made[True, True], made[True, False]) > 1e-2
+
+
 def test_refusals():
     schedule = make("ddim", "epsilon", "leading")
     for n in (0, -1, 1001, 5000):
