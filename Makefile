@@ -281,6 +281,8 @@ solution: $(STAMP)  ## N=3: where the project has its own solutions
 caption-study: $(STAMP)  ## does synthetic data help a captioner? three seeds, originals alone, with one and with three drawings each (half an hour)
 	$(PY) -m assets.nano.captions study --output-dir $(OUT)/caption-study
 
+# a hundred processes of the tests' own import us: let the first keep what it compiles
+test test-slow test-all: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP)  ## the tests, offline, on a CPU (WORKERS=0: in one process)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 

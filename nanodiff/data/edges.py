@@ -5,7 +5,7 @@ together with something strong.
 """
 
 import numpy as np
-from scipy import ndimage
+import scipy  # its parts are imported where they are first used
 
 LOW, HIGH = 100, 200  # lllyasviel/ControlNet's thresholds
 TAN = 13573  # tan 22.5° · 2¹⁵, OpenCV's
@@ -23,8 +23,8 @@ def canny(picture, low=LOW, high=HIGH):
     across, smooth = np.array([-1, 0, 1]), np.array([1, 2, 1])
     slopes = []
     for one, other in ((1, 0), (0, 1)):  # dx, dy
-        d = ndimage.correlate1d(pixels, across, axis=one, mode="nearest")
-        slopes.append(ndimage.correlate1d(d, smooth, axis=other, mode="nearest"))
+        d = scipy.ndimage.correlate1d(pixels, across, axis=one, mode="nearest")
+        slopes.append(scipy.ndimage.correlate1d(d, smooth, axis=other, mode="nearest"))
     best = (np.abs(slopes[0]) + np.abs(slopes[1])).argmax(-1)[..., None]
     dx, dy = (np.take_along_axis(d, best, -1)[..., 0] for d in slopes)
     size = np.abs(dx) + np.abs(dy)
@@ -50,6 +50,6 @@ def canny(picture, low=LOW, high=HIGH):
         ),
     )
     ridge &= size > low
-    labels, _ = ndimage.label(ridge, np.ones((3, 3)))
+    labels, _ = scipy.ndimage.label(ridge, np.ones((3, 3)))
     strong = np.unique(labels[ridge & (size > high)])
     return np.where(np.isin(labels, strong[strong > 0]), 255, 0).astype(np.uint8)

@@ -344,14 +344,15 @@ def unusable(dtype):
             for way, end in ENDS.items():
                 if not hasattr(kind, way):
                     continue
-                with torch.device("cpu"):  # whatever device is usual where it is tried; and nothing may be drawn
-                    shape = (16, 32, 3) if plain is nn.Conv2d else (16, 32)
-                    layer = nn.utils.skip_init(plain, *shape, **({"padding": 1} if plain is nn.Conv2d else {}))
+                shape = (16, 32, 3) if plain is nn.Conv2d else (16, 32)
+                # without numbers of its own: none may be drawn
+                layer = plain(*shape, **({"padding": 1} if plain is nn.Conv2d else {}), device="meta")
+                with torch.device("cpu"):  # whatever device is usual where it is tried
                     x = torch.arange(800 if plain is nn.Conv2d else 96).sin().to(dtype)
                     x = x.view((2, 16, 5, 5) if plain is nn.Conv2d else (2, 3, 16))
-                for p in layer.parameters():
-                    p.data = torch.arange(p.numel(), device="cpu").cos().view(p.shape) / 8
-                layer = layer.to(dtype).requires_grad_(False)
+                    for name, p in list(layer.named_parameters()):
+                        numbers = torch.arange(p.numel()).cos().view(p.shape) / 8
+                        setattr(layer, name, nn.Parameter(numbers.to(dtype), requires_grad=False))
                 layer.halves = 2 if way == "geglu" else 1
                 want = end(layer(x).float())
                 layer.__class__ = kind

@@ -7,6 +7,7 @@ into its middle (kdpm2, dpmpp_2s).
 Explained in the book (docs/book): chapter 3.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -34,8 +35,10 @@ def _both(model, x, schedule, t, a, s):
 
 # -- linear multistep ----------------------------------------------------------------------------------------
 
-# points and weights on [-1, 1]: exact for polynomials of degree 23; times eᵘ to 1e-12 over the longest step
-GAUSS = np.polynomial.legendre.leggauss(12)
+@functools.cache
+def _gauss():
+    """Gauss's points and weights on [-1, 1]: exact for polynomials of degree 23; times eᵘ to 1e-12 over the longest step."""
+    return np.polynomial.legendre.leggauss(12)
 
 
 def adams_weights(known, after, log=False):
@@ -46,8 +49,9 @@ def adams_weights(known, after, log=False):
     first = known[0]
     # u is counted from the newest, in whose neighbourhood the integral lies
     *at, end = [math.log(s / first) if log else s - first for s in map(float, (*known, after))]
-    u = end / 2 * (GAUSS[0] + 1)  # from 0 to the end
-    dsigma = end / 2 * GAUSS[1] * (first * np.exp(u) if log else 1.0)  # σ = σ₀ eᵘ: dσ = σ₀ eᵘ du
+    points, weights = _gauss()
+    u = end / 2 * (points + 1)  # from 0 to the end
+    dsigma = end / 2 * weights * (first * np.exp(u) if log else 1.0)  # σ = σ₀ eᵘ: dσ = σ₀ eᵘ du
     return [
         float(np.sum(dsigma * math.prod((u - other) / (here - other) for k, other in enumerate(at) if k != j)))
         for j, here in enumerate(at)

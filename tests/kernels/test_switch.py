@@ -63,8 +63,10 @@ def test_a_missing_triton_is_a_reason():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 def test_no_gpu_no_triton_import():
     """Tenths of a second that nobody on a laptop should wait for: neither for Triton, nor for what few pictures need."""
-    slow = {"triton", "scipy.special", "scipy.linalg", "scipy.ndimage", "matplotlib"}
-    assert python(f"import sys, nanodiff.pipeline; print({slow} & set(sys.modules))")[0].strip() == "set()"
+    slow = {"triton", "scipy.special", "scipy.linalg", "scipy.ndimage", "matplotlib", "numpy.polynomial", "sympy"}
+    code = "import sys, torch, nanodiff.stories.sampling as script; from nanodiff.device import onednn; "
+    code += f"onednn.unusable(torch.float32); print({slow} & set(sys.modules))"
+    assert python(code)[0].strip() == "set()"
 
 
 def test_an_unknown_word_is_refused():
