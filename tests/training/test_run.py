@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -325,6 +326,29 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
             os.kill(os.getpid(), signal.SIGUSR1)
         run.update()
     assert run.step == 5 and [s for s, _ in checkpoint.found(tmp_path)] == [2]
+
+
+def test_sigusr1_amid_a_sheet_saves_after_the_next_update(tmp_path):
+    run, net = start(tmp_path, max_steps=5, checkpointing_steps=0)
+    for step in run.steps():
+        run.backward(net(torch.ones(2, 4)).mean(), Micro(None, 1.0))
+        run.update()
+        if step == 1:  # the update is over, and the processes have agreed on what they got
+            os.kill(os.getpid(), signal.SIGUSR1)
+    assert run.step == 5 and [s for s, _ in checkpoint.found(tmp_path)] == [3]
+
+
+def test_a_sheet_is_no_part_of_an_update(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("nanodiff.training.run.time", SimpleNamespace(monotonic=lambda: now[0]))
+    run, net = start(tmp_path, max_steps=4, checkpointing_steps=0)
+    for _ in run.steps():
+        run.backward(net(torch.ones(2, 4)).mean(), Micro(None, 1.0))
+        now[0] += 0.5
+        run.update()
+        now[0] += 100.0  # a sheet of pictures, a checkpoint
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["images_per_s"] for r in rows] == [16.0] * 4  # 8 in half a second
 
 
 def test_resume_from_auto_precision_and_report(tmp_path, capsys):
