@@ -35,6 +35,7 @@ def _both(model, x, schedule, t, a, s):
 
 # -- linear multistep ----------------------------------------------------------------------------------------
 
+
 @functools.cache
 def _gauss():
     """Gauss's points and weights on [-1, 1]: exact for polynomials of degree 23; times eᵘ to 1e-12 over the longest step."""
