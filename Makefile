@@ -143,7 +143,7 @@ study-negative: $(STAMP)  ## with and without a negative prompt
 	$(PY) sample.py $(call WITH,$(SALAD)) --seed 0 --output-dir $(OUT)/study-negative \
 		--study '$(DDPM)negative_prompt=none,"$(BAD)"'
 
-nano: $(STAMP)  ## draw the data and train the embedded model again (an hour and a half on two cores)
+nano: $(STAMP)  ## draw the data (by the font of the Debian package fonts-noto-color-emoji) and train the embedded model again (an hour and a half on two cores)
 	mkdir -p $(OUT)
 	$(PY) assets/emoji/make.py --all $(OUT)/all.tar
 	$(PY) train.py vae --data $(OUT)/all.tar --preset nano --output-dir $(OUT)/nano-vae --resume auto

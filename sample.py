@@ -116,7 +116,7 @@ class Config:
     )
     refiner_start: float = arg(
         0.8,
-        "part of the noise that is gone when --refiner takes over",
+        "part of the timesteps that is behind when --refiner takes over",
         low=0.01,
         high=0.99,
         needs="refiner",
@@ -134,7 +134,7 @@ class Config:
     negative_target_size: str | None = arg(None, "SDXL: the same for the negative prompt")
     negative_crop: str | None = arg(None, "SDXL: the same for the negative prompt")
     denoising_end: float | None = arg(
-        None, "stop when this part of the noise is gone, between 0 and 1", group="noise and size"
+        None, "stop when this part of the timesteps is behind, between 0 and 1", group="noise and size"
     )
     scheduler: str | None = arg(
         None,

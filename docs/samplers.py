@@ -28,9 +28,9 @@ Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM
 3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, dpm_2, dpm_2_ancestral and
 uni_pc in ComfyUI; here they do not.
 A picture of theirs is drawn with `--timestep-spacing linspace`, since both go from the noisiest level of the training to the cleanest whatever the model's scheduler_config.json says
-(SDXL's begins a third down), and with `normal` where a sampler has a grid of its own (`dpmpp_2m` and its kin).
+(SDXL's begins lower, the more so the fewer the steps: a quarter at 20), and with `normal` where a sampler has a grid of its own (`dpmpp_2m` and its kin).
 Of a flow (SD 3, 3.5) there are `karras`, `exponential`, `beta`, `sgm_uniform` and `simple`; ComfyUI calls its samplers "euler" and "heun". A flow's own grid is
-diffusers', which ends at 0.001: of 4 steps the last one does nothing (on the small world 0.29 of the captions are drawn right by it, 0.59 by `sgm_uniform`).
+diffusers', which ends next to 0 (0.001, with SD 3's shift 0.009): of 4 steps the last one does nothing (on the small world 0.29 of the captions are drawn right by it, 0.59 by `sgm_uniform`).
 `euler` takes `--s-churn`, `--s-tmin`, `--s-tmax` and `--s-noise` (their "Sigma churn", …), `ddim` and `tcd` `--eta`. The churn asks
 the network before its noise, as diffusers does; AUTOMATIC1111 after it. `dpmpp_sde` draws its noise from the picture's own seed, by the law of the Brownian path
 that diffusers, AUTOMATIC1111 and ComfyUI take from torchsde's tree: another picture from the same seed (theirs have the tree for 2M SDE and 3M SDE, too). `dpmpp_2s_a` is

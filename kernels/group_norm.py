@@ -1,6 +1,6 @@
 """GroupNorm, with the shift that comes before it and the SiLU that follows, forward and backward, in one go.
 
-The mathematics (Wu & He 2018, arXiv 1803.08494 eq. 1–3), for one image b and one group g of C/G channels, n values:
+The mathematics (Wu & He 2018, arXiv 1803.08494 eq. 1, 2, 6, 7), for one image b and one group g of C/G channels, n values:
     u = x + t_c            (t: the time embedding of a residual block, one value per channel, or nothing)
     μ = mean u,  σ² = mean (u − μ)²,  r = 1/√(σ² + ε),  û = r (u − μ)
     z = γ_c û + β_c,  y = silu(z) = z·sig(z)   or   y = z

@@ -510,7 +510,7 @@ SOLUTIONS = {
         "sample": (sample, "nanodiff/models/vae.py: AutoencoderKL.encode"),
         "to_latents": (to_latents, "nanodiff/models/vae.py: AutoencoderKL.encode"),
         "to_z": (to_z, "nanodiff/models/vae.py: AutoencoderKL.decode"),
-        "measured_scale": (measured_scale, "nanodiff/stories/vae.py: latent_scale"),
+        "measured_scale": (measured_scale, "nanodiff/evaluation/metrics.py: Moments.merge"),
     },
     9: {
         "merge": (merge, f"{TOKENIZER}: _merge"),

@@ -67,7 +67,7 @@ def weight(schedule, t, min_snr=None):
         return torch.ones(len(t), device=t.device)
     snr = schedule.snr(t)
     clipped = snr.clamp(max=min_snr)
-    # The target's own weight in terms of an x0 loss: ε 1/SNR, x0 1, v 1/(SNR+1), flow 1/(√SNR+1)²
+    # x0's squared error in terms of the target's: ε 1/SNR, x0 1, v 1/(SNR+1), flow 1/(√SNR+1)²
     if schedule.prediction == "epsilon":
         return clipped / snr
     if schedule.prediction == "sample":

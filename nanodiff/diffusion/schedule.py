@@ -147,7 +147,7 @@ class Schedule:
         """n timesteps from noisy to clean, by the config's spacing (Lin et al. 2024, table 2).
 
         linspace    round(i (T-1)/(n-1)): both ends, 0 and T - 1
-        leading     i ⌊T/n⌋ + steps_offset: the clean end, but never T - 1, the noisiest
+        leading     i ⌊T/n⌋ + steps_offset: the clean end, and hardly ever T - 1, the noisiest
         trailing    T - i T/n - 1: the noisy end, which zero terminal SNR and turbo models need
         """
         spacing, T = self.cfg["timestep_spacing"], self.T

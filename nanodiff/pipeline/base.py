@@ -354,7 +354,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         return given or own, options, shift
 
     def _until(self, denoising_end, times, first):
-        """Steps from `first` on, until the part `denoising_end` of the noise is gone."""
+        """Steps from `first` on, until the part `denoising_end` of the timesteps is behind."""
         if denoising_end is None:
             return len(times) - first
         total = self.steps_before(denoising_end, times[first:])

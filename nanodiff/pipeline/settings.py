@@ -83,7 +83,7 @@ class Drawing:
     freeu: object | None = None  # models.freeu.FreeU, for UNets
     controls: tuple = ()  # ControlNets at work, control.Control
     pictures: tuple = ()  # as prompts, pictures.ImagePrompt
-    denoising_end: float | None = None  # stop when this part of the noise is gone, between 0 and 1
+    denoising_end: float | None = None  # stop when this part of the timesteps is behind, between 0 and 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Start:
     strength: float = 0.8  # how much of it is repainted, above 0 to 1
     mask: torch.Tensor | None = None  # [1, 1, H, W] in {0, 1}: repaint where 1
     latents: torch.Tensor | None = None  # [B, C, h, w], in place of an image
-    # the latents are what another model left at this part of the noise (its denoising_end), and nothing is added to them
+    # the latents are what another model left at this part of the timesteps (its denoising_end), and nothing is added to them
     denoising_start: float | None = None
 
 

@@ -144,7 +144,7 @@ def load_refiner(cfg, src, sd, dtype, device):
     )
     if cfg.vae_checkpoint:
         found.vae = sd.vae
-    print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the noise on")
+    print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the timesteps on")
     if cfg.lora or cfg.lora_dir or cfg.embedding:
         print("note: LoRAs and learned words are the base model's; the refiner has none", file=sys.stderr)
     return found

@@ -16,7 +16,7 @@ def attention(q, k, v):
 def online_softmax(scores, values, block):
     """softmax(scores) @ values for scores [L, S] and values [S, K], looking at `block` keys at a time, from left to right.
 
-    Hint: m, l and o of the chapter, for all rows at once. Begin with m = -∞; e^{-∞ - m'} is 0, as it should be. Scores may be large: exp(1000) is no number.
+    Hint: m, l and u of the chapter, for all rows at once. Begin with m = -∞; e^{-∞ - m'} is 0, as it should be. Scores may be large: exp(1000) is no number.
     """
     raise NotImplementedError
 

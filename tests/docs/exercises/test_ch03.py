@@ -34,15 +34,19 @@ def test_solvers(mine, name, order, tolerance):
     assert math.log2(few / many) == pytest.approx(order, abs=tolerance)
 
 
-def test_heun_does_not_ask_at_zero(mine):
+@pytest.mark.parametrize(("name", "times"), [("euler", [3.0, 1.0]), ("heun", [3.0, 1.0, 1.0])])
+def test_where_the_slope_is_asked(mine, name, times):
+    """At every σ but 0: the last step, to 0, is Euler's for both."""
     asked = []
 
     def slope(x, sigma):
         asked.append(round(sigma, 9))
         return x / (sigma + 1)
 
-    mine.heun(slope, torch.ones(2, dtype=D), [3.0, 1.0, 0.0])
-    assert asked == [3.0, 1.0, 1.0]
+    end = getattr(mine, name)(slope, torch.ones(2, dtype=D), [3.0, 1.0, 0.0])
+    assert asked == times
+    at_1 = 1 - 2 * (1 / 4 if name == "euler" else (1 / 4 + (1 - 2 / 4) / 2) / 2)
+    torch.testing.assert_close(end, torch.full((2,), at_1 - at_1 / 2, dtype=D))
 
 
 def test_ddpm_step(mine):

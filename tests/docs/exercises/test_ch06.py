@@ -33,13 +33,14 @@ def test_online_softmax(mine, block):
 
 @interpreted
 def test_online_softmax_takes_a_block_at_a_time(mine):
-    """No product is with more values than a block has. (The project's kernel is no PyTorch function, and nothing is seen of it.)"""
+    """Nothing is computed of more keys than a block has. (The project's kernel is no PyTorch function, and nothing is seen of it.)"""
+    computing = {"matmul", "__matmul__", "mm", "einsum", "softmax", "logsumexp", "exp", "max", "amax", "sum", "maximum"}
     seen = []
 
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if getattr(func, "__name__", "") in ("matmul", "__matmul__", "mm", "softmax", "einsum"):
-                seen.append(max((t.shape[-1] for t in args if torch.is_tensor(t)), default=0))
+            if getattr(func, "__name__", "") in computing:
+                seen.extend(side for t in args if torch.is_tensor(t) for side in t.shape)
             return func(*args, **(kwargs or {}))
 
     with Watch():

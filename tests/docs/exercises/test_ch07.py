@@ -21,8 +21,17 @@ def test_group_norm(mine, groups):
     torch.testing.assert_close(mine.group_norm(x, groups, weight, bias, 1e-5), want)
 
 
+def test_group_norm_far_from_zero(mine):
+    """Where the digits of E[u²] - E[u]² are gone."""
+    x, ones = drawn(2, 6, 5, 4) + 1e6, torch.ones(6, dtype=D)
+    rows = x.reshape(2, 3, -1)
+    away = rows - rows.mean(2, keepdim=True)
+    want = away * (away.pow(2).mean(2, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(mine.group_norm(x, 3, ones, 0 * ones, 1e-5), want.view(x.shape))
+
+
 def test_joined(mine):
-    x = drawn(60) + 1e4
+    x = drawn(60) + 1e6
     parts = x.split([7, 1, 30, 22])
     counts = torch.tensor([len(p) for p in parts], dtype=D)
     means = torch.stack([p.mean() for p in parts])
@@ -50,3 +59,11 @@ def test_rows_kernel(mine, shape):
     x = 2 * drawn(*shape).float() + 5
     want = torch.nn.functional.layer_norm(x, shape[1:], eps=1e-3)
     torch.testing.assert_close(mine.rows_kernel(x, 1e-3), want, **ROUNDED)
+
+
+@interpreted
+def test_rows_kernel_far_from_zero(mine):
+    """In 32 bits a mean of 1000 is known to 1e-4, and E[u²] - E[u]² to a tenth."""
+    x = drawn(3, 64).float() + 1000
+    want = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-3).float()
+    torch.testing.assert_close(mine.rows_kernel(x, 1e-3), want, rtol=1e-3, atol=1e-3)
