@@ -333,7 +333,7 @@ def train_vae(cfg):
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint())
-    feed.interrupted = run.interrupted
+    feed.serve(run)
     run.more.setdefault("kl_scale", 1.0)  # what --kl-target has made of the weight
     say_size(net, "VAE")
     losses = vae.losses(cfg, net, nets, calls, perceptual, run.device)
@@ -408,7 +408,7 @@ def train_diffusion(cfg):
     run.resume()
     run.same("data set", dataset.fingerprint())
     run.same("tokenizer", latents.vocabularies(sd), must=True)
-    feed.interrupted = run.interrupted
+    feed.serve(run)
     say_size(run.net, "model")
 
     x0_of, text_of = diffusion.encoded(cfg, run, sd, calls, dataset, feed, cfg.seed, cfg.caption_dropout)

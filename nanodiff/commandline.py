@@ -241,14 +241,14 @@ def parse(cls, argv, doc="", presets=None, prog=None):
             hint += " (a text with spaces needs quotes; an option that takes several is given once for each)"
         raise UserError(f"unknown argument {clipped(unknown[0], 200)}{hint}")
     given = vars(given)
-    values = dict(presets.get(given.pop("preset", None) or "", {}))
+    values, configured = dict(presets.get(given.pop("preset", None) or "", {})), {}
     if path := shipped(given.pop("config")):
         settings = read_settings(path)
         if isinstance(settings.get("config"), dict) and "config" not in by_names(
             cls
         ):  # a run's own record (output/record.py)
             settings = {k: v for k, v in settings["config"].items() if v is not None}
-        values |= from_mapping(cls, settings, path)
+        values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
     cfg = cls(**(values | given))
@@ -259,6 +259,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     check_bounds(cfg)
     cfg.given = frozenset(given)  # the flags that were typed: they win over what a picture or checkpoint remembers
     cfg.spelled = spelled  # and as they were typed
+    cfg.configured = frozenset(configured)  # what a file of settings said
     return cfg
 
 

@@ -5,6 +5,7 @@ Explained in the book (docs/book): chapter 16.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -66,12 +67,33 @@ def write_folder(folder, fill):
     folder = folder.resolve()  # a link to a folder stays a link
     fresh, old = (folder.with_name(f"{folder.name}.{what}") for what in ("part", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
-    fill(fresh)
+    try:
+        fill(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # on a full disk it would take the room of what comes next
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path):
+    """Of a file's bytes, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def apart(given, written):
+    """Refuse to read what a run writes or deletes. given: {option: path or None}; written: folders. Raises UserError naming the option."""
+    for name, path in given.items():
+        where = Path(path).resolve() if isinstance(path, str | Path) and str(path) and Path(path).exists() else None
+        for folder in map(Path, written):
+            if where and where.is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"`{name}` {path}: this run writes to {folder}, and would replace it; take another `output_dir`"
+                )
 
 
 def write_json(path, value):
@@ -109,6 +131,8 @@ def out_dir(path):
         probe.touch()
         probe.unlink()
     except (FileExistsError, NotADirectoryError):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to nothing ({os.readlink(path)})") from None
         raise UserError(f"{path}: is a file, not a folder") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None

@@ -1,7 +1,7 @@
 """Captioned pictures from disk, in every common layout.
 
     FOLDER                      pictures, with metadata.jsonl or metadata.csv (file_name, text), captions.json
-                                ({file: caption or captions}), or a .txt of the same name beside each; the first folder of
+                                ({file: caption or captions}), or a .txt (else a .json) of the same name beside each; the first folder of
                                 a path is the picture's label
     table.csv                   a row a picture: Image_Name,Title or other columns (--image-column, --caption-column)
     captions_train.json         COCO annotations; the pictures are searched beside it
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanodiff.config import UserError, parse_json, printable
+from nanodiff.config import UserError, clipped, parse_json, printable
 from nanodiff.data import tables
 from nanodiff.device import dist
 from nanodiff.output.images import SUFFIXES, fit, open_image
@@ -137,6 +137,11 @@ def load(
         items = _listed(Path(path), _coco_rows(Path(path)), skip)
     elif suffix in TABLES and Path(path).is_file():
         items = _table_items(Path(path), columns)
+    elif Path(path).is_file():
+        _check_plain(path)
+        raise UserError(
+            f"{path}: is no .tar, {', '.join(sorted(tables.SUFFIXES))}, .json, {' or '.join(sorted(TABLES))} file"
+        )
     else:
         raise UserError(
             f"{path}: no such folder, .tar, .csv, .json or .parquet file"
@@ -320,10 +325,14 @@ def _folder_items(root, columns, skip):
     files, found, listings = _pictures(root)
     if found and not files:
         return [item for table in found for item in _table_items(table, columns)]
+    if not files and (shards := sorted(p.name for p in root.glob("*.tar"))):
+        raise UserError(
+            f"{root}: holds no pictures but {len(shards)} .tar, such as {printable(shards[0])}: name them, as one file or as NAME-{{000..009}}.tar"
+        )
     captions = _listed_captions(root, listings, columns)
     if not captions:
         _no_columns(root, columns)
-    items, unused = [], 0
+    items, unused, left, broken = [], 0, Counter(), []
     for path in files:
         key = path.relative_to(root).as_posix()
         texts = captions.pop(key, ())
@@ -336,10 +345,19 @@ def _folder_items(root, columns, skip):
                 beside = ("not readable",)
             unused += bool(texts and not set(beside) <= set(texts))
             texts = texts or beside
+        elif not texts and (more := path.with_suffix(".json")).is_file():  # as in a tar
+            try:
+                texts, others = _json_caption(tables.text_of(more, MEMBER_LIMIT).encode(), more)
+                left[others] += bool(others)
+            except UserError as e:  # of another program, perhaps, and no caption's
+                broken.append(clipped(str(e), 200))
         label = key.split("/")[0] if "/" in key else None
         items.append(Item(key, str(path), 0, path.stat().st_size, texts, label))
     if captions:
         _absent(root, list(captions), skip)
+    _say_left_out(root, left)
+    if broken:
+        dist.say(f"note: {len(broken)} .json beside pictures cannot be read, such as {broken[0]}")
     if unused:
         dist.say(f"note: {root}: {unused} .txt beside pictures say something else than the listing, which counts")
     return items

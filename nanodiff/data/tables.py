@@ -132,6 +132,8 @@ def column(given, usual, there, where, flag=None):
         wanted = printable(given) if given else f"{usual[0]} (nor {', '.join(usual[1:])})"
         listed = ", ".join(clipped(c) for c in list(there)[:20] if c) or "none"
         hint = f" (`{flag}`)" if flag else ""
+        if len(there) == 1 and (apart := next((c for c in ";\t|" if c in next(iter(there))), None)):
+            hint = f"; its columns are parted by {apart!r}, where a comma is expected (a tab in .tsv)"
         raise UserError(f"{where}: no column {wanted}; it has {listed}{hint}{nearest(given or usual[0], there)}")
     if given not in there and len(found) > 1:
         dist.say(f"note: {where}: reading the column {found[0]}, not {', '.join(found[1:])}")

@@ -31,6 +31,7 @@ from PIL import Image
 from nanodiff import weights
 from nanodiff.config import ASSETS, UserError, printable, read_json
 from nanodiff.device import dist
+from nanodiff.files import sha256
 from nanodiff.models import inception as inception_v3
 from nanodiff.models import lpips
 from nanodiff.models.clip import CLIPModel
@@ -80,12 +81,6 @@ class Network:
 
 # ---------------------------------------------------------------------------------------------------------
 # Weights
-
-
-def sha256(path):
-    """The hash of a file, as hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def find(what, folder, allow_pickle=False):

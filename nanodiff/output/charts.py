@@ -61,7 +61,7 @@ def formula(latex):
 def losses(log, target_file, panels=("loss",), target=None):
     """metrics.jsonl -> a figure with a panel for each of the logged numbers that is there (with their running mean over a tenth
     of the lines, 50 at most) and one for the learning rate. target: a line in the panel of the KL divergence. Returns True when it was written."""
-    rows = _rows(log)
+    rows = logged(log)
     there = [p for p in panels if any(p in r for r in rows)]
     if not there:
         raise UserError(f"{log}: no losses in it")
@@ -105,7 +105,7 @@ def curves(logs, target_file, name="unweighted_loss", window=50):
         return False
     figure, axis = plt.subplots(figsize=(7, 4))
     for i, (label, log) in enumerate(logs.items()):
-        rows = [r for r in _rows(log) if name in r]
+        rows = [r for r in logged(log) if name in r]
         means = _running([r[name] for r in rows], window)
         axis.plot(
             [r["step"] for r in rows], [m / means[0] for m in means], label=label, linestyle=("-", "--", ":")[i % 3]
@@ -125,7 +125,8 @@ def _running(values, window):
     ]
 
 
-def _rows(log):
+def logged(log):
+    """The lines of a metrics.jsonl as dicts. Raises UserError."""
     try:
         return [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:

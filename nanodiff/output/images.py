@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from nanodiff.config import UserError, check_regular, printable
-from nanodiff.files import write_bytes
+from nanodiff.files import out_dir, write_bytes
 from nanodiff.output import infotext
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold; beyond it an image is a decompression bomb
@@ -265,5 +265,5 @@ def save_named(image, path):
 
 def save_grid(pixels, path, nrow=None, labels=None):
     """[B, 3, H, W] -> a PNG sheet."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    out_dir(Path(path).parent)
     save_png(grid(to_pil(pixels), nrow, labels), path)

@@ -51,7 +51,7 @@ def train(cfg):
     run.resume()
     dist.on_main(tidy, run, cfg)
     run.same("data set", [s.fingerprint() for s in sets.values()], must=True)
-    feed.interrupted = run.interrupted
+    feed.serve(run)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     dist.say(f"captioner: {trained / 1e6:.2f} M of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters learn; "
              f"{len(sets['train'])} training and {len(sets['val'])} validation pictures")  # fmt: skip

@@ -51,6 +51,8 @@ def go_on(cfg):
     memory.keep_freed_memory()
     sd = pipeline.load(cfg.model, torch.float32, "cpu")
     sd.check_trainable()
+    if cfg.condition != "text" and not isinstance(sd.tokenizer, LabelTokenizer):
+        raise UserError(f"`condition` {cfg.condition}: {cfg.model} is told by captions what to draw")
     if cfg.prediction_type not in (None, sd.schedule.prediction):
         raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
     if cfg.conditioning:
@@ -60,11 +62,23 @@ def go_on(cfg):
         if len([e for e in sd.encoders if e is not None]) > 1:
             raise UserError("`train_text_encoder` is for models with one text encoder")
         nets["text_encoder"] = sd.text_encoder
-    for name, net in nets.items():
-        if cfg.lora:
-            lora.adapt(net, component=name, **build.lora_settings(cfg))
-        else:
+    if not cfg.lora:
+        for net in nets.values():
             net.requires_grad_(True)
+        return sd, nets
+    settings = build.lora_settings(cfg)
+    # the usual targets are in each of them
+    shared = (
+        dict.fromkeys(nets, settings)
+        if settings["targets"] == lora.ATTENTION
+        else teach.adapters_of(nets, settings, cfg.model)
+    )
+    if idle := [name for name in nets if name not in shared]:
+        raise UserError(
+            f"`lora_targets` {','.join(settings['targets'])}: none of them is in the {idle[0]}, which would learn nothing"
+        )
+    for name, mine in shared.items():
+        lora.adapt(nets[name], component=name, **mine)
     return sd, nets
 
 

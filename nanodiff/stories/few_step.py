@@ -5,14 +5,14 @@ import shutil
 
 import torch
 
-from nanodiff import data, lora, pipeline
+from nanodiff import data, lora, pipeline, weights
 from nanodiff.commandline import flagged
 from nanodiff.config import UserError, among_pictures, printable
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import fewstep, samplers
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import features, image_sets, pages
-from nanodiff.files import write_json
+from nanodiff.files import apart, write_json
 from nanodiff.output import charts, images, report
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
@@ -72,6 +72,8 @@ def few_step(cfg):
     if wrong := among_pictures(cfg.data, "data", cfg.output_dir):
         dist.say(f"warning: {flagged(wrong)}")
     dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
+    dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, [target, *record.out.glob("steps-*")])
+    weights_of = dist.on_main(lambda: [weights.digest(m) if m else None for m in (cfg.model, cfg.student)])
     torch.manual_seed(cfg.seed)
     rounds = [cfg.student_steps]
     if cfg.method == "progressive":
@@ -81,7 +83,7 @@ def few_step(cfg):
     for i, n in enumerate(rounds):
         folder = target if n == rounds[-1] else record.out / f"steps-{n}"
         work = folder.with_name(f"{folder.name}.training")
-        facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "guidance": cfg.guidance_scale,
+        facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
                  "data": dataset.fingerprint(), "lora": settings, **decisive(cfg)}  # fmt: skip
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
             begins = cfg.student if cfg.student and i == 0 else last
@@ -111,7 +113,7 @@ def few_step(cfg):
                 make = teach.FewSteps(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
                 teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution,
                           caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
-                          sheets=teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
+                          teachers=[master] if begins != last else (), sheets=teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
                           lesson_of=(cfg.method, str(last), n, scale))  # fmt: skip
             teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
         dist.on_main(few_tidy, folder, work)

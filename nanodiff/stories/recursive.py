@@ -13,7 +13,7 @@ from nanodiff.data import caption_files, tables
 from nanodiff.device import choice, dist
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import image_sets, pages
-from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.files import apart, out_dir, write_bytes, write_json
 from nanodiff.output import images, report
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
@@ -124,7 +124,7 @@ def learn(cfg, model, dataset, folder, facts):
     settings and facts is left as it is. Checkpoints lie in folder.training until then."""
     work = folder.with_name(f"{folder.name}.training")
     facts = facts | {"pictures": len(dataset), "data": dataset.fingerprint(), **decisive(cfg)}
-    if dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
+    if dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir, "models_root"):
         dist.on_main(shutil.rmtree, work, ignore_errors=True)  # of a run that was killed after its last word
         return
     sd, nets = dist.together(teach.student, model)
@@ -155,6 +155,7 @@ def recursive(cfg):
     record = Record(cfg, device)
     for scale in scales:
         study = Study(cfg, scale)
+        dist.on_main(apart, {"model": cfg.model}, [study.model(k) for k in range(1, cfg.target_gen + 1)])
         for k in range(cfg.target_gen + 1):
             if k:
                 dataset = dist.on_main(study.dataset, k)

@@ -1,6 +1,5 @@
 """What both training loops of train.py do before, beside and after: data, validation, the figures at the end."""
 
-import json
 import math
 import re
 
@@ -28,7 +27,7 @@ def advice_loss(run):
 
 def _advice_loss(run, least=8):
     log = run.out / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    rows = charts.logged(log) if log.exists() else []
     losses = np.array([r["loss"] for r in rows if math.isfinite(r.get("loss", math.nan))])
     part = len(losses) // 4
     if part < least or run.step < 100:
@@ -54,7 +53,8 @@ def load_data(cfg, captions):
     dist.say(f"data: {len(dataset)} pictures, {len({t for group in dataset.texts for t in group})} different captions")
     if not cfg.validation:
         return dataset, None
-    order = np.random.default_rng([cfg.seed, 0x5EED]).permutation(len(dataset))
+    # by each picture's own name, so that pictures that come or go leave the others where they are
+    order = np.argsort([loader.content(cfg.seed, "held out", key) for key in dataset.keys])
     n = max(1, round(cfg.validation * len(dataset)))
     if n >= len(dataset):
         raise UserError(f"--validation {cfg.validation:g} leaves none of {len(dataset)} pictures to train on")

@@ -13,7 +13,7 @@ from nanodiff.device import choice, dist, memory
 from nanodiff.diffusion import fewstep
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.evaluation import image_pairs, image_sets, pages
-from nanodiff.files import out_dir, write_json
+from nanodiff.files import apart, out_dir, write_json
 from nanodiff.output import report
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
@@ -52,6 +52,7 @@ def transfer(*stages):
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
     if transfer_train in stages:
+        apart({"model": cfg.model, "teacher": cfg.teacher}, [cfg.root / "checkpoints"])
         build.check_noise(
             cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ())
         )
@@ -181,7 +182,7 @@ def transfer_train(cfg, record, device):
             return teach.save_adapters(sd, run, states, targets, cfg.save_dtype, **names)
 
         shown = [p for _, p in dist.on_main(evaluation_prompts, cfg)[:8]] if cfg.sample_every else ()
-        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
+        teach.fit(cfg, work, sd, nets, dataset, make, write, cfg.resolution, teachers=[master.net] if master else (), caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
                   sheets=teach.Sheets(shown, cfg.sample_every, cfg.steps, cfg.guidance_scale),
                   lesson_of=(method, str(cfg.teacher), str(cfg.model), cfg.feature_weight if method == "online" else 0))  # fmt: skip
         record.file(work / ("lora_weights" if cfg.lora else "model"))

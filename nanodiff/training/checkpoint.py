@@ -9,7 +9,6 @@ facts are JSON: no pickle. A model that is sharded over processes is written by 
 Explained in the book (docs/book): chapter 16.
 """
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from nanodiff import system
 from nanodiff.config import UserError, read_json
 from nanodiff.device import dist
-from nanodiff.files import write_bytes, write_json
+from nanodiff.files import sha256, write_bytes, write_json
 from nanodiff.weights import load_tensors, save_tensors
 
 MANIFEST, STATE, FACTS, SHARDS, LATEST = "MANIFEST.json", "state.safetensors", "state.json", "shards", "latest"
@@ -72,7 +71,7 @@ def _complete(root, final, tmp, step, tensors, facts, keep):
         write_json(tmp / FACTS, facts)
         for folder in {p.parent for p in _files(tmp)}:
             system.sync(folder)
-        files = {str(p.relative_to(tmp)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in _files(tmp)}
+        files = {str(p.relative_to(tmp)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in _files(tmp)}
         write_json(tmp / MANIFEST, {"step": step, "files": files})
         system.sync(tmp)
         aside = root / f"{final.name}.old.tmp"
@@ -112,7 +111,7 @@ def verify(folder):
         return f"{folder}: has no readable {MANIFEST}"
     for name, facts in files.items():
         path = Path(folder) / name
-        if not path.is_file() or path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+        if not path.is_file() or path.stat().st_size != facts["size"] or sha256(path) != facts["sha256"]:
             return f"{path}: is missing or damaged"
     return None
 
@@ -163,8 +162,3 @@ def read(folder, like):
         into[name] = torch.empty_like(known) if fits else torch.empty(facts.size, dtype=facts.properties.dtype)
     dcp.load(into, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     return into
-
-
-def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

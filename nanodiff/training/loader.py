@@ -229,7 +229,12 @@ class Feed:
         self.decoder = Decoder(dataset, transform, seed, policy, buckets, pictures, max(workers, 1))
         self.limit, self.bad, self.reported = limit, {}, 0
         self.interrupted = lambda: False  # asked while a worker is waited for: must the run end?
+        self.failing = lambda: None  # called before an error of the data ends the run
         self.stream, self.at = None, None
+
+    def serve(self, run):
+        """Be the training data of a Run: end with it, and let it keep what it has before an error ends it."""
+        self.interrupted, self.failing = run.interrupted, run.keep
 
     def update(self, step):
         """The micro-batches of update `step` on this rank."""
@@ -241,6 +246,7 @@ class Feed:
             found = self._next(began)
             waited = time.monotonic() - began
             if isinstance(found, UserError):
+                self.failing()
                 try:
                     raise found
                 finally:
@@ -248,6 +254,7 @@ class Feed:
             positions, flips, pixels, told, bad = found
             self.bad |= bad
             if len(self.bad) > self.limit * len(self.dataset):
+                self.failing()
                 raise self._too_many()
             if pixels is not None:
                 pixels = pixels.float() / 127.5 - 1

@@ -128,9 +128,11 @@ class Training:
     def check_ranges(self):
         """Raise UserError for a number that is out of its range."""
         check_bounds(self)
-        given = getattr(self, "given", ())
-        if "epochs" in given and "max_steps" not in given:
-            self.max_steps = 0  # a preset's, which would win over what was typed
+        given, configured = getattr(self, "given", frozenset()), getattr(self, "configured", frozenset())
+        if ("epochs" in given and "max_steps" not in given) or (
+            "epochs" in configured and "max_steps" not in given | configured
+        ):
+            self.max_steps = 0  # a preset's or default, which would win over what was said
         if self.lr_min > self.lr:
             raise UserError(f"--lr-min {self.lr_min:g} is above --lr {self.lr:g}: the rate would rise")
         if self.optimizer == "muon" and self.parallel == "fsdp":
@@ -191,7 +193,7 @@ class Adapters:
     """Low-rank adapters."""
 
     lora_rank: int = arg(4, "rank of the adapters", low=1, high=16384, group="LoRA", often=True)
-    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank")
+    lora_alpha: float | None = arg(None, "their strength is alpha / rank; default: rank", low=1e-6, high=1e9)
     lora_targets: str = arg(
         "",
         "layers to adapt: ends of names, or patterns with *, comma-separated; default: all attention projections",

@@ -18,6 +18,8 @@ The training loop stays visible in the script. `Run` never calls back:
 import contextlib
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -31,16 +33,17 @@ from nanodiff.commandline import as_dict
 from nanodiff.config import Stopped, UserError, printable, short
 from nanodiff.device import choice, cudagraph, dist, onednn
 from nanodiff.device.memory import keep_freed_memory
-from nanodiff.files import append, claim, link, write_bytes
+from nanodiff.files import apart, append, claim, link, out_dir, write_bytes
 from nanodiff.models import layers
 from nanodiff.output.record import Record
 from nanodiff.training import recipe
 from nanodiff.training.options import Training
-from nanodiff.training.state import State
+from nanodiff.training.state import OUTPUTS, State
 from nanodiff.training.watch import Watch
 
 TELL = 5  # seconds between the lines of epochs that are shorter
 SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, system.SAVE) if s)
+INPUTS = ("model", "vae", "text_encoder", "control", "student", "teacher")  # options that name models to begin from
 PATIENCE = 10  # non-finite gradients in a row before a run gives up
 
 
@@ -69,6 +72,7 @@ class Run(State):
         self.out = Path(cfg.output_dir)
         self.lock = None  # rank 0's
         dist.on_main(self._claim)
+        dist.on_main(self._check_folders)
         self.record = Record(cfg, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -98,6 +102,16 @@ class Run(State):
         """Make the output folder this run's own: a second run in it is refused while this process lives."""
         self.lock = claim(self.out, "training")
         (self.out / "PREEMPTED").unlink(missing_ok=True)
+
+    def _check_folders(self):
+        """Raise UserError where a run would write over what it begins from, or could not write its pictures."""
+        apart(
+            {n: getattr(self.cfg, n, None) for n in INPUTS},
+            [*(self.out / n for n in OUTPUTS), *self.out.glob("model-epoch-*")],
+        )
+        for name in ("samples", "reconstructions"):
+            if (self.out / name).exists():
+                out_dir(self.out / name)
 
     # -- what is trained ---------------------------------------------------------------------------------------
 
@@ -157,10 +171,21 @@ class Run(State):
         if self.total <= self.cfg.lr_warmup_steps:
             dist.say(f"note: {self.total} updates are no more than the warm-up's {self.cfg.lr_warmup_steps:g}: the learning rate only rises "
                      "(--lr-warmup-steps, --max-steps, --epochs)")  # fmt: skip
+        idle = [n for n in ("validation", "keep_best") if getattr(self.cfg, n, 0)]
+        if self.total < per_epoch and idle:
+            dist.say(f"note: {self.total} updates are less than an epoch ({per_epoch}), at whose end the model is judged: "
+                     f"{', '.join('--' + n.replace('_', '-') for n in idle)} will do nothing")  # fmt: skip
 
     def interrupted(self):
         """Has a signal asked this process to end?"""
         return bool(self.received - {system.SAVE})
+
+    def keep(self):
+        """Save the whole updates so far, before an error in the data ends the run. One process alone: several save together, and
+        the others know nothing of it."""
+        if self.world == 1 and self.step > self.first_step:
+            self.save()
+            dist.say(f"the updates so far are in {self.last_saved}: --resume goes on from there")
 
     def same(self, name, value, must=False):
         """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
@@ -294,7 +319,7 @@ class Run(State):
     def _drop_links(self):
         """Names of checkpoints that were deleted since."""
         for path in self.out.iterdir():
-            if path.is_symlink() and not path.exists():
+            if path.is_symlink() and not path.exists() and re.fullmatch(r"checkpoint-\d+", os.readlink(path)):
                 path.unlink()
 
     # -- epochs ------------------------------------------------------------------------------------------------
@@ -385,7 +410,7 @@ class Run(State):
                 epochs = self.cfg.checkpoint_epochs
                 due = self.cfg.checkpointing_steps and self.step % self.cfg.checkpointing_steps == 0
                 due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
-                if due or self.signals:
+                if (due and not self.bad_in_row) or self.signals:
                     self.save()
                 if system.SAVE in self.signals:  # one that came since the update, amid a sheet, is the next one's
                     self.signals.discard(system.SAVE)

@@ -1,7 +1,9 @@
 """The state of a run: what a checkpoint holds, and how a run goes on from one."""
 
 import json
+import math
 import shutil
+from dataclasses import fields
 
 import torch
 
@@ -10,6 +12,14 @@ from nanodiff.config import UserError
 from nanodiff.device import dist
 from nanodiff.files import write_bytes
 from nanodiff.training import checkpoint, recipe
+from nanodiff.training.options import Noise
+
+OUTPUTS = (
+    "model",
+    "best_model",
+    "samples",
+    "reconstructions",
+)  # folders of a run, beside model-epoch-N and checkpoints
 
 
 class State:
@@ -30,14 +40,15 @@ class State:
             return
         facts = {
             "step": self.step, "skipped": self.skipped, "bad_in_row": self.bad_in_row, "epoch": self.epoch, "best": self.best,
-            "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
+            "per_epoch": self.per_epoch, "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
             "scaler": self.scaler.state_dict(), "world": self.world, "config": as_dict(self.cfg),
             "versions": self.record.data["versions"], "git_commit": self.record.data["git_commit"],
         }  # fmt: skip
         sharded = self.cfg.parallel == "fsdp"
-        self.last_saved = checkpoint.save(
-            self.out, self.step, self._tensors(), facts, self.cfg.checkpoints_total_limit, sharded
-        )
+        # amid losses that are not finite it may be what is beyond help, and takes no older one's place
+        limit = None if self.bad_in_row else self.cfg.checkpoints_total_limit
+        folder = checkpoint.save(self.out, self.step, self._tensors(), facts, limit, sharded)
+        self.last_saved = self.last_saved if self.bad_in_row else folder
         self.saved_step = self.step
         if self.step and self.step % self.per_epoch == 0:
             self.link(f"checkpoint-{self.step}", "checkpoint", self.step // self.per_epoch)
@@ -54,6 +65,8 @@ class State:
             dist.on_main(self._cut_log)
             return
         folder, facts = state
+        if folder.resolve().parent != self.out.resolve():  # another run's, which goes on here
+            dist.on_main(self._fresh)
         moving = {
             "resume",
             "output_dir",
@@ -88,12 +101,23 @@ class State:
                             "to go on")  # fmt: skip
         self._take(folder, checkpoint.read(folder, self._like()))
         self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] and self.scaler.is_enabled() else None
-        self.step, self.skipped, self.bad_in_row = facts["step"], facts["skipped"], facts["bad_in_row"]
+        self.step, self.skipped = facts["step"], facts["skipped"]
         self.epoch, self.best, self.reason, self.more = facts["epoch"], facts["best"], facts["reason"], facts["more"]
         self.plateau.state, self.stopper.state = facts["plateau"], facts["stopper"]
         limits = ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold")
         if any(facts["config"].get(name) != getattr(self.cfg, name) for name in limits):
             self.reason = None  # it may be worth going on under other limits
+        measure = ("validation", *(f.name for f in fields(Noise)))
+        if any(name in facts["config"] and facts["config"][name] != getattr(self.cfg, name, None) for name in measure):
+            self.forget()
+            dist.say("note: epochs are judged otherwise now: the best one is looked for anew")
+        if self.step >= self.total:
+            dist.say(
+                f"note: nothing is left to train: {self.step} updates are done, and this run has {self.total} (--max-steps, --epochs)"
+            )
+        if not self.cfg.max_steps and facts.get("per_epoch", self.per_epoch) != self.per_epoch:
+            dist.say(f"note: an epoch was {facts['per_epoch']} updates and is {self.per_epoch} now: of {self.cfg.epochs} epochs "
+                     f"{self.step / self.per_epoch:.3g} count as done, where {self.step / facts['per_epoch']:.3g} were")  # fmt: skip
         if facts["world"] != self.world:
             dist.say(
                 f"note: the checkpoint is of {facts['world']} processes, this run has {self.world}: mind the global batch"
@@ -116,20 +140,14 @@ class State:
         """A new run: refuse a folder with an older run's checkpoints, unless it may be overwritten."""
         for _, older in checkpoint.found(self.out):
             if not self.cfg.overwrite_output_dir:
+                how = "`resume` auto would continue it" if self.cfg.resume else "add `resume` to continue it"
                 raise UserError(
-                    f"{older} is of an earlier run: add `resume` to continue it, or take another `output_dir`"
-                    " (or `overwrite_output_dir`)"
+                    f"{older} is of an earlier run: {how}, or take another `output_dir` (or `overwrite_output_dir`)"
                 )
             shutil.rmtree(older)
         if self.cfg.overwrite_output_dir:
-            for folder in (
-                "model",
-                "best_model",
-                "samples",
-                "reconstructions",
-                *(p.name for p in self.out.glob("model-epoch-*")),
-            ):
-                shutil.rmtree(self.out / folder, ignore_errors=True)
+            for folder in (*(self.out / name for name in OUTPUTS), *self.out.glob("model-epoch-*")):
+                shutil.rmtree(folder, ignore_errors=True)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
 
     def _like(self):
@@ -188,7 +206,15 @@ class State:
     def _cut_log(self):
         """Drop lines of metrics.jsonl that are younger than the checkpoint: those steps are taken again."""
         log = self.out / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        kept = [line for line in lines if _step(line) <= self.step]
         if kept != lines:
             write_bytes(log, "".join(line + "\n" for line in kept).encode())
+
+
+def _step(line):
+    """The update that a line of metrics.jsonl is about; ∞ of one that a crash has left in pieces."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

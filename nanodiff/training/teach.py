@@ -191,13 +191,13 @@ class Sheets(NamedTuple):
 
 
 def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, caption_dropout=0.0, adapter_dropout=0.0, sheets=None,
-        lesson_of=()):  # fmt: skip
+        lesson_of=(), teachers=()):  # fmt: skip
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
     killed run goes on. training: options of every training, by which one that goes on is compared; side: pixels, default the model's;
     caption_dropout: share of captions replaced by the empty text (SDXL: zeros); adapter_dropout: of the adapters' inputs.
 
-    lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher. Raises UserError for a `work` that was begun
-    with another one or another data set, and for a size that the model cannot have."""
+    lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher; teachers: modules whose weights must be, as sd's
+    must. Raises UserError for a `work` that was begun with others or another data set, and for a size that the model cannot have."""
     if side and side % sd.multiple:
         raise UserError(f"`resolution` {side} must be a multiple of {sd.multiple}")
     if side:
@@ -213,6 +213,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
             checkpointing_steps=training.checkpointing_steps or max(1, updates // 10),
         )
     )
+    begun = loader.fingerprint(*(m for m in (sd.net, *sd.encoders, *teachers) if m is not None))
     for module in sd.models().values():
         onednn.learn(module.to(run.device))
     transform = loader.Transform(side or sd.size[0], True)
@@ -227,9 +228,10 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
     run.same("method or teacher", list(lesson_of), must=True)
+    run.same("model that it begins with, or its teacher,", begun, must=True)
     for name, value in decisive(training).items():
         run.same(name, value, must=True)
-    feed.interrupted = run.interrupted
+    feed.serve(run)
     cache = work / "cache"
     lesson = Lesson(
         sd, run, calls, latents.Latents(sd.vae, feed, seed, run.device, cache),
@@ -367,9 +369,9 @@ def save_adapters(sd, run, states, targets, dtype, **facts):
     return list(targets.values())
 
 
-def settled(folder, facts, anew=False):
+def settled(folder, facts, anew=False, option="output_dir"):
     """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it when it was made with others, which otherwise
-    raises UserError. On rank 0."""
+    raises UserError naming the option that says where it lies. On rank 0."""
     path = folder / "training.json"
     if not path.is_file():
         return False
@@ -377,7 +379,7 @@ def settled(folder, facts, anew=False):
     for name, value in json.loads(json.dumps(facts)).items():
         if name in before and before[name] != value:
             if not anew:
-                raise UserError(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; take another `output_dir` "
+                raise UserError(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; take another `{option}` "
                                 "(or `overwrite_output_dir`)")  # fmt: skip
             dist.say(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; it is made again")
             shutil.rmtree(folder)

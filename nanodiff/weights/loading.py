@@ -17,7 +17,7 @@ import torch
 
 from nanodiff.config import UserError, nearest, printable, read_json
 from nanodiff.device.memory import keep_freed_memory
-from nanodiff.files import write_json
+from nanodiff.files import sha256, write_json
 from nanodiff.weights.safetensors import (
     FLOAT8,
     STEMS,
@@ -55,6 +55,13 @@ RENAMES["T5EncoderModel"] = [
 RENAMES["ViT"] = [(r"^(classifier|pooler)\.", None), (r"^vit\.", "")]  # heads that are not used
 RENAMES["CLIPTextModelWithProjection"] = RENAMES["CLIPTextModel"]
 RENAMES["CLIPModel"] = RENAMES["CLIPVisionModelWithProjection"] = [(r"^(.*\.)?position_ids$", None)]
+
+
+def digest(model: str | Path) -> dict[str, str] | None:
+    """{file: SHA-256} of a model folder's weights, or of one file; None for what is not here (a Hub id)."""
+    path = Path(model)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    return {p.relative_to(path).as_posix() if path.is_dir() else p.name: sha256(p) for p in files} or None
 
 
 def renamed(key: str, class_name: str) -> str | None:

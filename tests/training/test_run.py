@@ -199,10 +199,25 @@ def test_non_finite_gradients_are_skipped_counted_and_said(tmp_path, capsys):
 
 def test_too_many_non_finite_gradients_stop(tmp_path):
     run, net = start(tmp_path, max_steps=100, net=nn.Linear(1, 1))
-    with pytest.raises(UserError, match=r"10 non-finite .*a\.png, b\.png; last good checkpoint: .*checkpoint-9"):
-        for _ in run.steps():
-            run.backward(net(torch.tensor([[float("inf")]])).sum(), Micro(None))
+    with pytest.raises(UserError, match=r"10 non-finite .*a\.png, b\.png; last good checkpoint: .*checkpoint-3"):
+        for step in run.steps():
+            run.backward(net(torch.tensor([[float("inf") if step > 4 else 1.0]])).sum(), Micro(None))
             run.update()
+    assert [s for s, _ in checkpoint.found(tmp_path)] == [3]  # none of the streak's, which would crowd it out
+    run.lock.close()
+    run, _ = start(tmp_path, "auto", net=nn.Linear(1, 1), max_steps=100)
+    assert run.step == 3 and run.bad_in_row == 0
+
+
+def test_a_signal_amid_losses_that_are_not_finite_leaves_the_good_checkpoints(tmp_path):
+    run, net = start(tmp_path, max_steps=100, net=nn.Linear(1, 1), checkpoints_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps():
+            run.backward(net(torch.tensor([[float("inf") if step > 3 else 1.0]])).sum(), Micro(None))
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            run.update()
+    assert [s for s, _ in checkpoint.found(tmp_path)] == [7, 3] and run.last_saved.name == "checkpoint-3"
 
 
 def test_resume_names_what_changed_and_refuses_another_model(tmp_path, capsys):
@@ -222,7 +237,7 @@ def test_a_used_folder_is_not_mixed_with_a_new_run(tmp_path):
 def test_resume_cuts_the_log(tmp_path):
     train(tmp_path, stop=4)
     whole = "".join(f'{{"step": {i}, "loss": 1}}\n' for i in range(1, 9))
-    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 9, "lo')
+    (tmp_path / "metrics.jsonl").write_text(whole + '\0\0{"step": 3}\n' + '{"step": 9, "lo')
     train(tmp_path, resume="auto")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11)) and "grad_norm" not in lines[4]
@@ -286,6 +301,59 @@ def test_a_skipped_update_moves_nothing(tmp_path):
     }
     assert lr["bad"] == lr["clean"][:2] + lr["clean"][1:4]
     assert bad.skipped == 1 and clean.skipped == 0
+
+
+def test_another_runs_checkpoint_goes_on_in_a_folder_of_its_own(tmp_path, capsys):
+    train(tmp_path / "a", stop=5)
+    train(tmp_path / "b", total=4, stop=3)
+    log = (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoint-4 is of an earlier run: `resume` auto would continue it"):
+        train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-6"))
+    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == log
+    _, run = train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoint-6"))
+    assert run.step == 10
+    _, run = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-6"), overwrite_output_dir=True)
+    assert run.step == 10 and [s for s, _ in checkpoint.found(tmp_path / "b")] == [10, 9]
+
+
+def test_a_resume_says_what_is_left_and_judges_anew(tmp_path, capsys):
+    train(tmp_path, total=8, stop=7)
+    capsys.readouterr()
+    _, run = train(tmp_path, total=8, resume="auto")
+    assert "nothing is left to train: 8 updates are done, and this run has 8" in capsys.readouterr().err
+    run, _ = start(tmp_path, "auto", max_steps=0, epochs=3, per_epoch=2)
+    err = capsys.readouterr().err
+    assert "an epoch was 4 updates and is 2 now: of 3 epochs 4 count as done, where 2 were" in err, err
+    assert "nothing is left to train: 8 updates are done, and this run has 6" in err
+    run.lock.close()
+
+
+def test_what_it_begins_from_is_not_written_over(tmp_path):
+    for inside in ("best_model", "model-epoch-3", "model/vae"):
+        out = tmp_path / inside.replace("/", "-")
+        (out / inside).mkdir(parents=True)
+        cfg = Config(str(out))
+        cfg.vae = str(out / inside)
+        with pytest.raises(UserError, match=r"`vae` .*this run writes to"):
+            Run(cfg)
+    cfg = Config(str(tmp_path / "vae"))
+    cfg.vae = cfg.output_dir  # the folder that its own will lie in
+    (tmp_path / "vae").mkdir()
+    Run(cfg).lock.close()
+
+
+def test_a_file_where_pictures_go(tmp_path):
+    (tmp_path / "samples").write_text("")
+    with pytest.raises(UserError, match="samples: is a file"):
+        start(tmp_path)
+
+
+def test_links_of_others_stay(tmp_path):
+    run, _ = start(tmp_path, max_steps=3)
+    for name, target in {"mine": "/mnt/unmounted/x", "checkpoint_0001.pt": "checkpoint-1"}.items():
+        os.symlink(target, tmp_path / name)
+    run._drop_links()
+    assert {p.name for p in tmp_path.iterdir() if p.is_symlink()} == {"mine"}
 
 
 def test_two_runs_in_one_folder(tmp_path):
