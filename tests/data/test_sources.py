@@ -1,5 +1,6 @@
 """Data sets on disk: layouts, faults, order."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -314,6 +315,38 @@ def test_a_tar_loses_no_picture(tmp_path, capsys):
     )
     assert got.keys == ["./000"]
     assert "not read: 1 .heic, 1 captions or labels without a picture (001)" in capsys.readouterr().err
+
+
+def test_json_beside_pictures(tmp_path, capsys):
+    """As in a tar: where there is no .txt and no listing; what another program keeps there is no caption."""
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.json").write_text('{"caption": "from json", "width": 8}')
+    (tmp_path / "1.json").write_text('{"caption": "from json"}')
+    (tmp_path / "1.txt").write_text("from text")
+    (tmp_path / "2.json").write_text('{"shapes": []}')
+    (tmp_path / "3.json").write_text("{broken")
+    found = data.load(tmp_path, captions=False)
+    assert found.captions == ["from json", "from text", None, None]
+    assert "1 .json beside pictures cannot be read" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"2 of 4 pictures have no caption: 2\.png, 3\.png"):
+        data.load(tmp_path)
+
+
+def test_layouts_that_are_nearly_right(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x-000.tar").write_bytes(b"\0" * 1024)
+    with pytest.raises(UserError, match=r"no pictures but 1 \.tar, such as x-000\.tar"):
+        data.load(tmp_path / "d")
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 2000))
+    with pytest.raises(UserError, match=r"compressed \(gzip\); unpack"):
+        data.load(tmp_path / "x.tar.gz")
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"x\.zip: is no \.tar, \.csv"):
+        data.load(tmp_path / "x.zip")
+    (tmp_path / "t.csv").write_text("Image_Name;Title\na.png;b\n")
+    with pytest.raises(UserError, match=r"parted by ';', where a comma"):
+        data.load(tmp_path / "t.csv")
 
 
 def test_a_range_of_shards_ends_at_the_first_that_is_missing(tmp_path):

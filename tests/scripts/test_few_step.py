@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from util import ROOT, in_process, stop_at_step
 
 import distill
@@ -69,6 +69,28 @@ def test_methods(folder, method):
         assert "8 → 4 → 2 steps" in err and (folder / "out" / "steps-4" / "model_index.json").is_file()
     picture = sd.generate(["fire"], steps=2, guidance_scale=1.0, seeds=[0]).pixels
     assert torch.isfinite(picture).all()
+
+
+def test_a_teacher_is_what_its_weights_are(folder):
+    """Not its path; and a student never takes its teacher's place."""
+    teacher, quick = folder / "teacher", {"no-evaluate": True, "student-steps": 2, "max-steps": 1}
+    shutil.copytree(NANO, teacher)
+    for said in ("student: ", "is there already"):
+        code, out, err = script(folder, model=teacher, **quick)
+        assert code == 0 and said in out + err
+    made = (folder / "out" / "model" / "training.json").read_bytes()
+    path = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v * 1.01 for k, v in tensors.items()}, path)
+    code, _, err = script(folder, model=teacher, **quick)
+    assert (
+        code == 2
+        and "was made with weights" in err
+        and (folder / "out" / "model" / "training.json").read_bytes() == made
+    )
+    code, _, err = script(folder, model=folder / "out" / "model", **quick)
+    assert code == 2 and "--model" in err and "this run writes to" in err
+    assert (folder / "out" / "model" / "training.json").read_bytes() == made
 
 
 def test_the_comparison(folder):

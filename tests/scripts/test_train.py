@@ -17,7 +17,7 @@ from PIL import Image
 from util import ROOT, TINY, error_line, in_process, recipe, run, start
 
 import train
-from nanodiff import commandline, lora, pipeline, weights
+from nanodiff import commandline, data, lora, pipeline, weights
 from nanodiff.pipeline import control
 from nanodiff.stories import training, vae
 from nanodiff.training import build, loader
@@ -161,6 +161,25 @@ def test_loss_goes_down(tmp_path, pictures):
             "no layer of assets/nano has such a name",
         ),
         (["--condition", "labels"], "7 pictures have no label"),
+        (
+            ["--model", "assets/nano", "--resolution", "64", "--lora", "--lora-targets", "attn2.to_k,qq_proj"],
+            "qq_proj: no layer of",
+        ),
+        (
+            [
+                "--model",
+                "assets/nano",
+                "--resolution",
+                "64",
+                "--lora",
+                "--train-text-encoder",
+                "--lora-targets",
+                "attn2.to_k",
+            ],
+            "none of them is in the text_encoder",
+        ),
+        (["--model", "assets/nano", "--resolution", "64", "--lora", "--lora-alpha", "0"], "--lora-alpha"),
+        (["--model", "assets/nano", "--resolution", "64", "--lora", "--lora-alpha-pattern", "to_k=0"], "is no alpha"),
         (["--parallel", "fsdp"], "needs torchrun"),
         (["--text-encoder", "no/such"], "no/such: it is not in the cache"),
         (["--report-to", "wandb"], "--report-to wandb"),
@@ -276,6 +295,63 @@ def test_held_out_pictures_that_cannot_be_read_are_said(tmp_path, pictures):
     assert (tmp_path / "o" / "bad_images_held_out.jsonl").exists() and not (
         tmp_path / "o" / "bad_images.jsonl"
     ).exists()
+
+
+def test_held_out_pictures_stay_so_when_others_come(tmp_path, pictures):
+    """Else a run that goes on would judge itself by what it has learned."""
+    cfg = train.DiffusionConfig(data=str(pictures), output_dir=str(tmp_path / "o"), validation=0.3)
+    _, before = training.load_data(cfg, True)
+    more = shutil.copytree(pictures, tmp_path / "more")
+    first = sorted(more.glob("*.png"))[0]
+    shutil.copy(first, more / "aaa.png")
+    shutil.copy(first.with_suffix(".txt"), more / "aaa.txt")
+    _, after = training.load_data(dataclasses.replace(cfg, data=str(more)), True)
+    assert len(before) == len(after) == 2 and len(set(before.keys) - set(after.keys)) <= 1
+    kept, _ = training.load_data(dataclasses.replace(cfg, data=str(more)), True)
+    assert set(kept.keys) | set(after.keys) == {*data.load(more).keys}
+
+
+def test_a_picture_that_breaks_amid_a_run_costs_no_update(tmp_path, pictures):
+    bad = shutil.copytree(pictures, tmp_path / "bad")
+    sorted(bad.glob("*.png"))[3].write_bytes(b"")
+    done = train_(
+        "diffusion", bad, tmp_path / "o", "--max-steps", "9", "--batch-size", "1", "--no-cache", "--seed", "4"
+    )
+    assert done.returncode == 2 and "the updates so far are in" in done.stderr, done.stderr
+    kept = [p for p in (tmp_path / "o").glob("checkpoint-*") if p.is_dir()]
+    rows = (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()
+    assert [p.name for p in kept] == [f"checkpoint-{len(rows)}"] and 0 < len(rows) < 8
+
+
+def test_settings_of_a_file_count_as_said(tmp_path, pictures):
+    """Its epochs win over a preset's or the default updates; what a flag may not say, it may not either."""
+    file = tmp_path / "c.json"
+    parsed = lambda text, *argv: (file.write_text(text), commandline.parse(train.DiffusionConfig, ["--preset", "tiny", "--config", str(file), *argv],  # noqa: E731
+                                                                          presets=train.PRESETS["diffusion"]))[1]  # fmt: skip
+    for text, argv, want in (
+        ('{"epochs": 1}', (), (1, 0)),
+        ('{"epochs": 1, "max_steps": 7}', (), (1, 7)),
+        ('{"epochs": 1}', ("--max-steps", "5"), (1, 5)),
+        ('{"max_steps": 7}', ("--epochs", "3"), (3, 0)),
+    ):
+        cfg = parsed(text, *argv)
+        cfg.check_ranges()
+        assert (cfg.epochs, cfg.max_steps) == want, (text, argv)
+    file.write_text('{"condition": "none"}')
+    done = train_(
+        "diffusion",
+        pictures,
+        tmp_path / "o",
+        "--max-steps",
+        "1",
+        "--model",
+        TINY / "sd15",
+        "--resolution",
+        "32",
+        "--config",
+        file,
+    )
+    assert "--condition none" in error_line(done) and "told by captions" in done.stderr
 
 
 def test_a_runs_own_record_is_a_config(tmp_path, pictures):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -312,8 +313,9 @@ def test_another_runs_checkpoint_goes_on_in_a_folder_of_its_own(tmp_path, capsys
     assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == log
     _, run = train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoint-6"))
     assert run.step == 10
-    _, run = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-6"), overwrite_output_dir=True)
-    assert run.step == 10 and [s for s, _ in checkpoint.found(tmp_path / "b")] == [10, 9]
+    shutil.copytree(tmp_path / "b", tmp_path / "d", ignore=shutil.ignore_patterns(".lock"))
+    _, run = train(tmp_path / "d", resume=str(tmp_path / "a" / "checkpoint-6"), overwrite_output_dir=True)
+    assert run.step == 10 and [s for s, _ in checkpoint.found(tmp_path / "d")] == [9]
 
 
 def test_a_resume_says_what_is_left_and_judges_anew(tmp_path, capsys):
