@@ -47,12 +47,8 @@ class Config:
     prompt_2: str | None = arg(None, "for the second text encoder (SDXL, SD 3); default: --prompt")
     prompt_3: str | None = arg(None, "for the third text encoder (SD 3); default: --prompt")
     negative_prompt: str | None = arg(None, "what to keep away from", often=True)
-    negative_prompt_2: str | None = arg(
-        None, "for the second text encoder; default: --negative-prompt", needs="negative_prompt"
-    )
-    negative_prompt_3: str | None = arg(
-        None, "for the third text encoder; default: --negative-prompt", needs="negative_prompt"
-    )
+    negative_prompt_2: str | None = arg(None, "for the second text encoder; default: --negative-prompt")
+    negative_prompt_3: str | None = arg(None, "for the third text encoder; default: --negative-prompt")
     max_sequence_length: int | None = arg(None, "T5's tokens (SD 3), up to 512; default 256")
     long_prompts: bool = arg(False, "no limit of 75 tokens: encode longer prompts in chunks")
     prompt_weights: bool = arg(

@@ -195,10 +195,12 @@ class Features(contextlib.AbstractContextManager):
 
     def __init__(self, unet):
         self.seen, self.handles = {}, []
-        if not hasattr(unet, "mid_block"):
+        if not hasattr(unet, "down_blocks"):
             raise UserError("`feature_weight` is for UNets: the stages of another network have no places to compare")
         stages = [(f"down_blocks.{i}", s) for i, s in enumerate(unet.down_blocks)]
-        stages += [("mid_block", unet.mid_block)] + [(f"up_blocks.{i}", s) for i, s in enumerate(unet.up_blocks)]
+        stages += [("mid_block", block) for block in unet.middle()] + [
+            (f"up_blocks.{i}", s) for i, s in enumerate(unet.up_blocks)
+        ]
         for name, stage in stages:
             layer = (
                 stage.attentions[-1]

@@ -77,6 +77,15 @@ def timestep_embedding(t, dim, max_period=10000.0):
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
+def guidance_embedding(scale, dim, device):
+    """Sinusoids of the guidance scale [1, dim], sines first, by which a model distilled from guidance is told it (Meng et al. 2023, arXiv 2210.03142
+    §3.1; as latent consistency models have it: of 1000 (scale - 1))."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, dtype=torch.float32, device=device))
+    phase = 1000 * (scale - 1) * frequencies
+    return F.pad(torch.cat([phase.sin(), phase.cos()]), (0, dim % 2)).unsqueeze(0)
+
+
 def timesteps(t, x):
     """A timestep, a number or a tensor [1 or B], as a tensor [B] on the device of x. A number is written by a kernel: copied
     there, the host would wait for the device."""
@@ -207,12 +216,14 @@ def project(layers, x):
 class TimeEmbedding(nn.Module):
     """Two linear layers with a SiLU between: how sinusoids and pooled texts become a condition."""
 
-    def __init__(self, dim_in, dim):
+    def __init__(self, dim_in, dim, told=None):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+        self.cond_proj = nn.Linear(told, dim_in, bias=False) if told else None
 
-    def forward(self, x):
-        """[B, dim_in] -> [B, dim]."""
+    def forward(self, x, told=None):
+        """[B, dim_in] -> [B, dim]. told: [1, `told`], what is said beside x."""
+        x = x if told is None else x + self.cond_proj(told)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -44,6 +44,7 @@ from nanodiff.models.layers import (
     add_product,
     attend,
     bias_before,
+    guidance_embedding,
     linear_geglu,
     pointwise,
     project,
@@ -59,7 +60,7 @@ UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 # Fields of config.json that released models leave at one value. Any other value is another network.
 FIXED = {
-    "act_fn": ["silu"],
+    "act_fn": ["silu", "swish"],
     "addition_embed_type_num_heads": [64],
     "attention_type": ["default"],
     "center_input_sample": [False],
@@ -78,7 +79,7 @@ FIXED = {
     "mid_block_only_cross_attention": [None, False],
     "mid_block_scale_factor": [1],
     "num_class_embeds": [None],
-    "only_cross_attention": [False],
+    "only_cross_attention": [False, [False] * 3, [False] * 4],
     "resnet_out_scale_factor": [1.0],
     "resnet_skip_time_act": [False],
     "resnet_time_scale_shift": ["default"],
@@ -101,10 +102,11 @@ class DownConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one a level, the largest picture first
     layers_per_block: int = 2  # residual blocks a level; one more on the way up
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     cross_attention_dim: int = 1280  # width of the text: 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL
     num_heads: int | tuple[int, ...] = 8  # SD 1.x: 8 at each level (40, 80, 160 wide); since SD 2 heads of 64
-    transformer_layers_per_block: int | tuple[int, ...] = 1  # SDXL: 1, 2, 10
+    # SDXL: 1, 2, 10; a level may have a number for each of its attentions (Gupta et al. 2024, arXiv 2401.02677)
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False  # see Transformer2D
@@ -115,7 +117,7 @@ class DownConfig:
 
     # not fields of the file, but what it may say:
     types = {"down_block_types": tuple(DOWN_TYPES)}  # per-level names of classes, and those that there are
-    middles = ("UNetMidBlock2DCrossAttn",)
+    middles = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")  # the latter has no attention
     # diffusers' ControlNet takes num_attention_heads before attention_head_dim; its UNet refuses the former
     heads_agree = False
 
@@ -123,7 +125,12 @@ class DownConfig:
         levels = len(self.block_out_channels)
         for name in ("num_heads", "transformer_layers_per_block"):
             value = getattr(self, name)
-            setattr(self, name, (value,) * levels if isinstance(value, int) else tuple(value))
+            each = (value,) * levels if isinstance(value, int) else value
+            setattr(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in each))
+
+    def depth(self, level, j):
+        """Transformer blocks of the j-th attention of a level."""
+        return _each(self.transformer_layers_per_block[level], j)
 
     @classmethod
     def from_json(cls, raw, where="unet/config.json"):
@@ -146,16 +153,36 @@ class DownConfig:
             kinds = getattr(cfg, name)
             for kind in kinds if isinstance(kinds, tuple) else (kinds,):
                 if kind not in known:
-                    raise UserError(f"{where}: {name}: {kind!r} is not supported (only {', '.join(known)})")
+                    raise UserError(f"{where}: {name}: {kind!r} is not supported (only {', '.join(map(str, known))})")
+        cfg.check_depths(where)
         if cfg.addition_embed_type not in (None, "text_time"):
             raise UserError(f"{where}: addition_embed_type = {cfg.addition_embed_type!r} is not supported")
         return cfg
 
+    def check_depths(self, where):
+        """Raise UserError where a level's list of depths is shorter than the level."""
+        _check_long_enough(
+            f"{where}: transformer_layers_per_block", self.transformer_layers_per_block, self.layers_per_block
+        )
+
     def to_json(self):
         """The config.json dict that other tools read."""
-        raw = {k: v for k, v in vars(self).items() if v is not None} | {"act_fn": "silu"}
+        raw = {k: v for k, v in vars(self).items() if v is not None} | {
+            "act_fn": "silu",
+            "mid_block_type": self.mid_block_type,
+        }
         raw["attention_head_dim"] = list(raw.pop("num_heads"))
         return raw
+
+
+def _each(depths, j):
+    return depths if isinstance(depths, int) else depths[j]
+
+
+def _check_long_enough(where, levels, blocks):
+    for depths in levels:
+        if not isinstance(depths, int) and len(depths) < blocks:
+            raise UserError(f"{where}: {list(depths)} has {len(depths)} entries for {blocks} blocks")
 
 
 @dataclass
@@ -167,8 +194,26 @@ class Config(DownConfig):
     out_channels: int = 4
     sample_size: int | tuple[int, ...] | None = None  # latents along a side in training: 64 for pictures of 512 px
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = (
+        None  # of the way up, where it is no mirror
+    )
+    time_cond_proj_dim: int | None = None  # channels in which a model distilled from guidance is told its scale
 
     types = DownConfig.types | {"up_block_types": tuple(UP_TYPES)}
+    middles = (*DownConfig.middles, None)  # None: no middle at all (Kim et al. 2023, arXiv 2305.15798)
+
+    def depth_up(self, i, j):
+        """Transformer blocks of the j-th attention of the i-th level on the way up, the lowest first."""
+        return _each((self.reverse_transformer_layers_per_block or self.transformer_layers_per_block[::-1])[i], j)
+
+    def check_depths(self, where):
+        super().check_depths(where)
+        name, up = "reverse_transformer_layers_per_block", self.reverse_transformer_layers_per_block
+        if up is None and not all(isinstance(d, int) for d in self.transformer_layers_per_block):
+            raise UserError(f"{where}: transformer_layers_per_block with lists in it needs a {name}")
+        if up is not None and len(up) != len(self.block_out_channels):
+            raise UserError(f"{where}: {name} has {len(up)} entries for {len(self.block_out_channels)} levels")
+        _check_long_enough(f"{where}: {name}", up or (), self.layers_per_block + 1)
 
 
 class Attention(nn.Module):
@@ -350,7 +395,7 @@ class Downward(nn.Module):
         temb_dim, last = 4 * widths[0], len(widths) - 1
 
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], temb_dim)
+        self.time_embedding = TimeEmbedding(widths[0], temb_dim, getattr(cfg, "time_cond_proj_dim", None))
         if cfg.addition_embed_type:
             self.add_embedding = TimeEmbedding(cfg.projection_class_embeddings_input_dim, temb_dim)
 
@@ -359,23 +404,27 @@ class Downward(nn.Module):
         self.widths = [widths[0]]  # channels of every tensor that the way down hands to the way up
         for i, c in enumerate(widths):
             resnets = [self.resnet(self.widths[-1] if j == 0 else c, c) for j in range(L)]
-            attentions = [self.attention(i) for _ in range(L)] if DOWN_TYPES[cfg.down_block_types[i]] else ()
+            depths = [cfg.depth(i, j) for j in range(L)] if DOWN_TYPES[cfg.down_block_types[i]] else ()
+            attentions = [self.attention(i, depth) for depth in depths]
             self.down_blocks.append(Stage(resnets, attentions, down=Downsample(c) if i < last else None))
             self.widths += [c] * (L + (i < last))
 
-        attends = cfg.mid_block_type == "UNetMidBlock2DCrossAttn"
-        self.mid_block = MidBlock(widths[-1], self.attention(last) if attends else None, self.resnet)
+        self.mid_block = None
+        if cfg.mid_block_type:
+            attends = cfg.mid_block_type == "UNetMidBlock2DCrossAttn"
+            attention = self.attention(last, cfg.depth(last, 0)) if attends else None
+            self.mid_block = MidBlock(widths[-1], attention, self.resnet)
 
     def resnet(self, c_in, c_out):
         cfg = self.cfg
         return ResnetBlock(c_in, c_out, cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0])
 
-    def attention(self, level):
+    def attention(self, level, depth):
         cfg = self.cfg
         return Transformer2D(
             cfg.block_out_channels[level],
             cfg.num_heads[level],
-            cfg.transformer_layers_per_block[level],
+            depth,
             cfg.cross_attention_dim,
             cfg.norm_num_groups,
             cfg.use_linear_projection,
@@ -383,7 +432,11 @@ class Downward(nn.Module):
 
     def parts(self):
         """The stages in the order of forward()."""
-        return (*self.down_blocks, self.mid_block)
+        return (*self.down_blocks, *self.middle())
+
+    def middle(self):
+        """The middle, if there is one."""
+        return () if self.mid_block is None else (self.mid_block,)
 
     def text_kv(self, context):
         """Keys and values of every cross-attention for a text [B, S, D], in the order of forward().
@@ -395,9 +448,9 @@ class Downward(nn.Module):
 
     def cross_attentions(self):
         """How many cross-attentions the way down, the middle and the way up have."""
-        counts = [len(list(crosses(part))) for part in self.parts()]
-        ways = len(self.down_blocks)
-        return sum(counts[:ways]), counts[ways], sum(counts[ways + 1 :])
+        count = lambda parts: sum(len(list(crosses(part))) for part in parts)  # noqa: E731
+        down, middle = count(self.down_blocks), count(self.middle())
+        return down, middle, count(self.parts()) - down - middle
 
     def context_widths(self):
         """Width of every cross-attention's keys, in the order of forward()."""
@@ -409,7 +462,9 @@ class Downward(nn.Module):
         t: [B]. added: (pooled text [B, D], size ids [B, 6]).
         """
         dtype = self.conv_in.weight.dtype  # the sinusoids are fp32, the layers that read them are not
-        temb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
+        told = getattr(self.cfg, "time_cond_proj_dim", None)
+        told = guidance_embedding(self.guidance, told, t.device).to(dtype) if told else None
+        temb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype), told)
         if self.cfg.addition_embed_type:
             pooled, ids = added
             sizes = timestep_embedding(ids.flatten(), self.cfg.addition_time_embed_dim).to(dtype)
@@ -450,7 +505,9 @@ class Downward(nn.Module):
             if (down := stage.resample(x)) is not None:
                 x = down  # [B, Cᵢ, h/2, w/2]
                 skips.append(x)
-        return self.mid_block(x, temb, shifts, kvs), skips
+        for block in self.middle():
+            x = block(x, temb, shifts, kvs)
+        return x, skips
 
 
 class UNet2DConditionModel(Downward):
@@ -459,6 +516,7 @@ class UNet2DConditionModel(Downward):
     Config = Config
     class_name = "UNet2DConditionModel"
     freeu = None  # freeu.FreeU of a run
+    guidance = 1.0  # the scale of a run, which a model distilled from guidance is told
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -469,7 +527,8 @@ class UNet2DConditionModel(Downward):
         c_in, skips = widths[-1], list(self.widths)
         for i, c in enumerate(reversed(widths)):
             resnets = [self.resnet((c_in if j == 0 else c) + skips.pop(), c) for j in range(L + 1)]
-            attentions = [self.attention(last - i) for _ in range(L + 1)] if UP_TYPES[cfg.up_block_types[i]] else ()
+            depths = [cfg.depth_up(i, j) for j in range(L + 1)] if UP_TYPES[cfg.up_block_types[i]] else ()
+            attentions = [self.attention(last - i, depth) for depth in depths]
             self.up_blocks.append(Stage(resnets, attentions, up=Upsample(c) if i < last else None))
             c_in = c
 

@@ -255,9 +255,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         run, options, shift = self._sampler(sampler, drawing, height, width)
         shape = (len(prompts), self.channels, height // self.downscale, width // self.downscale)
         noise = Noise(generators, shape, self.device, torch.float32)
-        extra = Extra(self.size_ids(len(prompts), height, width, drawing.sizes), drawing.pictures)
+        extra = Extra(self.size_ids(len(prompts), height, width, drawing.sizes, start.begun), drawing.pictures)
 
-        guided = scale > 1
+        guided = scale > 1 and not self.is_told
         texts = None if words.syntax else self.conditions(prompts, negative_prompt, words, guided)
         x, first, known, beside = begin(self, start, steps, noise, shift)
         times = samplers.times(self.schedule, steps, **shift)
@@ -277,6 +277,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             texts = Spoken(self, prompts, negative_prompt, words, guided, times[begun:])
         step, history = None, []
         with ExitStack() as working:
+            if self.is_told:
+                self.net.guidance = scale
+                working.callback(setattr, self.net, "guidance", 1.0)
             if drawing.freeu:
                 self.net.freeu = drawing.freeu
                 working.callback(setattr, self.net, "freeu", None)
@@ -319,12 +322,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             control.check(one, self, rows, height, width)
         for one in drawing.pictures:
             pictures.check(one, self)
-        self.size_ids(1, height, width, drawing.sizes)
+        self.size_ids(1, height, width, drawing.sizes, start.begun)
         samplers.check_steps(self.schedule, steps)
         times, first = samplers.times(self.schedule, steps, **self._sampler(None, drawing, height, width)[2]), 0
         if start.denoising_start is not None:
             first = self.first_after(start.denoising_start, times)
-        elif start.image is not None or start.latents is not None:
+        elif start.begun:
             if not 0 < start.strength <= 1:
                 raise UserError(f"`strength` {start.strength} must be above 0 and at most 1")
             first = self.first_step(steps, start.strength)
@@ -427,7 +430,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
                 "this is an inpainting model, which repaints a picture under a mask: give `image` and `mask`"
             )
 
-    def size_ids(self, n: int, height: int, width: int, sizes: object) -> torch.Tensor | None:
+    def size_ids(self, n: int, height: int, width: int, sizes: object, begun: bool = False) -> torch.Tensor | None:
         """SDXL's size condition; None for the others."""
 
 

@@ -295,7 +295,7 @@ def _smaller(shapes, unet):
             if (m := re.match(rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.", k))
         ]
         types.append("CrossAttnDownBlock2D" if found else "DownBlock2D")
-        layers.append(min(max(found) + 1, own) if found else own)
+        layers.append(min(max(found) + 1, own) if found and isinstance(own, int) else own)
     middle = any(k.startswith("mid_block.attentions.") for k in shapes)
     return {"down_block_types": tuple(types), "transformer_layers_per_block": tuple(layers),
             "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"}  # fmt: skip

@@ -187,8 +187,13 @@ def _sd3_settings(cfg):
     return (40, 4.5) if cfg.dual_attention_layers else (28, 3.5) if cfg.qk_norm else (28, 7.0)
 
 
+def _sd_settings(cfg):
+    """A latent consistency model is told its guidance, and needs few steps."""
+    return (4, 8.5) if getattr(cfg, "time_cond_proj_dim", None) else (50, 7.5)
+
+
 SD = Family("SD", ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-                   "LatentConsistencyModelPipeline"), "unet")  # fmt: skip
+                   "LatentConsistencyModelPipeline"), "unet", settings=_sd_settings)  # fmt: skip
 SDXL = Family(
     "SDXL",
     ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),

@@ -34,6 +34,11 @@ class Guidance:
         """The type in which the denoiser computes."""
         return memory.dtype_of(self.net)
 
+    @property
+    def is_told(self):
+        """Was the denoiser distilled from guidance, and is told its scale in place of being asked twice?"""
+        return bool(getattr(self.net.cfg, "time_cond_proj_dim", None))
+
     def denoiser(
         self, text, negative, scale, rescale=0.0, extra=NOTHING, weaker=None, times=(), controls=None, beside=None
     ):
@@ -111,10 +116,14 @@ class Guidance:
         return net(x, t, states)
 
     def check_trainable(self):
-        """Raise UserError for an inpainting model: what trains here has no masks."""
+        """Raise UserError for an inpainting model, since what trains here has no masks, and for one that is told its guidance."""
         if self.inpaints:
             raise UserError(
                 "an inpainting model is only drawn with here, not trained or distilled; take an ordinary one"
+            )
+        if self.is_told:
+            raise UserError(
+                "a model that is told its guidance (time_cond_proj_dim) is only drawn with here, not trained or distilled"
             )
 
     def shifts(self, times, added=None):
@@ -135,7 +144,12 @@ class Guidance:
         if hasattr(self.net, "resident"):  # weights that come and go have no place that could be recorded
             return None
         places = tuple(t.data_ptr() for t in (*self.net.parameters(), *self.net.buffers()))
-        state = (places, derived.version(self.net), computed_by(), getattr(self.net, "freeu", None))
+        state = (
+            places,
+            derived.version(self.net),
+            computed_by(),
+            *(getattr(self.net, n, None) for n in ("freeu", "guidance")),
+        )
         if state not in self.recorded:  # what was recorded before reads other weights
             self.recorded.clear()
             self.recorded[state] = cudagraph.Replayed(self.net)

@@ -46,11 +46,12 @@ class SDXL(Pipeline):
     def nothing_is_zeros(self):
         return self.index.get("force_zeros_for_empty_prompt", True)
 
-    def size_ids(self, n, height, width, sizes):
+    def size_ids(self, n, height, width, sizes, begun=False):
         """[2, 6]: the six sizes of the negative and of the positive condition, heights first.
 
         sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "target_size": (h, w)} and the same with
-        "negative_", which need original and target together and otherwise are the positive ones.
+        "negative_", which need original and target together and otherwise are the positive ones. begun: with a picture, where
+        either is enough and the corner is the positive one's, as in diffusers.
         """
         sizes = known_sizes(sizes, ("original_size", "crops_coords_top_left", "target_size"))
         defaults = {
@@ -58,10 +59,12 @@ class SDXL(Pipeline):
             "crops_coords_top_left": (0, 0),
             "target_size": (height, width),
         }
-        ids = [v for k, default in defaults.items() for v in sizes.get(k, default)]
-        if "negative_original_size" in sizes and "negative_target_size" in sizes:
-            negative = (*sizes["negative_original_size"], *sizes.get("negative_crops_coords_top_left", (0, 0)))
-            negative = [*negative, *sizes["negative_target_size"]]
+        own = {k: sizes.get(k, default) for k, default in defaults.items()}
+        ids = [v for pair in own.values() for v in pair]
+        fallback = own if begun else {"crops_coords_top_left": (0, 0)}
+        against = {k: sizes.get(f"negative_{k}", fallback.get(k)) for k in own}
+        if any(k.startswith("negative_") for k in sizes) and None not in against.values():
+            negative = [v for pair in against.values() for v in pair]
         elif any(k.startswith("negative_") for k in sizes):
             raise UserError("`negative_original_size` and `negative_target_size` must be given together")
         else:
@@ -100,12 +103,12 @@ class Refiner(SDXL):
 
     def check_options(self, drawing, start, words):
         super().check_options(drawing, start, words)
-        if start.image is None and start.latents is None:
+        if not start.begun:
             raise UserError(
                 "this is a refiner, which goes on with a picture: give `image`, or take it as the `refiner` of a base model"
             )
 
-    def size_ids(self, n, height, width, sizes):
+    def size_ids(self, n, height, width, sizes, begun=False):
         """[2, 5]: original size, corner and aesthetic score (about 1 to 10) of the negative and of the positive condition.
 
         sizes: {"original_size": (h, w), "crops_coords_top_left": (top, left), "aesthetic_score": 6.0} and the same with "negative_", which are the

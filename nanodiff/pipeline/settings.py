@@ -97,6 +97,11 @@ class Start:
     # the latents are what another model left at this part of the timesteps (its denoising_end), and nothing is added to them
     denoising_start: float | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Is there a picture, or what another model left of one?"""
+        return self.image is not None or self.latents is not None
+
 
 def check_kinds(drawing: Drawing, start: Start, words: Words) -> None:
     """Raise UserError for a setting of another kind than it is: a text for a number, NaN, a tuple for FreeU."""
@@ -142,7 +147,7 @@ def _is_number(value):
 def check_pixels(start: Start, rows: int, height: int, width: int) -> None:
     """Raise UserError for an `image` or a `mask` of another kind, size or scale than Start says. A picture that was decoded leaves [-1, 1] a
     little; 0 to 255 is another scale."""
-    if start.image is None and start.latents is None and start.strength not in (Start.strength, 1):
+    if not start.begun and start.strength not in (Start.strength, 1):
         raise UserError("`strength` is how much of `image` is repainted, and there is none")
     for name, channels, low, room in (("image", 3, -1.0, 3.0), ("mask", 1, 0.0, 0.01)):
         value = getattr(start, name)

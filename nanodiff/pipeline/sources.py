@@ -173,7 +173,7 @@ def denoiser_in(path):
     """ "unet" or "transformer", where a safetensors file holds one alone by its tensors' names in a Hub folder; else None."""
     if weights.is_pickle(path):
         return None
-    first = {"unet": ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "conv_out.weight", "mid_block.resnets.0.time_emb_proj.weight"),
+    first = {"unet": ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "conv_out.weight", "up_blocks.0.resnets.0.time_emb_proj.weight"),
              "transformer": ("pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight", "proj_out.weight")}  # fmt: skip
     names = weights.header([path])
     return next((part for part, some in first.items() if all(name in names for name in some)), None)

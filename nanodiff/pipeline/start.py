@@ -27,7 +27,7 @@ def begin(sd, start, steps, noise, shift):
     """The Beginning of a run of `sd` from a settings.Start. With a mask: an ordinary model repaints under it by `known`, an
     inpainting model is told by `beside`. Noise is drawn in diffusers' order."""
     schedule, strength = sd.schedule, start.strength
-    if start.image is None and start.latents is None:
+    if not start.begun:
         return Beginning(samplers.begin(schedule, steps, noise(), **shift))
     if start.denoising_start is not None:
         first = sd.first_after(start.denoising_start, samplers.times(schedule, steps, **shift))

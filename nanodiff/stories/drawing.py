@@ -49,7 +49,13 @@ def defaults(cfg, sd):
     if cfg.init_image and not (cfg.ddim_steps or cfg.steps):
         steps = least_steps(sd, steps, strength_of(cfg, sd))
     negative = cfg.negative_prompt
-    if negative and sd.turbo and scale <= 1:
+    if negative and sd.is_told:
+        print(
+            "warning: the model is told its guidance (time_cond_proj_dim); the negative prompt is not used",
+            file=sys.stderr,
+        )
+        negative = None
+    elif negative and sd.turbo and scale <= 1:
         print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
         negative = None
     elif negative and scale <= 1:
@@ -58,9 +64,12 @@ def defaults(cfg, sd):
         )
         negative = None
     for name in ("guidance_rescale", "skip_layers"):
-        if getattr(cfg, name) and scale <= 1:
-            flag = name.replace("_", "-")
-            print(f"warning: guidance is off at --guidance-scale {scale:g}; --{flag} does nothing", file=sys.stderr)
+        if getattr(cfg, name) and (scale <= 1 or sd.is_told):
+            flag, why = (
+                name.replace("_", "-"),
+                "the model is told its guidance" if sd.is_told else f"guidance is off at --guidance-scale {scale:g}",
+            )
+            print(f"warning: {why}; --{flag} does nothing", file=sys.stderr)
     return steps, scale, negative
 
 

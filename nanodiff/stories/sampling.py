@@ -100,7 +100,7 @@ def main(cfg):
         tagged.obey(sd, batch[0].loras)
     if cfg.offload != "none" and not any(job.loras for job in jobs):
         with record.timed("encode"):  # the text encoders come once, for all prompts, and leave before the denoiser
-            prepare(cfg, sd, jobs, steps, scale > 1)
+            prepare(cfg, sd, jobs, steps, scale > 1 and not sd.is_told)
     facts = settings | size | ({"strength": start["strength"]} if "strength" in start else {})
     made = Pictures(cfg, sd, record, facts, finished, tagged, number, named, resize, make_room)
     passes = len(batches) * (2 if cfg.hires else 1)
@@ -428,6 +428,7 @@ def planned_memory(cfg, device):
     prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
     part = pipeline.FAMILIES[src.kind].denoiser_name
     net, vae = weights.skeleton(src.builder(part), src.config(part)), src.config("vae") if "vae" in src.parts else None
+    guided = guided and not getattr(net.cfg, "time_cond_proj_dim", None)
     scale, channels = (vae.downscale, vae.latent_channels) if vae else (1, net.cfg.out_channels)
     controls = [control.plan(control.parse(text)[0], net.cfg, cfg.token, cfg.allow_pickle) for text in cfg.control]
     for one in controls:

@@ -231,9 +231,16 @@ def _allocate(wanted, device):
 
 def _check_depth(cfg, shapes, folder):
     """A config cannot ask for more layers than its file has tensors (and so cannot make us build for ever)."""
-    for name in ("num_hidden_layers", "num_layers", "layers_per_block", "transformer_layers_per_block"):
-        value = getattr(cfg, name, 0)
-        if max(value if isinstance(value, tuple) else (value,)) > len(shapes):
+    for name in (
+        "num_hidden_layers",
+        "num_layers",
+        "layers_per_block",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+    ):
+        value = getattr(cfg, name, None) or 0
+        levels = value if isinstance(value, tuple) else (value,)
+        if max(max(level, default=0) if isinstance(level, tuple) else level for level in levels) > len(shapes):
             raise UserError(f"{folder}/config.json: {name} = {value}, but the file has {len(shapes)} tensors")
 
 

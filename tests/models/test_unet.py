@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from util import TINY, built, golden, manifest, max_error
+from util import TINY, built, golden, manifest, max_error, recipe
 
 from nanodiff import weights
 from nanodiff.config import UserError
@@ -30,6 +30,24 @@ def test_golden(unet, case):
     t = tensors.get("timestep", torch.tensor(facts["args"]["timestep"]))
     got = model(tensors["sample"], t, tensors["encoder_hidden_states"], added(tensors))
     assert max_error(got, tensors["output"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["told", "no-middle", "plain-middle", "uneven"])
+def test_distilled_models(case, tmp_path):
+    """Latent consistency models that are told their guidance, BK-SDM and tiny-sd without a middle, Vega with a plain one, SSD-1B with other depths on the way up."""
+    tensors, facts = golden("distilled.forward")
+    mine = facts["args"]["cases"][case]
+    model = UNet2DConditionModel(Config.from_json(mine["config"])).requires_grad_(False)
+    model.load_state_dict(recipe(model, mine["tag"]))
+    model.guidance = facts["args"]["scale"]
+    x, text, t = tensors[f"{case}.sample"], tensors[f"{case}.text"], torch.tensor(facts["args"]["timestep"])
+    assert max_error(model(x, t, text), tensors[case]) < 1e-5
+    assert max_error(model(x, model.shifts(t), model.text_kv(text)), tensors[case]) < 1e-5
+    model.guidance = 1.0
+    assert (max_error(model(x, t, text), tensors[case]) > 1e-3) == (case == "told")
+    weights.save(model, tmp_path)  # and its config.json says all of it
+    again = weights.load(UNet2DConditionModel, tmp_path, torch.float32)
+    assert again.cfg == model.cfg and max_error(again(x, t, text), model(x, t, text)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_odd"])
@@ -85,7 +103,14 @@ RAW = json.loads((TINY / "sd15" / "unet" / "config.json").read_text())
         ({"layers_per_block": -1}, "layers_per_block"),
         ({"layers_per_block": 10**9}, "layers_per_block"),
         ({"norm_eps": None}, "norm_eps"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"time_embedding_dim": 256}, "time_embedding_dim"),
+        ({"transformer_layers_per_block": [1, [1, 1], 1, 1]}, "needs a reverse_transformer_layers_per_block"),
+        (
+            {"transformer_layers_per_block": [1, [1, 1], 1, 1], "reverse_transformer_layers_per_block": [1, [1], 1, 1]},
+            "1 entries for 3 blocks",
+        ),
+        ({"reverse_transformer_layers_per_block": [1]}, "1 entries for 4 levels"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"addition_embed_type": "image"}, "addition_embed_type"),
     ],
 )
