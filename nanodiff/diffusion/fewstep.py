@@ -198,7 +198,7 @@ class Features(contextlib.AbstractContextManager):
         if not hasattr(unet, "down_blocks"):
             raise UserError("`feature_weight` is for UNets: the stages of another network have no places to compare")
         stages = [(f"down_blocks.{i}", s) for i, s in enumerate(unet.down_blocks)]
-        stages += [("mid_block", block) for block in unet.middle()] + [
+        stages += [("mid_block", unet.mid_block)] * (unet.mid_block is not None) + [
             (f"up_blocks.{i}", s) for i, s in enumerate(unet.up_blocks)
         ]
         for name, stage in stages:
