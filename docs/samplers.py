@@ -37,7 +37,8 @@ that diffusers, AUTOMATIC1111 and ComfyUI take from torchsde's tree: another pic
 k-diffusion's alone, and `dpmpp_3m_sde` its, not diffusers' (a wrong sign there). With the other samplers the same seed gives diffusers' picture, which is AUTOMATIC1111's
 only where its noise is drawn on the CPU; but for `lms` that begins with a picture (diffusers forgets there how many steps it has seen, k-diffusion does not), and for inpainting
 by an ordinary model with samplers that ask twice a step (`heun`, `kdpm2`, `kdpm2_a`): diffusers puts the kept part back between the two questions, here it is put back after the step.
-Where such a sampler ends early (`--denoising-end`) diffusers may cut between the two questions, here a run in two parts is the run in one. `flow_heun` has the grids and shifts of the file as
+Where such a sampler ends early (`--denoising-end`) diffusers may cut between the two questions, here a run in two parts is the run in one; in inpainting diffusers
+then puts the picture back without the noise of that step. One picture that several prompts repaint is encoded for each with its own seed, as if it were drawn alone; in diffusers once, with the first one's. `flow_heun` has the grids and shifts of the file as
 `flow_euler` has them, which diffusers' class leaves out. `pndm` that begins at its third step or later leaves the noise one level behind, as diffusers does.
 """
 
