@@ -14,6 +14,9 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports kernels: Triton's interpreter runs them on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.quicken()
 
 
 def pytest_collection_finish():
