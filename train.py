@@ -304,7 +304,7 @@ def train_vae(cfg):
     from nanodiff.diffusion import objective
     from nanodiff.models import patchgan
     from nanodiff.stories import plans, vae
-    from nanodiff.stories.training import finish, load_data, make_feed, say_size, validate
+    from nanodiff.stories.training import finish, load_data, make_feed, say_size, say_unjudged, validate
     from nanodiff.training.run import Run
 
     cfg.check()
@@ -331,6 +331,7 @@ def train_vae(cfg):
     nets = {"vae": net} | ({"discriminator": patchgan.PatchDiscriminator()} if cfg.discriminator_weight else {})
     calls = run.trainable(nets)
     run.schedule(feed.per_epoch)
+    say_unjudged(cfg, run)
     run.resume()
     run.same("data set", dataset.fingerprint())
     feed.serve(run)
@@ -388,7 +389,7 @@ def train_diffusion(cfg):
     from nanodiff.device import dist
     from nanodiff.diffusion import objective
     from nanodiff.stories import diffusion, plans
-    from nanodiff.stories.training import advice_loss, finish, load_data, make_feed, say_size, validate
+    from nanodiff.stories.training import advice_loss, finish, load_data, make_feed, say_size, say_unjudged, validate
     from nanodiff.training import build, latents
     from nanodiff.training.run import Run
 
@@ -405,6 +406,7 @@ def train_diffusion(cfg):
     diffusion.prompts_of(cfg, sd, dataset)  # before resume(): what is refused here loses nothing of an older run
     calls = run.trainable(nets, random="lora_dropout" if cfg.lora_dropout else None)
     run.schedule(feed.per_epoch)
+    say_unjudged(cfg, run)
     run.resume()
     run.same("data set", dataset.fingerprint())
     run.same("tokenizer", latents.vocabularies(sd), must=True)

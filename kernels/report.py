@@ -295,8 +295,11 @@ def main(argv=None):
     jobs = [(a, d, k) for k in sorted(args.head, key=lambda k: (k == 0, -k)) for a in args.arch for d in args.dtype]
     header = ("kernel", "case", "arch", "dtype", "head", "tile", "warps", "stages", "registers", "shared", "spilled")
     print(" ".join(f"{h:<{w}}" for h, w in zip(header, WIDTHS, strict=True)))
-    # forks of one process that has imported everything; but none of one that has asked for CUDA
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    # forks of one process that has imported everything, where there are such, and none has asked for CUDA
+    forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["triton", "kernels.report"])
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for part in pool.map(rows, *zip(*jobs, strict=True)):
             for row in part:

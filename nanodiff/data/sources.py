@@ -348,7 +348,7 @@ def _folder_items(root, columns, skip):
         elif not texts and (more := path.with_suffix(".json")).is_file():  # as in a tar
             try:
                 texts, others = _json_caption(tables.text_of(more, MEMBER_LIMIT).encode(), more)
-                left[others] += bool(others)
+                left |= {others: left[others] + 1} if others else {}
             except UserError as e:  # of another program, perhaps, and no caption's
                 broken.append(clipped(str(e), 200))
         label = key.split("/")[0] if "/" in key else None

@@ -54,8 +54,9 @@ def adapt(
     ranks, alphas = (_by_name(found, p or {}, f) for p, f in ((rank_pattern, "rank"), (alpha_pattern, "alpha")))
     if bad := [r for r in ranks.values() if r < 1 or int(r) != r]:
         raise UserError(f"`lora_rank_pattern`: {bad[0]:g} is no rank")
-    if bad := [a for a in alphas.values() if not a > 0]:
-        raise UserError(f"`lora_alpha_pattern`: {bad[0]:g} is no alpha; it is above 0")
+    for name, given in (("lora_alpha", [] if alpha is None else [alpha]), ("lora_alpha_pattern", alphas.values())):
+        if bad := [a for a in given if not a > 0]:
+            raise UserError(f"`{name}`: {bad[0]:g} is no alpha; it is above 0")
     if twice := [name for name, layer in found.items() if hasattr(layer, "lora_scale")]:
         raise UserError(f"{component}.{twice[0]}: has an adapter already; two would run, and one be written")
     for name, layer in found.items():

@@ -46,8 +46,6 @@ class Config(DownConfig):
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     global_pool_conditions: bool = False  # the residuals' means over the picture alone ("shuffle")
 
-    middles = (*DownConfig.middles, "UNetMidBlock2D")  # the small ones for SDXL have no attention there
-
     @classmethod
     def from_json(cls, raw, where="controlnet/config.json"):
         cfg = super().from_json(raw, where)
@@ -60,7 +58,10 @@ class Config(DownConfig):
     def of(cls, unet, **fields):
         """That of a ControlNet for the UNet with the Config `unet`; fields: of a ControlNet's alone."""
         common = {name: getattr(unet, name) for name in DownConfig.__dataclass_fields__}
-        return cls(**common, **fields)
+        common["mid_block_type"] = (
+            unet.mid_block_type or DownConfig.mid_block_type
+        )  # one of its own, where the UNet has none
+        return cls(**common | fields)
 
     @property
     def downscale(self):

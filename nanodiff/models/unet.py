@@ -58,7 +58,7 @@ from nanodiff.models.upsample import Upsample
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
-# Fields of config.json that released models leave at one value. Any other value is another network.
+# Fields of config.json that released models leave at one value. Any other value is another network. (Two of them a UNet's Config reads, a ControlNet's not.)
 FIXED = {
     "act_fn": ["silu", "swish"],
     "addition_embed_type_num_heads": [64],
@@ -161,9 +161,9 @@ class DownConfig:
 
     def check_depths(self, where):
         """Raise UserError where a level's list of depths is shorter than the level."""
-        _check_long_enough(
-            f"{where}: transformer_layers_per_block", self.transformer_layers_per_block, self.layers_per_block
-        )
+        kinds, depths = self.down_block_types, self.transformer_layers_per_block
+        _check_long_enough(f"{where}: transformer_layers_per_block", kinds, depths, self.layers_per_block)
+        _check_long_enough(f"{where}: transformer_layers_per_block", [str(self.mid_block_type)], depths[-1:], 1)
 
     def to_json(self):
         """The config.json dict that other tools read."""
@@ -179,9 +179,9 @@ def _each(depths, j):
     return depths if isinstance(depths, int) else depths[j]
 
 
-def _check_long_enough(where, levels, blocks):
-    for depths in levels:
-        if not isinstance(depths, int) and len(depths) < blocks:
+def _check_long_enough(where, kinds, levels, blocks):
+    for kind, depths in zip(kinds, levels, strict=True):
+        if "CrossAttn" in kind and not isinstance(depths, int) and len(depths) < blocks:
             raise UserError(f"{where}: {list(depths)} has {len(depths)} entries for {blocks} blocks")
 
 
@@ -213,7 +213,10 @@ class Config(DownConfig):
             raise UserError(f"{where}: transformer_layers_per_block with lists in it needs a {name}")
         if up is not None and len(up) != len(self.block_out_channels):
             raise UserError(f"{where}: {name} has {len(up)} entries for {len(self.block_out_channels)} levels")
-        _check_long_enough(f"{where}: {name}", up or (), self.layers_per_block + 1)
+        if up is not None:
+            _check_long_enough(f"{where}: {name}", self.up_block_types, up, self.layers_per_block + 1)
+        if self.time_cond_proj_dim is not None and self.time_cond_proj_dim < 4:
+            raise UserError(f"{where}: time_cond_proj_dim = {self.time_cond_proj_dim} is out of range")
 
 
 class Attention(nn.Module):

@@ -219,7 +219,7 @@ class Conditions:
         if not guided:
             return text, None
         how["clip_skip"] = skip = negative_skip(words)
-        alone = next((k for k in ("negative_prompt_2", "negative_prompt_3") if getattr(words, k) is not None), None)
+        alone = next((k for k in ("negative_prompt_2", "negative_prompt_3") if any(getattr(words, k) or ())), None)
         if negative_prompt is None and alone and self.nothing_is_zeros:
             raise UserError(f"`{alone}` does nothing without `negative_prompt`")
         negative_prompt = "" if negative_prompt is None and alone else negative_prompt

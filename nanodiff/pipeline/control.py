@@ -289,13 +289,14 @@ def _smaller(shapes, unet):
     """The fields of a ControlNet in diffusers' names that attends at fewer places than its UNet (SDXL's "small" and "mid")."""
     types, layers = [], []
     for i, own in enumerate(unet.transformer_layers_per_block):
-        found = [
-            int(m[1])
-            for k in shapes
-            if (m := re.match(rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.", k))
-        ]
-        types.append("CrossAttnDownBlock2D" if found else "DownBlock2D")
-        layers.append(min(max(found) + 1, own) if found and isinstance(own, int) else own)
+        blocks = {}  # {attention: the numbers of its blocks}: a number alone does not make a network deep
+        for k in shapes:
+            if m := re.match(rf"down_blocks\.{i}\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.", k):
+                blocks.setdefault(int(m[1]), set()).add(m[2])
+        depths = {j: len(numbers) for j, numbers in blocks.items()}
+        types.append("CrossAttnDownBlock2D" if depths else "DownBlock2D")
+        each = tuple(depths.get(j, 0) for j in range(unet.layers_per_block))
+        layers.append((each if len(set(each)) > 1 else each[0]) if depths else own)
     middle = any(k.startswith("mid_block.attentions.") for k in shapes)
     return {"down_block_types": tuple(types), "transformer_layers_per_block": tuple(layers),
             "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"}  # fmt: skip

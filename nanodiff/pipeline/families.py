@@ -202,6 +202,7 @@ SDXL = Family(
     ("tokenizer", "tokenizer_2"),
     optional=(),
     sizes=6,
+    settings=_sd_settings,
 )
 REFINER = Family(
     "SDXL refiner",

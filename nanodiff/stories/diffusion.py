@@ -46,13 +46,13 @@ def make_model(cfg, dataset, device):
 def go_on(cfg):
     """See make_model(): --model's weights, in fp32."""
     for name in NEW_ONLY:
-        if name in getattr(cfg, "given", ()):
+        if name in getattr(cfg, "given", ()) and (name, cfg.condition) != ("condition", "text"):
             raise UserError(f"`{name}` is for new models; `model` brings its own")
     memory.keep_freed_memory()
     sd = pipeline.load(cfg.model, torch.float32, "cpu")
     sd.check_trainable()
     if cfg.condition != "text" and not isinstance(sd.tokenizer, LabelTokenizer):
-        raise UserError(f"`condition` {cfg.condition}: {cfg.model} is told by captions what to draw")
+        raise UserError(f"`condition` {cfg.condition}: {cfg.model} is told by captions what to draw (`condition` text)")
     if cfg.prediction_type not in (None, sd.schedule.prediction):
         raise UserError(f"`prediction_type` {cfg.prediction_type}: {cfg.model} predicts {sd.schedule.prediction}")
     if cfg.conditioning:

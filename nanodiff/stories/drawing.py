@@ -48,28 +48,21 @@ def defaults(cfg, sd):
     steps, scale = sd.settings(cfg.ddim_steps or cfg.steps, cfg.guidance_scale)
     if cfg.init_image and not (cfg.ddim_steps or cfg.steps):
         steps = least_steps(sd, steps, strength_of(cfg, sd))
-    negative = cfg.negative_prompt
-    if negative and sd.is_told:
-        print(
-            "warning: the model is told its guidance (time_cond_proj_dim); the negative prompt is not used",
-            file=sys.stderr,
+    negative, why = cfg.negative_prompt, None
+    if sd.is_told:
+        why = "the model is told its guidance (time_cond_proj_dim)"
+    elif scale <= 1:
+        why = (
+            "a turbo model is sampled without guidance"
+            if sd.turbo
+            else f"guidance is off at --guidance-scale {scale:g}"
         )
-        negative = None
-    elif negative and sd.turbo and scale <= 1:
-        print("warning: a turbo model is sampled without guidance; the negative prompt is not used", file=sys.stderr)
-        negative = None
-    elif negative and scale <= 1:
-        print(
-            f"warning: guidance is off at --guidance-scale {scale:g}; the negative prompt is not used", file=sys.stderr
-        )
-        negative = None
+    if why and any((negative, cfg.negative_prompt_2, cfg.negative_prompt_3)):
+        print(f"warning: {why}; the negative prompt is not used", file=sys.stderr)
+        negative = negative if sd.is_told and getattr(sd, "refiner", None) else None
     for name in ("guidance_rescale", "skip_layers"):
-        if getattr(cfg, name) and (scale <= 1 or sd.is_told):
-            flag, why = (
-                name.replace("_", "-"),
-                "the model is told its guidance" if sd.is_told else f"guidance is off at --guidance-scale {scale:g}",
-            )
-            print(f"warning: {why}; --{flag} does nothing", file=sys.stderr)
+        if getattr(cfg, name) and why:
+            print(f"warning: {why}; --{name.replace('_', '-')} does nothing", file=sys.stderr)
     return steps, scale, negative
 
 

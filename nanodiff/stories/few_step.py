@@ -72,16 +72,17 @@ def few_step(cfg):
     if wrong := among_pictures(cfg.data, "data", cfg.output_dir):
         dist.say(f"warning: {flagged(wrong)}")
     dataset, target = dist.on_main(data.load, cfg.data), record.out / "model"
-    dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, [target, *record.out.glob("steps-*")])
     weights_of = dist.on_main(lambda: [weights.digest(m) if m else None for m in (cfg.model, cfg.student)])
     torch.manual_seed(cfg.seed)
     rounds = [cfg.student_steps]
     if cfg.method == "progressive":
         first = cfg.first_steps or 4 * cfg.student_steps
         rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
+    made = [target, *(record.out / f"steps-{n}" for n in rounds[:-1])]
+    dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, made)
     settings, last = build.lora_settings(cfg) if cfg.lora else None, cfg.model
     for i, n in enumerate(rounds):
-        folder = target if n == rounds[-1] else record.out / f"steps-{n}"
+        folder = target if n == rounds[-1] else made[i + 1]
         work = folder.with_name(f"{folder.name}.training")
         facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
                  "data": dataset.fingerprint(), "lora": settings, **decisive(cfg)}  # fmt: skip
@@ -139,6 +140,7 @@ def teacher_of(sd, student, teacher):
     """The teacher's pipeline for a student `sd` that begins elsewhere. Raises UserError where one cannot learn from the other: another
     latent space, prediction type or text encoder."""
     found = dist.together(pipeline.load, teacher, torch.float32, "cpu")
+    found.check_trainable()
     fewstep.same_space(sd, found)
     if sd.schedule.prediction != found.schedule.prediction:
         raise UserError(

@@ -61,6 +61,14 @@ def load_data(cfg, captions):
     return dataset.subset(sorted(order[n:])), dataset.subset(sorted(order[:n]))
 
 
+def say_unjudged(cfg, run):
+    """A word on options that look at a model at the end of an epoch, of which this run has none."""
+    idle = [n for n in ("validation", "keep_best") if getattr(cfg, n)]
+    if run.total < run.per_epoch and idle:
+        dist.say(f"note: {run.total} updates are less than an epoch ({run.per_epoch}), at whose end the model is judged: "
+                 f"{', '.join('--' + n.replace('_', '-') for n in idle)} will do nothing")  # fmt: skip
+
+
 def make_feed(cfg, dataset, training=True, multiple=1, check=None, tells=False):
     """The loader of the training set, or of the held-out one, whose pictures are never changed and come in order. check(height, width): raises
     UserError for a size that the model cannot have. tells: is the model told sizes and crops (SDXL)?"""

@@ -52,7 +52,8 @@ def transfer(*stages):
 def preflight(cfg, stages):
     """What can be known to be wrong before hours of work. Raises UserError."""
     if transfer_train in stages:
-        apart({"model": cfg.model, "teacher": cfg.teacher}, [cfg.root / "checkpoints"])
+        written = [cfg.work(method) / name for method in cfg.methods for name in ("model", "lora_weights")]
+        apart({"model": cfg.model, "teacher": cfg.teacher}, written)
         build.check_noise(
             cfg, Schedule.from_config(sources.configs(cfg.model).scheduler()[0]), getattr(cfg, "given", ())
         )
@@ -162,6 +163,7 @@ def transfer_train(cfg, record, device):
         make = teach.plain(cfg)
         if method == "online":
             master = dist.together(pipeline.load, cfg.teacher, torch.float32, "cpu")
+            master.check_trainable()
             dist.together(fewstep.same_space, sd, master)
             make = teach.online(cfg, master, dataset.texts, cfg.feature_weight)
         else:

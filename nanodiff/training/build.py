@@ -208,6 +208,7 @@ def student(model):
     """(pipeline, {name: module to train}): all of a model's denoiser."""
     memory.keep_freed_memory()
     sd = pipeline.load(model, torch.float32, "cpu")
+    sd.check_trainable()
     sd.net.requires_grad_(True)
     return sd, {sd.denoiser_name: sd.net}
 

@@ -105,12 +105,10 @@ class Run(State):
 
     def _check_folders(self):
         """Raise UserError where a run would write over what it begins from, or could not write its pictures."""
-        apart(
-            {n: getattr(self.cfg, n, None) for n in INPUTS},
-            [*(self.out / n for n in OUTPUTS), *self.out.glob("model-epoch-*")],
-        )
+        folders = [*(self.out / n for n in OUTPUTS), *self.out.glob("model-epoch-*")]
+        apart({n: getattr(self.cfg, n, None) for n in INPUTS}, folders)
         for name in ("samples", "reconstructions"):
-            if (self.out / name).exists():
+            if (self.out / name).exists() or (self.out / name).is_symlink():
                 out_dir(self.out / name)
 
     # -- what is trained ---------------------------------------------------------------------------------------
@@ -171,10 +169,6 @@ class Run(State):
         if self.total <= self.cfg.lr_warmup_steps:
             dist.say(f"note: {self.total} updates are no more than the warm-up's {self.cfg.lr_warmup_steps:g}: the learning rate only rises "
                      "(--lr-warmup-steps, --max-steps, --epochs)")  # fmt: skip
-        idle = [n for n in ("validation", "keep_best") if getattr(self.cfg, n, 0)]
-        if self.total < per_epoch and idle:
-            dist.say(f"note: {self.total} updates are less than an epoch ({per_epoch}), at whose end the model is judged: "
-                     f"{', '.join('--' + n.replace('_', '-') for n in idle)} will do nothing")  # fmt: skip
 
     def interrupted(self):
         """Has a signal asked this process to end?"""
@@ -185,7 +179,7 @@ class Run(State):
         the others know nothing of it."""
         if self.world == 1 and self.step > self.first_step:
             self.save()
-            dist.say(f"the updates so far are in {self.last_saved}: --resume goes on from there")
+            dist.say(f"the updates so far are in {self.out / f'checkpoint-{self.step}'}: --resume goes on from there")
 
     def same(self, name, value, must=False):
         """Remember what the run was begun with, and say when it is another now; must: raise UserError."""
@@ -392,7 +386,7 @@ class Run(State):
         self.bar = tqdm(total=self.total, initial=self.step, desc="updates", disable=quiet, file=sys.stderr)
         self.clock = said = started = self.began = time.monotonic()
         self.told, self.first_step = 0.0, self.step  # when _tell_epoch() spoke last, and where this process began
-        self.rates, first = [], self.step
+        self.rates, first, due = [], self.step, False
         try:
             while self.step < self.total and not self.reason:
                 self.clock = time.monotonic()  # sheets, validation and checkpoints are no part of an update
@@ -408,10 +402,11 @@ class Run(State):
                     dist.say(f"step {self.step}/{self.total}, {loss}{images:.1f} images/s, {left / 60:.1f} min left")
                     said = now
                 epochs = self.cfg.checkpoint_epochs
-                due = self.cfg.checkpointing_steps and self.step % self.cfg.checkpointing_steps == 0
-                due = due or (epochs and self.step % (epochs * self.per_epoch) == 0)
-                if (due and not self.bad_in_row) or self.signals:
+                due |= bool(self.cfg.checkpointing_steps) and self.step % self.cfg.checkpointing_steps == 0
+                due |= bool(epochs) and self.step % (epochs * self.per_epoch) == 0
+                if (due and not self.bad_in_row) or self.signals:  # amid losses that are not finite it waits
                     self.save()
+                    due = False
                 if system.SAVE in self.signals:  # one that came since the update, amid a sheet, is the next one's
                     self.signals.discard(system.SAVE)
                     self.received.discard(system.SAVE)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,9 @@ OUTPUTS = (
 )  # folders of a run, beside model-epoch-N and checkpoints
 
 
+NEWEST = ("auto", "latest")  # words of `resume`
+
+
 class State:
     """What of a Run survives it: trained weights, their average, the optimizer's state, the loss scale, counters. A resumed run is the
     uninterrupted one, bit for bit on a CPU. Needs Run's attributes."""
@@ -36,10 +41,11 @@ class State:
         return tensors
 
     def save(self):
+        """Write a checkpoint, if there is none of this update yet."""
         if self.saved_step == self.step:
             return
         facts = {
-            "step": self.step, "skipped": self.skipped, "bad_in_row": self.bad_in_row, "epoch": self.epoch, "best": self.best,
+            "step": self.step, "skipped": self.skipped, "epoch": self.epoch, "best": self.best,
             "per_epoch": self.per_epoch, "reason": self.reason, "plateau": self.plateau.state, "stopper": self.stopper.state, "more": self.more,
             "scaler": self.scaler.state_dict(), "world": self.world, "config": as_dict(self.cfg),
             "versions": self.record.data["versions"], "git_commit": self.record.data["git_commit"],
@@ -65,7 +71,9 @@ class State:
             dist.on_main(self._cut_log)
             return
         folder, facts = state
-        if folder.resolve().parent != self.out.resolve():  # another run's, which goes on here
+        # another run's, which goes on here; a link in this folder, or what was put away in it, is its own
+        named = [Path(p) for p in (os.path.abspath(self.cfg.resume), folder)]
+        if self.cfg.resume not in NEWEST and not any(p.is_relative_to(self.out.resolve()) for p in named):
             dist.on_main(self._fresh)
         moving = {
             "resume",

@@ -58,9 +58,13 @@ RENAMES["CLIPModel"] = RENAMES["CLIPVisionModelWithProjection"] = [(r"^(.*\.)?po
 
 
 def digest(model: str | Path) -> dict[str, str] | None:
-    """{file: SHA-256} of a model folder's weights, or of one file; None for what is not here (a Hub id)."""
-    path = Path(model)
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    """{file: SHA-256} of the weights of a model folder's components, or of one file; None for what is not here (a Hub id). Variants count
+    only where there is nothing else."""
+    path, files = Path(model), []
+    for part in sorted(config.parent for config in path.glob("*/config.json")):
+        there = sorted(part.glob("*.safetensors"))
+        files += [f for f in there if f.name.count(".") == 1] or there
+    files = [path] if path.is_file() else files
     return {p.relative_to(path).as_posix() if path.is_dir() else p.name: sha256(p) for p in files} or None
 
 

@@ -110,6 +110,7 @@ RAW = json.loads((TINY / "sd15" / "unet" / "config.json").read_text())
             "1 entries for 3 blocks",
         ),
         ({"reverse_transformer_layers_per_block": [1]}, "1 entries for 4 levels"),
+        ({"time_cond_proj_dim": 3}, "time_cond_proj_dim = 3 is out of range"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"addition_embed_type": "image"}, "addition_embed_type"),
     ],

@@ -317,5 +317,5 @@ def test_one_that_attends_at_fewer_places_than_its_unet(tmp_path):
 def test_a_key_says_not_how_deep_a_network_is_built(models, net, tmp_path):
     deep = {"down_blocks.0.attentions.0.transformer_blocks.100000000.norm1.weight": torch.zeros(1)}
     weights.save_tensors(tmp_path / "x.safetensors", {k: v.clone() for k, v in net.state_dict().items()} | deep)
-    with pytest.raises(UserError, match="has unknown tensor down_blocks"):
+    with pytest.raises(UserError, match="misses tensor down_blocks"):
         control.load(tmp_path / "x.safetensors", models["sd15"].net.cfg, torch.float32, "cpu")

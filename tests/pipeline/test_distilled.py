@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from util import TINY, error_line, recipe, run
 
-from nanodiff import pipeline, weights
+from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
+from nanodiff.models import controlnet
 from nanodiff.models.unet import Config, UNet2DConditionModel
+from nanodiff.pipeline import control
 
 
 def distilled(target, base="sd15", kind=None, **fields):
@@ -50,6 +53,74 @@ def test_guidance_is_told_and_nothing_is_asked_twice(told):
     assert torch.equal(draw(guidance_scale=8.5), draw(guidance_scale=1.0))
 
 
+def test_sdxl_that_is_told(tmp_path):
+    sd = pipeline.load(distilled(tmp_path / "xl", "sdxl", time_cond_proj_dim=32), torch.float32)
+    assert sd.is_told and sd.settings() == (4, 8.5)
+
+
+def test_loras_and_files_of_what_is_told(told, tmp_path):
+    """Its one layer more has a name in every form."""
+    sd = pipeline.load(told, torch.float32)
+    lora.adapt(sd.net, rank=2, component="unet")
+    made = lora.trained({"unet": sd.net})
+    for form in ("diffusers", "kohya"):
+        lora.write(tmp_path / f"{form}.safetensors", made, sd.models(), form)
+        fresh = pipeline.load(told, torch.float32)
+        lora.fuse(fresh.models(), lora.read(tmp_path / f"{form}.safetensors", fresh.models()))
+    pipeline.convert(told, tmp_path / "one.safetensors")
+    names = weights.header([tmp_path / "one.safetensors"])
+    assert "model.diffusion_model.time_embed.cond_proj.weight" in names
+
+
+def test_a_teacher_that_is_told_is_refused_before_the_training(told, tmp_path):
+    (tmp_path / "d").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "d" / f"{i}.png")
+        (tmp_path / "d" / f"{i}.txt").write_text("a")
+    argv = [
+        "distill.py",
+        "few-step",
+        "--method",
+        "dmd",
+        "--data",
+        tmp_path / "d",
+        "--max-steps",
+        1,
+        "--batch-size",
+        1,
+        "--no-evaluate",
+    ]
+    for student in ([], ["--student", TINY / "sd15"]):
+        done = run(*argv, "--model", told, *student, "--output-dir", tmp_path / f"o{len(student)}")
+        assert "told its guidance" in error_line(done) and not list(tmp_path.glob("o*/model*/checkpoint*"))
+
+
+def test_a_controlnet_for_a_model_without_a_middle_has_one(tmp_path):
+    sd = pipeline.load(distilled(tmp_path / "m", mid_block_type=None), torch.float32)
+    net = controlnet.copy_of(sd.net, sd.downscale)
+    weights.save(net, tmp_path / "c")
+    again = control.load(str(tmp_path / "c"), sd.net.cfg, torch.float32, "cpu")
+    assert again.cfg == net.cfg and len(again.middle()) == 1
+
+
+def test_a_controlnets_file_beside_an_uneven_model(tmp_path):
+    """Its depths are its own."""
+    even = pipeline.load(TINY / "sdxl", torch.float32)
+    net = controlnet.copy_of(even.net, even.downscale)
+    weights.save(net, tmp_path / "c")
+    uneven = {
+        "transformer_layers_per_block": [1, [2, 1], [1, 2]],
+        "reverse_transformer_layers_per_block": [[1, 2, 1], [2, 1, 1], 1],
+    }
+    sd = pipeline.load(distilled(tmp_path / "m", "sdxl", **uneven), torch.float32)
+    again = control.load(str(tmp_path / "c" / "diffusion_pytorch_model.safetensors"), sd.net.cfg, torch.float32, "cpu")
+    assert again.cfg.transformer_layers_per_block == even.net.cfg.transformer_layers_per_block
+    mine = controlnet.copy_of(sd.net, sd.downscale)
+    weights.save(mine, tmp_path / "u")
+    again = control.load(str(tmp_path / "u" / "diffusion_pytorch_model.safetensors"), sd.net.cfg, torch.float32, "cpu")
+    assert again.cfg.transformer_layers_per_block[1:] == ((2, 1), (1, 2))
+
+
 def test_what_is_told_its_guidance_on_the_command_line(told, tmp_path):
     draw = [
         "sample.py",
@@ -66,7 +137,7 @@ def test_what_is_told_its_guidance_on_the_command_line(told, tmp_path):
         "--output-dir",
         tmp_path / "o",
     ]
-    done = run(*draw, "--negative-prompt", "b", "--guidance-rescale", 0.5)
+    done = run(*draw, "--negative-prompt", "b", "--guidance-rescale", 0.5)  # the model's own guidance
     assert done.returncode == 0, done.stderr
     assert "told its guidance (time_cond_proj_dim); the negative prompt is not used" in done.stderr
     assert "--guidance-rescale does nothing" in done.stderr

@@ -88,6 +88,9 @@ def test_a_teacher_is_what_its_weights_are(folder):
         and "was made with weights" in err
         and (folder / "out" / "model" / "training.json").read_bytes() == made
     )
+    for said in ("student: ", "is there already"):  # a student inside its teacher's folder is no part of the teacher
+        code, out, err = script(folder, model=teacher, **quick | {"output-dir": teacher / "fast"})
+        assert code == 0 and said in out + err, err
     code, _, err = script(folder, model=folder / "out" / "model", **quick)
     assert code == 2 and "--model" in err and "this run writes to" in err
     assert (folder / "out" / "model" / "training.json").read_bytes() == made

@@ -352,6 +352,9 @@ def test_settings_of_a_file_count_as_said(tmp_path, pictures):
         file,
     )
     assert "--condition none" in error_line(done) and "told by captions" in done.stderr
+    done = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "1", "--model", TINY / "sd15", "--resolution", "32", "--config", file,
+                  "--condition", "text")  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_runs_own_record_is_a_config(tmp_path, pictures):
@@ -867,3 +870,23 @@ def test_a_controlnet_is_planned(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "361.28 M trained, 1066.24 M frozen" in done.stdout, done.stdout
+
+
+def test_less_than_an_epoch_is_not_judged_and_said(tmp_path, pictures):
+    done = train_(
+        "diffusion",
+        pictures,
+        tmp_path / "o",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--keep-best",
+        "--validation",
+        "0.2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "less than an epoch (3), at whose end the model is judged: --validation, --keep-best will do nothing"
+        in done.stderr
+    )

@@ -358,6 +358,40 @@ def test_links_of_others_stay(tmp_path):
     assert {p.name for p in tmp_path.iterdir() if p.is_symlink()} == {"mine"}
 
 
+def test_a_checkpoint_behind_a_link_or_put_away_is_the_runs_own(tmp_path):
+    train(tmp_path / "o", stop=5)
+    (tmp_path / "o" / "checkpoint-6").rename(tmp_path / "elsewhere")
+    (tmp_path / "o" / "checkpoint-6").symlink_to(tmp_path / "elsewhere")
+    _, run = train(tmp_path / "o", total=8, stop=6, resume="auto")
+    assert run.step == 7
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "o" / "keep" / "checkpoint-6")
+    for named in ("checkpoint-6", "keep/checkpoint-6"):
+        run, _ = start(tmp_path / "o", str(tmp_path / "o" / named), max_steps=8)
+        assert run.step == 6
+        run.lock.close()
+
+
+def test_one_skipped_update_costs_no_checkpoint(tmp_path):
+    run, net = start(tmp_path, max_steps=8, net=nn.Linear(1, 1), checkpoints_total_limit=None)
+    for step in run.steps():
+        run.backward(net(torch.tensor([[float("inf") if step in (2, 5) else 1.0]])).sum(), Micro(None))
+        run.update()
+    assert [s for s, _ in checkpoint.found(tmp_path)] == [7, 4]  # each as soon as the losses are finite again
+
+
+def test_what_is_kept_before_an_error_is_what_is_said(tmp_path, capsys):
+    run, net = start(tmp_path, max_steps=8, net=nn.Linear(1, 1))
+    for step in run.steps():
+        run.backward(net(torch.tensor([[float("inf") if step > 3 else 1.0]])).sum(), Micro(None))
+        run.update()
+        if step == 5:
+            break
+    run.step += 1
+    run.keep()
+    assert f"{tmp_path / 'checkpoint-6'}: --resume" in capsys.readouterr().err and run.last_saved.name == "checkpoint-3"
+    assert [s for s, _ in checkpoint.found(tmp_path)] == [6, 3]
+
+
 def test_two_runs_in_one_folder(tmp_path):
     run, _ = start(tmp_path)
     with pytest.raises(UserError, match="another run is using this folder"):
