@@ -287,19 +287,13 @@ def main(argv=None):
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 on unjustified spills or too much shared memory")
     args = parser.parse_args(argv)
-    import torch
-
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["NANODIFF_KERNELS"] = "triton"  # in the processes below: import Triton although there is no GPU
     began, everything = time.time(), []
     jobs = [(a, d, k) for k in sorted(args.head, key=lambda k: (k == 0, -k)) for a in args.arch for d in args.dtype]
     header = ("kernel", "case", "arch", "dtype", "head", "tile", "warps", "stages", "registers", "shared", "spilled")
     print(" ".join(f"{h:<{w}}" for h, w in zip(header, WIDTHS, strict=True)))
-    # forks of one process that has imported everything, where there are such, and none has asked for CUDA
-    forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(["triton", "kernels.report"])
+    context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for part in pool.map(rows, *zip(*jobs, strict=True)):
             for row in part:
