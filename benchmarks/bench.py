@@ -401,6 +401,8 @@ def main():
     args = parser.parse_args()
     results = {}
     for name in CASES if args.cases == "all" else args.cases.split(","):
+        if name not in CASES:
+            parser.error(f"--cases {name}: is none of {', '.join(CASES)}")
         program, model, kind, peer_kinds, pairs, figure = CASES[name]
         pairs = args.pairs or pairs
         folder = ROOT / "tests" / "golden" / model if model.startswith("tiny/") else ROOT / args.work / model

@@ -122,6 +122,8 @@ def main():
     args = parser.parse_args()
     if args.language:
         return language()
+    if args.model is None or not args.model.is_dir():
+        parser.error(f"{args.model}: no such folder; name a model's")
     if args.pictures:
         return pictures(args.model, args.pictures)
     return denoisers(args)

@@ -412,7 +412,7 @@ def swiglu(gate, value, activation="silu"):
 def linear_cross_entropy(x, weight, target, ignore_index=-100, reduction="mean"):
     """Cross-entropy of the logits x weightᵀ, which are never stored: x [T, D], weight [V, D], target [T] -> a number, or
     [T] with reduction "none", in fp32. Targets equal to ignore_index count neither in the sum nor in the mean; others must
-    lie in [0, V), which is not checked on a GPU. Under autocast both operands are cast, as a linear layer's are.
+    lie in [0, V), which is not checked. Under autocast both operands are cast, as a linear layer's are.
 
     Differentiable in x and weight. Raises ValueError for shapes that do not fit, RuntimeError as the switch says.
     """

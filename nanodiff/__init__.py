@@ -17,6 +17,10 @@ __all__ = ["Pipeline", "UserError", "load"]
 FRONT = {"load": "nanodiff.pipeline", "Pipeline": "nanodiff.pipeline"}  # what is offered here: where it is
 
 
+def __dir__():
+    return sorted({*globals(), *FRONT})
+
+
 def __getattr__(name):
     if name in FRONT:
         return getattr(importlib.import_module(FRONT[name]), name)

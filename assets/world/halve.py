@@ -17,7 +17,7 @@ import numpy as np
 from nanodiff import pipeline
 from nanodiff.commandline import tool
 from nanodiff.config import UserError
-from nanodiff.files import out_dir
+from nanodiff.files import apart, out_dir
 
 
 def halved(net):
@@ -43,6 +43,7 @@ def main():
     args = parser.parse_args()
 
     def run():
+        apart({"model": args.model}, [args.output_dir])
         sd = pipeline.load(args.model)
         if not hasattr(sd.net, "transformer_blocks"):
             raise UserError(f"{args.model}: is no MMDiT, it has no blocks of one kind to leave out")

@@ -30,8 +30,10 @@ def entropy(names):
 
 def spread(values):
     """Root-mean-square distance of rows from their mean."""
+    if not len(values):
+        return float("nan")
     values = np.asarray(values, float).reshape(len(values), -1)
-    return float(np.sqrt(((values - values.mean(0)) ** 2).sum(1).mean())) if len(values) else float("nan")
+    return float(np.sqrt(((values - values.mean(0)) ** 2).sum(1).mean()))
 
 
 def look(dataset):

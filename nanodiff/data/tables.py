@@ -1,6 +1,7 @@
 """Text files that say something about pictures: tables, JSON, lists of lines. One reader for training, the captioner and evaluation.
 
-    for where, row in rows("titles.csv"): row["Title"]          # {column: text}, strict
+    header, found = rows("titles.csv")
+    for where, row in found: row["Title"]                       # {column: text}, strict
     lines("prompts.txt")                                        # split at line ends alone
 
 What is ambiguous is refused with its line, because a wrong caption trains as well as a right one: a text with commas and no quotes,

@@ -45,6 +45,8 @@ def pack(path, target, image_column=None, caption_column=None):
     target = Path(target)
     if target.resolve() in {Path(p).resolve() for p in (path, *(item.path for item in data.items))}:
         raise UserError(f"{target}: is a part of what is packed; take another name")
+    if target.suffix.lower() != ".tar":
+        raise UserError(f"{target}: is to be a webdataset shard, whose name ends in .tar")
     partial = target.with_name(f"{target.name}.partial")
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:

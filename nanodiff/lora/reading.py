@@ -35,7 +35,8 @@ def read(
     file = file_of(path)
     if weights.is_pickle(file):
         raise UserError(
-            f"{file}: is a pickle; convert it with `python -m nanodiff.weights convert {file.name} OUT `allow_pickle``"
+            f"{file}: is a pickle; convert it by: "
+            f"python -m nanodiff.weights convert {file} {file.with_suffix('.safetensors')} --allow-pickle"
         )
     tensors, metadata = weights.load_weights(file), weights.metadata(file)
     for model in models.values():  # their layers' shapes are asked for

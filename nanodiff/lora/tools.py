@@ -87,7 +87,9 @@ def inspect(path: str | Path, model: str | None = None) -> None:
 
 
 def convert(source: str | Path, target: str | Path, form: str, model: str | None = None) -> None:
-    """Translate a file. Names change, numbers do not."""
+    """Translate a file. Names change, numbers do not. Raises UserError for a target that is the source."""
+    if Path(source).resolve() == Path(target).resolve():
+        raise UserError(f"{target}: is what is converted; take another name")
     models, found = models_for(source, model)
     if found.words:
         raise UserError(

@@ -62,6 +62,8 @@ def write(
 
     Returns the path that was written. Raises UserError for an empty Lora, and one that changes a layer twice."""
     path, deltas = Path(path), found.deltas
+    if form not in FORMS:
+        raise UserError(f"`form` {form!r}: is none of {', '.join(FORMS)}")
     if not deltas:
         raise UserError(f"{path}: no adapters to write")
     twice = [k for k, n in collections.Counter(d[:2] for d in deltas).items() if n > 1]

@@ -259,7 +259,7 @@ def perturbed(unet, layers):
     Raises UserError for a pattern that is in none."""
     names = {name: m for name, m in unet.named_modules() if name.endswith("attn1")}
     chosen = []
-    for layer in layers:
+    for layer in (layers,) if isinstance(layers, str) else layers:
         try:
             mine = [m for name, m in names.items() if layer and re.search(layer, name)]
         except re.error as e:

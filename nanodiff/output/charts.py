@@ -5,12 +5,11 @@ python -m nanodiff.output.charts loss out/model/metrics.jsonl loss.png
 
 import functools
 import io
-import json
 import math
 import sys
 from pathlib import Path
 
-from nanodiff.config import UserError
+from nanodiff.config import UserError, parse_json
 from nanodiff.files import write_bytes
 
 
@@ -128,9 +127,13 @@ def _running(values, window):
 def logged(log):
     """The lines of a metrics.jsonl as dicts. Raises UserError."""
     try:
-        return [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        lines = Path(log).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise UserError(f"{log}: {e}") from None
+    rows = [parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise UserError(f"{log}: is no metrics.jsonl: a line of one is an object with a `step`")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -306,7 +309,9 @@ if __name__ == "__main__":
     parser.add_argument("target")
     args = parser.parse_args()
     try:
-        losses(args.log, args.target)
+        if not losses(args.log, args.target):
+            sys.exit(1)  # pyplot() has said why
+        print(args.target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -118,6 +118,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 def clip_pixels(image, side, mean=CLIP_MEAN, std=CLIP_STD):
     """A PIL picture as CLIP's vision tower takes it: its shortest side resized to `side` (bicubic), cut to the middle square, normed [3, side, side]."""
+    image = image.convert("RGB")
     w, h = image.size
     short = min(w, h)
     w, h = (side if d == short else int(side * d / short) for d in (w, h))

@@ -29,6 +29,7 @@ from nanodiff.config import UserError, short
 from nanodiff.device import derived, memory, onednn
 from nanodiff.diffusion import grids, samplers, solvers
 from nanodiff.diffusion.schedule import Schedule
+from nanodiff.diffusion.schedule_config import SPACES
 from nanodiff.models.unet import UNet2DConditionModel, perturbed
 from nanodiff.output import images
 from nanodiff.pipeline import control, families, pictures, saving
@@ -340,8 +341,14 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         return steps, scale, height, width
 
     def _sampler(self, given, drawing, height, width):
-        """(sampler, its options, the shift of a flow's times) of a run."""
-        own = samplers.of(self.schedule).run
+        """(sampler, its options, the shift of a flow's times) of a run. Raises UserError for a setting, or a sampler, that is not for the schedule."""
+        row = samplers.of(self.schedule)
+        own = row.run
+        rows = [other for other in samplers.SAMPLERS.values() if other.run is given]
+        if rows and not any((SPACES[other.kind], other.scaled) == (self.schedule.space, row.scaled) for other in rows):
+            raise UserError(
+                f"`sampler` {given.__name__}: does not fit this schedule ({self.schedule.kind}); take with_scheduler() for it"
+            )
         if drawing.eta and own not in (samplers.ddim, solvers.tcd):
             raise UserError(f"`eta` is DDIM's and TCD's; {samplers.name_of(self.schedule)} has no such setting")
         if drawing.churn and own is not samplers.euler:

@@ -114,6 +114,7 @@ class Conditions:
 
         Each different prompt is encoded once and kept, until the encoders change. What does not fit is said. length: tokens of T5.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         how = (clip_skip, long_prompts, weighted, length)
         for encoder in self.encoders:
             if encoder is not None:
@@ -211,6 +212,7 @@ class Conditions:
 
         prompts: n texts. negative_prompt: one text for all, or n. words: settings.Words.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for encoder in self.encoders:
             self.ready(encoder, self.packs)
         n, how = len(prompts), {"long_prompts": words.long_prompts, "weighted": words.weighted}
@@ -233,6 +235,7 @@ class Conditions:
     @torch.no_grad()
     def prepare(self, prompts, negative_prompt=None, *args, **options):
         """Encode what generate() will need and keep it, so that the text encoders work once. Arguments of conditions()."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for i in range(0, len(prompts), GROUP):
             some = negative_prompt if isinstance(negative_prompt, str | None) else negative_prompt[i : i + GROUP]
             self.conditions(prompts[i : i + GROUP], some, *args, **options)

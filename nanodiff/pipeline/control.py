@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanodiff import weights
-from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json, short
 from nanodiff.device import memory
 from nanodiff.models.control_mmdit import SD3ControlNetModel
 from nanodiff.models.controlnet import Config, ControlNetModel, guessed
@@ -149,8 +149,16 @@ def check_fit(net, sd):
 
 def check(control, sd, pictures, height, width):
     """Raise UserError for a ControlNet that is not for this model, and for what cannot be shown to it."""
+    if not isinstance(control, Control):
+        raise UserError(f"`controls`: {short(control)}: expected a Control(net, picture)")
     check_fit(control.net, sd)
-    n, channels, *got = control.picture.shape
+    shown = control.picture
+    if not isinstance(shown, torch.Tensor) or not shown.is_floating_point() or shown.dim() != 4:
+        raise UserError("`controls`: a picture is a tensor of floats [B or 1, 3, H, W] in [0, 1]")
+    least, most = shown.amin().item(), shown.amax().item()
+    if not (least >= -0.01 and most <= 1.01):
+        raise UserError(f"`controls`: a picture with values from {least:g} to {most:g}, expected [0, 1]")
+    n, channels, *got = shown.shape
     if tuple(got) != (height, width):
         raise UserError(f"`controls`: a picture of {got[1]}x{got[0]} for one of {width}x{height}")
     if isinstance(control.net, SD3ControlNetModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanodiff import weights
-from nanodiff.config import UserError, nearest, printable, read_json
+from nanodiff.config import UserError, nearest, printable, read_json, short
 from nanodiff.device import memory
 from nanodiff.models.clip import CLIPVisionModel
 from nanodiff.models.ipadapter import Config, IPAdapter
@@ -63,6 +63,8 @@ def check_fit(adapter, net):
 
 def check(prompt, sd):
     """Raise UserError for an adapter that is not for this model, or cannot be asked where its weights are."""
+    if not isinstance(prompt, ImagePrompt):
+        raise UserError(f"`pictures`: {short(prompt)}: expected an ImagePrompt")
     check_fit(prompt.adapter, sd.net)
     if not memory.whole(sd.net):
         raise UserError("an IP-Adapter needs the whole denoiser in one place: not block by block (offload sequential)")

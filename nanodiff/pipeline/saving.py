@@ -5,6 +5,7 @@ from pathlib import Path
 from nanodiff import weights
 from nanodiff.device import onednn
 from nanodiff.files import write_json
+from nanodiff.pipeline import families
 from nanodiff.text.tokenizer import LabelTokenizer, T5Tokenizer
 
 
@@ -20,6 +21,9 @@ def save(sd, folder, dtype=None, states=None):
             "safety_checker": [None, None],
             "requires_safety_checker": False,
         }
+    if sd.turbo != families.is_turbo(sd.schedule.to_json(), str(folder)) and not sd.sampling("steps"):
+        steps, scale = sd.settings()  # neither the folder's name nor the scheduler will tell
+        index[families.SAMPLING] = {"steps": steps, "guidance_scale": scale}
     index["scheduler"] = ["diffusers", sd.schedule.kind]
     for name in (sd.denoiser_name, "vae", *sd.encoder_names):
         module = sd.models().get(name)

@@ -124,6 +124,16 @@ def check_kinds(drawing: Drawing, start: Start, words: Words) -> None:
         value = getattr(group, name)
         if value is not None and not isinstance(value, kind):
             raise UserError(f"`{name}` {short(value)}: expected a {kind.__name__}")
+    if not 0 <= drawing.eta <= 1:
+        raise UserError(f"`eta` {drawing.eta:g} must be between 0 and 1")
+    if drawing.churn and not (
+        all(map(_is_number, (drawing.churn.amount, drawing.churn.low, drawing.churn.noise))) and min(drawing.churn) >= 0
+    ):
+        raise UserError(f"`churn` {short(drawing.churn)}: expected numbers, 0 or more")
+    if (skip := drawing.skip_layers) and not (
+        isinstance(skip.layers, list | tuple) and all(map(_is_number, (*skip.layers, *skip[1:])))
+    ):
+        raise UserError(f"`skip_layers` {short(skip)}: expected a tuple of layers, and numbers")
     for name in ("controls", "pictures"):
         if not isinstance(getattr(drawing, name), list | tuple):
             raise UserError(f"`{name}` {short(getattr(drawing, name))}: expected a tuple")
@@ -181,6 +191,8 @@ def grouped(settings: dict, *groups) -> list:
     settings = {ALIASES.get(name, name): value for name, value in settings.items()}
     owner = {f.name: i for i, group in enumerate(groups) for f in dataclasses.fields(group)}
     if strange := [name for name in settings if name not in owner]:
-        raise TypeError(f"generate() has no setting {strange[0]!r}{nearest(strange[0], owner)}")
+        raise TypeError(
+            f"generate() has no setting {strange[0]!r}{nearest(strange[0], [*owner, 'seeds', 'generators', 'prompts'])}"
+        )
     mine = [{k: v for k, v in settings.items() if owner[k] == i} for i in range(len(groups))]
     return [dataclasses.replace(group, **some) for group, some in zip(groups, mine, strict=True)]

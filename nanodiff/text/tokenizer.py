@@ -103,6 +103,11 @@ class CLIPTokenizer:
             "pad_token": self.backend.id_to_token(self.pad),
         }
         write_json(folder / "special_tokens_map.json", special)
+        for older in (
+            "tokenizer.json",
+            "added_tokens.json",
+        ):  # of another tokenizer that was here, which a reader would take, too
+            (folder / older).unlink(missing_ok=True)
         kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True}
         if self.words:
             write_json(folder / "added_tokens.json", {word: ids[0] for word, ids in self.words.items()})

@@ -40,6 +40,9 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
         return pipeline.convert(source, target, allow_pickle, components, prediction_type)
     if not is_pickle(source):
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
+    for name, value in (("components", components), ("prediction_type", prediction_type)):
+        if value:
+            raise UserError(f"`{name}` does nothing where a pickle becomes one file of the same names")
     if not allow_pickle:
         raise UserError(f"{source}: reading a pickle can run code; if you trust it, add --allow-pickle")
     tensors = load_pickle(source, nested=True)

@@ -10,6 +10,7 @@ Explained in the book (docs/book): chapter 16.
 import contextlib
 import mmap
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -263,6 +264,8 @@ def save(
         raise UserError(
             f"{folder}: the model has adapters of a LoRA in training, which no reader knows; lora.trained() gives them"
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"`dtype` {dtype!r}: expected a torch dtype of floats, or None for the model's own")
     folder.mkdir(parents=True, exist_ok=True)
     raw = model.cfg.to_json() if hasattr(model.cfg, "to_json") else dict(vars(model.cfg))
     # None is left out where a reader has it by itself
@@ -273,6 +276,11 @@ def save(
     )  # transformers' and diffusers'
     state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
+    for older in folder.glob(
+        f"{stem}.*.safetensors"
+    ):  # variants of what was here: `variant` would take them in place of this file
+        print(f"note: {older}: is removed, since {folder} holds other weights now", file=sys.stderr)
+        older.unlink()
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():  # of a sharded model that was here, which a reader would take in place of this file
         for part in set(read_json(index).get("weight_map", {}).values()):

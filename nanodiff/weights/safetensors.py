@@ -146,8 +146,8 @@ def find_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     pickles = sorted(p for p in folder.iterdir() if is_pickle(p))
     if pickles:
         raise UserError(
-            f"{pickles[0]}: only a pickle here, which can run code when read; "
-            f"convert it with `python -m nanodiff.weights convert {pickles[0].name} OUT `allow_pickle``"
+            f"{pickles[0]}: only a pickle here, which can run code when read; convert it by: "
+            f"python -m nanodiff.weights convert {pickles[0]} {pickles[0].with_suffix('.safetensors')} --allow-pickle"
         )
     raise UserError(f"{folder}: no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
 
@@ -304,6 +304,8 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
         if tensor.layout != torch.strided or tensor.is_meta:
             what = "without numbers (meta)" if tensor.is_meta else f"of the layout {tensor.layout}"
             raise UserError(f"{path}: {printable(name)}: tensors {what} are not written")
+    if strange := [k for k, v in (metadata or {}).items() if not isinstance(v, str)]:
+        raise UserError(f"{path}: metadata {printable(strange[0])} is no text, which is all that a header can hold")
     order = sorted(tensors, key=lambda k: (-ORDER.index(kinds[tensors[k].dtype]), k))
     header, end = {"__metadata__": dict(sorted(({"format": "pt"} | (metadata or {})).items()))}, 0
     for name in order:
