@@ -66,21 +66,25 @@ for step in range(updates):
     times.append(time.perf_counter())
 for e, m in zip(ema, (net, encoder)): e.copy_to(m.parameters())
 net.save_pretrained(out + "/transformer"); encoder.save_pretrained(out + "/text_encoder")
-print("RESULT" + json.dumps({"images_per_s": batch * (len(times) - 11) / (times[-1] - times[10])}))
+caption = files[names[0] + ".txt"].decode()
+with torch.no_grad(): heard = encoder(ids([caption])).last_hidden_state[0, 3].tolist()
+print("RESULT" + json.dumps({"images_per_s": batch * (len(times) - 11) / (times[-1] - times[10]), "caption": caption, "heard": heard}))
 """
 
 
 def peer(args, shard, out, seed, rate, mean, schedule):
-    """Train the peer's; what it says of its speed."""
+    """Train the peer's; (its speed, a caption, what its encoder made of it)."""
     argv = [args.peer, "-c", PEER, WORLD, shard, out, args.updates, args.batch_size, seed, rate, mean, schedule]
     done = subprocess.run(list(map(str, argv)), cwd=ROOT, capture_output=True, text=True, check=False)
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
     if line is None:
         sys.exit(f"error: the peer failed:\n{done.stderr[-2000:]}")
-    for part in ("model_index.json", "scheduler", "vae", "tokenizer"):  # all but what it trained is ours
-        ours = out.parent / f"recipe-{seed}" / "model" / part
-        (shutil.copytree if ours.is_dir() else shutil.copy)(ours, out / part)
-    return json.loads(line[6:])["images_per_s"]
+    recipe = out.parent / f"recipe-{seed}" / "model"
+    # all but what it trained is ours; it was trained with the embedded model's tokenizer
+    for part in (recipe / "model_index.json", recipe / "scheduler", recipe / "vae", WORLD / "tokenizer"):
+        (shutil.copytree if part.is_dir() else shutil.copy)(part, out / part.name)
+    said = json.loads(line[6:])
+    return said["images_per_s"], said["caption"], said["heard"]
 
 
 def logged(run):
@@ -122,7 +126,11 @@ def main():
                 else:
                     shutil.rmtree(run, ignore_errors=True)
                     shard = work / f"held-{study.EIGHTH}.tar"
-                    row, model = {"images_per_s": peer(args, shard, run, seed, *sides[name])}, run
+                    speed, caption, heard = peer(args, shard, run, seed, *sides[name])
+                    row, model = {"images_per_s": speed}, run
+                    mine = pipeline.load(model).encode(caption).states[0, 3].tolist()
+                    if max(abs(a - b) for a, b in zip(mine, heard, strict=True)) > 1e-3:
+                        sys.exit(f"error: {run}: is not told here what its training was told: {caption}")
                 row |= study.summary(pipeline.load(model), "recipe", args.captions)
                 kept.write_text(json.dumps(row, indent=1) + "\n")
             results[name].append(json.loads(kept.read_text()))
