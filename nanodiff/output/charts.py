@@ -62,8 +62,8 @@ def losses(log, target_file, panels=("loss",), target=None):
     of the lines, 50 at most) and one for the learning rate. target: a line in the panel of the KL divergence. Returns True when it was written."""
     rows = logged(log)
     there = [p for p in panels if any(p in r for r in rows)]
-    if not there:
-        raise UserError(f"{log}: no losses in it")
+    if not there or not all("step" in r for r in rows):
+        raise UserError(f"{log}: no losses in it" if not there else f"{log}: a line has no `step`")
     plt = pyplot()
     if plt is None:
         return False
@@ -131,8 +131,8 @@ def logged(log):
     except (OSError, ValueError) as e:
         raise UserError(f"{log}: {e}") from None
     rows = [parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-        raise UserError(f"{log}: is no metrics.jsonl: a line of one is an object with a `step`")
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{log}: is no metrics.jsonl, whose lines are objects")
     return rows
 
 
