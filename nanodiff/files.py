@@ -92,7 +92,7 @@ def apart(given, written):
         for folder in map(Path, written):
             if where and where.is_relative_to(folder.resolve()):
                 raise UserError(
-                    f"`{name}` {path}: this run writes to {folder.name} in its folder, and would replace it; take another `output_dir`"
+                    f"`{name}` {path}: this run writes to {folder}, and would replace it; take another `output_dir`"
                 )
 
 

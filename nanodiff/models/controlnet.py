@@ -58,9 +58,8 @@ class Config(DownConfig):
     def of(cls, unet, **fields):
         """That of a ControlNet for the UNet with the Config `unet`; fields: of a ControlNet's alone."""
         common = {name: getattr(unet, name) for name in DownConfig.__dataclass_fields__}
-        common["mid_block_type"] = (
-            unet.mid_block_type or DownConfig.mid_block_type
-        )  # one of its own, where the UNet has none
+        # one of its own, where the UNet has none
+        common["mid_block_type"] = unet.mid_block_type or DownConfig.mid_block_type
         return cls(**common | fields)
 
     @property

@@ -194,9 +194,8 @@ class Config(DownConfig):
     out_channels: int = 4
     sample_size: int | tuple[int, ...] | None = None  # latents along a side in training: 64 for pictures of 512 px
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = (
-        None  # of the way up, where it is no mirror
-    )
+    # of the way up, where it is no mirror
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     time_cond_proj_dim: int | None = None  # channels in which a model distilled from guidance is told its scale
 
     types = DownConfig.types | {"up_block_types": tuple(UP_TYPES)}
@@ -211,9 +210,9 @@ class Config(DownConfig):
         name, up = "reverse_transformer_layers_per_block", self.reverse_transformer_layers_per_block
         if up is None and not all(isinstance(d, int) for d in self.transformer_layers_per_block):
             raise UserError(f"{where}: transformer_layers_per_block with lists in it needs a {name}")
-        if up is not None and len(up) != len(self.block_out_channels):
-            raise UserError(f"{where}: {name} has {len(up)} entries for {len(self.block_out_channels)} levels")
         if up is not None:
+            if len(up) != len(self.block_out_channels):
+                raise UserError(f"{where}: {name} has {len(up)} entries for {len(self.block_out_channels)} levels")
             _check_long_enough(f"{where}: {name}", self.up_block_types, up, self.layers_per_block + 1)
         if self.time_cond_proj_dim is not None and self.time_cond_proj_dim < 4:
             raise UserError(f"{where}: time_cond_proj_dim = {self.time_cond_proj_dim} is out of range")

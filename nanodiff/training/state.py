@@ -16,14 +16,8 @@ from nanodiff.files import write_bytes
 from nanodiff.training import checkpoint, recipe
 from nanodiff.training.options import Noise
 
-OUTPUTS = (
-    "model",
-    "best_model",
-    "samples",
-    "reconstructions",
-)  # folders of a run, beside model-epoch-N and checkpoints
-
-
+# folders of a run, beside model-epoch-N and checkpoints
+OUTPUTS = ("model", "best_model", "samples", "reconstructions")
 NEWEST = ("auto", "latest")  # words of `resume`
 
 
