@@ -325,9 +325,8 @@ def train_vae(cfg):
             f"--kl-warmup {cfg.kl_warmup} epochs would not end within the run; the best model is picked after it"
         )
     check_feed = make_feed(cfg, held, training=False) if held else None
-    perceptual = vae.make_perceptual(
-        cfg, run.device
-    )  # before resume(): what is refused here loses nothing of an older run
+    # before resume(): what is refused here loses nothing of an older run
+    perceptual = vae.make_perceptual(cfg, run.device)
     nets = {"vae": net} | ({"discriminator": patchgan.PatchDiscriminator()} if cfg.discriminator_weight else {})
     calls = run.trainable(nets)
     run.schedule(feed.per_epoch)

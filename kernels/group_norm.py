@@ -327,10 +327,8 @@ def plan(x, groups, on_chip):
     key = f"{'channels_last' if last else 'contiguous'}/{x.element_size()}"
     default = {"BLOCK": 4096, "WIDE": 64 if last else 4, "PROGRAMS": 1024, "num_warps": 4, "STAGES": 3, "WHOLE": 1}
     cfg = tuned("group_norm", (key,), default)
-    size, times = (
-        power_of_2(P) * block_c,
-        cfg["WHOLE"] if on_chip == ON_CHIP else 1,
-    )  # measured for forward passes alone
+    # measured for forward passes alone
+    size, times = power_of_2(P) * block_c, cfg["WHOLE"] if on_chip == ON_CHIP else 1
     if size <= on_chip * times:
         tile = {"BLOCK_P": power_of_2(P), "BLOCK_C": block_c}
         return {"whole": True, **tile, "num_warps": max(1, min(8 * times, size // 1024))}

@@ -126,10 +126,8 @@ def attention_calls(K, dtype, forward_only=False):
     B, L, N = 2, 4096, 8
     q, k, v, out, dout = (_empty(B, L, N, K, dtype=dtype) for _ in range(5))
     lse = _empty(B, N, L, dtype=torch.float32)
-    odd, odd_lse = (
-        _empty(2, 4429, 24, K, dtype=dtype),
-        _empty(2, 24, 4429, dtype=torch.float32),
-    )  # SD 3.5: image and text
+    # SD 3.5: image and text
+    odd, odd_lse = _empty(2, 4429, 24, K, dtype=dtype), _empty(2, 24, 4429, dtype=torch.float32)
     short_k, short_v = (_empty(B, 77, N, K, dtype=dtype) for _ in range(2))
     bias, mask = _empty(1, N, L, L, dtype=dtype), _empty(B, L, dtype=torch.bool)
     calls = {

@@ -528,6 +528,7 @@ def _verdict(e, less_memory):
     return None, None
 
 
+# named otherwise
 FLAGS = {
     "quirks": "diffusers-quirks",
     "image": "init-image",
@@ -536,7 +537,7 @@ FLAGS = {
     "perturbed": "perturbed-scale",
     "crops_coords_top_left": "crop",
     "controls": "control",
-}  # named otherwise
+}
 
 
 def flagged(text):

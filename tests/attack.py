@@ -104,9 +104,8 @@ def attack_config(rng, folder):
         or key in FORMER
         or (key not in DEFAULTS[sd.schedule.kind] and any(key in f for f in DEFAULTS.values()))
     )
-    other = (
-        path.parent.name == "tokenizer" or path.name == "model_index.json"
-    )  # fields that only transformers and diffusers read
+    # fields that only transformers and diffusers read
+    other = path.parent.name == "tokenizer" or path.name == "model_index.json"
     return (
         None
         if honoured or foreign or other

@@ -14,11 +14,8 @@ ROOMS = (  # a room imports from those before it only; inner imports and importl
     "system", "config", "aliases", "commandline", "files", "device", "diffusion", "weights", "models", "text", "output", "pipeline", "lora", "data", "training", "evaluation",
     "stories",
 )  # fmt: skip
-DOORS = {
-    "corel",
-    "captionset",
-    "__init__",
-}  # where people look for a tool or begin; may look anywhere, nobody imports them
+# where people look for a tool or begin; may look anywhere, nobody imports them
+DOORS = {"corel", "captionset", "__init__"}
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "datasets", "torchvision", "einops", "timm", "lpips"}
 ONLY_IN = {
     "matplotlib": "charts",
@@ -104,10 +101,8 @@ def test_models_know_no_sibling_but_the_layers():
         for name in targets(path):
             if name.startswith("nanodiff.models."):
                 other = name.split(".")[2]
-                half = (path.stem, other) in (
-                    ("controlnet", "unet"),
-                    ("control_mmdit", "mmdit"),
-                )  # the first part of it
+                # the first part of it
+                half = (path.stem, other) in (("controlnet", "unet"), ("control_mmdit", "mmdit"))
                 assert other in ("layers", "upsample") or path.stem == "layers" or half, (
                     f"{path.name} imports a sibling model: {name}"
                 )

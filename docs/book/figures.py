@@ -357,9 +357,8 @@ def looks(plt):
         x, kv = given
         q, k = module.to_q(x), kv[0]
         q, k = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (q, k))
-        kept["shares"] = (
-            (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[-1].mean(0)
-        )  # [L, S] of the guided half
+        # [L, S] of the guided half
+        kept["shares"] = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[-1].mean(0)
 
     hook, shares = layer.register_forward_pre_hook(watch), []
     picture = sd.generate(
@@ -587,9 +586,8 @@ def _learned_change():
     """(the change [64, 64] that a layer has learned from inputs of few directions, one of random numbers of the same length)"""
     g = torch.Generator().manual_seed(12)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    directions = draw(64, 64) * 0.7 ** torch.arange(
-        64, dtype=torch.float64
-    )  # data: a few strong directions, many weak ones
+    # data: a few strong directions, many weak ones
+    directions = draw(64, 64) * 0.7 ** torch.arange(64, dtype=torch.float64)
     x, goal, change = draw(2000, 64) @ directions.T / 4, draw(64, 64) / 8, torch.zeros(64, 64, dtype=torch.float64)
     for _ in range(100):  # gradient descent towards the goal's outputs
         change -= 0.05 * (x @ (change - goal).T).T @ x / len(x)

@@ -38,9 +38,8 @@ NAMES = ("Image_Name", *(n for n in tables.NAMES if n != "Image_Name"))
 CAPTIONS = ("Title", *(n for n in tables.CAPTIONS if n != "Title"))
 SOURCE = "Source_Name"
 UNKNOWN = "?"  # the source of a synthetic row that names none
-LOGGED = re.compile(
-    r"(?P<name>[^,|/\\]+?)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I
-)  # of a job's .out
+# of a job's .out
+LOGGED = re.compile(r"(?P<name>[^,|/\\]+?)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I)
 
 
 # what stands before a picture's name, which may have spaces: a time, a count, a word of the program that wrote the log
@@ -240,9 +239,8 @@ def _items(text):
     lines = []
     for line in re.split(r"\r\n|\n|\r", body):
         line = TAG.sub(" ", line).strip().strip("|").strip()
-        parts = (
-            re.split(r"\s+(?=\(?\d{1,2}[.)]\s)", line) if re.match(r"\(?1[.)]\s", line) else [line]
-        )  # 1. … 2. … 3. … on one
+        # 1. … 2. … 3. … on one
+        parts = re.split(r"\s+(?=\(?\d{1,2}[.)]\s)", line) if re.match(r"\(?1[.)]\s", line) else [line]
         lines += [part.lstrip("> ").strip() for part in parts]
     return [
         (line, any((m := MARK.match(form)) and m.end() < len(form) for form in (line, line.replace("*", ""))))

@@ -43,9 +43,8 @@ def prepare(data_dir, base_dir=".", output_dir="training_data/corel", figs_dir="
     source, target, figs = (Path(base_dir) / p for p in (data_dir, output_dir, figs_dir))
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
-    made = [
-        p.resolve() for p in (target, figs) if p.resolve() != source.resolve()
-    ]  # of an earlier run, when they lie in the source
+    # of an earlier run, when they lie in the source
+    made = [p.resolve() for p in (target, figs) if p.resolve() != source.resolve()]
     here = [p for p in source.rglob("*") if tables.is_data(p.relative_to(source)) and p.is_file()]
     here = [p for p in here if not set(made) & set(p.resolve().parents)]
     found = sorted((m[1], p) for p in here if (m := NAME.fullmatch(p.name)))

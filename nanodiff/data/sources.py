@@ -38,13 +38,8 @@ from nanodiff.output.images import SUFFIXES, fit, open_image
 
 TABLES = {".parquet", ".arrow"}
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "captions.json")
-BESIDE = {
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-}  # suffixes of what stands beside pictures and says something about them
+# suffixes of what stands beside pictures and says something about them
+BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
 IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
 
@@ -74,9 +69,8 @@ class Dataset:
         self.texts = [item.captions for item in items]
         self.captions = [texts[0] if texts else None for texts in self.texts]
         self.labels = [item.label for item in items]
-        self.known_labels = known_labels or sorted(
-            {label for label in self.labels if label}
-        )  # a part's: the whole set's
+        # a part's: the whole set's
+        self.known_labels = known_labels or sorted({label for label in self.labels if label})
 
     def __len__(self):
         return len(self.items)

@@ -94,9 +94,8 @@ class _Attention(torch.autograd.Function):
         q_columns, slope_columns = (x.permute(0, 2, 3, 1).contiguous() for x in (q, dout))  # [B, N, K, L]
         k_columns = keys.transpose(2, 3).to(q.dtype).contiguous()  # [B, N, K, S]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (
-            torch.zeros_like(keys.transpose(2, 3), memory_format=torch.contiguous_format) for _ in range(2)
-        )  # [B, N, K, S]
+        # [B, N, K, S]
+        dk, dv = (torch.zeros_like(keys.transpose(2, 3), memory_format=torch.contiguous_format) for _ in range(2))
         for b, n, rows in _blocks(q, k.shape[1]):
             p = onednn.product(queries[b, n, rows], keys[b, n]).softmax(-1)  # [rows, S]
             ds = onednn.product(slopes[b, n, rows], values[b, n]).sub_(mean[b, n, rows]).mul_(p).to(q.dtype)

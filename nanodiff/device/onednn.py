@@ -150,9 +150,8 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        times = (
-            nn.functional.linear if torch.is_grad_enabled() else product
-        )  # PyTorch's where the gradient's gradient is wanted
+        # PyTorch's where the gradient's gradient is wanted
+        times = nn.functional.linear if torch.is_grad_enabled() else product
         rows = dy.flatten(0, -2)
         for_x, for_weight, for_bias = ctx.needs_input_grad
         dx = times(dy, weight.t()) if for_x else None

@@ -17,12 +17,8 @@ from nanodiff.config import UserError
 from nanodiff.diffusion.schedule import leading, split
 from nanodiff.diffusion.schedule_config import GRID
 
-UNROUNDED = (
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-)  # whose timesteps of Karras's σ lie between the training's
+# whose timesteps of Karras's σ lie between the training's
+UNROUNDED = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 
 
 class Step(NamedTuple):
@@ -65,9 +61,8 @@ def sigma_grid(schedule, n):
     if cfg.get("interpolation_type") == "log_linear":
         sigmas = np.exp(np.linspace(np.log(every[-1]), np.log(every[0]), n + 1, dtype=np.float32))
     span = (every[-1], every[0]) if multistep else (sigmas[0], sigmas[-1])
-    stated = (
-        cfg if schedule.kind == "LMSDiscreteScheduler" else schedule.raw
-    )  # whatever class the file is of, as in diffusers
+    # whatever class the file is of, as in diffusers
+    stated = cfg if schedule.kind == "LMSDiscreteScheduler" else schedule.raw
     top = stated.get("sigma_max") or float(span[0])
     low = stated.get("sigma_min") or float(span[1])
     other = respaced(cfg, top, low, n)

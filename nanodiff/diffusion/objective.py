@@ -74,9 +74,8 @@ def weight(schedule, t, min_snr=None):
         return clipped
     if schedule.prediction == "v_prediction":
         return clipped / (snr + 1)
-    return (
-        clipped / (snr.sqrt() + 1) ** 2
-    )  # x0 = x - σ (ε - x0) and 1/σ = 1 + √SNR: its squared error is (1 + √SNR)² times x0's
+    # x0 = x - σ (ε - x0) and 1/σ = 1 + √SNR: its squared error is (1 + √SNR)² times x0's
+    return clipped / (snr.sqrt() + 1) ** 2
 
 
 def squared(error):
@@ -94,11 +93,8 @@ def pseudo_huber(error, c=0.1):
     return 2 * c * ((error.pow(2) + c * c).sqrt() - c)
 
 
-LOSSES = {
-    "mse": squared,
-    "l1": absolute,
-    "huber": pseudo_huber,
-}  # of the error, elementwise, by the name on the command line
+# of the error, elementwise, by the name on the command line
+LOSSES = {"mse": squared, "l1": absolute, "huber": pseudo_huber}
 
 
 def diffusion(model, schedule, x0, noise, t, min_snr=None, loss="mse"):

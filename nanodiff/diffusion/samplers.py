@@ -117,9 +117,8 @@ def pndm(model, x, schedule, n, noise, start=0, quirks=False):
         prev = t - ratio if quirks else next((u for u in times[start + i :] if u < t), -1)
         out = model(x, t)
         if len(history) == 1 and before is not None:  # second visit: redo the first step with the mean slope
-            above = next(
-                (u for u in times[start + i :: -1] if u > t), before[1]
-            )  # of the whole list: a run may begin at its second entry
+            # of the whole list: a run may begin at its second entry
+            above = next((u for u in times[start + i :: -1] if u > t), before[1])
             x, t, prev = before[0], t + ratio if quirks else above, t
             out, before = (out + history[-1]) / 2, None
         else:

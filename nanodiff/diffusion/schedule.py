@@ -101,9 +101,8 @@ class Schedule:
         cfg = DEFAULTS[kind] | {k: v for k, v in raw.items() if k in DEFAULTS[kind]}
         for key, values in SAME.get(kind, {}).items():
             cfg[key] = values.get(cfg[key], cfg[key]) if isinstance(cfg[key], str) else cfg[key]
-        _check_values(
-            cfg | {k: raw[k] for k in ("sigma_min", "sigma_max") if k in raw}, kind, where
-        )  # see grids.sigma_grid
+        # see grids.sigma_grid
+        _check_values(cfg | {k: raw[k] for k in ("sigma_min", "sigma_max") if k in raw}, kind, where)
         spacings = [k for k in SPACINGS if cfg.get(k)]
         if len(spacings) > 1:
             raise UserError(f"{where}: only one of {' and '.join(spacings)} can be set")

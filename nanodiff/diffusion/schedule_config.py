@@ -196,10 +196,8 @@ FOREIGN = {
     "predictor_order", "corrector_order", "tau_func", "eta", "rho", "sigma_data",
     "sigma_schedule", "s_noise", "s_churn", "s_min", "s_max", "clip_denoised", "noise_sampler_seed", "gamma",
 }  # fmt: skip
-FORMER = {
-    "tensor_format": ("pt", "np"),
-    "predict_epsilon": (True,),
-}  # fields of diffusers < 0.9, and the values that change nothing
+# fields of diffusers < 0.9, and the values that change nothing
+FORMER = {"tensor_format": ("pt", "np"), "predict_epsilon": (True,)}
 _DPM = {
     "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     "algorithm_type": {"deis": "dpmsolver++"},

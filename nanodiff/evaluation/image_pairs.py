@@ -78,9 +78,8 @@ def pairs(folders, pairings, settings, names=similarity.NAMES, loss=None):
 
     def run():
         before = sys.getswitchinterval()
-        sys.setswitchinterval(
-            1e-4
-        )  # a thread that comes back from Pillow or NumPy need not wait 5 ms for Python's lock: a third less time
+        # a thread that comes back from Pillow or NumPy need not wait 5 ms for Python's lock: a third less time
+        sys.setswitchinterval(1e-4)
         try:
             with concurrent.futures.ThreadPoolExecutor(max(settings.workers, 1)) as pool:
                 return list(dist.progress(pool.map(one, mine), len(mine), "pairs"))

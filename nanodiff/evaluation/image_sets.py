@@ -30,10 +30,8 @@ NEEDS_PROMPTS = ("clip_score", "modality_gap")
 OF_FEATURES = ("fid", "kid", "prdc", "memorisation", "diversity")
 SPACES = ("inception", "clip", "pixels")
 RESAMPLES = 20  # for FID's interval
-FEWER = {
-    "is": " (a number of `is_splits`)",
-    "prdc": " (one more than `nearest_k`)",
-}  # what says how many pictures are needed
+# what says how many pictures are needed
+FEWER = {"is": " (a number of `is_splits`)", "prdc": " (one more than `nearest_k`)"}
 
 
 @dataclass
@@ -343,9 +341,8 @@ def _prompts_from(dataset, path):
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
         keys = dataset.keys
-        parts = [
-            re.split(r"(\d+)", bare(k)) for k in keys
-        ]  # texts and numbers in turn: the pictures are numbered where one number is all that differs
+        # texts and numbers in turn: the pictures are numbered where one number is all that differs
+        parts = [re.split(r"(\d+)", bare(k)) for k in keys]
         numbered = (
             len(set(map(len, parts))) == 1 and [len(set(p)) > 1 for p in zip(*parts, strict=True)].count(True) == 1
         )

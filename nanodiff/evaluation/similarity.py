@@ -61,9 +61,8 @@ def ssim(a, b, window=7):
     if min(a.shape[:2]) < window:
         raise UserError(f"SSIM needs pictures of {window}x{window} pixels or more, here {a.shape[1]}x{a.shape[0]}")
     n = window * window
-    small, kind = (
-        (np.int16, np.int32) if 255 * n < 1 << 15 else (np.int64, np.int64)
-    )  # nothing below exceeds 2 (255 n)²
+    # nothing below exceeds 2 (255 n)²
+    small, kind = (np.int16, np.int32) if 255 * n < 1 << 15 else (np.int64, np.int64)
     sx, sy = (_box(z.astype(small), window).astype(kind) for z in (a, b))
     x, y = a.astype(kind), b.astype(kind)
     sxy, both = _box(x * y, window), _box(x * x + y * y, window)

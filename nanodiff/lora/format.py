@@ -43,11 +43,8 @@ OTHERS = {  # pattern in a key: the method, which is no plain LoRA; refused by n
     r"\.diff(_b)?$": "a full weight difference",
     r"glora": "GLoRA",
 }
-COMFYUI = {
-    "text_encoder": ("clip_l", "clip_h"),
-    "text_encoder_2": ("clip_g",),
-    "text_encoder_3": ("t5xxl",),
-}  # as it saves them
+# as it saves them
+COMFYUI = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",), "text_encoder_3": ("t5xxl",)}
 KOHYA = {
     "unet": ("lora_unet_",),
     "transformer": ("lora_unet_", "lora_transformer_"),

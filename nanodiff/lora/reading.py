@@ -161,13 +161,8 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
 
 NAMED = re.compile(r"\.lora_[AB]\.([\w-]+)\.weight$")
 WHOSE = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # lora_adapter_metadata speaks of
-REPLACED = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # PEFT's beginnings that take a part out of the model's weights
+# PEFT's beginnings that take a part out of the model's weights
+REPLACED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # of adapter_config.json
 ADAPTER = {"use_rslora": bool, "use_dora": bool, "lora_alpha": float, "alpha_pattern": dict, "peft_type": str}
 
@@ -183,9 +178,8 @@ def _settings(file, metadata):
         if not isinstance(flat, dict):
             raise UserError(f"{file}: lora_adapter_metadata is no JSON object")
         for key, value in flat.items():
-            prefix, _, name = key.rpartition(
-                "."
-            )  # without one of the denoiser alone, as its save_lora_adapter() writes it
+            # without one of the denoiser alone, as its save_lora_adapter() writes it
+            prefix, _, name = key.rpartition(".")
             if prefix not in ("", *WHOSE):
                 raise UserError(
                     f"{file}: lora_adapter_metadata is of {printable(prefix)!r}, none of {', '.join(WHOSE)}"

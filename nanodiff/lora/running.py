@@ -75,9 +75,8 @@ class Fused:
         for d, layer in zip(lora.deltas, layers, strict=True):
             weight = layer.weight
             if keep:
-                shared = (
-                    weight.data.untyped_storage().nbytes() > weight.data.nbytes
-                )  # such as with q and k (layers.join)
+                # such as with q and k (layers.join)
+                shared = weight.data.untyped_storage().nbytes() > weight.data.nbytes
                 self.before.append((weight, weight.data.clone() if shared else weight.data, d))
             weight.data = self._with(d, weight.data, scale)  # never in place: it may be a mapped file
         for model in models.values():

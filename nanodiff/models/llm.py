@@ -287,9 +287,8 @@ class Attention(nn.Module):
 def hidden(L, S, window, mask, dtype):
     """[B, 1, L, S] of 0 and -inf for a text with padding on the left, where padding sees itself: a query that saw nothing would give NaN,
     and NaN times a weight of 0 is NaN for all."""
-    back = (
-        torch.arange(L, device=mask.device)[:, None] + (S - L) - torch.arange(S, device=mask.device)
-    )  # key j lies so far back
+    # key j lies so far back
+    back = torch.arange(L, device=mask.device)[:, None] + (S - L) - torch.arange(S, device=mask.device)
     seen = (back >= 0) & (back < window) if window else back >= 0
     seen = (seen & mask[:, None]) | (back == 0)
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, -torch.inf)[:, None]

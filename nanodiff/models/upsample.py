@@ -53,11 +53,12 @@ class Upsample(nn.Module):
             conv = type(self.conv)(C, 4 * C, 2, padding=1, device="meta")
             taken = (((0, 1), (1, 2)), ((0, 2), (2, 1)))  # first row (or column) and how many, for each phase
             wide = torch.promote_types(weight.dtype, torch.float32)  # summed in fp32, rounded once
+            # the four of phase (0, 0), of (0, 1), …, each [C, C]
             sums = [
                 weight.narrow(2, *rows).narrow(3, *columns).sum((2, 3), dtype=wide).to(weight.dtype)
                 for a, b in itertools.product(range(2), repeat=2)
                 for rows, columns in itertools.product(taken[a], taken[b])
-            ]  # the four of phase (0, 0), of (0, 1), …, each [C, C]
+            ]
             sums = torch.stack(sums).view(4, 2, 2, C, C).permute(0, 3, 4, 1, 2).flatten(0, 1)
             sums = sums.contiguous(memory_format=torch.channels_last)
             conv.weight = nn.Parameter(sums, requires_grad=False)

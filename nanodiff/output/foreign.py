@@ -36,13 +36,8 @@ COMFYUI = (
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
 )
 FLOWS = {"euler": "flow_euler", "heun": "flow_heun"}  # what those names mean where the model is a flow
-GRIDS = (
-    "karras",
-    "exponential",
-    "sgm_uniform",
-    "beta",
-    "simple",
-)  # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
+# ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
+GRIDS = ("karras", "exponential", "sgm_uniform", "beta", "simple")
 # inputs that are no value of a node
 SHORT = ("dpm_2", "dpm_2_ancestral")  # which leave a noise level out
 CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline", "strip_newlines")

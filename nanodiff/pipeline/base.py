@@ -47,9 +47,8 @@ class Result:
     """What generate() gives back."""
 
     pixels: torch.Tensor | None  # [B, 3, H, W], about [-1, 1]; None of output_type "latent"
-    latents: (
-        torch.Tensor
-    )  # [B, C, h, w], final, as the VAE's decode() takes them; of a part of a run with noise in them
+    # [B, C, h, w], final, as the VAE's decode() takes them; of a part of a run with noise in them
+    latents: torch.Tensor
     history: list = field(default_factory=list)  # the Steps, when asked for
     output_type: str = "pil"  # of `images`
 

@@ -21,11 +21,8 @@ from nanodiff.pipeline.single import placed
 from nanodiff.weights import hub, original_names
 
 # the first word of tensors by which files of other kinds are told
-CHECKPOINT = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-)  # of a Stable Diffusion in original names
+# of a Stable Diffusion in original names
+CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 OTHERS = (
     ("lora_controlnet", "a Control-LoRA"),
     ("lllite", "a ControlNet-LLLite"),
@@ -266,9 +263,8 @@ def from_file(path, unet, dtype, device, allow_pickle=False):
         known.add(where)
         state[key] = placed(weights.as_weight(get(where), where, path), device, dtype)
     rest = [key for key in shapes if key not in known and not original_names.LEFT_OUT.match(key)]
-    whole = (
-        [key for key in rest if key.startswith(CHECKPOINT)] if prefix else []
-    )  # the first releases hold the Stable Diffusion beside them
+    # the first releases hold the Stable Diffusion beside them
+    whole = [key for key in rest if key.startswith(CHECKPOINT)] if prefix else []
     if strange := [key for key in rest if key not in whole]:
         raise UserError(f"{path}: has unknown tensor {printable(strange[0])}{nearest(strange[0], known)}")
     if whole:

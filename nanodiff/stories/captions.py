@@ -198,9 +198,8 @@ class Writer:
             reply = self.rows[i].captions[0].split()[0] + text.split("\n")[0]
         elif not self.chat:
             reply = text.split("\n\n")[0]
-        return reply, ended or reply.count("\n") != text.count(
-            "\n"
-        )  # what was cut off at a line's end left whole lines
+        # what was cut off at a line's end left whole lines
+        return reply, ended or reply.count("\n") != text.count("\n")
 
 
 def template_of(cfg):

@@ -54,9 +54,8 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
     todo = dist.on_main(_begin, folder, jobs, how, anew, exact)
     if len(todo) < len(jobs):
         dist.say(f"{folder}: {len(jobs) - len(todo)} of {len(jobs)} pictures are there already")
-    lacking = {
-        job.name for job in todo
-    }  # batches are those of the whole list: what is drawn again is rounded as it was
+    # batches are those of the whole list: what is drawn again is rounded as it was
+    lacking = {job.name for job in todo}
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     batches = [batch for batch in batches if any(job.name in lacking for job in batch)]
     mine, failed = batches[dist.world().rank :: dist.world().size], {}

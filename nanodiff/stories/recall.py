@@ -26,10 +26,8 @@ def remembered(cfg, facts, sd, tagged=None):
     """Everything that --from-image needs, as JSON values. tagged: {name: hash} of the picture's own LoRAs."""
     dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(sd.dtype).removeprefix("torch.")]
     values = as_dict(cfg) | facts | {"model": cfg.model or "embedded", "dtype": dtype}
-    shown = {
-        "lora_hashes": sd.hashes | (tagged or {}),
-        "model_hash": sd.model_hash() if sd.model_hash else None,
-    }  # for other programs' eyes
+    # for other programs' eyes
+    shown = {"lora_hashes": sd.hashes | (tagged or {}), "model_hash": sd.model_hash() if sd.model_hash else None}
     return {k: values[k] for k in REMEMBERED} | {k: v for k, v in shown.items() if v}
 
 

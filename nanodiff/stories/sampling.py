@@ -385,11 +385,8 @@ def one_picture(cfg, base, prompt, seed, path, progress):
 def dry_run(cfg, device):
     """Print what a run would take, or of a study the cell that takes most, from configurations alone."""
     _, cells, variants = parsed(cfg) if cfg.study is not None else (None, [{}], [cfg])
-    known, plans, refused = (
-        {},
-        {},
-        {},
-    )  # known: {settings that memory hangs on: plan}; the others: {cell: plan, or why there is none}
+    # known: {settings that memory hangs on: plan}; the others: {cell: plan, or why there is none}
+    known, plans, refused = {}, {}, {}
     for i, variant in enumerate(variants):
         settings = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | WITHOUT_MEMORY}
         settings["guided"] = variant.guidance_scale is None or variant.guidance_scale > 1

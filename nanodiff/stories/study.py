@@ -27,13 +27,8 @@ FIXED = {  # settings that do not change the picture, or that a study sets itsel
     "study", "output_dir", "output", "base_dir", "nrow", "named", "overwrite", "txt", "labels", "save_latents", "progress_strip", "metadata",
     "from_image", "prompts_file", "num_images", "batch_size", "device", "token", "dry_run", "preview",
 }  # fmt: skip
-SAME = {
-    "offload",
-    "vae_tiling",
-    "compile",
-    "cuda_graph",
-    "kernels",
-}  # settings that change how a picture is made, not the picture
+# settings that change how a picture is made, not the picture
+SAME = {"offload", "vae_tiling", "compile", "cuda_graph", "kernels"}
 NONE = ("", "none", "None")
 
 
@@ -116,10 +111,8 @@ def sheet(rows, axes, folder, nrow=None):
     return images.grid(cells, nrow or across, labels)
 
 
-NUMBER, COUNTED = (
-    r"\d{5,9}\.png",
-    r"\d{5,7}\.png",
-)  # of a study's pictures; and those that it counts on from (eight digits are a date)
+# of a study's pictures; and those that it counts on from (eight digits are a date)
+NUMBER, COUNTED = r"\d{5,9}\.png", r"\d{5,7}\.png"
 
 
 class Finished:

@@ -25,9 +25,8 @@ class Job(NamedTuple):
 
 # the texts of the further text encoders, as settings of pipeline.Words
 OTHERS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
-EMBEDDING = re.compile(
-    r"\bembedding:(?:[\w.-]+[\\/])*([\w-]+(?:\.[\w-]+)*?)(?:\.(?:pt|bin|safetensors))?(?![\w-])"
-)  # ComfyUI's mark of a learned word
+# ComfyUI's mark of a learned word
+EMBEDDING = re.compile(r"\bembedding:(?:[\w.-]+[\\/])*([\w-]+(?:\.[\w-]+)*?)(?:\.(?:pt|bin|safetensors))?(?![\w-])")
 
 
 def worded(words, batch):
@@ -80,9 +79,8 @@ def job(cfg, prompt, negative, seed):
         return Job(prompt, prompt, seed, (), negative, others)
     folder = cfg.wildcards if cfg.prompt_syntax == "a1111" else None
     dynamic = cfg.prompt_syntax == "a1111"
-    theirs = getattr(
-        cfg, "adopted", False
-    )  # another program's picture says what was chosen: braces in its texts are plain, not in typed ones
+    # another program's picture says what was chosen: braces in its texts are plain, not in typed ones
+    theirs = getattr(cfg, "adopted", False)
     if not theirs or "prompt" in cfg.given:
         prompt = syntax.chosen(prompt, seed, folder, dynamic)
     if negative is not None and (not theirs or "negative_prompt" in cfg.given):

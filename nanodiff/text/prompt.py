@@ -115,10 +115,8 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
         if weight is None:  # BREAK
             rows, row, at_comma = [*rows, row], [], 0
             continue
-        pieces, comfyui = (
-            tokenizer.pieces(text),
-            weighted == "comfyui",
-        )  # which keeps short parts whole, and knows no rule of commas
+        # which keeps short parts whole, and knows no rule of commas
+        pieces, comfyui = tokenizer.pieces(text), weighted == "comfyui"
         whole = comfyui and len(pieces) < SHORT_PART
         for i, piece in enumerate(pieces):
             if len(row) == room or (whole and i == 0 and len(row) + len(pieces) > room):

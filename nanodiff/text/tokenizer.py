@@ -21,13 +21,8 @@ from nanodiff.files import write_bytes, write_json
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = ASSETS / "clip" / "merges.txt"
 NO_LIMIT = 1 << 20  # tokens; a larger model_max_length (transformers writes 1e30) means that there is no limit
-PLAIN = {
-    "lstrip": False,
-    "rstrip": False,
-    "single_word": False,
-    "normalized": True,
-    "special": False,
-}  # of a learned word
+# of a learned word
+PLAIN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -244,9 +239,8 @@ class TextTokenizer:
 
     def __init__(self, backend, begin=None, size=None):
         self.backend, self.begin, self.size = backend, begin, size
-        self.spaced = (
-            backend.token_to_id("a</w>") is not None
-        )  # are words written with a space behind them? (see learned())
+        # are words written with a space behind them? (see learned())
+        self.spaced = backend.token_to_id("a</w>") is not None
 
     @classmethod
     def load(cls, folder, cfg):

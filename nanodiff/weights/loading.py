@@ -271,9 +271,8 @@ def save(
     # None is left out where a reader has it by itself
     said = {k: v for k, v in raw.items() if v is not None or getattr(type(model.cfg), k, None) is not None}
     write_json(folder / "config.json", {"_class_name": model.class_name, **said})
-    stem = (
-        STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
-    )  # transformers' and diffusers'
+    # transformers' and diffusers'
+    stem = STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
     state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
     for older in folder.glob(

@@ -198,9 +198,8 @@ def test_duplicates(tmp_path):
     known = str(tmp_path / "s" / "known.png")
     synthetic.append(Row("known", ("  DISH   3 ",), known, "o3"))  # an original's caption
     picture(tmp_path / "s", "again", 98)
-    synthetic.append(
-        Row("zz", ("Dish 4 style 0", "dish 4 new"), str(tmp_path / "s" / "again.png"), "o4")
-    )  # one that is there already
+    # one that is there already
+    synthetic.append(Row("zz", ("Dish 4 style 0", "dish 4 new"), str(tmp_path / "s" / "again.png"), "o4"))
     parts, counts = captionset.split(original, synthetic, 0)
     every = {row.name: row for rows in parts.values() for row in rows}
     assert not {"stolen", "known"} & set(every)

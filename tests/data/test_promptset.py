@@ -68,9 +68,8 @@ def test_the_dogs():
 def test_lists(tmp_path):
     csv = put(tmp_path, "p.csv", 'id,prompt,category\n1,"a cat, sitting",closeup\n2,a dog,\n3,a fox, \n')
     assert promptset.read(csv).pairs == [("closeup", "a cat, sitting"), ("standard", "a dog"), ("standard", "a fox")]
-    csv = put(
-        tmp_path, "t.csv", 'Image_Name,Title\n1,"[""a cat, sitting"", ""a tabby""]"\n2,a [red] dog\n'
-    )  # caption.py's
+    # caption.py's
+    csv = put(tmp_path, "t.csv", 'Image_Name,Title\n1,"[""a cat, sitting"", ""a tabby""]"\n2,a [red] dog\n')
     assert [text for _, text in promptset.read(csv).pairs] == ["a cat, sitting", "a tabby", "a [red] dog"]
     assert promptset.read(put(tmp_path, "p.tsv", "what\tn\na fox\t1\n"), "what").pairs == [("standard", "a fox")]
     text = promptset.read(put(tmp_path, "p.txt", "﻿# mine\na cat\n\n a dog \na fox\n"))

@@ -77,9 +77,8 @@ def test_progressive_asks_for_the_one_jump_that_ends_where_the_teacher_ends(kind
         loss = fewstep.progressive(student, perfect(s), s, x0, noise, i, n, substeps)
         (gradient,) = torch.autograd.grad(loss, answer)
         a, b = fewstep.coefficients(s, t, x)
-        factor = {"epsilon": a**-2, "sample": b**-2, "v_prediction": 1.0, "flow": 1.0}[
-            kind
-        ]  # of the loss, which is a parabola
+        # of the loss, which is a parabola
+        factor = {"epsilon": a**-2, "sample": b**-2, "v_prediction": 1.0, "flow": 1.0}[kind]
         answer.data -= 0.5 * gradient * answer.numel() / factor
     got = fewstep.jump(s, student, x, t, u)
     assert loss < 1e-6 and torch.allclose(got, end, atol=1e-3)

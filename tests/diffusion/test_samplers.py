@@ -183,6 +183,7 @@ def run_times(schedule, name, n):
         yield step.t
 
 
+# at least, on these grids
 ORDER = {
     "ddim": 0.7,
     "euler": 0.6,
@@ -196,7 +197,7 @@ ORDER = {
     "lms": 2.5,
     "ipndm": 0.9,
     "kdpm2": 1.5,
-}  # at least, on these grids
+}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -418,9 +419,8 @@ def test_an_end_that_comes_twice(name, n):
 )
 def test_a_name_says_the_method_whatever_the_file_says(own):
     raw = SD | own | {"_class_name": "DPMSolverMultistepScheduler"}
-    assert (
-        samplers.schedule_of(raw, "f").cfg | own == samplers.schedule_of(raw, "f").cfg
-    )  # without a name it is the file's
+    # without a name it is the file's
+    assert samplers.schedule_of(raw, "f").cfg | own == samplers.schedule_of(raw, "f").cfg
     again = samplers.rescheduled(samplers.schedule_of(raw, "f"), None)
     assert again.cfg | own == again.cfg
     for name in SAMPLERS:
@@ -622,9 +622,8 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
         np.testing.assert_allclose(samplers.flow_sigmas(other, 4), want, rtol=1e-6)
         assert samplers.flow_sigmas(other, 4)[3] > 0.24 and samplers.flow_sigmas(other, 1) == [1, 0]
         assert samplers.times(other, 4) == [s * 1000 for s in samplers.flow_sigmas(other, 4)[:-1]]
-        simple = samplers.spaced_by(
-            other, None, "simple"
-        )  # every T/n-th of the training's levels from the top, rounded down
+        # every T/n-th of the training's levels from the top, rounded down
+        simple = samplers.spaced_by(other, None, "simple")
         np.testing.assert_allclose(
             samplers.flow_sigmas(simple, 7), [bend(1 - (1000 * i // 7) / 1000) for i in range(7)] + [0], rtol=1e-6
         )

@@ -157,9 +157,8 @@ def test_memorisation():
     assert 0.3 < metrics.memorisation(train, rng.normal(size=(300, 5))).share < 0.7
     copies = metrics.memorisation(train, train[7:8] + 1e-9)
     assert copies.nearest.tolist() == [7] and copies.ratio[0] < 1e-6
-    twice = np.concatenate(
-        [train, train[7:8]]
-    )  # a picture with a double in the training set is copied most easily of all
+    # a picture with a double in the training set is copied most easily of all
+    twice = np.concatenate([train, train[7:8]])
     copies = metrics.memorisation(twice, train[7:8] + 1e-9)
     assert copies.share == 1 and copies.nearest.tolist() == [7] and copies.ratio[0] < 1e-6
     with pytest.raises(UserError, match="different pictures of the training set: 1 pictures"):

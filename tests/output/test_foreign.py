@@ -81,9 +81,8 @@ def test_values_that_other_nodes_give():
 @pytest.mark.parametrize("grid", ["exponential", "sgm_uniform", "beta", "simple"])
 def test_grids(sampler, ours, grid):
     found, _ = foreign.comfyui(changed("3", sampler_name=sampler, scheduler=grid))
-    theirs = (
-        "beta_times" if grid == "beta" else grid
-    )  # ComfyUI's are quantiles of times, the web UI's and diffusers' of σ
+    # ComfyUI's are quantiles of times, the web UI's and diffusers' of σ
+    theirs = "beta_times" if grid == "beta" else grid
     assert (found["scheduler"], found["sigmas"], found["timestep_spacing"]) == (ours, theirs, "linspace")
 
 

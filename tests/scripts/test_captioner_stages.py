@@ -297,9 +297,8 @@ def test_varying_goes_on(home, monkeypatch):
     """Killed between two batches, and begun at a caption of one's own: what is there stays, the rest is made, the result is the same."""
     options = VARY | {"data-csv": home / "titles.csv", "model": TINY / "llama"}
     add, n, whole = captionset.Journal.add, [], captionset.variations
-    monkeypatch.setattr(
-        captionset, "variations", lambda *a: whole(*a[:5])
-    )  # this model ends no line, and so would have none
+    # this model ends no line, and so would have none
+    monkeypatch.setattr(captionset, "variations", lambda *a: whole(*a[:5]))
 
     def killed(self, *args):
         n.append(1)

@@ -155,9 +155,8 @@ def test_s1_the_pokemon_command_as_it_stands(tmp_path):
         --eval_batch_size=1 --num_epochs=2 --use_ema --gradient_accumulation_steps=4 --learning_rate=1e-4 --lr_warmup_steps=1000
         --mixed_precision=no --save_images_epoch=7 --ddpm_beta_schedule=squaredcos_cap_v2 --checkpointing_steps=2000
         --resume_from_checkpoint=latest --prediction_type=sample --logger=tensorboard --ddpm_num_inference_steps=2 --image_column=image --caption_column=text"""
-    done = run(
-        "train.py", "pokemon", *argv.split(), "--text-encoder", encoder, env=os.environ
-    )  # TensorBoard's threads want a process of their own
+    # TensorBoard's threads want a process of their own
+    done = run("train.py", "pokemon", *argv.split(), "--text-encoder", encoder, env=os.environ)
     assert done.returncode == 0, done.stderr
     asked = json.loads((tmp_path / "nouns_models" / "run.json").read_text())["config"]
     assert (asked["beta_schedule"], asked["prediction_type"], asked["snr_weighting"], asked["adam_beta1"]) == (

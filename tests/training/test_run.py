@@ -90,9 +90,8 @@ def train(out, total=10, stop=None, resume=None, poison=None, loss=None, **more)
 @pytest.mark.parametrize("stop", [0, 3, 8])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop, precision, monkeypatch):
     """S1-31, bit for bit: weights, EMA, optimizer and loss scale, with accumulation, mixed precision and a moving learning rate."""
-    monkeypatch.setattr(
-        choice, "pick_precision", lambda *args: precision
-    )  # fp16 too, which is refused on a CPU as too slow
+    # fp16 too, which is refused on a CPU as too slow
+    monkeypatch.setattr(choice, "pick_precision", lambda *args: precision)
     whole, run = train(tmp_path / "whole")
     train(tmp_path / "cut", stop=stop)
     again, resumed = train(tmp_path / "cut", resume="auto")
