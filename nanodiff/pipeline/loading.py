@@ -12,7 +12,7 @@ from nanodiff.pipeline.base import Pipeline
 from nanodiff.pipeline.families import BUILDERS, SAMPLING, is_turbo
 from nanodiff.pipeline.sd3 import SD3, Joint
 from nanodiff.pipeline.sdxl import SDXL, Refiner
-from nanodiff.pipeline.single import Single
+from nanodiff.pipeline.single import Single, stated
 from nanodiff.pipeline.sources import EMBEDDED, Folder, source
 from nanodiff.pipeline.space import say
 from nanodiff.weights import original_names
@@ -103,7 +103,7 @@ def convert(
     single, target = isinstance(src, Single), Path(target)
     if single and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder")
-    sd = load(src, None)
+    sd = load(src, None, name=str(model))
     if single:
         sd.save(target)
     else:
@@ -112,13 +112,17 @@ def convert(
             raise UserError(
                 f"{model}: has the learned words {', '.join(map(printable, words))}, for which one file has no place; keep it as a folder"
             )
-        marks = {
-            "v_pred": sd.schedule.prediction == "v_prediction",
-            "ztsnr": sd.schedule.cfg.get("rescale_betas_zero_snr"),
-        }
-        original_names.export(
-            sd.models(), family, target, [name for name, so in marks.items() if so and not sd.schedule.flow]
-        )
+        schedule = sd.schedule
+        v, ztsnr = schedule.prediction == "v_prediction", bool(schedule.cfg.get("rescale_betas_zero_snr"))
+        marks = {"v_pred": v, "ztsnr": ztsnr} if not schedule.flow else {}
+        original_names.export(sd.models(), family, target, [name for name, so in marks.items() if so])
+        raw = stated(family, target, None if schedule.flow else schedule.prediction, ztsnr)
+        told, own = samplers.schedule_of(raw, target), {"class": schedule.kind} | schedule.cfg
+        theirs = {"class": told.kind} | told.cfg
+        if lost := [f"{k} {short(v)}" for k, v in own.items() if v != theirs.get(k, v)]:
+            say(f"note: {target}: does not say its scheduler's {', '.join(lost)}: give `components` {model} with it")
+        if sd.turbo and not is_turbo(raw, target):
+            say(f'note: {target}: nothing in it says that it is a turbo; a name with "turbo" does')
     print(f"{target}: {', '.join(sd.models())}")
 
 

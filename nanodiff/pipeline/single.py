@@ -22,6 +22,26 @@ from nanodiff.weights.original_names import DENOISER, EMA, LEFT_OUT, family_of, 
 V_STD = 0.09  # SD 2: the last attention's norm biases spread more than this in v-prediction models (seen by ComfyUI)
 
 
+def by_name(family, path):
+    """Does its name say that a file of this family is a turbo? (SD 3.5's files say it by name alone, see families.is_turbo)."""
+    return "turbo" in path.name.lower() and family in TURBO_SCHEDULERS
+
+
+def stated(family, path, prediction=None, ztsnr=False):
+    """The scheduler_config.json that a single file stands for, as far as its family, its name and its marks say."""
+    return KNOWN[family][2] | (_turbo(family) if by_name(family, path) else {}) | _marked(prediction, ztsnr)
+
+
+def _turbo(family):
+    """As sd-turbo and sdxl-turbo ship it."""
+    return {"_class_name": TURBO_SCHEDULERS[family], "timestep_spacing": "trailing"}
+
+
+def _marked(prediction, ztsnr):
+    more = {"prediction_type": prediction} if prediction else {}
+    return more | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if ztsnr else {})
+
+
 class Known:
     """The configurations of a released model, without its files. family: a key of KNOWN, "SD 2 base", "SD 2 turbo" or "SDXL turbo", and
     " inpainting" behind it."""
@@ -31,7 +51,7 @@ class Known:
         base = family.removesuffix(" base").removesuffix(" turbo")
         self.kind, self.configs, self.defaults = KNOWN[base]
         if family.endswith(" turbo"):
-            self.defaults = self.defaults | {"_class_name": TURBO_SCHEDULERS[base], "timestep_spacing": "trailing"}
+            self.defaults = self.defaults | _turbo(base)
         self.builders, self.parts = builders, set(self.configs)
         self.side = {"SD 2": 96, "SDXL turbo": 64}.get(family)
 
@@ -75,7 +95,7 @@ class Single:
             here = any(k.startswith(self.prefixes.get(part, other)) for k in self.shapes)
             if not here and any(k.startswith(other) for k in self.shapes):
                 self.prefixes[part] = other
-        self.turbo = "turbo" in self.path.name.lower() and self.family in ("SD 2", "SDXL")
+        self.turbo = by_name(self.family, self.path)
         self.ema = sum(k.startswith(EMA) for k in self.shapes) > 100
         said = [f"{self.family} checkpoint"] + (["its EMA weights"] if self.ema else [])
         said += ["a turbo by its name"] if self.turbo else []
@@ -147,13 +167,12 @@ class Single:
 
     def scheduler(self):
         """(scheduler_config.json as a dict, where it is from): of `rest`, or the family's own; given predictions win."""
-        base = self.rest.scheduler()[0] if self.rest is not None else self.defaults
-        if self.rest is None and self.turbo:  # as sd-turbo and sdxl-turbo ship it
-            base = base | {"_class_name": TURBO_SCHEDULERS[self.family], "timestep_spacing": "trailing"}
-        more = {"prediction_type": self.prediction} if self.prediction else {}
-        if "ztsnr" in self.shapes:
-            more |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return base | more, str(self.path)
+        ztsnr = "ztsnr" in self.shapes
+        if self.rest is not None:
+            raw = self.rest.scheduler()[0] | _marked(self.prediction, ztsnr)
+        else:
+            raw = stated(self.family, self.path, self.prediction, ztsnr)
+        return raw, str(self.path)
 
     def config(self, name):
         if self.rest is not None and name in self.rest.parts:

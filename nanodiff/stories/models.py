@@ -132,19 +132,14 @@ def refiner_source(cfg, src, source=pipeline.source):
 
 def load_refiner(cfg, src, sd, dtype, device):
     """The model of --refiner, where and as the base model from `src` computes."""
-    src = refiner_source(cfg, src)
-    found = pipeline.load(
-        src,
-        dtype,
-        device,
-        offload=cfg.offload,
-        quantized=cfg.quantize,
-        scheduler=samplers.name_of(sd.schedule),
-        name=cfg.refiner,
-    )
+    src, sampler = refiner_source(cfg, src), samplers.name_of(sd.schedule)
+    small = {"offload": cfg.offload, "quantized": cfg.quantize}
+    found = pipeline.load(src, dtype, device, scheduler=sampler, name=cfg.refiner, **small)
     if cfg.vae_checkpoint:
         found.vae = sd.vae
-    print(f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the timesteps on")
+    print(
+        f"refiner: {printable(cfg.refiner)}, from {cfg.refiner_start:g} of the timesteps on, by the base model's sampler ({sampler}) and grid"
+    )
     if cfg.lora or cfg.lora_dir or cfg.embedding:
         print("note: LoRAs and learned words are the base model's; the refiner has none", file=sys.stderr)
     return found

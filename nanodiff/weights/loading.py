@@ -256,13 +256,18 @@ def save(
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A model as a Hub component folder: config.json and one safetensors file. state: in place of its own state_dict(). Raises UserError for a
-    quantized model, whose weights are codes that no reader knows."""
+    quantized model, whose weights are codes that no reader knows, and for one beside whose weights a LoRA runs (lora.attach)."""
     folder = Path(folder)
     if state is None and any(hasattr(m, "stands_for") for m in model.modules()):
         raise UserError(f"{folder}: a quantized model cannot be saved; save it as it was before")
     if state is None and any(hasattr(m, "lora_scale") for m in model.modules()):
         raise UserError(
             f"{folder}: the model has adapters of a LoRA in training, which no reader knows; lora.trained() gives them"
+        )
+    hooks = [hook for m in model.modules() for hook in m._forward_hooks.values()]
+    if state is None and any(hasattr(hook, "silent") and not hook.silent() for hook in hooks):
+        raise UserError(
+            f"{folder}: a LoRA runs beside the model's weights, which would be saved without it; fuse() it, or remove() it before"
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"`dtype` {dtype!r}: expected a torch dtype of floats, or None for the model's own")

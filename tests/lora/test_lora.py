@@ -177,7 +177,11 @@ def test_attached_is_fused_also_for_convolutions(sd15, tmp_path):
     plain = sd15.net(x, 5, text)
     attached = lora.attach(models, found, 0.3)
     beside = sd15.net(x, 5, text)
+    with pytest.raises(UserError, match="a LoRA runs beside the model's weights"):
+        sd15.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     attached.scale = 0.0
+    sd15.save(tmp_path / "saved")  # a silent one changes nothing
     assert max_error(sd15.net(x, 5, text), plain) < 1e-6
     attached.remove()
     lora.fuse(models, found, 0.3)

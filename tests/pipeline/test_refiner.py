@@ -185,7 +185,7 @@ def test_refused(folder, tmp_path, argv, said):
 
 
 @pytest.mark.parametrize("own", [{"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}])
-def test_the_refiner_counts_the_base_models_steps(folder, tmp_path, own):
+def test_the_refiner_counts_the_base_models_steps(folder, tmp_path, own, capsys):
     """Whatever the refiner's own file says of spacing and grid."""
     shutil.copytree(TINY / "sdxl", tmp_path / "base")
     path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
@@ -193,6 +193,7 @@ def test_the_refiner_counts_the_base_models_steps(folder, tmp_path, own):
     cfg = sample.Config(model=str(tmp_path / "base"), refiner=str(folder), output_dir=str(tmp_path / "x"))
     record = Record(cfg, torch.device("cpu"))
     sd = stories.under(cfg, stories.load(cfg, record, torch.device("cpu")))
+    assert "by the base model's sampler (euler) and grid" in capsys.readouterr().out
     assert samplers.sigma_grid(sd.schedule, 10) == samplers.sigma_grid(sd.refiner.schedule, 10)
 
 

@@ -385,6 +385,23 @@ def test_convert_both_ways(name, tmp_path):
     assert "not an empty folder" in error_line(done)
 
 
+@pytest.mark.parametrize(
+    "name, file, said",
+    [("sd-turbo", "one", ["EulerDiscreteScheduler", "trailing", "turbo; a name"]), ("sd-turbo", "a-Turbo", []), ("sdxl", "one", []),
+     ("sdxl", "turbo", ["EulerDiscreteScheduler", "leading"]), ("sd35-medium", "one", [])],
+)  # fmt: skip
+def test_what_one_file_cannot_say_is_said(name, file, said, tmp_path, capsys):
+    pipeline.convert(TINY / name, tmp_path / f"{file}.safetensors")
+    err = capsys.readouterr().err
+    assert all(word in err for word in said) and ("note:" in err) == bool(said)
+
+
+def test_a_flow_model_may_be_a_turbo_by_its_name_alone(tmp_path, capsys):
+    folder = copy_model("sd35-medium", tmp_path / "large-turbo")
+    pipeline.convert(folder, tmp_path / "one.safetensors")
+    assert 'nothing in it says that it is a turbo; a name with "turbo" does' in capsys.readouterr().err
+
+
 def test_what_a_model_predicts_stands_in_its_one_file(tmp_path):
     """ε or v, and the noise at the end: by the empty tensors that other programs look for. Back in a folder, and in a file again."""
     folder = copy_model("sdxl", tmp_path / "v")
