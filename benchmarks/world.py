@@ -3,7 +3,7 @@
 Both train the embedded model's network with a text encoder from scratch, on the same close-ups of single objects (assets/world/study.py), in the latents of the same
 VAE, over the same number of pictures, both in fp32. Ours is train.py's preset `world` (Muon), as in `make world-study`. The peer's loop is that of diffusers'
 train_dreambooth_sd3.py with --train_text_encoder and latents kept, without accelerate: AdamW, EMAModel; as that script has it (a constant 1e-4, logit-normal
-times of mean 0), and at its best here (1e-3 on a cosine, times of mean 0.5 as ours). Every model is then drawn by one sampler and read by the same code: exact scores of
+times of mean 0), and at its best here (1e-3 on a cosine, with our times: of mean -0.5 there, where u is counted from the noise). Every model is then drawn by one sampler and read by the same code: exact scores of
 kinds that were in training and of kinds held out. Seconds are of the updates alone, the first ten left out. Sides alternate.
 PEER is the interpreter of an environment with diffusers and transformers. Results: benchmarks/world-NAME.json; a run that is in --work is not made again.
 """
@@ -113,7 +113,7 @@ def main():
 
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    sides = {"peer as it comes": (1e-4, 0.0, "constant"), "peer at its best": (1e-3, 0.5, "cosine")}
+    sides = {"peer as it comes": (1e-4, 0.0, "constant"), "peer at its best": (1e-3, -0.5, "cosine")}
     results = {name: [] for name in ("ours", *sides)}
     for seed in range(args.seeds):
         for name in results:

@@ -4,7 +4,10 @@ PyTorch's back (`parameter.data`, as many averages of weights are copied): see n
 
 import torch
 
-SAMPLED, EACH = 16, 8  # weights that noticed() looks at, and numbers of each
+SAMPLED, EACH = (
+    16,
+    8,
+)  # weights that noticed() looks at beside those that something is derived from, and numbers of each
 
 
 def _keepers(module):
@@ -24,18 +27,21 @@ def stamp(tensor):
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _glance(t):
+    """Some of its numbers [up to EACH], from the first to the last in memory."""
+    dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+    n = min(EACH, t.numel())
+    return t.as_strided((n,), (max((t.numel() - 1) // max(n - 1, 1), 1),)) if dense else t.reshape(-1)[:n]
+
+
 def noticed(module):
     """weights_changed(), where some numbers of the weights are others than at the last call: what writes to all of them, as averages are copied, is seen,
-    what writes to a few layers may not be."""
-    own = [
-        t.detach()
-        for t in module.parameters()
-        if type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() and not t.is_meta
-    ]
-    some = own[:: max(1, len(own) // SAMPLED)]
-    picked = [
-        t[(slice(None, None, max(1, len(t) // EACH)), *[0] * (t.dim() - 1))] if t.dim() else t[None] for t in some
-    ]
+    what writes to a few numbers may not be."""
+    own, kept = (
+        [t.detach() for t in found if type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() and not t.is_meta]
+        for found in (module.parameters(), (t for m in _keepers(module) for t in m.parameters(recurse=True)))
+    )
+    picked = [_glance(t) for t in (*own[:: max(1, len(own) // SAMPLED)], *kept)]
     seen = torch.cat([p.float() for p in picked]).cpu().numpy().tobytes() if picked else b""
     if seen != getattr(module, "seen", seen):
         weights_changed(module)
@@ -47,9 +53,13 @@ def version(module):
     beside them, such as a LoRA, came, went or has another `scale`. Where the weights lie is no part of it."""
     tensors = [*module.parameters(), *module.buffers()]
     hooks = [h for m in module.modules() for h in m._forward_hooks.values()]
-    owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]
     written = tuple((stamp(t), t.dtype) for t in tensors)
-    return getattr(module, "changes", 0), written, tuple((o, getattr(o, "scale", None)) for o in owners)
+    return getattr(module, "changes", 0), written, tuple((h, getattr(h, "scale", None)) for h in hooks)
+
+
+def has_lora(layer):
+    """Does a LoRA run beside this layer's weights: attached (lora.Beside, or silent), or in training (lora.adapt)?"""
+    return hasattr(layer, "lora_scale") or any(hasattr(hook, "silent") for hook in layer._forward_hooks.values())
 
 
 def keep_none(module):

@@ -93,13 +93,20 @@ class Resident:
         self.order, self.coming, self.done = [], {}, []
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for u in units:
-            u.register_forward_pre_hook(lambda m, args: self._arrive(id(m)))
-            u.register_forward_hook(lambda m, args, out: self._depart(id(m)))
+            u.register_forward_pre_hook(self._before)
+            u.register_forward_hook(self._after)
         if self.stream is not None:
             for u in self.units.values():
                 _pin(u)
         derived.keep_none(module)  # it would stay where the weights leave
         module.resident = self
+
+    def __reduce_ex__(self, protocol):
+        if self.blocks:
+            raise TypeError(
+                "a model with `offload` sequential cannot be copied or pickled: its hooks are the original's; load it again"
+            )
+        return super().__reduce_ex__(protocol)
 
     def enter(self, dtype=None):
         self.inside += 1
@@ -132,6 +139,12 @@ class Resident:
             if id(tensor) in self.home:
                 tensor.data = self.home.pop(id(tensor))
         let_go([tensor.data for tensor in slots.values()])
+
+    def _before(self, block, args):
+        self._arrive(id(block))
+
+    def _after(self, block, args, out):
+        self._depart(id(block))
 
     def _depart(self, unit):
         """Send a block home. Its device memory may be used again when the device has passed it."""

@@ -201,11 +201,22 @@ class DirectLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is in oneDNN's layout, by halves where it is geglu()'s. It is packed at once: the layout hangs on the weight
-    alone, and packed amid a model's first run it would leave holes between what comes and goes there (0.6 GB of SDXL)."""
+class _Packed:
+    """A layer whose weight is in oneDNN's layout, in `packed`; None before it is."""
 
     packed = None
+
+    def __reduce_ex__(self, protocol):
+        if self.packed is None:
+            return super().__reduce_ex__(protocol)
+        raise TypeError(
+            "a model packed for oneDNN cannot be copied or pickled; onednn.undo(model) brings its weights back"
+        )
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer whose weight is in oneDNN's layout, by halves where it is geglu()'s. It is packed at once: the layout hangs on the weight
+    alone, and packed amid a model's first run it would leave holes between what comes and goes there (0.6 GB of SDXL)."""
 
     def pack(self):
         if self.packed is None:
@@ -235,10 +246,8 @@ class PackedLinear(nn.Linear):
         return self._product(x, "gelu", "tanh")
 
 
-class PackedConv2d(nn.Conv2d):
-    """A convolution whose weight is in oneDNN's layout after the first call; `packed` is None until then."""
-
-    packed = None
+class PackedConv2d(_Packed, nn.Conv2d):
+    """A convolution whose weight is in oneDNN's layout after the first call."""
 
     def forward(self, x):
         x = _for_inference(self, x)

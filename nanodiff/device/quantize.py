@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.config import UserError, short
-from nanodiff.device import int8, memory, onednn
+from nanodiff.device import derived, int8, memory, onednn
 
 BLOCK = 64
 ROWS = 4096  # of a weight that are turned into codes at a time: a vocabulary's layer is large in fp32
@@ -159,10 +159,15 @@ def apply(model, kind, device="cpu", home=None):
     (default: there too). In int8, on a CPU with instructions for it, what the model names as behind a norm (after_norm(), convolutions too) is
     multiplied in 8 bits.
 
-    Raises UserError for another kind than KINDS, and when nothing is large enough: a width that is no multiple of 64 stays as it is in nf4.
+    Raises UserError for another kind than KINDS, when nothing is large enough (a width that is no multiple of 64 stays as it is in nf4), and for a model
+    beside whose weights a LoRA runs, which would be lost.
     """
     if kind not in KINDS:
         raise UserError(f"`quantize` {short(kind)}: is none of {', '.join(KINDS)}")
+    if any(derived.has_lora(m) for m in model.modules()):
+        raise UserError(
+            f"`quantize` {kind}: a LoRA runs beside the weights of this {model.class_name}; quantize it first, and attach the LoRA then"
+        )
     onednn.undo(model)
     for layer, size in after_norm(model) if in_8_bits(kind, device) else ():
         weight = layer.weight.data

@@ -134,6 +134,11 @@ class Schedule:
             # σ-space samplers need a finite σ_max: they put the smallest ᾱ that fp16 can hold in place of 0.
             self.alphas_cumprod[-1] = 2**-24 if self.space == "sigma" else 0.0
 
+    def knows(self, field):
+        """Does its class look at a field of scheduler_config.json? (Ends of σ count for other grids than a class's own, see grids.sigma_grid.)"""
+        ends = ("sigma_min", "sigma_max") if self.space == "sigma" else ()
+        return field in (*DEFAULTS[self.kind], *ends, OWN, GRID)
+
     def to_json(self):
         """scheduler_config.json, complete (no reader needs to know our defaults), with the fields that are ours alone."""
         cfg = {k: v for k, v in self.cfg.items() if v not in (-math.inf, None)}

@@ -6,8 +6,6 @@ for lora in (read("style.safetensors", models), read("subject.safetensors", mode
 Explained in the book (docs/book): chapter 12.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,18 +22,32 @@ class Attached:
         self.scale, self.handles = scale, []
         for d in lora.deltas:
             layer = models[d.component].get_submodule(d.module)
-            hook = functools.partial(self._add, d, {})
-            hook.silent = lambda: self.scale == 0  # then the layer may be taken for itself alone (layers._plain)
-            self.handles.append(layer.register_forward_hook(hook))
+            self.handles.append(layer.register_forward_hook(Beside(self, d)))
 
-    def _add(self, delta, placed, layer, args, out):
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class Beside:
+    """The part of an Attached that hangs on one layer's call."""
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta, self.placed = owner, delta, {}
+
+    scale = property(lambda self: self.owner.scale)
+
+    def silent(self):
+        """Then the layer may be taken for itself alone (layers._plain)."""
+        return self.scale == 0
+
+    def __call__(self, layer, args, out):
         x = args[0]
         key = (x.device, x.dtype)
-        if key not in placed:
-            placed.clear()
-            placed[key] = delta.down.to(*key), delta.up.to(*key)
-        down, up = placed[key]
-        strength = self.scale * delta.scale
+        if key not in self.placed:
+            self.placed = {key: (self.delta.down.to(*key), self.delta.up.to(*key))}
+        down, up = self.placed[key]
+        strength = self.scale * self.delta.scale
         if not isinstance(layer, nn.Conv2d):
             return out + F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) * strength
         kernel = layer.kernel_size if down.dim() == 4 else (1, 1)
@@ -43,10 +55,6 @@ class Attached:
             x, down.view(*down.shape[:2], *kernel), None, layer.stride, layer.padding if down.dim() == 4 else 0
         )
         return out + F.conv2d(h, up.flatten(1)[:, :, None, None]) * strength
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def attach(models: dict[str, nn.Module], lora: Lora, scale: float = 1.0) -> Attached:
@@ -77,10 +85,18 @@ class Fused:
             if keep:
                 # such as with q and k (layers.join)
                 shared = weight.data.untyped_storage().nbytes() > weight.data.nbytes
-                self.before.append((weight, weight.data.clone() if shared else weight.data, d))
-            weight.data = self._with(d, weight.data, scale)  # never in place: it may be a mapped file
+                self.before.append((weight.data.clone() if shared else weight.data, d))
+            self._put(layer, self._with(d, weight.data, scale))
         for model in models.values():
             derived.weights_changed(model)
+
+    @staticmethod
+    def _put(layer, data):
+        """Never in place: it may be a mapped file. What was loaded in inference mode takes no other data."""
+        if layer.weight.is_inference():
+            layer.weight = nn.Parameter(data, requires_grad=False)
+        else:
+            layer.weight.data = data
 
     @staticmethod
     def _with(delta, data, scale):
@@ -90,10 +106,14 @@ class Fused:
         """Take it out again; a second time there is nothing to take."""
         for model in self.models.values():
             onednn.undo(model)
-        for weight, data, delta in reversed(self.before):
+        layers = [self.models[delta.component].get_submodule(delta.module) for _, delta in self.before]
+        if any(hasattr(layer, "codes") for layer in layers):
+            raise UserError("a LoRA cannot be taken out of weights that were quantized since it was fused into them")
+        for (data, delta), layer in reversed([*zip(self.before, layers, strict=True)]):
+            weight = layer.weight
             data = data.to(weight.device)
             ours = data.dtype == weight.dtype and torch.equal(weight.data, self._with(delta, data, self.scale))
-            weight.data = data if ours else self._with(delta, weight.data, -self.scale)
+            self._put(layer, data if ours else self._with(delta, weight.data, -self.scale))
         self.before = []
         for model in self.models.values():
             derived.weights_changed(model)

@@ -169,10 +169,12 @@ class Pipeline(Conditions, Guidance, LatentSpace):
 
     def with_scheduler(self, name: str | None, sigmas: str | None = None, **fields: object) -> "Pipeline":
         """The same models under another sampler; None keeps the model's own. sigmas: of another grid (grids.SIGMAS). fields: of
-        scheduler_config.json."""
+        scheduler_config.json. Raises UserError for a field that the sampler does not look at."""
         if name is None and not fields and sigmas is None:
             return self
         schedule = samplers.rescheduled(self.schedule, name, **fields)
+        if idle := [field for field in fields if not schedule.knows(field)]:
+            raise UserError(f"`{idle[0]}` does nothing to {samplers.name_of(schedule)}, which has no such setting")
         if sigmas is not None:
             schedule = samplers.spaced_by(schedule, name, sigmas, large=self.family.sizes > 0)
         return self.with_schedule(schedule)
@@ -308,8 +310,9 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         """(steps, guidance scale, height, width) of a run, what was left open filled in. Raises UserError for settings that make no sense."""
         check_kinds(drawing, start, words)
         steps, scale = self.settings(drawing.steps, drawing.guidance_scale)
+        steps = operator.index(steps)
         height, width = (
-            own if given is None else given
+            own if given is None else operator.index(given)
             for given, own in zip((drawing.height, drawing.width), self.size, strict=True)
         )
         for name, side in (("height", height), ("width", width)):

@@ -132,6 +132,8 @@ class Conditions:
             for i, k in enumerate(group):
                 fresh[k] = Text(*(None if part is None else part[i : i + 1].cpu() for part in encoded))
         found = fresh | {k: self.kept[k] for k in keys if k in self.kept}
+        for k in [k for k in self.kept if fresh and k[-1] != versions]:
+            del self.kept[k]
         self.kept |= fresh
         while len(self.kept) > 1 and sum(_bytes(t) for t in self.kept.values()) > CACHE_BYTES:
             self.kept.popitem(last=False)

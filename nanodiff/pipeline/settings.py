@@ -57,7 +57,9 @@ class Words:
     prompt_3: str | list[str] | None = None  # for the third (SD 3)
     negative_prompt_2: str | list[str] | None = None
     negative_prompt_3: str | list[str] | None = None
-    long_prompts: bool = False  # no limit of 75 tokens: chunks
+    long_prompts: bool = (
+        False  # no limit of 75 tokens: chunks; a batch's shorter prompts are filled up to its longest with empty ones
+    )
     weighted: bool | str = False  # (word:1.2) and the like mean something; "comfyui": by ComfyUI's rule
     syntax: bool = False  # [a:b:0.5], [a|b] and AND mean something (text/syntax.py), as in AUTOMATIC1111's web UI
     max_sequence_length: int | None = None  # tokens of T5, 1 to 512; None: 256
@@ -92,7 +94,7 @@ class Start:
 
     image: torch.Tensor | None = None  # [B or 1, 3, H, W] in [-1, 1]
     strength: float = 0.8  # how much of it is repainted, above 0 to 1
-    mask: torch.Tensor | None = None  # [1, 1, H, W] in {0, 1}: repaint where 1
+    mask: torch.Tensor | None = None  # [B or 1, 1, H, W] in [0, 1]: repainted from 0.5 on, as in diffusers
     latents: torch.Tensor | None = None  # [B, C, h, w], in place of an image
     # the latents are what another model left at this part of the timesteps (its denoising_end), and nothing is added to them
     denoising_start: float | None = None
@@ -159,6 +161,11 @@ def check_pixels(start: Start, rows: int, height: int, width: int) -> None:
     little; 0 to 255 is another scale."""
     if not start.begun and start.strength not in (Start.strength, 1):
         raise UserError("`strength` is how much of `image` is repainted, and there is none")
+    latents = start.latents
+    if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
+        raise UserError(f"`latents` {short(latents)}: expected a tensor of floats, [B, C, h, w]")
+    if latents is not None and not torch.isfinite(latents).all():
+        raise UserError("`latents` are not finite (NaN or infinity)")
     for name, channels, low, room in (("image", 3, -1.0, 3.0), ("mask", 1, 0.0, 0.01)):
         value = getattr(start, name)
         if value is None:

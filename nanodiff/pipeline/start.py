@@ -46,7 +46,7 @@ def begin(sd, start, steps, noise, shift):
     drawn = noise()
     if start.mask is None:
         return Beginning(samplers.begin(schedule, steps, drawn, clean, first, **shift), first)
-    mask = start.mask.to(sd.device, torch.float32)
+    mask = (start.mask.to(sd.device, torch.float32) >= 0.5).float()
     # at full strength nothing of the picture is kept under the mask
     x = samplers.begin(schedule, steps, drawn, None if strength == 1 else clean, first, **shift)
     small = F.interpolate(mask, size=drawn.shape[-2:])

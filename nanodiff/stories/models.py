@@ -212,7 +212,10 @@ def under(cfg, base):
     fields = {"timestep_spacing": cfg.timestep_spacing} if cfg.timestep_spacing else {}
     if fields and base.schedule.flow:
         raise UserError("--timestep-spacing is for models of a noise schedule; this one is a flow")
-    if fields and "timestep_spacing" in getattr(cfg, "given", ()):
+    given = "timestep_spacing" in getattr(cfg, "given", ())
+    if fields and not given and not samplers.rescheduled(base.schedule, cfg.scheduler).knows("timestep_spacing"):
+        fields = {}  # of a preset, or of a picture that is drawn again under another sampler
+    if fields and given:
         made = [
             base.with_scheduler(cfg.scheduler, cfg.sigmas, timestep_spacing=s).schedule
             for s in ("linspace", "leading", "trailing")

@@ -1,5 +1,6 @@
 """LoRA files: recordings in every dialect, beside the weights and fused; real files; what must be refused."""
 
+import copy
 import json
 import zlib
 
@@ -9,7 +10,7 @@ from util import GOLDEN, PIPELINE, ROOT, TINY, error_line, golden, manifest, max
 
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
-from nanodiff.device import memory
+from nanodiff.device import memory, quantize
 from nanodiff.models.unet import UNet2DConditionModel
 
 CASES = sorted(p.stem for p in (GOLDEN / "goldens").glob("*.lora.*.json") if "gradient" not in p.stem)
@@ -632,3 +633,48 @@ def test_layers_outside_the_blocks_under_two_names(tmp_path, capsys):
     (found,) = lora.read(tmp_path / "both.safetensors", models).deltas
     assert torch.equal(found.down, tensors["lora_unet_time_embedding_linear_1.lora_down.weight"])
     assert "under two names" in capsys.readouterr().err
+
+
+def few(sd, tmp_path):
+    tensors, _ = dialect(sd.models(), ALL, kohya, 2.0)
+    weights.save_tensors(tmp_path / "few.safetensors", tensors)
+    return lora.read(tmp_path / "few.safetensors", sd.models())
+
+
+def test_quantizing_loses_no_lora(sd15, tmp_path):
+    """Beside the weights, silent or in training, it would go with the layers; what was fused into them could not be taken out."""
+    found = few(sd15, tmp_path)
+    attached = lora.attach(sd15.models(), found, 0.0)
+    with pytest.raises(
+        UserError, match="a LoRA runs beside the weights of this UNet2DConditionModel; quantize it first"
+    ):
+        quantize.apply(sd15.net, "int8")
+    attached.remove()
+    fused = lora.fuse(sd15.models(), found)
+    quantize.apply(sd15.net, "int8")
+    with pytest.raises(UserError, match="cannot be taken out of weights that were quantized"):
+        fused.remove()
+    other = pipeline.load(TINY / "sd15").net
+    lora.adapt(other, 4)
+    with pytest.raises(UserError, match="a LoRA runs beside"):
+        quantize.apply(other, "int8")
+
+
+def test_fused_into_a_model_that_was_loaded_in_inference_mode(tmp_path):
+    with torch.inference_mode():
+        sd = pipeline.load(TINY / "sd15")
+    draw = lambda: sd.generate("a", steps=2, height=64, width=64, output_type="latent").latents  # noqa: E731
+    plain = draw()
+    fused = lora.fuse(sd.models(), few(sd, tmp_path))
+    assert not torch.allclose(draw(), plain, atol=1e-3)
+    fused.remove()
+    assert torch.equal(draw(), plain)
+
+
+def test_a_copy_listens_to_its_own_scale(sd15, tmp_path):
+    found = few(sd15, tmp_path)
+    attached = lora.attach(sd15.models(), found)
+    twin = copy.deepcopy(sd15.net)
+    attached.scale = 0.0
+    hooks = [hook for net in (sd15.net, twin) for m in net.modules() for hook in m._forward_hooks.values()]
+    assert [hook.silent() for hook in hooks] == [True] * (len(hooks) // 2) + [False] * (len(hooks) // 2)

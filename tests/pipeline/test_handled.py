@@ -1,17 +1,22 @@
 """What people do to a pipeline in a notebook: save turbos and tokenizers over others, pass texts and pictures of another kind."""
 
+import copy
 import json
+import pickle
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from util import TINY, run
+from util import TINY, rms_ratio, run
 
 import nanodiff
 from nanodiff import lora, pipeline, weights
 from nanodiff.config import UserError
+from nanodiff.device import onednn
 from nanodiff.diffusion import samplers
 from nanodiff.models import controlnet
 from nanodiff.output import images
@@ -141,3 +146,77 @@ def test_tools_that_said_nothing(tmp_path, argv, says):
     done = run(*(a.format(tmp=tmp_path) for a in argv))
     assert done.returncode == 2 and re.search(says, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dpmpp_2s", {"timestep_spacing": "trailing"}),
+        ("ddim", {"use_karras_sigmas": True}),
+        ("unipc", {"euler_at_final": True}),
+        ("heun", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        (None, {"shift": 3.0}),
+    ],
+)
+def test_a_field_that_does_nothing_to_a_sampler(sd, name, fields):
+    with pytest.raises(UserError, match=f"`{next(iter(fields))}` does nothing to {name or 'pndm'}"):
+        sd.with_scheduler(name, **fields)
+    assert sd.with_scheduler("dpmpp_2m", use_karras_sigmas=True, sigma_min=0.1).schedule.raw["sigma_min"] == 0.1
+
+
+def test_a_grey_mask_is_black_or_white(sd):
+    """As diffusers' pipelines take it."""
+    image, half = torch.rand(1, 3, 64, 64) * 2 - 1, (torch.arange(64) < 32).float().expand(1, 1, 64, 64)
+    want = sd.generate("a", image=image, mask=half, **DRAW).latents
+    assert torch.equal(sd.generate("a", image=image, mask=half * 0.5, **DRAW).latents, want)
+    assert torch.equal(sd.generate("a", image=image, mask=half * 0.55 + 0.45, **DRAW).latents, want)
+
+
+def test_numbers_as_tensors_and_latents_that_are_none(sd):
+    want = sd.generate("a", **DRAW).latents
+    assert torch.equal(sd.generate("a", **DRAW | {"steps": torch.tensor(2), "height": torch.tensor(64)}).latents, want)
+    for bad in ([1, 2], torch.zeros(1, 4, 8, 8).numpy(), torch.zeros(1, 4, 8, 8, dtype=torch.int64)):
+        with pytest.raises(UserError, match="`latents` .*expected a tensor of floats"):
+            sd.generate("a", latents=bad, **DRAW)
+    with pytest.raises(UserError, match="`latents` are not finite"):
+        sd.generate("a", latents=torch.full((1, 4, 8, 8), torch.nan), **DRAW)
+
+
+def test_what_was_encoded_goes_when_the_encoder_changes(sd, tmp_path):
+    delta = lora.Delta(
+        "text_encoder", "text_model.encoder.layers.0.self_attn.q_proj", torch.ones(1, 32), torch.ones(32, 1), 1.0
+    )
+    found = lora.Lora("x", [delta], [])
+    for _ in range(3):
+        attached = lora.attach(sd.models(), found)
+        sd.generate("a", **DRAW)
+        attached.remove()
+        sd.generate("a", **DRAW)
+        assert len(sd.kept) <= 2  # "a" and "", of one state of the encoder
+
+
+def test_models_that_cannot_be_copied_say_so():
+    away = pipeline.load(TINY / "sd15", offload="sequential")
+    for copy_ in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="`offload` sequential cannot be copied"):
+            copy_(away.net)
+    layer = torch.nn.Linear(8, 8)
+    layer.__class__ = onednn.PackedLinear
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+    layer.packed = [layer.weight]
+    with pytest.raises(TypeError, match="packed for oneDNN cannot be copied"):
+        copy.deepcopy(layer)
+
+
+def test_a_write_behind_pytorchs_back_is_noticed():
+    """Of a whole layer that something is derived from, and of one column of all of an encoder's weights."""
+    sd = pipeline.load(TINY / "sd15")
+    sd.generate("a", **DRAW)
+    sd.net.up_blocks[0].upsamplers[0].conv.weight.data.mul_(3)
+    for p in sd.text_encoder.parameters():
+        p.data[..., -1:].mul_(2)
+    got = sd.generate("a", **DRAW).latents
+    sd.save(folder := Path(tempfile.mkdtemp()))
+    want = pipeline.load(folder).generate("a", **DRAW).latents
+    shutil.rmtree(folder)
+    assert rms_ratio(got, want) < 1e-5
