@@ -300,7 +300,7 @@ class Journal:
 
     def __init__(self, folder, kind, rows, settings, anew=False):
         self.folder, self.name, self.rows = Path(folder), kind, rows
-        self.csv, self.shortfall = self.folder / f"{kind}_captions.csv", self.folder / f"{kind}_shortfall.csv"
+        self.csv, self.shortfall = self.tables(folder, kind)
         self.names, taken = [], set()  # file names as they will be on disk
         for i, row in enumerate(rows):
             name = images.slug(row.name)
@@ -319,6 +319,11 @@ class Journal:
             raise
         self.own = self.folder / f"{kind}-{dist.world().rank}.jsonl"
         append(self.own, (json.dumps({"settings": self.settings}) + "\n").encode("utf-8", "replace"))
+
+    @staticmethod
+    def tables(folder, kind):
+        """The files of captions, and of what is lacking."""
+        return [Path(folder) / f"{kind}_{what}.csv" for what in ("captions", "shortfall")]
 
     def _claim(self):
         self.lock = claim(self.folder, "captions")

@@ -217,13 +217,10 @@ def clip(path, device="cpu"):
 
 
 def _preprocessing(file, side):
-    """(mean, std) of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for another resize."""
+    """(mean, std) of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for anything else to be done."""
     settings = read_json(file) if file.exists() else {}
     found = []
-    for name, usual in (
-        ("image_mean", images.CLIP_MEAN),
-        ("image_std", images.CLIP_STD),
-    ):
+    for name, usual in (("image_mean", images.CLIP_MEAN), ("image_std", images.CLIP_STD)):
         value = settings.get(name, usual)
         if (
             not isinstance(value, list | tuple)
@@ -233,15 +230,18 @@ def _preprocessing(file, side):
             raise UserError(f"{file}: {name} is {printable(value)}, expected three numbers")
         found.append(value)
     size, crop = settings.get("size", side), settings.get("crop_size", side)
-    size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-    crop = crop.get("height") if isinstance(crop, dict) else crop
+    size = side if size == {"shortest_edge": side} else size  # height and width would squash what is not square
+    crop = side if crop == {"height": side, "width": side} else crop
+    done = {name: settings.get(name, True) for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
     for name, value, known in (
-        ("size", size, side),
-        ("crop_size", crop, side),
-        ("resample", settings.get("resample", 3), 3),
+        ("size", size, (side,)),
+        ("crop_size", crop, (side,)),
+        ("resample", settings.get("resample", 3), (3,)),
+        ("rescale_factor", settings.get("rescale_factor", 1 / 255), (1 / 255, 0.003921568859368563)),
+        *((name, value, (True,)) for name, value in done.items()),
     ):
-        if value != known:
-            raise UserError(f"{file}: {name} {printable(value)} is not supported, only {known}")
+        if value not in known:
+            raise UserError(f"{file}: {name} {printable(value)} is not supported, only {known[0]}")
     return found
 
 

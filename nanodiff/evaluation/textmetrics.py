@@ -285,9 +285,9 @@ def cider(candidates, references):
     return Score(sum(each) / len(each), each)
 
 
-def check_names(names):
-    """Raise UserError for a metric that we do not have."""
-    for name in names:
+def check_names(names, more=()):
+    """Raise UserError for a metric that we do not have. more: those that a stage has beside NAMES."""
+    for name in (n for n in names if n not in more):
         if name == "spice":
             raise UserError(
                 "spice needs the Stanford parser (Java), which nanodiff does not use; cider, rouge_l and meteor are here"
@@ -297,7 +297,7 @@ def check_names(names):
                 "perplexity needs a language model's own tokens, not captions; it is no metric of this stage"
             )
         if name not in NAMES:
-            raise UserError(f"`metrics`: {printable(name)!r} is none of {', '.join(NAMES)}")
+            raise UserError(f"`metrics`: {printable(name)!r} is none of {', '.join((*NAMES, *more))}")
 
 
 def scores(candidates, references, names=NAMES, synonyms=None):

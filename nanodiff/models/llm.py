@@ -51,13 +51,19 @@ FIXED = {
     "use_bidirectional_attention": [False],
     "use_cache": [True, False],
 }
+# what a config.json stands for that does not say it, where it is not Config's own value (transformers' LlamaConfig and Gemma3TextConfig)
+ABSENT = {
+    "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "gemma3_text": {"rms_norm_eps": 1e-6, "head_dim": 256, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "sliding_window": 4096,
+                    "sliding_window_pattern": 6},
+}  # fmt: skip
 LOGITS = 256  # rows of logits of a quantized output layer that are in memory at a time
 ROPE = {"rope_type": ["llama3", "default"], "type": ["llama3", "default"]}
 
 
 @dataclass
 class Config:
-    """Fields of config.json, with the defaults of the files' authors. rope_scaling's are flattened."""
+    """Fields of config.json; of a file that leaves some out, see ABSENT. rope_scaling's are flattened."""
 
     model_type: str = "llama"
     vocab_size: int = 128256
@@ -116,8 +122,12 @@ class Config:
         if types is not None:
             full = [i + 1 for i, t in enumerate(types) if t == "full_attention"]
             raw.setdefault("sliding_window_pattern", full[0] if full else len(types) + 1)
-        if "head_dim" not in raw and {"hidden_size", "num_attention_heads"} <= raw.keys():
-            raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        heads = raw.get("num_attention_heads")
+        if kind == "llama" and isinstance(heads, int) and heads > 0:
+            raw.setdefault("num_key_value_heads", heads)
+            if isinstance(raw.get("hidden_size"), int):
+                raw.setdefault("head_dim", raw["hidden_size"] // heads)
+        raw = ABSENT[kind] | raw
         if raw.get("sliding_window") is None:
             raw.pop("sliding_window", None)
         self = from_json(cls, {k: v for k, v in raw.items() if k != "model_type"}, FIXED, where)

@@ -262,6 +262,11 @@ def load_language(path, dtype, device):
             raise UserError(f"{generation}: eos_token_id has {short(end)}, which is no token")
         cfg.eos_token_id = tuple(dict.fromkeys([*cfg.eos_token_id, end]))
     tokenizer = TextTokenizer.load(path, cfg)
+    for name, ids in (("bos", (cfg.bos_token_id,)), ("eos", cfg.eos_token_id), ("pad", (cfg.pad_token_id,))):
+        if beyond := [token for token in ids if token is not None and token >= cfg.vocab_size]:
+            raise UserError(
+                f"{where}: {name}_token_id {beyond[0]} is beyond the model's vocabulary of {cfg.vocab_size}"
+            )
     tied = ("lm_head",) if cfg.tie_word_embeddings else ()
     return onednn.widen(weights.load(CausalLM, path, dtype, device, cfg=cfg, without=tied)), tokenizer
 

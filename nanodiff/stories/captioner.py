@@ -17,7 +17,7 @@ from nanodiff.data import captionset, tables
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
 from nanodiff.evaluation import caption_scores, features, image_sets, textmetrics
-from nanodiff.files import append, write_bytes
+from nanodiff.files import apart, append, write_bytes
 from nanodiff.output import charts, images, report
 from nanodiff.stories import captioner_model
 from nanodiff.stories.captions import begin, language_dtype, quantized
@@ -294,10 +294,7 @@ def infer_all(cfg, net, pictures, record):
         for group in dist.progress(groups, len(groups), "captions (batches)"):
             start, taken = time.perf_counter(), []
             out += net.describe(
-                [f() for f in group],
-                cfg.max_new_tokens,
-                cfg.beams,
-                on_step=lambda i, s, kept=taken: kept.append(s),
+                [f() for f in group], cfg.max_new_tokens, cfg.beams, on_step=lambda i, s, kept=taken: kept.append(s)
             )
             steps.append((len(taken) * len(group), time.perf_counter() - start))
     if sum(n for n, _ in steps):
@@ -311,6 +308,12 @@ def infer(cfg):
     """The stage `infer`: one picture's caption is printed alone; of several, a line each with the picture's name."""
     if not cfg.infer_image_path:
         raise UserError("--infer-image-path is required: a picture, a folder, or a CSV")
+    out, given = Path(cfg.output_dir), Path(cfg.infer_image_path)
+    apart({"infer_image_path": given}, [out / "captions.csv", out / "sheet.png"])
+    if given.is_dir() and out.resolve() == given.resolve():
+        raise UserError(
+            f"--output-dir {out}: holds the pictures of --infer-image-path, to which the sheet would be added"
+        )
     rows = to_tell(cfg)
     device, record = begin(cfg)
     with record.timed("load"):
@@ -385,7 +388,11 @@ def readable(rows, skip):
 def evaluate(cfg):
     """The stage `eval`: the pictures of a part against all their captions."""
     asked_for = listed(cfg.metrics)
-    textmetrics.check_names([n for n in asked_for if n not in OWN])
+    textmetrics.check_names(asked_for, OWN)
+    if cfg.bootstrap == 1:
+        raise UserError("--bootstrap 1 has no spread; give 0, or 2 or more")
+    parts = {f"{n}_csv_path": getattr(cfg, f"{n}_csv_path") for n in ("train", "val", "test")}
+    apart(parts, [Path(cfg.output_dir) / "captions.csv"])
     rows, shown = readable(part(cfg, cfg.eval_set)[: cfg.max_samples], cfg.skip_bad)
     if "cider" in asked_for and len(rows) == 1:
         raise UserError("--metrics cider weighs words by how few pictures have them, and here is one picture")

@@ -216,6 +216,10 @@ def base(settings, dtype, device, token=None, folder=None):
         found.append(dist.on_main(hub.one, name, token) if name else folder / own)
     vit_folder, llm_folder = found
     cfg = ViTConfig.from_json(read_json(vit_folder / "config.json"), str(vit_folder / "config.json"))
+    if cfg.num_channels != 3:
+        raise UserError(
+            f"{vit_folder}/config.json: num_channels = {cfg.num_channels}, but pictures are shown in three colours"
+        )
     vit = onednn.widen(weights.load(ViT, vit_folder, dtype, device, cfg=cfg))
     llm, tokenizer = sources.load_language(llm_folder, dtype, device)
     net = Captioner(vit, llm, tokenizer, Pictures.read(vit_folder, cfg.image_size), settings)
@@ -260,6 +264,12 @@ def adapt(net, language, vision):
     for part, model, how in (("llm", net.llm, language), ("vit", net.vit, vision)):
         model.requires_grad_(False)
         if how.rank:
+            linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+            if idle := [t for t in how.targets if not any(lora.matches(name, t) for name in linear)]:
+                ends = sorted({name.rpartition(".")[2] for name in linear})
+                raise UserError(
+                    f"`lora_targets` {','.join(idle)}: no layer of the {part} has such a name; it has {', '.join(ends)}"
+                )
             lora.adapt(model, how.rank, how.alpha, how.targets, component=part, dropout=how.dropout)
     net.projector.requires_grad_(True)
 

@@ -12,7 +12,7 @@ from nanodiff.config import UserError, printable
 from nanodiff.data import captionset, tables
 from nanodiff.data.promptset import names_in
 from nanodiff.device import choice, dist, quantize
-from nanodiff.files import out_dir
+from nanodiff.files import apart, out_dir
 from nanodiff.models import layers
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
@@ -99,6 +99,7 @@ def augment(cfg):
     if cfg.max_words < cfg.min_words:
         raise UserError(f"--max-words {cfg.max_words} is less than --min-words {cfg.min_words}")
     chance = textgen.Chance(cfg.temperature, cfg.top_k, cfg.top_p, 0.0, cfg.repetition_penalty)
+    apart({"data_csv": cfg.data_csv}, captionset.Journal.tables(cfg.output_dir, JOURNAL))
     device, record = begin(cfg)
     rows = dist.on_main(captionset.read, cfg.data_csv, cfg.clean, cfg.skip_bad)
     if cfg.start_idx >= len(rows):
@@ -239,6 +240,7 @@ def synthesize(cfg):
     if "{caption}" not in cfg.template:
         raise UserError("--template does not name {caption}, so all pictures would be of the same words")
     size = parse_size(cfg.resize, otherwise=", or none") if cfg.resize != "none" else None
+    apart({"data_csv": cfg.data_csv}, [Path(cfg.output_dir) / "synthetic_captions.csv"])
     device, record = begin(cfg)
     source = cfg.data_csv or record.out / "augmented_captions.csv"
     rows = dist.on_main(captionset.read, source, False, cfg.skip_bad)

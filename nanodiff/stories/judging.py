@@ -10,6 +10,7 @@ from nanodiff.config import UserError, among_pictures, printable
 from nanodiff.data import caption_files
 from nanodiff.device import choice, dist
 from nanodiff.evaluation import caption_scores, features, image_pairs, image_sets, pages, similarity, textmetrics
+from nanodiff.files import apart
 from nanodiff.models import layers
 from nanodiff.output import charts, report
 from nanodiff.output.record import Record
@@ -18,6 +19,7 @@ from nanodiff.stories import gallery
 from nanodiff.training.options import listed
 
 PAIRINGS = (("original", "finetuned"), ("original", "teacher"), ("finetuned", "teacher"))
+WRITTEN = ("metrics.json", "metrics.csv", "captions.csv")  # what a later run might be given to read
 OF_SETS = ("fid", "clip_score")  # what `compare` takes of a folder as a whole
 
 
@@ -29,7 +31,16 @@ def begin(cfg):
     layers.use_kernels(getattr(cfg, "kernels", "torch"))
     torch.backends.cudnn.allow_tf32 = False  # features are compared with other programs' to four digits
     dist.start(device, cfg.dist_timeout)
-    return Record(cfg, device), device
+    out = Path(cfg.output_dir)
+    if any(Path(p).resolve() == out.resolve() for p in getattr(cfg, "inputs", ())):
+        raise UserError(f"--output-dir {out}: is one of --inputs, whose numbers would be replaced")
+    given = {name: getattr(cfg, name, None) for name in ("candidates", "references", "prompts")}
+    for more in ({}, *({"inputs": path} for path in getattr(cfg, "inputs", ()))):
+        apart(given | more, [out / name for name in WRITTEN])
+    record = Record(cfg, device)
+    if (record.out / "metrics.json").is_file():
+        dist.say(f"note: {record.out}: the numbers of an earlier run in it are replaced")
+    return record, device
 
 
 def dataset(path, flag, cfg):

@@ -151,6 +151,29 @@ def test_configs_of_newer_files():
         llm.Config.from_json(raw)
 
 
+ABSENT = [  # what transformers 5.23's LlamaConfig and Gemma3TextConfig take where a file says nothing
+    ("llama", "tie_word_embeddings", False),
+    ("llama", "rms_norm_eps", 1e-6),
+    ("llama", "num_key_value_heads", 4),
+    ("llama", "head_dim", 12),
+    ("gemma3", "tie_word_embeddings", True),
+    ("gemma3", "rms_norm_eps", 1e-6),
+    ("gemma3", "query_pre_attn_scalar", 256),
+    ("gemma3", "head_dim", 256),
+    ("gemma3", "rope_theta", 1e6),
+    ("gemma3", "rope_local_base_freq", 1e4),
+    ("gemma3", "sliding_window", 4096),
+    ("gemma3", "sliding_window_pattern", 6),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), ABSENT)
+def test_what_a_config_leaves_out(name, field, value):
+    raw = config(name)
+    raw.pop(field, None)
+    assert getattr(llm.Config.from_json(raw), field) == value
+
+
 BAD = {
     "another model": ("llama", {"model_type": "mistral"}, "model_type 'mistral' is not supported"),
     "a vision tower": ("gemma3", {"model_type": "gemma3", "text_config": {}}, "with a vision tower"),

@@ -176,7 +176,7 @@ def test_numbers_as_tensors_and_latents_that_are_none(sd):
     want = sd.generate("a", **DRAW).latents
     assert torch.equal(sd.generate("a", **DRAW | {"steps": torch.tensor(2), "height": torch.tensor(64)}).latents, want)
     for bad in ([1, 2], torch.zeros(1, 4, 8, 8).numpy(), torch.zeros(1, 4, 8, 8, dtype=torch.int64)):
-        with pytest.raises(UserError, match="`latents` .*expected a tensor of floats"):
+        with pytest.raises(UserError, match=r"`latents` .*expected a tensor of floats"):
             sd.generate("a", latents=bad, **DRAW)
     with pytest.raises(UserError, match="`latents` are not finite"):
         sd.generate("a", latents=torch.full((1, 4, 8, 8), torch.nan), **DRAW)

@@ -426,7 +426,7 @@ def test_the_documents_commands(home, parts):
 
 
 def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
-    good = parts | SMALL | {"output-dir": tmp_path / "out", "epochs": 1}
+    good = parts | SMALL | {"epochs": 1}
     broken, empty = tmp_path / "broken.csv", tmp_path / "empty.csv"
     broken.write_text('Image_Name,Title\ndish_00,"[""no end"\n')
     empty.write_text("Image_Name,Title\ndish_00,\n")
@@ -436,6 +436,15 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     model = trained[0] / "checkpoints" / "best_model"
+    mine = shutil.copytree(home / "images", tmp_path / "mine")  # where a run would replace what it reads
+    for file in ("captions.csv", "augmented_captions.csv", "synthetic_captions.csv"):
+        shutil.copy(home / "titles.csv", mine / file)
+    grey, ends = shutil.copytree(TINY / "vit", tmp_path / "grey"), shutil.copytree(TINY / "llama", tmp_path / "ends")
+    edit = lambda folder, **more: (folder / "config.json").write_text(  # noqa: E731
+        json.dumps(json.loads((folder / "config.json").read_text()) | more)
+    )
+    edit(grey, num_channels=1)
+    edit(ends, eos_token_id=600)
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8\xff no picture")
     for i, (name, options, said) in enumerate(
@@ -511,9 +520,35 @@ def test_mistakes_end_with_one_line(home, parts, trained, tmp_path):
             ("synthesize", {"data-csv": home / "titles.csv", "model": TINY / "llama"}, "llama"),
             ("split", {"original-csv": home / "titles.csv", "test-share": 0.7}, "--test-share 0.7 must be above 0"),
             ("split", {"original-csv": home / "titles.csv", "synthetic-csv": tmp_path / "no.csv"}, "No such file"),
+            ("train", good | {"lora-targets": "q_proj,to_q"}, "--lora-targets to_q: no layer of the llm"),
+            ("train", good | {"vision-model": grey}, "num_channels = 1, but pictures are shown in three"),
+            ("train", good | {"model-name": ends}, "eos_token_id 600 is beyond the model's vocabulary of 506"),
+            ("eval", {"model-file": model, "metrics": "bleu9"}, "cider, perplexity, clip_score"),
+            ("eval", {"model-file": model, "bootstrap": 1}, "--bootstrap 1 has no spread"),
+            ("infer", {"model-file": model, "infer-image-path": mine, "output-dir": mine}, "holds the pictures of"),
+            (
+                "infer",
+                {"model-file": model, "infer-image-path": mine / "captions.csv", "output-dir": mine},
+                "and would replace it",
+            ),
+            (
+                "eval",
+                {"model-file": model, "test-csv-path": mine / "captions.csv", "output-dir": mine},
+                "and would replace it",
+            ),
+            (
+                "augment",
+                {"data-csv": mine / "augmented_captions.csv", "model": TINY / "llama", "output-dir": mine},
+                "and would replace it",
+            ),
+            (
+                "synthesize",
+                {"data-csv": mine / "synthetic_captions.csv", "model": TINY / "sd15", "output-dir": mine},
+                "and would replace it",
+            ),
         )
     ):
-        code, _, err = stage(name, **options | {"output-dir": tmp_path / str(i)})
+        code, _, err = stage(name, **{"output-dir": tmp_path / str(i)} | options)
         assert code == 2 and said in err and "Traceback" not in err, (name, said, err)
         assert len([x for x in err.splitlines() if x.startswith("error:")]) <= 1
 

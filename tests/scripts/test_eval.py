@@ -547,6 +547,11 @@ def test_bad_input_of_the_others(sets, tmp_path):
     assert "--candidates FILE is required" in refused("captions", *out)
     assert "no such file" in refused("report", "--inputs", tmp_path / "gone", *out).lower()
     assert "the first word must be one of" in refused("imges", *out)
+    shutil.copy(tmp_path / "c.json", own := tmp_path / "o" / "captions.csv")
+    assert "and would replace it" in refused("captions", "--candidates", own, "--references", tmp_path / "r.json", *out)
+    assert "--output-dir" in (told := refused("report", "--inputs", tmp_path / "o", *out)) and "one of --inputs" in told
+    shutil.copy(tmp_path / "metrics.json", tmp_path / "o" / "metrics.json")
+    assert "and would replace it" in refused("report", "--inputs", tmp_path / "o" / "metrics.json", *out)
 
 
 def test_numbers_are_those_of_the_library(alone, sets):
