@@ -31,7 +31,7 @@ def main():
     four = add("extract", "the LoRA nearest to the difference of two models")
     four.add_argument("--tuned", required=True, help="the changed model")
     four.add_argument("--rank", type=int, default=16)
-    four.add_argument("--to", choices=FORMS, default="kohya")
+    four.add_argument("--to", choices=("auto", *FORMS), default="auto", help="auto: kohya, or diffusers for an MMDiT")
     four.add_argument("target")
     five = add("verify", "do two files change the same by the same?")
     five.add_argument("a")
@@ -41,12 +41,19 @@ def main():
         command.add_argument("--model", help="whose layers they are; default: the released model that they fit")
     for command in (three, four):
         command.add_argument("--model", required=True, help="the model to start from")
+    for command in (two, three):
+        command.add_argument("--allow-partial", action="store_true", help="go on without layers that the model lacks")
+    three.add_argument("--components", help="folder for what a single file lacks")
+    three.add_argument("--allow-pickle", action="store_true", help="read a model's pickle, with weights_only")
+    three.add_argument("--no-t5", action="store_true", help="of a model whose third text encoder is not there")
     args = parser.parse_args()
     return tool(
         {
             "inspect": lambda: inspect(args.path, args.model),
-            "convert": lambda: convert(args.source, args.target, args.to, args.model),
-            "merge": lambda: merge(args.model, args.lora, args.target),
+            "convert": lambda: convert(args.source, args.target, args.to, args.model, args.allow_partial),
+            "merge": lambda: merge(
+                args.model, args.lora, args.target, args.allow_partial, args.components, args.allow_pickle, args.no_t5
+            ),
             "extract": lambda: extract(args.model, args.tuned, args.rank, args.target, args.to),
             "verify": lambda: verify(args.a, args.b, args.model, args.tolerance),
         }[args.command]

@@ -27,11 +27,19 @@ def read(
     Raises UserError for keys that none of the models knows (unless allow_partial, then each is said), for shapes that do not fit,
     for methods that are no LoRA, and for learned words that nobody would learn."""
     path = Path(path)
-    if inside := [
-        n for n in models if (path / n / "adapter_model.safetensors").exists()
-    ]:  # a PEFT folder for each component
-        parts = [read(path / n, {n: models[n]}, allow_partial) for n in inside]
-        return Lora(path.name, [d for p in parts for d in p.deltas], [k for p in parts for k in p.skipped])
+    if inside := _by_component(path):
+        there = [file.parent.name for file in inside]
+        strange, own = [n for n in there if n not in models], [n for n in models if n in there]
+        if strange and not allow_partial:
+            raise UserError(
+                f"{path}: {printable(strange[0])} is no part of this model, which has {', '.join(models)} (`allow_partial` goes on without it)"
+            )
+        if strange:
+            print(f"warning: {path}: left out: {', '.join(map(printable, strange))}", file=sys.stderr)
+        if not own:
+            raise UserError(f"{path}: no layer of it is in this model")
+        parts = [read(path / n, {n: models[n]}, allow_partial) for n in own]
+        return Lora(path.name, [d for p in parts for d in p.deltas], strange + [k for p in parts for k in p.skipped])
     file = file_of(path)
     if weights.is_pickle(file):
         raise UserError(
@@ -57,7 +65,11 @@ def read(
             targets is None
         ):  # PEFT's folder of one text encoder does not say whose its layers are: of the one that has them
             there = [known[full] for c in models if (full := f"{c}.{bare}") in known]
+            there = [t for t in there if len(there) == 1 or _fits(parts, models[t[0][0]].get_submodule(t[0][1]))]
             targets = there[0] if len(there) == 1 else None
+            if len(there) > 1:
+                both = " and ".join(t[0][0] for t in there)
+                raise UserError(f"{file}: {printable(name)} may be of {both}; put it into a folder of that name")
         if targets is None:
             absent.append(name)
             continue
@@ -117,6 +129,16 @@ def bundled_words(tensors, file):
     return words
 
 
+def _by_component(path):
+    """The files of a folder that has a PEFT folder for each component."""
+    return sorted(path.glob("*/adapter_model.safetensors")) if path.is_dir() else []
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """file_of(), or the files of a folder with a PEFT folder for each component."""
+    return _by_component(Path(path)) or [file_of(path)]
+
+
 def file_of(path: str | Path) -> Path:
     """The safetensors file that a path means: itself, or the one in PEFT's, diffusers' or our training's folder, or the only one. Raises UserError."""
     path = Path(path)
@@ -155,7 +177,12 @@ def grouped(tensors: dict[str, torch.Tensor], file: str | Path) -> tuple[dict[st
         if suffix is None:
             strange.append(key)
         else:
-            groups.setdefault(key.removesuffix(suffix), {})[SUFFIXES[suffix]] = tensor
+            parts = groups.setdefault(key.removesuffix(suffix), {})
+            if SUFFIXES[suffix] in parts:
+                raise UserError(
+                    f"{file}: {printable(key.removesuffix(suffix))} has two matrices for {SUFFIXES[suffix]}"
+                )
+            parts[SUFFIXES[suffix]] = tensor
     return groups, strange
 
 
@@ -186,7 +213,7 @@ def _settings(file, metadata):
                 )
             settings.setdefault(prefix, {})[name] = value
     config = file.parent / "adapter_config.json"
-    if file.name == "adapter_model.safetensors" and config.exists():
+    if config.exists() and file_of(file.parent) == file:
         settings[""] = read_json(config)
     for prefix, adapter in settings.items():
         where = f"{file}: {prefix}." if prefix else f"{file}: "
@@ -227,6 +254,20 @@ def _scale(name, target, parts, settings):
     return alpha / rank**0.5 if stabilised else alpha / rank
 
 
+def _shape(layer):
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+
+
+def _fits(parts, layer):
+    """Are the matrices of a layer of this shape?"""
+    if DOWN not in parts or UP not in parts or min(parts[DOWN].dim(), parts[UP].dim()) < 2:
+        return False
+    down, up = parts[DOWN], parts[UP]
+    shapes = _shape(layer), (up.shape[0], *down.shape[1:])
+    flat = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in shapes]  # a 1×1 convolution is linear
+    return flat[0] == flat[1] and up.shape[1] == down.shape[0] and set(up.shape[2:]) <= {1}
+
+
 def _delta(target, parts, models, scale, file):
     component, module = target[:2]
     down, up = parts[DOWN], parts[UP]
@@ -237,13 +278,10 @@ def _delta(target, parts, models, scale, file):
         )
     if len(target) == 3:
         up = original_names.ours(up, target[2])
-    wanted = (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
-    got = (up.shape[0], *down.shape[1:])
-    flat = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (wanted, got)]  # a 1×1 convolution is linear
-    if flat[0] != flat[1] or up.shape[1] != down.shape[0]:
+    if not _fits(parts | {UP: up}, layer):
         raise UserError(
             f"{file}: {component}.{module}: down {list(down.shape)} and up {list(up.shape)} do not fit a layer of shape "
-            f"{list(wanted)}; it is for another family, or damaged"
+            f"{list(_shape(layer))}; it is for another family, or damaged"
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise UserError(f"{file}: {component}.{module}: not finite (NaN or infinity)")

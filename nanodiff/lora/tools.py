@@ -15,7 +15,7 @@ from nanodiff import pipeline, weights
 from nanodiff.commandline import flagged
 from nanodiff.config import UserError, printable
 from nanodiff.lora import format, reading, running
-from nanodiff.lora.writing import NETWORKS, family_of, write
+from nanodiff.lora.writing import NETWORKS, family_of, form_for, write
 from nanodiff.pipeline import families, sources
 from nanodiff.pipeline.single import Known
 
@@ -29,11 +29,15 @@ def skeletons(model: str | Path) -> dict[str, torch.nn.Module]:
     return {n: weights.skeleton(src.builder(n), src.config(n)) for n in NETWORKS if n in src.parts}
 
 
-def models_for(path: str | Path, model: str | None = None) -> tuple[dict[str, torch.nn.Module], format.Lora]:
+def models_for(
+    path: str | Path, model: str | None = None, allow_partial: bool = False
+) -> tuple[dict[str, torch.nn.Module], format.Lora]:
     """({component: module without weights}, Lora) of a file. Without a model, the released one whose layers all fit it."""
     if model:
         models = skeletons(model)
-        return models, reading.read(path, models, words=True)
+        return models, reading.read(path, models, allow_partial, words=True)
+    if allow_partial:
+        raise UserError("`allow_partial` goes on without what a model lacks: name it with `model`")
     reasons = {}
     for family in families.KNOWN:
         known = Known(family, pipeline.BUILDERS)
@@ -55,10 +59,14 @@ def models_for(path: str | Path, model: str | None = None) -> tuple[dict[str, to
 
 def inspect(path: str | Path, model: str | None = None) -> None:
     """Print every layer with its shapes, rank and alpha, and how strong other programs take the file to be."""
-    file = reading.file_of(path)
-    tensors = weights.load_weights(file)
-    words = reading.bundled_words(tensors, file)
-    groups, strange = reading.grouped(tensors, file)
+    words, groups, strange = {}, {}, []
+    for file in reading.files_of(path):
+        tensors = weights.load_weights(file)
+        words |= reading.bundled_words(tensors, file)
+        more, unknown = reading.grouped(tensors, file)
+        of = f"{file.parent.name}: " if file.parent != Path(path) and file != Path(path) else ""
+        groups |= {of + name: parts for name, parts in more.items()}
+        strange += [of + key for key in unknown]
     for name, parts in groups.items():
         facts = [f"{k} {list(parts[k].shape)}" for k in (format.DOWN, format.UP) if k in parts]
         if "alpha" in parts:
@@ -86,16 +94,18 @@ def inspect(path: str | Path, model: str | None = None) -> None:
     return None
 
 
-def convert(source: str | Path, target: str | Path, form: str, model: str | None = None) -> None:
+def convert(
+    source: str | Path, target: str | Path, form: str, model: str | None = None, allow_partial: bool = False
+) -> None:
     """Translate a file. Names change, numbers do not. Raises UserError for a target that is the source."""
     if Path(source).resolve() == Path(target).resolve():
         raise UserError(f"{target}: is what is converted; take another name")
-    models, found = models_for(source, model)
+    models, found = models_for(source, model, allow_partial)
     if found.words:
         raise UserError(
             f"{source}: carries the learned words {', '.join(map(printable, found.words))}, which no other form has a place for"
         )
-    kept = weights.metadata(reading.file_of(source))
+    kept = weights.metadata(reading.files_of(source)[0])
     facts = {
         k.removeprefix("ss_"): v
         for k, v in kept.items()
@@ -107,14 +117,22 @@ def convert(source: str | Path, target: str | Path, form: str, model: str | None
     print(f"{written}: {len(found.deltas)} layers, {form}, {family_of(models)}")
 
 
-def merge(model: str, loras: Sequence[str], target: str | Path) -> None:
+def merge(
+    model: str,
+    loras: Sequence[str],
+    target: str | Path,
+    allow_partial: bool = False,
+    components: str | None = None,
+    allow_pickle: bool = False,
+    no_t5: bool = False,
+) -> None:
     """Add LoRAs into a model's weights for good, and write it as a Hub folder, in the types that it was stored in."""
     if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder")
-    sd = pipeline.load(model, None)
+    sd = pipeline.load(model, None, components=components, allow_pickle=allow_pickle, no_t5=no_t5)
     for text in loras:
         path, scale = reading.parse(text)
-        found = reading.read(path, sd.models(), words=True)
+        found = reading.read(path, sd.models(), allow_partial, words=True)
         for word, vectors in found.words.items():
             print(f"learned word: {printable(sd.learn_word(word, vectors, path))}")
         running.fuse(sd.models(), found, scale, keep=False)
@@ -123,7 +141,7 @@ def merge(model: str, loras: Sequence[str], target: str | Path) -> None:
     print(target)
 
 
-def extract(model: str, tuned: str, rank: int, target: str | Path, form: str = "kohya") -> None:
+def extract(model: str, tuned: str, rank: int, target: str | Path, form: str = "auto") -> None:
     """The LoRA that comes nearest to tuned - model: the largest singular values of each layer's difference (Eckart and Young 1936)."""
     if rank < 1:
         raise UserError(f"`rank` {rank} must be at least 1")
@@ -157,7 +175,7 @@ def extract(model: str, tuned: str, rank: int, target: str | Path, form: str = "
         print(
             f"note: {len(left_out)} tensors that are no layer's weight differ too, and are left out, such as {printable(left_out[0])}"
         )
-    written = write(target, format.Lora("extracted", deltas, []), models, form)
+    written = write(target, format.Lora("extracted", deltas, []), models, form_for(form, models))
     print(f"{written}: {len(deltas)} layers, {100 * (1 - lost / whole):.2f} % of the squared difference")
 
 

@@ -9,7 +9,7 @@ from nanodiff.device import memory, quantize
 from nanodiff.diffusion import samplers
 from nanodiff.pipeline import families
 from nanodiff.pipeline.base import Pipeline
-from nanodiff.pipeline.families import BUILDERS, SAMPLING, is_turbo
+from nanodiff.pipeline.families import BUILDERS, KNOWN, SAMPLING, is_turbo
 from nanodiff.pipeline.sd3 import SD3, Joint
 from nanodiff.pipeline.sdxl import SDXL, Refiner
 from nanodiff.pipeline.single import Single, stated
@@ -97,13 +97,14 @@ def convert(
     allow_pickle: bool = False,
     components: str | None = None,
     prediction_type: str | None = None,
+    no_t5: bool = False,
 ) -> None:
     """A single-file checkpoint as a Hub folder, or a Hub folder as one file in the original names. Types stay."""
-    src = source(model, components=components, prediction_type=prediction_type, allow_pickle=allow_pickle)
+    src = source(model, None, None, None, components, prediction_type, allow_pickle, no_t5)
     single, target = isinstance(src, Single), Path(target)
     if single and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder")
-    sd = load(src, None, name=str(model))
+    sd = load(src, None, no_t5=no_t5, name=str(model))
     if single:
         sd.save(target)
     else:
@@ -116,11 +117,21 @@ def convert(
         v, ztsnr = schedule.prediction == "v_prediction", bool(schedule.cfg.get("rescale_betas_zero_snr"))
         marks = {"v_pred": v, "ztsnr": ztsnr} if not schedule.flow else {}
         original_names.export(sd.models(), family, target, [name for name, so in marks.items() if so])
-        raw = stated(family, target, None if schedule.flow else schedule.prediction, ztsnr)
-        told, own = samplers.schedule_of(raw, target), {"class": schedule.kind} | schedule.cfg
-        theirs = {"class": told.kind} | told.cfg
+        raw = stated(
+            family, target, schedule.prediction if schedule.prediction in ("epsilon", "v_prediction") else None, ztsnr
+        )
+        told, parts = samplers.schedule_of(raw, target), KNOWN[family][1]
+        known = sd.vae.cfg.from_json(parts["vae"]) if sd.vae is not None and "vae" in parts else None
+        own = {"scheduler's class": schedule.kind, **{f"scheduler's {k}": v for k, v in schedule.cfg.items()}}
+        theirs = {"scheduler's class": told.kind, **{f"scheduler's {k}": v for k, v in told.cfg.items()}}
+        for name in ("scaling_factor", "shift_factor") if known else ():
+            own[f"VAE's {name}"], theirs[f"VAE's {name}"] = getattr(sd.vae.cfg, name), getattr(known, name)
         if lost := [f"{k} {short(v)}" for k, v in own.items() if v != theirs.get(k, v)]:
-            say(f"note: {target}: does not say its scheduler's {', '.join(lost)}: give `components` {model} with it")
+            say(f"note: {target}: does not say its {', '.join(lost)}: give `components` {model} with it")
+        if SAMPLING in sd.index:
+            say(
+                f"note: {target}: does not say the steps and the guidance that it was trained for: give `components` {model} with it"
+            )
         if sd.turbo and not is_turbo(raw, target):
             say(f'note: {target}: nothing in it says that it is a turbo; a name with "turbo" does')
     print(f"{target}: {', '.join(sd.models())}")

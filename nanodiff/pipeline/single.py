@@ -15,7 +15,7 @@ import torch
 
 from nanodiff import weights
 from nanodiff.config import UserError, nearest, printable
-from nanodiff.pipeline.families import CLIP_LENGTH, FAMILIES, KNOWN, TURBO_SCHEDULERS
+from nanodiff.pipeline.families import CLIP_LENGTH, FAMILIES, KNOWN, SAMPLING, TURBO_SCHEDULERS
 from nanodiff.text.tokenizer import END, clip_from_merges
 from nanodiff.weights.original_names import DENOISER, EMA, LEFT_OUT, family_of, original, ours, prefixes
 
@@ -82,7 +82,10 @@ class Single:
             self.shapes = weights.header([self.path])
         self.family = family_of(self.shapes, self.path)
         self.kind, self.configs, self.defaults = KNOWN[self.family]
-        self.index = dict(FAMILIES[self.kind].flags)
+        theirs = getattr(rest, "index", {})
+        self.index = FAMILIES[self.kind].flags | {
+            k: v for k, v in theirs.items() if isinstance(v, bool) or k == SAMPLING
+        }
         self.prefixes = prefixes(self.family)
         denoiser = next(iter(self.prefixes))
         bare = not any(k.startswith(DENOISER) for k in self.shapes)
@@ -221,6 +224,10 @@ class Single:
         state = {}
         for key, want in model.state_dict().items():
             where, form = self._where(key, name, cfg)
+            if where not in self.shapes and self.family.startswith("SD 3") and key == "text_projection.weight":
+                print(f"note: {self.path.name}: {where} is absent, taken for the identity", file=sys.stderr)
+                state[key] = placed(torch.eye(len(want)), device, dtype)
+                continue
             if where not in self.shapes:
                 raise UserError(f"{self.path}: misses tensor {where}{nearest(where, self.shapes)}")
             tensor = ours(weights.as_weight(self._tensor(where), where, self.path), form)
@@ -255,11 +262,12 @@ def placed(tensor, device, dtype):
 
 
 def load_vae(path, cfg, cls, dtype, device):
-    """A VAE from a file of its own, in original names (with or without prefix) or in ours; cfg: its configuration."""
+    """A VAE from a file of its own, or the one in a whole checkpoint, in original names (with or without prefix) or in ours; cfg: its
+    configuration. Raises UserError for what it lacks, and for what is nobody's."""
     shapes, file = weights.header([path]), weights.open_file(path)
     model = weights.skeleton(cls, cfg)
     prefix = next((p for p in ("first_stage_model.", "vae.") if any(k.startswith(p) for k in shapes)), "")
-    state, names = {}, {weights.renamed(k, "AutoencoderKL"): k for k in shapes}
+    state, used, names = {}, set(), {weights.renamed(k, "AutoencoderKL"): k for k in shapes}
     for key, want in model.state_dict().items():
         theirs, form = original(key, "vae", "", cfg)
         where = prefix + theirs if prefix + theirs in shapes else names.get(key)
@@ -271,5 +279,9 @@ def load_vae(path, cfg, cls, dtype, device):
         if tensor.shape != want.shape:
             raise UserError(f"{path}: {where} has shape {list(shapes[where])}, this model's VAE has {list(want.shape)}")
         state[key] = placed(tensor, device, dtype)
+        used.add(where)
+    for where in shapes:
+        if where.startswith(prefix) and where not in used and not LEFT_OUT.match(where):
+            raise UserError(f"{path}: has unknown tensor {printable(where)}{nearest(where, used)}")
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -26,7 +26,7 @@ def inspect(path):
         print(printable(key), list(shape))
 
 
-def convert(source, target, allow_pickle=False, components=None, prediction_type=None):
+def convert(source, target, allow_pickle=False, components=None, prediction_type=None, no_t5=False):
     """A pickle of tensors to a safetensors file; a single-file checkpoint to a Hub folder or back.
 
     Raises UserError without allow_pickle: reading a pickle can run code.
@@ -37,10 +37,10 @@ def convert(source, target, allow_pickle=False, components=None, prediction_type
         )
     if Path(source).is_dir() or Path(target).suffix.lower() != ".safetensors":
         # Whole models are the pipeline's business; this tool is only where people look for it.
-        return pipeline.convert(source, target, allow_pickle, components, prediction_type)
+        return pipeline.convert(source, target, allow_pickle, components, prediction_type, no_t5)
     if not is_pickle(source):
         raise UserError(f"{source}: expected a pickle ({', '.join(PICKLES)})")
-    for name, value in (("components", components), ("prediction_type", prediction_type)):
+    for name, value in (("components", components), ("prediction_type", prediction_type), ("no_t5", no_t5)):
         if value:
             raise UserError(f"`{name}` does nothing where a pickle becomes one file of the same names")
     if not allow_pickle:
@@ -68,10 +68,11 @@ def main():
     two.add_argument("--allow-pickle", action="store_true", help="read a pickle, with weights_only")
     two.add_argument("--components", help="folder for what a single file lacks")
     two.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"), help="of a single file")
+    two.add_argument("--no-t5", action="store_true", help="of a model whose third text encoder is not there")
     args = parser.parse_args()
     if args.command == "inspect":
         return tool(lambda: inspect(args.path))
-    more = args.allow_pickle, args.components, args.prediction_type
+    more = args.allow_pickle, args.components, args.prediction_type, args.no_t5
     return tool(lambda: convert(args.source, args.target, *more))
 
 

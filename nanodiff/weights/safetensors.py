@@ -258,7 +258,9 @@ def load_pickle(path: str | Path, inside: str = "state_dict", nested: bool = Fal
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # UnpicklingError, EOFError, RuntimeError or OSError, by where the file is torn
-        raise UserError(f"{path}: not readable with weights_only: {str(e).splitlines()[0]}") from None
+        strange, cause = re.search(r"GLOBAL ([\w.]+)", str(e)), re.search(r"WeightsUnpickler error: (.*)", str(e))
+        why = f"it holds a {strange[1]}" if strange else cause[1] if cause else str(e).splitlines()[0]
+        raise UserError(f"{path}: not readable with weights_only: {why}") from None
     while isinstance(state, dict) and isinstance(state.get(inside), dict):
         state = state[inside]
     if nested:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import zlib
 
 import pytest
@@ -678,3 +679,86 @@ def test_a_copy_listens_to_its_own_scale(sd15, tmp_path):
     attached.scale = 0.0
     hooks = [hook for net in (sd15.net, twin) for m in net.modules() for hook in m._forward_hooks.values()]
     assert [hook.silent() for hook in hooks] == [True] * (len(hooks) // 2) + [False] * (len(hooks) // 2)
+
+
+def test_a_folder_for_each_component(sd15, tmp_path, capsys):
+    """What `convert --to peft` writes: read, listed and converted; a part that the model lacks is an error."""
+    found = few(sd15, tmp_path)
+    lora.write(tmp_path / "both", found, sd15.models(), "peft")
+    assert len(lora.read(tmp_path / "both", sd15.models()).deltas) == len(found.deltas)
+    lora.inspect(tmp_path / "both", str(TINY / "sd15"))
+    assert f"{len(found.deltas)} layers of unet, text_encoder" in capsys.readouterr().out
+    lora.convert(tmp_path / "both", tmp_path / "one.safetensors", "kohya", str(TINY / "sd15"))
+    one = {
+        d[:2]: d.matrix((d.up.shape[0], d.down[0].numel()))
+        for d in lora.read(tmp_path / "one.safetensors", sd15.models()).deltas
+    }
+    for d in found.deltas:
+        assert max_error(one[d[:2]], d.matrix((d.up.shape[0], d.down[0].numel()))) < 1e-6
+    (tmp_path / "both" / "text_encoder").rename(tmp_path / "both" / "text_encoder_2")
+    with pytest.raises(UserError, match="text_encoder_2 is no part of this model, which has unet"):
+        lora.read(tmp_path / "both", sd15.models())
+    partial = lora.read(tmp_path / "both", sd15.models(), allow_partial=True)
+    assert {d.component for d in partial.deltas} == {"unet"} and "left out: text_encoder_2" in capsys.readouterr().err
+
+
+def test_settings_beside_a_file_of_any_name(sd15, tmp_path):
+    """As long as it is the folder's only one."""
+    for folder, name in (("a", "adapter_model"), ("b", "mine")):
+        (tmp_path / folder).mkdir()
+        key = f"base_model.model.{BLOCK}.attn1.to_q"
+        tensors = {f"{key}.lora_A.weight": torch.ones(4, 16), f"{key}.lora_B.weight": torch.ones(16, 4)}
+        weights.save_tensors(tmp_path / folder / f"{name}.safetensors", tensors)
+        (tmp_path / folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 32, "use_rslora": true}')
+        for path in (tmp_path / folder, tmp_path / folder / f"{name}.safetensors"):
+            assert [d.scale for d in lora.read(path, {"unet": sd15.net}).deltas] == [16.0]
+
+
+def test_matrices_that_are_two_or_no_matrices(sd15, tmp_path):
+    key = f"unet.{BLOCK}.attn1.to_q"
+    good = {f"{key}.lora_A.weight": torch.ones(4, 16), f"{key}.lora_B.weight": torch.ones(16, 4)}
+    for more, said in (
+        ({f"{key}.lora.down.weight": torch.ones(4, 16)}, "has two matrices for"),
+        ({f"{key}.lora_B.weight": torch.ones(16, 4, 3, 3)}, "do not fit a layer of shape"),
+    ):
+        weights.save_tensors(tmp_path / "x.safetensors", good | more)
+        with pytest.raises(UserError, match=said):
+            lora.read(tmp_path / "x.safetensors", sd15.models())
+
+
+def test_an_encoder_is_told_by_its_width(tmp_path):
+    """PEFT's folder of one text encoder does not say of which."""
+    models = pipeline.load(TINY / "sdxl").models()
+    key = "base_model.model.encoder.layers.0.self_attn.q_proj"
+    for component in ("text_encoder", "text_encoder_2"):
+        width = models[component].cfg.hidden_size
+        tensors = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(width, 2)}
+        weights.save_tensors(tmp_path / "x.safetensors", tensors)
+        assert [d.component for d in lora.read(tmp_path / "x.safetensors", models).deltas] == [component]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["merge", "--model", TINY / "sd15", "--lora", "{odd}", "{tmp}/m", "--allow-partial"], "1 layers left out"),
+        (["convert", "{odd}", "{tmp}/c.safetensors", "--to", "diffusers", "--model", TINY / "sd15", "--allow-partial"], "1 layers left out"),
+        (["merge", "--model", "{tmp}/no3", "--lora", "{three}", "{tmp}/n", "--no-t5"], ""),
+    ],
+)  # fmt: skip
+def test_the_options_that_errors_name_are_there(sd15, tmp_path, argv, said):
+    tensors, _ = dialect(sd15.models(), ALL[:2], kohya, 2.0)
+    extra = {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 4),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(4, 2),
+    }
+    weights.save_tensors(tmp_path / "odd.safetensors", tensors | extra)
+    if "{three}" in argv:
+        folder = shutil.copytree(TINY / "sd35-medium", tmp_path / "no3")
+        shutil.rmtree(folder / "text_encoder_3")
+        key = "transformer.transformer_blocks.0.attn.to_q"
+        width = pipeline.load(TINY / "sd35-medium", no_t5=True).net.cfg.width
+        three = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(width, 2)}
+        weights.save_tensors(tmp_path / "three.safetensors", three)
+    names = {"tmp": tmp_path, "odd": tmp_path / "odd.safetensors", "three": tmp_path / "three.safetensors"}
+    done = run("-m", "nanodiff.lora", *(str(a).format(**names) for a in argv))
+    assert done.returncode == 0 and said in done.stderr, done.stderr

@@ -553,3 +553,59 @@ def test_suffixes_in_capitals(models, tmp_path):
     (tmp_path / "m.safetensors").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(UserError, match="is GGUF, quantized for other programs"):
         weights.load_weights(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "said"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", "sample", "scheduler's prediction_type 'sample'"),
+        ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2", "scheduler's beta_schedule"),
+        ("vae/config.json", "scaling_factor", 0.5, "VAE's scaling_factor 0.5"),
+        ("model_index.json", "_sampling", {"steps": 4, "guidance_scale": 1.0}, "the steps and the guidance"),
+    ],
+)
+def test_what_a_folder_says_and_one_file_does_not(file, field, value, said, tmp_path, capsys):
+    """Said when it is written, and there again with the folder."""
+    folder = copy_model("sd15", tmp_path / "m")
+    raw = json.loads((folder / file).read_text()) | {field: value}
+    (folder / file).write_text(json.dumps(raw))
+    pipeline.convert(folder, tmp_path / "one.safetensors")
+    assert said in capsys.readouterr().err
+    one, whole = pipeline.load(tmp_path / "one.safetensors", components=folder), pipeline.load(folder)
+    assert one.schedule == whole.schedule and one.vae.cfg == whole.vae.cfg and one.settings() == whole.settings()
+
+
+def test_zeros_for_an_empty_prompt_are_the_folders(tmp_path):
+    folder = copy_model("sdxl", tmp_path / "m")
+    raw = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
+    (folder / "model_index.json").write_text(json.dumps(raw))
+    pipeline.convert(folder, tmp_path / "one.safetensors")
+    draw = lambda sd: sd.generate("a", seeds=[0], steps=1, height=64, width=64, output_type="latent").latents  # noqa: E731
+    one = draw(pipeline.load(tmp_path / "one.safetensors", components=folder))
+    assert max_error(one, draw(pipeline.load(folder))) < 1e-5
+    assert max_error(one, draw(pipeline.load(TINY / "sdxl"))) > 1e-2
+
+
+def test_sd3_without_clip_ls_projection(files, tmp_path, capsys):
+    """The identity, as diffusers' from_single_file() takes it."""
+    state = weights.load_tensors(files["sd35-medium"])
+    del state["text_encoders.clip_l.transformer.text_projection.weight"]
+    weights.save_tensors(tmp_path / "x.safetensors", state)
+    encoder = pipeline.load(tmp_path / "x.safetensors", components=TINY / "sd35-medium").encoders[0]
+    assert torch.equal(encoder.text_projection.weight, torch.eye(len(encoder.text_projection.weight)))
+    assert "text_projection.weight is absent, taken for the identity" in capsys.readouterr().err
+
+
+def test_a_vae_file_with_what_is_nobodys(models, files, tmp_path):
+    vae, state = models["sd15"].vae, weights.load_tensors(files["sd15"])
+    only = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
+    for more in (
+        "first_stage_model.decoder.conv_in.scale_weight",
+        "first_stage_model.decoder.up.0.block.9.conv1.weight",
+    ):
+        weights.save_tensors(tmp_path / "v.safetensors", only | {more: torch.ones(1)})
+        with pytest.raises(UserError, match=f"has unknown tensor {more}"):
+            single.load_vae(tmp_path / "v.safetensors", vae.cfg, type(vae), torch.float32, "cpu")
+    left_out = {"first_stage_model.loss.discriminator.weight": torch.ones(1), "model.diffusion_model.x": torch.ones(1)}
+    weights.save_tensors(tmp_path / "v.safetensors", only | left_out)
+    single.load_vae(tmp_path / "v.safetensors", vae.cfg, type(vae), torch.float32, "cpu")
