@@ -163,6 +163,10 @@ def main():
     parser.add_argument("--folder", help="where the weights are made, or are already (4 GB); default: a temporary one")
     parser.add_argument("--name", default="cpu", help='of the results\' file; "": printed only')
     cfg = parser.parse_args()
+    if small := [name for name in ("pairs", "new", "steps") if getattr(cfg, name) < 1]:
+        parser.error(f"--{small[0].replace('_', '-')} {getattr(cfg, small[0])}: is less than 1")
+    if unknown := [part for part in cfg.parts.split(",") if part not in ("decode", "step")]:
+        parser.error(f"--parts {unknown[0]}: is none of decode, step")
     results = {
         "machine": {
             "cpu": platform.processor() or platform.machine(),

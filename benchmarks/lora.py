@@ -104,6 +104,8 @@ def main():
     parser.add_argument("--kind", action="append", choices=("fp32", "bf16"))
     parser.add_argument("--name", default="cpu")
     args = parser.parse_args()
+    if small := [name for name in ("pairs", "steps", "side", "batch") if getattr(args, name) < 1]:
+        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     results = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
                "side": args.side, "batch": args.batch, "command": " ".join(sys.argv[:1] + [a for a in sys.argv[1:] if "/" not in a])}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -120,6 +120,8 @@ def main():
     parser.add_argument("--pictures", nargs="+")
     parser.add_argument("--language", action="store_true")
     args = parser.parse_args()
+    if small := [name for name in ("size",) if getattr(args, name) < 1]:
+        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     if args.language:
         return language()
     if args.model is None or not args.model.is_dir():

@@ -106,6 +106,8 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--name", default="cpu")
     args = parser.parse_args()
+    if small := [name for name in ("seeds", "scenes", "updates", "batch_size", "captions") if getattr(args, name) < 1]:
+        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     sys.path.insert(0, str(ROOT))
     from assets.world import study
     from nanodiff import pipeline

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 
 from nanodiff import commandline, system
-from nanodiff.config import UserError
+from nanodiff.config import UserError, read_json
 
 
 def inside(folder, suffix=""):
@@ -94,6 +94,15 @@ def apart(given, written):
                 raise UserError(
                     f"`{name}` {path}: this run writes to {folder}, and would replace it; take another `output_dir`"
                 )
+
+
+def settled(folder, settings, begun=False):
+    """Keep the settings of a study whose parts are made one by one, in settings.json. begun: results are there already. Raises UserError for a
+    folder that was made with others."""
+    how = Path(folder) / "settings.json"
+    if read_json(how) != settings if how.exists() else begun:
+        raise UserError(f"{folder}: was made with other settings ({how.name}); take another --output-dir")
+    write_json(how, settings)
 
 
 def write_json(path, value):

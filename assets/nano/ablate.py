@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nanodiff.commandline import at_least, tool
+from nanodiff.config import UserError
+from nanodiff.files import out_dir, settled
+
 ROOT = Path(__file__).parents[2]
 RUNS = {  # name: (what it is, flags)
     "v": ("v-prediction (the recipe)", ["--prediction-type", "v_prediction"]),
@@ -31,14 +35,20 @@ RUNS = {  # name: (what it is, flags)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("out/ablate"))
-    parser.add_argument("--updates", type=int, default=1200)
+    parser.add_argument("--updates", type=at_least(1), default=1200)
     parser.add_argument("--only", help="comma-separated names of runs")
     args = parser.parse_args()
-    out = args.output_dir.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    return tool(lambda: ablate(args))
+
+
+def ablate(args):
+    out = out_dir(args.output_dir.resolve())
+    settled(out, {"updates": args.updates}, (out / "results.json").exists())
     text = json.loads((ROOT / "assets/nano/text_encoder/config.json").read_text())
     (out / "text-1.json").write_text(json.dumps(text | {"num_hidden_layers": 1}))
     names = args.only.split(",") if args.only else list(RUNS)
+    if unknown := [name for name in names if name not in RUNS]:
+        raise UserError(f"--only {unknown[0]}: is none of {', '.join(RUNS)}")
     for name in names:
         flags = [f.replace("{text-1}", str(out / "text-1.json")) for f in RUNS[name][1]]
         run, result = out / name, out / name / "score.json"
@@ -47,22 +57,21 @@ def main():
         common = ["--data", "assets/emoji/emoji.tar", "--preset", "nano", "--vae", "assets/nano/vae", "--max-steps", args.updates,
                   "--lr-warmup-steps", 200, "--sample-every", 0, "--cache-dir", out / "cache", "--output-dir", run]  # fmt: skip
         resume = ["--resume", "auto"]
-        subprocess.run(
-            [sys.executable, "train.py", "diffusion", *map(str, common), *flags, *resume], cwd=ROOT, check=True
-        )
-        subprocess.run(
-            [sys.executable, "-m", "assets.nano.score", "--model", run / "model", "--json", result],
-            cwd=ROOT,
-            check=True,
-        )
+        step("train.py", "diffusion", *map(str, common), *flags, *resume)
+        step("-m", "assets.nano.score", "--model", run / "model", "--json", result)
     for part in ("net", "ema"):
         averaged(out, part)
     report(out, args.updates)
 
 
+def step(*words):
+    """One command of the project."""
+    if code := subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode:
+        raise UserError(f"{' '.join(map(str, words[:2]))} ended with {code}")
+
+
 def averaged(out, part):
     """Score run v's own ("net") or averaged ("ema") weights at its last checkpoint before the end, while it is still moving."""
-    sys.path.insert(0, str(ROOT))
     from nanodiff.training import checkpoint
     from nanodiff.weights import load_tensors, save_tensors
 
@@ -75,13 +84,11 @@ def averaged(out, part):
         (path,) = (target / "model" / component).glob("*.safetensors")
         save_tensors(path, load_tensors(path) | {k.split("/", 1)[1].split(".", 1)[1]: v for k, v in tensors.items()
                                                  if k.startswith(f"{part}/{component}.")})  # fmt: skip
-    command = [sys.executable, "-m", "assets.nano.score", "--model", target / "model", "--json", target / "score.json"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    step("-m", "assets.nano.score", "--model", target / "model", "--json", target / "score.json")
 
 
 def report(out, updates):
     """table.md, results.json and curves.png of the runs that are there."""
-    sys.path.insert(0, str(ROOT))
     from nanodiff.output import charts
 
     names = {n: told for n, (told, _) in RUNS.items()} | {
@@ -101,4 +108,4 @@ def report(out, updates):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from nanodiff.commandline import tool
+from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,26 +52,18 @@ def learn(out, train, val, images, seed, updates, flags=LEARN):
 
 def study(cfg):
     from nanodiff.data import captionset
+    from nanodiff.files import out_dir, settled
 
-    out = Path(cfg.output_dir).resolve()
+    out = out_dir(Path(cfg.output_dir).resolve())
+    settled(out, {"updates": cfg.updates}, (out / "study.json").exists())
     images = out / "emoji" / "images"
     if not (out / "emoji" / "titles.csv").is_file():
         step("-m", "nanodiff.captionset", "export", "assets/emoji/emoji.tar", out / "emoji")
     found = {arm: {m: [] for m in METRICS} for arm in ARMS}
     for seed in range(cfg.seeds):
         home = out / f"seed-{seed}"
-        step(
-            "caption.py",
-            "split",
-            "--original-csv",
-            out / "emoji" / "titles.csv",
-            "--image-path",
-            images,
-            "--seed",
-            seed,
-            "--output-dir",
-            home / "data",
-        )
+        step("caption.py", "split", "--original-csv", out / "emoji" / "titles.csv", "--image-path", images, "--seed", seed,
+             "--output-dir", home / "data")  # fmt: skip
         data = home / "data"
         teller = learn(home / "ratio-0", data / "train.csv", data / "val.csv", [images], seed, cfg.updates)
         made = home / "synthetic"
@@ -199,13 +191,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("study")
-    one.add_argument("--seeds", type=int, default=3)
-    one.add_argument("--updates", type=int, default=400)
+    one.add_argument("--seeds", type=at_least(1), default=3)
+    one.add_argument("--updates", type=at_least(1), default=400)
     one.add_argument("--output-dir", default="out/caption-study")
     two = parts.add_parser("trip")
     two.add_argument("--model-file", required=True)
-    two.add_argument("--captions", type=int, default=64)
-    two.add_argument("--shown", type=int, default=24)
+    two.add_argument("--captions", type=at_least(1), default=64)
+    two.add_argument("--shown", type=at_least(1), default=24)
     two.add_argument("--seed", type=int, default=0)
     two.add_argument("--output-dir", default="out/caption-demo")
     cfg = parser.parse_args()

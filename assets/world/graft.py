@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanodiff import data, pipeline
-from nanodiff.commandline import tool
+from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
-from nanodiff.files import out_dir
+from nanodiff.files import apart, out_dir
 from nanodiff.output import images
 from nanodiff.training import recipe
 
@@ -102,9 +102,9 @@ def main():
     parser.add_argument(
         "--data", required=True, help="pictures with captions, such as a shard of make.py --task relation"
     )
-    parser.add_argument("--scenes", type=int, default=12_000, help="of the data, the first so many")
-    parser.add_argument("--updates", type=int, default=450)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--scenes", type=at_least(1), default=12_000, help="of the data, the first so many")
+    parser.add_argument("--updates", type=at_least(1), default=450)
+    parser.add_argument("--batch-size", type=at_least(1), default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
@@ -112,6 +112,7 @@ def main():
 
 
 def run(args):
+    apart({"model": args.model, "teacher": args.teacher, "data": args.data}, [args.output_dir])
     sd, teacher = (pipeline.load(name) for name in (args.model, args.teacher))
     some = data.load(args.data)
     captions = some.captions[: args.scenes]

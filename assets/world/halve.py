@@ -47,6 +47,8 @@ def main():
         sd = pipeline.load(args.model)
         if not hasattr(sd.net, "transformer_blocks"):
             raise UserError(f"{args.model}: is no MMDiT, it has no blocks of one kind to leave out")
+        if sd.net.cfg.num_layers < 3:
+            raise UserError(f"{args.model}: has {sd.net.cfg.num_layers} blocks, of which the first and the last stay")
         sd.net = halved(sd.net)
         sd.save(out_dir(args.output_dir))
         print(

@@ -4,7 +4,7 @@
     python -m assets.world.look --series alone GEN_0 GEN_1 GEN_2 --series "half real" GEN_0 GEN_1_real_0.5 GEN_2_real_0.5 --output-dir out/look
 
 DATA: captioned pictures of the world in any layout that nanodiff.data reads: a generation of distill.py recursive, what sample.py drew, a
-shard. A series' are a line of the figure. Of each: how many captions are true of their picture; how many pictures can be read; and how different they are, over all objects read:
+shard. A series' are a line of the figure. Of each: how many captions are true of their picture, of those that are the grammar's (`told`); how many pictures can be read; and how different they are, over all objects read:
 the spread of their places (pixels, root mean square from the mean place), of their radii (relative, within a size), and the entropy of colours
 and of kinds in bits (3 and 6 for eight colours and all kinds alike).
 """
@@ -38,15 +38,23 @@ def spread(values):
 
 def look(dataset):
     """{what: number} of a data set, see the module docstring."""
-    read = [reader.read(np.asarray(dataset.image(i).convert("RGB"))) for i in range(len(dataset))]
+    pictures = [dataset.image(i).convert("RGB") for i in range(len(dataset))]
+    for key, picture in zip(dataset.keys, pictures, strict=True):
+        if picture.size != (scenes.SIDE, scenes.SIDE):
+            raise UserError(
+                f"{dataset.root}: {key} is of {picture.width}x{picture.height} pixels, the world's are of {scenes.SIDE}x{scenes.SIDE}"
+            )
+    read = [reader.read(np.asarray(picture)) for picture in pictures]
     told = [scenes.parse(dataset.captions[i]) for i in range(len(dataset))]
     known = [(r, t) for r, t in zip(read, told, strict=True) if t]
     right = sum(reader.true_of(r, t) is None for r, t in known)
+    nothing = dict.fromkeys(("share", "low", "high"), float("nan"))
+    shares = score.share(right, len(known)) if known else nothing
     clear = [r for r in read if not r.why]
     things = [t for r in clear for t in r.things]
     radii = [t.radius / np.mean([o.radius for o in things if o.size == t.size]) for t in things]
     return {
-        "pictures": len(dataset), **{k: v for k, v in score.share(right, max(len(known), 1)).items() if k in ("share", "low", "high")},
+        "pictures": len(dataset), "told": len(known), **{k: v for k, v in shares.items() if k in ("share", "low", "high")},
         "read": len(clear) / max(len(dataset), 1), "places": spread([(t.x, t.y) for t in things]), "radii": spread(radii),
         "colours": entropy([t.kind.colour for t in things]), "kinds": entropy([t.kind for t in things]),
     }  # fmt: skip
@@ -75,7 +83,7 @@ def run(args):
     if len({name for name, _ in series}) < len(series):
         raise UserError("--series: two of one name")
     seen = {folder: look(data.load(folder)) for _, folders in series for folder in folders}
-    columns = ("pictures", "share", "read", "places", "radii", "colours", "kinds")
+    columns = ("pictures", "told", "share", "read", "places", "radii", "colours", "kinds")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, row in ((f"{s}, {Path(f).name}" if s else f, seen[f]) for s, folders in series for f in folders):
         print(
@@ -91,7 +99,7 @@ def run(args):
         panels = {
             "captions true": {s: line(rows, lambda r: (r["share"], r["low"], r["high"])) for s, rows in lines.items()}
         }
-        panels |= {c: {s: line(rows, lambda r, c=c: r[c]) for s, rows in lines.items()} for c in columns[3:]}
+        panels |= {c: {s: line(rows, lambda r, c=c: r[c]) for s, rows in lines.items()} for c in columns[4:]}
         x = [Path(f).name for f in series[0][1]] if len(series) == 1 else list(range(length))
         charts.lines(args.output_dir / "look.png", x, panels, "data" if len(series) == 1 else "generation")
 

@@ -10,6 +10,8 @@ the reading then says why, and no caption is true of it.
 """
 
 import argparse
+import math
+import sys
 from collections import Counter
 from functools import lru_cache
 from itertools import permutations
@@ -21,7 +23,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from assets.world.scenes import GROUNDS, PAINTS, RADII, SHAPES, SIDE, Kind, Thing, coverage, random_scene, relation
-from nanodiff.commandline import at_least, numbers
+from nanodiff.commandline import at_least, numbers, tool
+from nanodiff.config import UserError
 
 DIFFERS = 60.0  # from the ground, as a Euclidean distance of RGB bytes, beyond which a pixel belongs to an object
 SPECK = 10  # pixels; less is no object
@@ -186,6 +189,12 @@ def main():
         help="standard deviations of a Gaussian blur in pixels, comma-separated",
     )
     args = parser.parse_args()
+    return tool(lambda: run(args))
+
+
+def run(args):
+    if odd := [blur for blur in args.blur if not 0 <= blur < math.inf]:
+        raise UserError(f"--blur {odd[0]:g}: is no standard deviation")
     print("| blur | right | wrong |\n|---|---|---|")
     for blur in args.blur:
         wrong = Counter()
@@ -201,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -362,7 +362,7 @@ def _grammar():
 
 
 def parse(text):
-    """What a sentence of caption()'s grammar says, or None for any other text."""
+    """What a sentence of caption()'s grammar says, or None for any other text. "a" may stand for "an", and "background" be left out."""
     text = " ".join(text.lower().split()).rstrip(".")
     ground = re.search(rf" on (?:a )?({'|'.join(GROUNDS)})(?: background)?$", text)
     text = text[: ground.start()] if ground else text

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from assets.world import reader, scenes
-from nanodiff.commandline import tool
+from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_json
 from nanodiff.output import images
@@ -124,6 +124,8 @@ def run(args):
     from nanodiff import lora, pipeline
     from nanodiff.device import choice
 
+    if args.demo and args.demo.suffix.lower() != ".png":
+        raise UserError(f"--demo {args.demo}: is no name of a PNG")
     if args.output_dir:
         out_dir(args.output_dir)
     sd = pipeline.load(args.model, device=choice.pick_device(args.device))
@@ -152,7 +154,7 @@ def run(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(__file__).parent), help="default: the embedded one")
-    parser.add_argument("--captions", type=int, default=500, help="of each task, seen and held out")
+    parser.add_argument("--captions", type=at_least(1), default=500, help="of each task, seen and held out")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -162,7 +164,9 @@ def main():
     )
     parser.add_argument("--output-dir", type=Path, help="also write score.json and sheet.png there")
     parser.add_argument(
-        "--demo", type=Path, help="draw only this sheet: 16 captions seen, 16 held out, which are marked"
+        "--demo",
+        type=Path,
+        help="draw only this PNG: 16 captions seen, 16 held out, which are marked (with --colour: 32 of it)",
     )
     args = parser.parse_args()
     return tool(lambda: run(args))

@@ -10,10 +10,11 @@ the captions seen and one for those held out) and a sheet: a caption a row, a nu
 import argparse
 import itertools
 import sys
+from collections import Counter
 from pathlib import Path
 
 from assets.world import score
-from nanodiff.commandline import numbers, tool
+from nanodiff.commandline import at_least, numbers, tool
 from nanodiff.config import UserError
 from nanodiff.files import out_dir, write_bytes, write_json
 from nanodiff.output import images
@@ -30,13 +31,16 @@ def variants(args):
         except ValueError:
             raise UserError(f"--model {spec}: {own!r} is no guidance scale") from None
         for sampler, scale in itertools.product(args.scheduler, scales):
-            parts = (
-                [name]
-                + ([sampler] if len(args.scheduler) > 1 else [])
-                + ([f"guidance {scale:g}"] if len(scales) > 1 and scale else [])
-            )
+            own_scale = scale is not None and (len(scales) > 1 or bool(own))
+            parts = [
+                name or (folder if own else ""),
+                sampler if len(args.scheduler) > 1 else "",
+                f"guidance {scale:g}" if own_scale else "",
+            ]
             settings = {} if scale is None else {"guidance_scale": scale}
             out.append((", ".join(filter(None, parts)) or folder, folder, sampler, settings))
+    if twice := [label for label, times in Counter(label for label, *_ in out).items() if times > 1]:
+        raise UserError(f"--model {twice[0]}: two of one name; give each its own (NAME=DIR)")
     return out
 
 
@@ -50,7 +54,7 @@ def main():
     parser.add_argument(
         "--scheduler", type=numbers(str), default=[None], help="comma-separated; default: the model's own"
     )
-    parser.add_argument("--captions", type=int, default=100, help="of each task, seen and held out")
+    parser.add_argument("--captions", type=at_least(1), default=100, help="of each task, seen and held out")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
     return tool(lambda: run(args))
@@ -60,7 +64,7 @@ def run(args):
     from nanodiff import pipeline
     from nanodiff.output import charts
 
-    out, every = out_dir(args.output_dir), args.steps
+    out, every = out_dir(args.output_dir), list(dict.fromkeys(args.steps))
     captions = [score.asked(task, True, 1, first=70_000)[0].caption for task in ("one", "relation", "count")]
     rows, cells, labels = {}, [], []
     for label, folder, sampler, settings in variants(args):

@@ -23,9 +23,9 @@ import numpy as np
 
 from assets.nano.captions import said
 from assets.world import make, scenes, score
-from nanodiff.commandline import numbers, tool
+from nanodiff.commandline import at_least, numbers, tool
 from nanodiff.config import UserError, read_json
-from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.files import out_dir, settled, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
 EIGHTH = len(scenes.KINDS) // 8
@@ -154,11 +154,9 @@ def runs(args):
         raise UserError(f"--only {unknown[0]}: is none of {', '.join(RUNS)}")
     for group in (held(EIGHTH), set(scenes.KINDS) - set(held(EIGHTH))):  # known now, not after the first training
         asked(set(group), args.captions)
-    kept, how = out / "results.json", out / "settings.json"
+    kept = out / "results.json"
     settings = {k: getattr(args, k) for k in ("scenes", "updates", "batch_size", "lr", "captions")} | {"side": SIDE}
-    if read_json(how) != settings if how.exists() else kept.exists():
-        raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
-    write_json(how, settings)
+    settled(out, settings, kept.exists())
     (out / "scores").mkdir(exist_ok=True)
     models = {}  # what is trained, and what is drawn with it
     for name in names:
@@ -204,6 +202,8 @@ def emergence(args):
     found = sorted(args.run.glob("model-epoch-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if not found:
         raise UserError(f"{args.run}: has no model-epoch-N (train.py --save-model-epochs)")
+    if not (args.run / "metrics.jsonl").is_file():
+        raise UserError(f"{args.run}: has no metrics.jsonl, by which the epochs' updates are known")
     log = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     last = {line["epoch"]: line["step"] for line in log}  # an epoch's last line is its last update's
     rows = {}
@@ -243,11 +243,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
     a = stages.add_parser("runs")
-    a.add_argument("--scenes", type=int, default=5000, help="in training")
-    a.add_argument("--updates", type=int, default=2400)
-    a.add_argument("--batch-size", type=int, default=32)
+    a.add_argument("--scenes", type=at_least(1), default=5000, help="in training")
+    a.add_argument("--updates", type=at_least(1), default=2400)
+    a.add_argument("--batch-size", type=at_least(1), default=32)
     a.add_argument("--lr", type=float, default=2e-3)
-    a.add_argument("--seeds", type=int, default=3)
+    a.add_argument("--seeds", type=at_least(1), default=3)
     a.add_argument("--only", help="comma-separated names of runs: " + ", ".join(RUNS))
     a.add_argument("--share", type=share, default=(1, 1), help="1/2: every second run, another process the others")
     b = stages.add_parser("emergence")
@@ -259,7 +259,7 @@ def main():
         help=f"comma-separated: close-up, {', '.join(scenes.TASKS)}",
     )
     for stage, what in ((a, runs), (b, emergence)):
-        stage.add_argument("--captions", type=int, default=200, help="of each group (and task)")
+        stage.add_argument("--captions", type=at_least(1), default=200, help="of each group (and task)")
         stage.add_argument("--output-dir", type=Path, default=Path("out/world-study"))
         stage.set_defaults(what=what)
     args = parser.parse_args()

@@ -16,9 +16,8 @@ from PIL import Image
 
 from assets.nano.captions import VARY, interval, learn, said, step
 from assets.world import reader, scenes, score
-from nanodiff.commandline import tool
-from nanodiff.config import UserError, read_json
-from nanodiff.files import out_dir, write_bytes, write_json
+from nanodiff.commandline import at_least, tool
+from nanodiff.files import out_dir, settled, write_bytes, write_json
 
 ARMS = ("originals", "with synthetic", "with synthetic, filtered", "with real ones")
 TASK = "one"
@@ -117,13 +116,7 @@ def run(args):
     from nanodiff.output import charts
 
     out = out_dir(args.output_dir.resolve())
-    for name in ("originals", "updates", "seeds", "captions"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    how, settings = out / "settings.json", {k: getattr(args, k) for k in ("originals", "updates", "captions")}
-    if how.exists() and read_json(how) != settings:
-        raise UserError(f"{out}: was made with other settings ({how.name}); take another --output-dir")
-    write_json(how, settings)
+    settled(out, {k: getattr(args, k) for k in ("originals", "updates", "captions")})
     results = [one_seed(out / f"seed-{seed}", seed, args) for seed in range(args.seeds)]
     write_json(out / "synthetic.json", [{"arms": found, "synthetic": about} for found, about in results])
     write_bytes(out / "synthetic.md", table(results).encode())
@@ -137,10 +130,10 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--originals", type=int, default=500, help="scenes of each seed")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=700, help="of every captioner")
-    parser.add_argument("--captions", type=int, default=300, help="scenes told, seen and held out")
+    parser.add_argument("--originals", type=at_least(1), default=500, help="scenes of each seed")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--updates", type=at_least(1), default=700, help="of every captioner")
+    parser.add_argument("--captions", type=at_least(1), default=300, help="scenes told, seen and held out")
     parser.add_argument("--output-dir", type=Path, default=Path("out/world-synthetic"))
     args = parser.parse_args()
     return tool(lambda: run(args))

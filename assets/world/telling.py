@@ -1,6 +1,6 @@
 """Does a captioner read scenes?  And does a caption survive being drawn, told and drawn again?
 
-    python -m assets.world.telling score --model-file out/world-captioner/model/checkpoints/last_checkpoint --output-dir out/world-captioner
+    python -m assets.world.telling score --model-file out/world-captioner/captioner/checkpoints/last_checkpoint --output-dir out/world-captioner
     python -m assets.world.telling trip --model-file … --output-dir out/world-captioner
 
 score: real scenes of every task, seen and held out; a sentence is right when scenes.parse() understands it and it is true of the scene. Beside
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from assets.world import reader, scenes, score
-from nanodiff.commandline import tool
+from nanodiff.commandline import at_least, tool
 from nanodiff.files import out_dir, write_json
 from nanodiff.output import images
 
@@ -99,7 +99,9 @@ def main():
     parser.add_argument(
         "--model", default=str(Path(__file__).parent), help="what draws, for trip; default: the embedded model"
     )
-    parser.add_argument("--captions", type=int, default=200, help="of each task, seen and held out; for trip in all")
+    parser.add_argument(
+        "--captions", type=at_least(1), default=200, help="of each task, seen and held out; for trip in all"
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
     return tool(lambda: run(args))

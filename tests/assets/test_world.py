@@ -520,6 +520,15 @@ def test_what_is_in_a_folder(tmp_path):
     (tmp_path / "w.tar").unlink()
     found = look.look(data.load(tmp_path))
     assert found["share"] == 0.75 and found["places"] < 1e-6 and found["colours"] == found["kinds"] == 0
+    (tmp_path / "0.txt").write_text("a pink hippo")
+    found = look.look(data.load(tmp_path))
+    assert (found["pictures"], found["told"], found["share"]) == (4, 3, 1.0)
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("a pink hippo")
+    assert np.isnan(look.look(data.load(tmp_path))["share"])
+    s.picture().resize((128, 128)).save(tmp_path / "3.png")
+    with pytest.raises(UserError, match=r"3\.png is of 128x128 pixels|3 is of 128x128 pixels"):
+        look.look(data.load(tmp_path))
 
 
 def test_what_is_in_generations(tmp_path, monkeypatch, capsys):
@@ -541,7 +550,7 @@ def test_what_is_in_generations(tmp_path, monkeypatch, capsys):
     assert places["alone"] == [found[f]["places"] for f in (a, b, c)]
     assert places["half real"][:2] == [found[f]["places"] for f in (a, c)] and np.isnan(places["half real"][2])
     table = capsys.readouterr().out
-    assert "| alone, 1.tar | 4 | 1.000 |" in table and "| half real, 2.tar | 4 | 1.000 |" in table
+    assert "| alone, 1.tar | 4 | 4 | 1.000 |" in table and "| half real, 2.tar | 4 | 4 | 1.000 |" in table
     assert set(json.loads((tmp_path / "out/look.json").read_text())) == {a, b, c}
     monkeypatch.setattr("sys.argv", ["look", "--series", "x", a, "--series", "x", b])
     assert look.main() == 2 and "two of one name" in capsys.readouterr().err
@@ -590,6 +599,13 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         (("study", "emergence", "--run", "{}", "--output-dir", "{}"), "has no model-epoch-N"),
         (("make", "{}/w.tar", "--in-order", "2"), "error: --in-order 2: a share lies between 0 and 1"),
         (("look", "nowhere"), "error: nowhere: no such folder"),
+        (("steps", "--model", "x=a", "--model", "x=b:2", "--model", "x=c", "--output-dir", "{}"), "error: --model x: two of one name"),
+        (("graft", "--model", "{}", "--teacher", "a", "--data", "b", "--output-dir", "{}"), "this run writes to"),
+        (("graft", "--model", "a", "--teacher", "a", "--data", "b", "--updates", "0", "--output-dir", "{}"), "argument --updates"),
+        (("score", "--demo", "x.jpg"), "error: --demo x.jpg: is no name of a PNG"),
+        (("score", "--captions", "0"), "argument --captions"),
+        (("reader", "--blur=-1"), "error: --blur -1: is no standard deviation"),
+        (("study", "runs", "--seeds", "0", "--output-dir", "{}"), "argument --seeds"),
         (("look", "--series", "alone"), "error: name the data: DATA …, or --series NAME DATA …"),
     ],
     ids=lambda p: p[0] if isinstance(p, tuple) else "",

@@ -100,3 +100,7 @@ def test_half_the_depth_keeps_every_other_block_and_both_ends(tmp_path, monkeypa
     assert half.generate("a red star", seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
     monkeypatch.setattr("sys.argv", ["halve", "--model", "assets/nano", "--output-dir", str(tmp_path / "nano")])
     assert halve.main() == 2 and not (tmp_path / "nano").exists(), "a UNet has none"
+    half.net = halve.halved(half.net)
+    half.save(tmp_path / "two")
+    monkeypatch.setattr("sys.argv", ["halve", "--model", str(tmp_path / "two"), "--output-dir", str(tmp_path / "one")])
+    assert halve.main() == 2 and not (tmp_path / "one").exists(), "both ends are all there is"
