@@ -144,6 +144,16 @@ def measure_psnr(net, dataset, cfg, device):
 def advice_vae(run, cfg):
     """What the numbers say about the settings (S2's table of troubles)."""
     last = run.numbers or {}
+    if cfg.model:
+        old, new = (
+            read_json(folder / "config.json").get("scaling_factor", 0.18215)
+            for folder in (sources.vae_folder(cfg.model), run.out / "model")
+        )
+        if old != new:
+            dist.say(
+                f"note: scaling_factor is {new:g} on these pictures, {old:g} in {cfg.model}: a denoiser that was trained with the older VAE "
+                f"wants the older number (model/config.json)"
+            )
     if cfg.kl_target and last and not 0.5 < last["kl"] / cfg.kl_target < 2:
         low = last["kl"] < cfg.kl_target
         dist.say(

@@ -661,6 +661,8 @@ def test_a_vae_goes_on_from_another(tmp_path, pictures):
     config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
     given = json.loads((ROOT / "assets" / "nano" / "vae" / "config.json").read_text())
     assert {k for k in given if given[k] != config[k]} == {"scaling_factor"}
+    numbers = f"scaling_factor is {config['scaling_factor']:g} on these pictures, {given['scaling_factor']:g} in "
+    assert numbers in done.stdout + done.stderr
     own = weights.load_tensors(tmp_path / "a" / "model" / "diffusion_pytorch_model.safetensors")
     for name, value in weights.load_tensors(
         ROOT / "assets" / "nano" / "vae" / "diffusion_pytorch_model.safetensors"
