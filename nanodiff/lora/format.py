@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nanodiff.config import UserError, short
 from nanodiff.weights import original_names
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -75,6 +76,12 @@ class Lora:
     skipped: list
     # {learned word that comes with it: {"clip_l", "clip_g" or "": vectors [n, D]}}
     words: dict = field(default_factory=dict)
+
+
+def check_models(models: object) -> None:
+    """Raise UserError for what is no {component: network}."""
+    if not isinstance(models, dict):
+        raise UserError(f"`models` {short(models)}: expected {{component: network}}, as Pipeline.models() gives")
 
 
 def names_of(models: dict[str, nn.Module]) -> dict[str, list[tuple[str, ...]]]:

@@ -16,7 +16,7 @@ import torch
 from nanodiff import weights
 from nanodiff.config import UserError, nearest, printable, read_json, short, typed
 from nanodiff.device import onednn
-from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Delta, Lora, names_of
+from nanodiff.lora.format import DIFFUSERS_NAME, DOWN, OTHERS, SUFFIXES, UP, Delta, Lora, check_models, names_of
 from nanodiff.weights import original_names
 
 
@@ -26,6 +26,7 @@ def read(
     """A Lora for `models` ({component: module}). words: the caller teaches the text encoders the learned words that come with it.
     Raises UserError for keys that none of the models knows (unless allow_partial, then each is said), for shapes that do not fit,
     for methods that are no LoRA, and for learned words that nobody would learn."""
+    check_models(models)
     path = Path(path)
     if inside := _by_component(path):
         there = [file.parent.name for file in inside]

@@ -12,13 +12,14 @@ from torch import nn
 
 from nanodiff.config import UserError
 from nanodiff.device import derived, onednn
-from nanodiff.lora.format import Lora
+from nanodiff.lora.format import Lora, check_models
 
 
 class Attached:
     """A LoRA that runs beside the weights. `scale` may be changed between runs; remove() takes it away."""
 
     def __init__(self, models, lora, scale):
+        check_models(models)
         self.scale, self.handles = scale, []
         for d in lora.deltas:
             layer = models[d.component].get_submodule(d.module)
@@ -67,6 +68,7 @@ class Fused:
     others since (another LoRA was fused over this one, they were trained or cast) it takes its own part out of them, within rounding."""
 
     def __init__(self, models, lora, scale, keep=True):
+        check_models(models)
         self.before, self.models, self.scale = [], models, scale
         for model in models.values():
             onednn.undo(model)

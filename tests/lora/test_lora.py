@@ -762,3 +762,16 @@ def test_the_options_that_errors_name_are_there(sd15, tmp_path, argv, said):
     names = {"tmp": tmp_path, "odd": tmp_path / "odd.safetensors", "three": tmp_path / "three.safetensors"}
     done = run("-m", "nanodiff.lora", *(str(a).format(**names) for a in argv))
     assert done.returncode == 0 and said in done.stderr, done.stderr
+
+
+def test_networks_are_given_by_name(sd15, tmp_path):
+    """A pipeline, or a network alone, is what is passed by mistake."""
+    found = few(sd15, tmp_path)
+    for wrong in (sd15, sd15.net):
+        for call in (
+            lambda m: lora.read(tmp_path / "few.safetensors", m),
+            lambda m: lora.attach(m, found),
+            lambda m: lora.fuse(m, found),
+        ):
+            with pytest.raises(UserError, match=r"`models` .*as Pipeline.models\(\) gives"):
+                call(wrong)
