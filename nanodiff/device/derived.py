@@ -53,8 +53,9 @@ def version(module):
     beside them, such as a LoRA, came, went or has another `scale`. Where the weights lie is no part of it."""
     tensors = [*module.parameters(), *module.buffers()]
     hooks = [h for m in module.modules() for h in m._forward_hooks.values()]
+    owners = [getattr(getattr(h, "func", h), "__self__", h) for h in hooks]
     written = tuple((stamp(t), t.dtype) for t in tensors)
-    return getattr(module, "changes", 0), written, tuple((h, getattr(h, "scale", None)) for h in hooks)
+    return getattr(module, "changes", 0), written, tuple((o, getattr(o, "scale", None)) for o in owners)
 
 
 def has_lora(layer):

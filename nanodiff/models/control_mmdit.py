@@ -128,6 +128,6 @@ class SD3ControlNetModel(nn.Module):
         text = self.context_embedder(context) if hasattr(self, "context_embedder") else None  # [B, S, D]
         found = []
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
-            x, text = (block(x, emb), None) if text is None else block(x, text, emb)
+            x, text = (block(x, emb), None) if text is None else block(x, text, emb, emb)
             found.append(out(x))
         return Residuals([found])

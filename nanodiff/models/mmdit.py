@@ -103,8 +103,14 @@ class AdaLN(nn.Module):
         self.n = n
         self.linear = nn.Linear(dim, n * dim)
 
+    def all(self, emb):
+        """[B, D] -> the vectors side by side [B, nD]."""
+        return self.linear(F.silu(emb))
+
     def forward(self, emb):
-        return self.linear(F.silu(emb)).chunk(self.n, dim=-1)
+        """The condition [B, D], or its vectors side by side as shifts() made them [B, nD] -> n of [B, D]."""
+        made = self.all(emb) if emb.shape[-1] == self.linear.in_features else emb
+        return made.chunk(self.n, dim=-1)
 
 
 class Attention(nn.Module):
@@ -206,13 +212,14 @@ class JointBlock(nn.Module):
         pairs += [] if last else [(self.ff_context.net[0].proj, size(*rest[1:3]))]
         return [*pairs, (self.ff.net[0].proj, size(shift_mlp, scale_mlp))]
 
-    def forward(self, x, text, emb):
-        """x [B, L, D], text [B, S, D], emb [B, D] -> the same, or (x, None) from the last block."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(emb)  # [B, D] each
+    def forward(self, x, text, of_image, of_text):
+        """x [B, L, D], text [B, S, D] -> the same, or (x, None) from the last block. of_image, of_text: what norm1 and norm1_context take,
+        the condition [B, D] or their vectors."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(of_image)  # [B, D] each
         if hasattr(self, "ff_context"):
-            t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.norm1_context(emb)
+            t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.norm1_context(of_text)
         else:
-            t_scale, t_shift = self.norm1_context(emb)  # the last one is stored scale first
+            t_scale, t_shift = self.norm1_context(of_text)  # the last one is stored scale first
 
         image, words = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale))  # [B, L, D], [B, S, D]
         image2 = gate2 = None
@@ -299,22 +306,38 @@ class SD3Transformer2DModel(nn.Module):
         emb = self.time_text_embed(t, pooled)  # [T, D]
         return [pair for block in self.transformer_blocks for pair in block.after_norm(emb)]
 
+    def norms(self):
+        """The AdaLNs: of every block the image's and the text's, then the last."""
+        return [norm for b in self.transformer_blocks for norm in (b.norm1, b.norm1_context)] + [self.norm_out]
+
+    def shifts(self, t, pooled):
+        """What the AdaLNs make of the times t [T] with a pooled text [B, P], side by side: [T · B, ΣnD], time after time. Times are known before a
+        run, so a sampler computes them once and passes B rows in place of the time: a third of the weights is read once, not at every step."""
+        emb = self.time_text_embed(t.repeat_interleave(len(pooled)), pooled.repeat(len(t), 1))  # [T · B, D]
+        return torch.cat([norm.all(emb) for norm in self.norms()], dim=-1)
+
+    def conditioned(self, x, t, pooled):
+        """What each AdaLN takes, in norms()' order: the condition [B, D], or of shifts()' rows its own [B, nD]."""
+        norms = self.norms()
+        if isinstance(t, torch.Tensor) and t.dim() == 2:
+            return t.split([norm.n * self.cfg.width for norm in norms], dim=-1)
+        return [self.time_text_embed(timesteps(t, x), pooled)] * len(norms)
+
     def forward(self, x, t, text, pooled, skip_layers=(), control=None):
-        """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000], text [B, S, D],
+        """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000] (or rows of shifts()), text [B, S, D],
         pooled [B, P] -> [B, C, H, W]. skip_layers: blocks left out (skip-layer guidance). control: what ControlNets add
         (control_mmdit.Residuals), behind every block but the last."""
         H, W = x.shape[-2:]
         p = self.cfg.patch_size
-        t = timesteps(t, x)
-        emb = self.time_text_embed(t, pooled)  # [B, D]
+        given = self.conditioned(x, t, pooled)
         text = self.context_embedder(text)  # [B, S, D]
         x = self.pos_embed(x)  # [B, L, D], L = H/p · W/p
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip_layers:
-                x, text = block(x, text, emb)
+                x, text = block(x, text, *given[2 * i : 2 * i + 2])
                 if control is not None and text is not None:
                     x = x + control.behind(i, len(self.transformer_blocks))
-        scale, shift = self.norm_out(emb)  # scale first, unlike in the blocks
+        scale, shift = self.norm_out(given[-1])  # scale first, unlike in the blocks
         x = self.proj_out(modulate(x, shift, scale))  # [B, L, p·p·C]
         x = x.view(len(x), H // p, W // p, p, p, -1)  # [B, h, w, p, q, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, H, W)  # [B, C, H, W]

@@ -8,7 +8,7 @@ import torch
 from nanodiff.config import UserError
 from nanodiff.device import cudagraph, derived, memory, onednn
 from nanodiff.models.layers import computed_by, join
-from nanodiff.models.unet import perturbed
+from nanodiff.models.unet import UNet2DConditionModel, perturbed
 from nanodiff.pipeline.conditions import Extra
 from nanodiff.pipeline.control import Controls
 from nanodiff.pipeline.pictures import with_pictures
@@ -127,9 +127,11 @@ class Guidance:
             )
 
     def shifts(self, times, added=None):
-        """{time: what the UNet takes in its place} for a run over `times` on a GPU, where the products that make these are too
-        small to be worth a start at every step; else nothing."""
-        if self.device.type != "cuda" or not memory.whole(self.net) or not hasattr(self.net, "shifts"):
+        """{time: what the denoiser takes in its place} for a run over `times`: an MMDiT's weights that make it are a third of all; a UNet's are few, and
+        worth it on a GPU alone, where every product has to be started. Nothing where they cannot be made beforehand."""
+        if not memory.whole(self.net) or not hasattr(self.net, "shifts"):
+            return {}
+        if self.device.type != "cuda" and isinstance(self.net, UNet2DConditionModel):
             return {}
         times = sorted({float(t) for t in times})
         if not 0 < len(times) <= MOST_TIMES:

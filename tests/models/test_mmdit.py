@@ -109,3 +109,26 @@ def test_a_new_model_has_the_stored_positions(name):
     made = positions(cfg.width, cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size)
     assert made.shape == stored.shape and (made - stored).abs().max() < 4e-3
     assert torch.equal(SD3Transformer2DModel(cfg).pos_embed.pos_embed, made)
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large-turbo"])
+def test_vectors_made_beforehand(name):
+    """Rows of shifts() in place of the time, for several times and texts at once, are what the time gives; a run takes them."""
+    from nanodiff import pipeline
+
+    sd = pipeline.load(TINY / name)
+    net, g = sd.net, torch.Generator().manual_seed(0)
+    x = torch.randn(2, net.cfg.in_channels, 8, 8, generator=g)
+    text, pooled = (
+        torch.randn(2, 5, net.cfg.joint_attention_dim, generator=g),
+        torch.randn(2, net.cfg.pooled_projection_dim, generator=g),
+    )
+    times = [981.0, 3.0]
+    with torch.no_grad():
+        made = net.shifts(torch.tensor(times), pooled)
+        for t, rows in zip(times, made.chunk(len(times)), strict=True):
+            assert max_error(net(x, rows, text, pooled), net(x, t, text, pooled)) < 1e-5
+    calls = []
+    net.norm_out.linear.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    sd.generate("a cat", steps=3, seeds=[0], height=64, width=64, guidance_scale=3.0)
+    assert calls == [2 * 3], "once, for both rows of every step"
