@@ -131,8 +131,9 @@ def bundled_words(tensors, file):
 
 
 def _by_component(path):
-    """The files of a folder that has a PEFT folder for each component."""
-    return sorted(path.glob("*/adapter_model.safetensors")) if path.is_dir() else []
+    """The files of a folder that has a PEFT folder for each component (beside which others may lie, such as checkpoints)."""
+    found = sorted(path.glob("*/adapter_model.safetensors")) if path.is_dir() else []
+    return [file for file in found if file.parent.name in WHOSE]
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -214,7 +215,8 @@ def _settings(file, metadata):
                 )
             settings.setdefault(prefix, {})[name] = value
     config = file.parent / "adapter_config.json"
-    if config.exists() and file_of(file.parent) == file:
+    alone = [p for p in file.parent.iterdir() if p.suffix.lower() == ".safetensors"] == [file]
+    if config.exists() and (alone or file.name == "adapter_model.safetensors"):
         settings[""] = read_json(config)
     for prefix, adapter in settings.items():
         where = f"{file}: {prefix}." if prefix else f"{file}: "

@@ -712,6 +712,10 @@ def test_settings_beside_a_file_of_any_name(sd15, tmp_path):
         (tmp_path / folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 32, "use_rslora": true}')
         for path in (tmp_path / folder, tmp_path / folder / f"{name}.safetensors"):
             assert [d.scale for d in lora.read(path, {"unet": sd15.net}).deltas] == [16.0]
+    shutil.copytree(tmp_path / "a", tmp_path / "a" / "checkpoint-500")  # as PEFT's trainers leave them
+    assert len(lora.read(tmp_path / "a", {"unet": sd15.net}).deltas) == 1
+    shutil.copy(tmp_path / "b" / "mine.safetensors", tmp_path / "b" / "other.safetensors")
+    assert [d.scale for d in lora.read(tmp_path / "b" / "mine.safetensors", {"unet": sd15.net}).deltas] == [1.0]
 
 
 def test_matrices_that_are_two_or_no_matrices(sd15, tmp_path):
