@@ -216,6 +216,7 @@ SUFFIXED = {"lora": lora.parse, "control": control.parse, "ip_adapter": pictures
 INSIDE = {"wildcards": ".txt", "lora_dir": ".safetensors"}  # what is read of a folder, where it is not all
 HASHED = 1 << 20  # bytes up to which a file is known by its content, a larger one by its size and time
 OWN = re.compile(r"study\.\w+|run(-\d+)?\.json|\d{5,9}\.png|\..*")  # what a study writes
+SINGLE = re.compile(r"image_\d{3}\.png")  # the pictures of a sheet (--output), in a folder beside it
 NUMBERED = re.compile(r"(\d{5,7})(_steps)?\.\w+")  # eight digits are a date
 
 
@@ -311,6 +312,21 @@ def check_output(cfg, out):
     ours = path.suffix == ".png" and NUMBERED.fullmatch(path.name)
     if inside and (ours or path.suffix in (".json", ".safetensors", ".txt")):
         raise UserError(f"--output {cfg.output}: is a name of the run's own files; take another")
+
+
+def check_inputs(cfg, out):
+    """Raise UserError for a file that this run is to read and would replace or delete: its --preview, the single pictures beside --output, and with
+    --overwrite what the run before left in the folder `out`."""
+    single = Path(cfg.output).with_suffix("").as_posix() + "_individual" if cfg.output else None
+    for name, text in named_files(cfg):
+        path = Path(text).resolve()
+        lost = cfg.preview and path == (out / "preview.png").resolve()
+        lost = lost or (single and path.parent == Path(single).resolve() and SINGLE.fullmatch(path.name))
+        lost = lost or (cfg.overwrite and path.parent == out.resolve() and NUMBERED.fullmatch(path.name))
+        if lost and path.is_file():
+            raise UserError(
+                f"--{name.replace('_', '-')} {text}: would be replaced by this run; take another output folder or name"
+            )
 
 
 def _same_file(path, text):

@@ -27,9 +27,11 @@ from nanodiff.pipeline.spoken import texts_of
 from nanodiff.stories import study as grid
 from nanodiff.stories.drawing import (
     PATHS,
+    SINGLE,
     Marks,
     Progress,
     begun,
+    check_inputs,
     check_output,
     defaults,
     documented,
@@ -74,6 +76,7 @@ def main(cfg):
     out = record.out
     if cfg.output:
         check_output(cfg, out)
+    check_inputs(cfg, out)
     (number, make_room), named = begun(cfg, out), cfg.named or documented(cfg)
     if cfg.seed is None:
         cfg.seed = secrets.randbelow(1 << 32)
@@ -182,8 +185,10 @@ class Pictures:
             record.file(cfg.output)
             if len(pictures) <= INDIVIDUAL:
                 folder = out_dir(Path(cfg.output).with_suffix("").as_posix() + "_individual")
-                for old in folder.glob("image_[0-9][0-9][0-9].png"):  # of that run
+                for old in (there := [p for p in folder.iterdir() if SINGLE.fullmatch(p.name)]):
                     old.unlink()
+                if there:
+                    print(f"note: {folder}: {len(there)} pictures of an earlier sheet are replaced", file=sys.stderr)
                 for i, picture in enumerate(pictures):
                     images.save_png(picture, folder / f"image_{i:03d}.png")
                     record.file(folder / f"image_{i:03d}.png")

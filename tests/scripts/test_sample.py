@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -872,3 +873,28 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path):
     limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sample; from nanodiff.commandline import script; sys.argv = {['sample.py', '--model', str(TINY / 'sd15'), '--prompt', 'a', '--steps', '1', '--output-dir', str(tmp_path)]!r}; sys.exit(script(sample.STAGES, sample.__doc__))"
     done = run("-c", limit)
     assert "cannot be written" in error_line(done) and not list(tmp_path.glob("*.png"))
+
+
+def test_what_a_run_reads_is_not_replaced_by_it(tmp_path):
+    """The pictures beside a sheet, those that --overwrite deletes, and the preview; elsewhere they are read."""
+    common = ("--prompt", "a cat", "--steps", "2", "--seed", "1", "--height", "64", "--width", "64")
+    assert sample(tmp_path / "o", *common, "--num-images", "2", "--output", tmp_path / "s.png").returncode == 0
+    inside, single, preview = (
+        tmp_path / "o" / "00000.png",
+        tmp_path / "s_individual" / "image_001.png",
+        tmp_path / "o" / "preview.png",
+    )
+    shutil.copy(inside, preview)
+    for flags, image in (
+        (("--output", tmp_path / "s.png"), single),
+        (("--overwrite",), inside),
+        (("--preview", tmp_path / "taesd.safetensors"), preview),
+    ):
+        before = image.read_bytes()
+        done = sample(tmp_path / "o", *common, *flags, "--init-image", image)
+        assert (
+            f"--init-image {image}: would be replaced by this run" in error_line(done) and image.read_bytes() == before
+        )
+    again = sample(tmp_path / "p", *common, "--output", tmp_path / "s.png", "--init-image", inside)
+    assert again.returncode == 0 and "s_individual: 2 pictures of an earlier sheet are replaced" in again.stderr
+    assert len(list(single.parent.iterdir())) == 1
