@@ -35,7 +35,7 @@ def test_a_short_run_is_not_judged(tmp_path, capsys):
 )
 def test_a_kl_far_from_its_target(tmp_path, capsys, kl, words):
     """The document's target is 25 nats; within a factor of two nothing is said. A smaller weight lets the KL grow."""
-    cfg = SimpleNamespace(kl_target=25.0, kl_weight=1e-3)
+    cfg = SimpleNamespace(kl_target=25.0, kl_weight=1e-3, model=None)
     vae.advice_vae(run_of(tmp_path, [1.0], {"kl": kl}), cfg)
     out = capsys.readouterr()
     text = out.out + out.err
