@@ -172,7 +172,7 @@ def test_a_clips_key_sees_its_settings(tmp_path):
         ("0.5,", '"x",', "image_mean"),
         ('"size": 32', '"size": 64', "size 64"),
         ('"size": 32', '"size": {"height": 32, "width": 32}', "size .*height"),
-        ('"resample": 3', '"resample": 3, "do_center_crop": false', "do_center_crop False"),
+        ('"do_center_crop": true', '"do_center_crop": false', "do_center_crop False"),
         ('"resample": 3', '"resample": 3, "rescale_factor": 0.007', "rescale_factor 0.007"),
     ):
         text = (folder / "preprocessor_config.json").read_text()
