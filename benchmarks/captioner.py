@@ -154,17 +154,18 @@ def agreed(a, b):
 
 
 def main():
+    sys.path.insert(0, str(ROOT))
+    from nanodiff.commandline import at_least
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default="", help="python of an environment with transformers and peft")
     parser.add_argument("--parts", default="decode,step")
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--new", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--pairs", type=at_least(1), default=2)
+    parser.add_argument("--new", type=at_least(1), default=24)
+    parser.add_argument("--steps", type=at_least(1), default=2)
     parser.add_argument("--folder", help="where the weights are made, or are already (4 GB); default: a temporary one")
     parser.add_argument("--name", default="cpu", help='of the results\' file; "": printed only')
     cfg = parser.parse_args()
-    if small := [name for name in ("pairs", "new", "steps") if getattr(cfg, name) < 1]:
-        parser.error(f"--{small[0].replace('_', '-')} {getattr(cfg, small[0])}: is less than 1")
     if unknown := [part for part in cfg.parts.split(",") if part not in ("decode", "step")]:
         parser.error(f"--parts {unknown[0]}: is none of decode, step")
     results = {

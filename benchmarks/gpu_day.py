@@ -377,9 +377,8 @@ def profile(out, device, dry):
         call, _ = denoise(sd, MODELS[name], dry)
         if not dry:
             emit(out, "profile", f"{name}, step", ms=per_call(call, 20))
-            torch.backends.cudnn.benchmark = (
-                True  # what would be gained by it; its choices are a stopwatch's, so it stays off
-            )
+            # what would be gained by it; its choices are a stopwatch's, so it stays off
+            torch.backends.cudnn.benchmark = True
             sd.recorded.clear()
             emit(out, "profile", f"{name}, step with cudnn.benchmark", ms=per_call(call, 20))
             torch.backends.cudnn.benchmark = False

@@ -46,11 +46,11 @@ def per_call(call, calls):
 
 
 def main():
+    from nanodiff.commandline import at_least
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--calls", type=at_least(1), default=2000)
     args = parser.parse_args()
-    if small := [name for name in ("calls",) if getattr(args, name) < 1]:
-        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     stub()
     import torch
 

@@ -95,17 +95,18 @@ def run(python, code, *argv):
 
 
 def main():
+    sys.path.insert(0, str(ROOT))
+    from nanodiff.commandline import at_least
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--side", type=int, default=64, help="of the latents: 64 is 512 pixels")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pairs", type=at_least(1), default=2)
+    parser.add_argument("--steps", type=at_least(1), default=4)
+    parser.add_argument("--side", type=at_least(1), default=64, help="of the latents: 64 is 512 pixels")
+    parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--kind", action="append", choices=("fp32", "bf16"))
     parser.add_argument("--name", default="cpu")
     args = parser.parse_args()
-    if small := [name for name in ("pairs", "steps", "side", "batch") if getattr(args, name) < 1]:
-        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     results = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
                "side": args.side, "batch": args.batch, "command": " ".join(sys.argv[:1] + [a for a in sys.argv[1:] if "/" not in a])}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanodiff import pipeline, weights
+from nanodiff.commandline import at_least
 from nanodiff.device import memory, quantize
 from nanodiff.models.llm import CausalLM
 
@@ -116,12 +117,10 @@ def denoisers(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--size", type=int, default=32, help="side of the latents")
+    parser.add_argument("--size", type=at_least(1), default=32, help="side of the latents")
     parser.add_argument("--pictures", nargs="+")
     parser.add_argument("--language", action="store_true")
     args = parser.parse_args()
-    if small := [name for name in ("size",) if getattr(args, name) < 1]:
-        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
     if args.language:
         return language()
     if args.model is None or not args.model.is_dir():

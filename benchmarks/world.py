@@ -95,20 +95,20 @@ def logged(run):
 
 
 def main():
+    sys.path.insert(0, str(ROOT))
+    from nanodiff.commandline import at_least
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scenes", type=int, default=5000)
-    parser.add_argument("--updates", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--scenes", type=at_least(1), default=5000)
+    parser.add_argument("--updates", type=at_least(1), default=2400)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--lr", type=float, default=2e-3, help="ours")
-    parser.add_argument("--captions", type=int, default=200, help="of each group")
+    parser.add_argument("--captions", type=at_least(1), default=200, help="of each group")
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--name", default="cpu")
     args = parser.parse_args()
-    if small := [name for name in ("seeds", "scenes", "updates", "batch_size", "captions") if getattr(args, name) < 1]:
-        parser.error(f"--{small[0].replace('_', '-')} {getattr(args, small[0])}: is less than 1")
-    sys.path.insert(0, str(ROOT))
     from assets.world import study
     from nanodiff import pipeline
     from nanodiff.device import onednn

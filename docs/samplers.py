@@ -48,9 +48,8 @@ def recorded():
     found = collections.Counter()
     for path in GOLDENS.glob("schedulers.*.json"):
         for case in json.loads(path.read_text(encoding="utf-8")).get("args", {}).values():
-            if (
-                isinstance(case, dict) and {"scheduler", "config"} <= case.keys()
-            ):  # a run, not a table of the schedule's
+            if isinstance(case, dict) and {"scheduler", "config"} <= case.keys():
+                # a run, not a table of the schedule's
                 found[samplers.name_of(Schedule.from_config(case["config"], case["scheduler"]))] += 1
     return found
 

@@ -244,9 +244,8 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     values, configured = dict(presets.get(given.pop("preset", None) or "", {})), {}
     if path := shipped(given.pop("config")):
         settings = read_settings(path)
-        if isinstance(settings.get("config"), dict) and "config" not in by_names(
-            cls
-        ):  # a run's own record (output/record.py)
+        if isinstance(settings.get("config"), dict) and "config" not in by_names(cls):
+            # a run's own record (output/record.py)
             settings = {k: v for k, v in settings["config"].items() if v is not None}
         values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
@@ -472,9 +471,8 @@ def script(stages, doc, presets=None, less_memory=LESS_MEMORY):
         cls, story = stages[stage]
         cfg = parse(cls, argv, doc, (presets or {}).get(stage), f"{prog} {stage}".strip())
         signal.signal(signal.SIGTERM, _stop)
-        if isinstance(
-            story, str
-        ):  # imported now: nothing that a mistake on the command line, or --help, would have to wait for
+        if isinstance(story, str):
+            # imported now: nothing that a mistake on the command line, or --help, would have to wait for
             module, _, name = story.partition(":")
             story = getattr(importlib.import_module(module), name)
         story(cfg)
@@ -515,9 +513,8 @@ def _verdict(e, less_memory):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, None
     text = f"{type(e).__name__}: {e}"
-    if isinstance(e, RuntimeError) and str(e).startswith(
-        "kernels: "
-    ):  # --kernels triton, and a kernel that cannot serve
+    if isinstance(e, RuntimeError) and str(e).startswith("kernels: "):
+        # --kernels triton, and a kernel that cannot serve
         return 2, f"error: {printable(e)}"
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return 2, f"error: out of memory ({printable(str(e).splitlines()[0] if str(e) else text)}); {less_memory}"
@@ -528,7 +525,7 @@ def _verdict(e, less_memory):
     return None, None
 
 
-# named otherwise
+# {a library's setting: its flag}, where that is not the same word
 FLAGS = {
     "quirks": "diffusers-quirks",
     "image": "init-image",

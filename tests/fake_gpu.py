@@ -39,9 +39,8 @@ class Launches(TorchDispatchMode):
         if name not in VIEWS:
             self.found[name] += 1
         if name == "convolution" and args[2] is not None:
-            self.found["a convolution's bias"] += (
-                1  # cuDNN's convolution has none: PyTorch adds it in a pass of its own
-            )
+            # cuDNN's convolution has none: PyTorch adds it in a pass of its own
+            self.found["a convolution's bias"] += 1
         if name in ("_to_copy", "copy_", "_local_scalar_dense", "item"):
             devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor)}
             if len(devices) > 1 or name in ("_local_scalar_dense", "item"):

@@ -9,10 +9,10 @@ Writes results.json, a table (table.md) and curves.png; a run that is already th
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from assets.nano.captions import step
 from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
 from nanodiff.files import out_dir, settled
@@ -43,12 +43,12 @@ def main():
 
 def ablate(args):
     out = out_dir(args.output_dir.resolve())
-    settled(out, {"updates": args.updates}, (out / "results.json").exists())
-    text = json.loads((ROOT / "assets/nano/text_encoder/config.json").read_text())
-    (out / "text-1.json").write_text(json.dumps(text | {"num_hidden_layers": 1}))
     names = args.only.split(",") if args.only else list(RUNS)
     if unknown := [name for name in names if name not in RUNS]:
         raise UserError(f"--only {unknown[0]}: is none of {', '.join(RUNS)}")
+    settled(out, {"updates": args.updates}, (out / "results.json").exists())
+    text = json.loads((ROOT / "assets/nano/text_encoder/config.json").read_text())
+    (out / "text-1.json").write_text(json.dumps(text | {"num_hidden_layers": 1}))
     for name in names:
         flags = [f.replace("{text-1}", str(out / "text-1.json")) for f in RUNS[name][1]]
         run, result = out / name, out / name / "score.json"
@@ -62,12 +62,6 @@ def ablate(args):
     for part in ("net", "ema"):
         averaged(out, part)
     report(out, args.updates)
-
-
-def step(*words):
-    """One command of the project."""
-    if code := subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode:
-        raise UserError(f"{' '.join(map(str, words[:2]))} ended with {code}")
 
 
 def averaged(out, part):

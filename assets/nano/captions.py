@@ -22,6 +22,7 @@ from scipy import stats
 
 from nanodiff.commandline import at_least, tool
 from nanodiff.config import UserError
+from nanodiff.files import out_dir, settled, write_json
 
 ROOT = Path(__file__).parent.parent.parent
 ARMS = {"original": 0, "original + synthetic 1:1": 1, "original + synthetic 1:3": 3}
@@ -52,7 +53,6 @@ def learn(out, train, val, images, seed, updates, flags=LEARN):
 
 def study(cfg):
     from nanodiff.data import captionset
-    from nanodiff.files import out_dir, settled
 
     out = out_dir(Path(cfg.output_dir).resolve())
     settled(out, {"updates": cfg.updates}, (out / "study.json").exists())
@@ -118,7 +118,6 @@ def said(values, form=".3f"):
 
 def tell(out, found, cfg):
     """The table and the figure."""
-    from nanodiff.files import write_json
     from nanodiff.output import charts
 
     lines = ["| trained on | pictures | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
@@ -154,7 +153,6 @@ def trip(cfg):
 
     from nanodiff import data, pipeline
     from nanodiff.evaluation import caption_scores
-    from nanodiff.files import write_json
     from nanodiff.output import images
     from nanodiff.stories import captioner_model
 

@@ -573,9 +573,8 @@ def shift(plt):
     for name, amount in (("even", 1.0), ("shifted", 3.0)):
         sched = schedule.Schedule.from_config({"shift": amount}, row.kind)
         end = [step.x for step in row.run(bell(sched), z, sched, 6, None)][-1]
-        numbers[name] = (
-            f"{(end - (0.3 + 0.5 * z)).abs().max().item():.2f}"  # the exact way: noise of variance 1 to the bell
-        )
+        # the exact way: noise of variance 1 to the bell
+        numbers[name] = f"{(end - (0.3 + 0.5 * z)).abs().max().item():.2f}"
     return figure, numbers
 
 

@@ -38,7 +38,7 @@ NAMES = ("Image_Name", *(n for n in tables.NAMES if n != "Image_Name"))
 CAPTIONS = ("Title", *(n for n in tables.CAPTIONS if n != "Title"))
 SOURCE = "Source_Name"
 UNKNOWN = "?"  # the source of a synthetic row that names none
-# of a job's .out
+# a line of a job's .out
 LOGGED = re.compile(r"(?P<name>[^,|/\\]+?)\.(?:jpe?g|png|webp)\s*(?:[:,|\t]|->|=>)\s*(?P<title>.+)$", re.I)
 
 

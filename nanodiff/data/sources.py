@@ -69,7 +69,7 @@ class Dataset:
         self.texts = [item.captions for item in items]
         self.captions = [texts[0] if texts else None for texts in self.texts]
         self.labels = [item.label for item in items]
-        # a part's: the whole set's
+        # a part has those of the whole set
         self.known_labels = known_labels or sorted({label for label in self.labels if label})
 
     def __len__(self):

@@ -4,10 +4,8 @@ PyTorch's back (`parameter.data`, as many averages of weights are copied): see n
 
 import torch
 
-SAMPLED, EACH = (
-    16,
-    8,
-)  # weights that noticed() looks at beside those that something is derived from, and numbers of each
+# weights that noticed() looks at beside those that something is derived from, and numbers of each
+SAMPLED, EACH = 16, 8
 
 
 def _keepers(module):
@@ -39,7 +37,7 @@ def noticed(module):
     what writes to a few numbers may not be."""
     own, kept = (
         [t.detach() for t in found if type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() and not t.is_meta]
-        for found in (module.parameters(), (t for m in _keepers(module) for t in m.parameters(recurse=True)))
+        for found in (module.parameters(), (t for m in _keepers(module) for t in m.parameters()))
     )
     picked = [_glance(t) for t in (*own[:: max(1, len(own) // SAMPLED)], *kept)]
     seen = torch.cat([p.float() for p in picked]).cpu().numpy().tobytes() if picked else b""

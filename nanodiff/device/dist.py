@@ -197,9 +197,8 @@ def parallelize(module, how, device, dtype=None):
     if world().size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     ids = [device.index] if device.type == "cuda" else None
-    with (
-        warnings.catch_warnings()
-    ):  # torch >= 2.13 has another name for broadcast_buffers, which older ones do not know
+    with warnings.catch_warnings():
+        # torch >= 2.13 has another name for broadcast_buffers, which older ones do not know
         warnings.simplefilter("ignore", FutureWarning)
         return nn.parallel.DistributedDataParallel(
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -65,9 +65,8 @@ class _Int8:
 
     def _each(self, x, product):
         """product(codes, scale, zero, type) of each picture of x [B, …], together."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # it would look into the numbers, and has no form of its own for these products
+        if torch.compiler.is_compiling():
+            # it would look into the numbers, and has no form of its own for these products
             return torch._dynamo.disable(_Int8._each)(self, x, product)
         if (torch.is_grad_enabled() and x.requires_grad) or onednn.dual(x):
             raise RuntimeError("layers in 8 bits (`quantize` int8 on a CPU) have no gradient")

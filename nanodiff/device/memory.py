@@ -185,9 +185,8 @@ def _pin(slots):
     flat, offset = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=True), 0
     for key, tensor in slots.items():
         place = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype)
-        if (
-            tensor.dim() == 4
-        ):  # convolution weights, channels last: here once, so that it need not be done at each arrival
+        if tensor.dim() == 4:
+            # convolution weights, channels last: here once, so that it need not be done at each arrival
             o, i, h, w = tensor.shape
             place = place.view(o, h, w, i).permute(0, 3, 1, 2)
         tensor.data = place.view(tensor.shape).copy_(tensor.data)

@@ -17,7 +17,7 @@ from nanodiff.config import UserError
 from nanodiff.diffusion.schedule import leading, split
 from nanodiff.diffusion.schedule_config import GRID
 
-# whose timesteps of Karras's σ lie between the training's
+# classes whose timesteps of Karras's σ lie between the training's
 UNROUNDED = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 
 

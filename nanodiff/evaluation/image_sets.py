@@ -195,7 +195,8 @@ def _group(group, space, generated, real, prompts, s, found, what):
     if group in (
         "kid",
         "is",
-    ):  # subsets and splits are drawn by position: in the order of names, as other programs read folders
+    ):
+        # subsets and splits are drawn by position: in the order of names, as other programs read folders
         g, r = _by_name(g, generated), _by_name(r, real)
     if group == "kid":
         value, size = metrics.kid(r, g, s.kid_subsets, s.kid_size, s.seed)

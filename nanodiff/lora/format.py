@@ -44,7 +44,7 @@ OTHERS = {  # pattern in a key: the method, which is no plain LoRA; refused by n
     r"\.diff(_b)?$": "a full weight difference",
     r"glora": "GLoRA",
 }
-# as it saves them
+# the encoders' names as ComfyUI saves them
 COMFYUI = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",), "text_encoder_3": ("t5xxl",)}
 KOHYA = {
     "unet": ("lora_unet_",),

@@ -62,9 +62,8 @@ def read(
     for name, parts in sorted(groups.items(), key=lambda g: theirs(g[0])):
         bare = name.removeprefix("base_model.model.")
         targets = known.get(name) or known.get(bare)
-        if (
-            targets is None
-        ):  # PEFT's folder of one text encoder does not say whose its layers are: of the one that has them
+        if targets is None:
+            # PEFT's folder of one text encoder does not say whose its layers are: of the one that has them
             there = [known[full] for c in models if (full := f"{c}.{bare}") in known]
             there = [t for t in there if len(there) == 1 or _fits(parts, models[t[0][0]].get_submodule(t[0][1]))]
             targets = there[0] if len(there) == 1 else None

@@ -100,9 +100,8 @@ class Config:
         if kind not in ("llama", "gemma3_text"):
             raise UserError(f"{where}: model_type {kind!r} is not supported (only llama and gemma3_text)")
         scaling = raw.pop("rope_scaling", None) or raw.pop("rope_parameters", None) or {}
-        if isinstance(scaling, dict) and isinstance(
-            scaling.get("full_attention"), dict
-        ):  # one for each kind of layer, as transformers 5 writes it
+        if isinstance(scaling, dict) and isinstance(scaling.get("full_attention"), dict):
+            # one for each kind of layer, as transformers 5 writes it
             local, scaling = scaling.get("sliding_attention") or {}, scaling["full_attention"]
             if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
                 raise UserError(

@@ -63,9 +63,8 @@ class Config:
     out_channels: int | None = 16
     pos_embed_max_size: int = 96  # the largest picture, in patches along a side: 384 in SD 3.5 medium, 192 in large
     dual_attention_layers: tuple[int, ...] = ()  # blocks in which the image also attends to itself alone
-    qk_norm: str | None = (
-        None  # "rms_norm": scores stay within √K times its gains: large pictures no longer diverge in mixed precision (§5.3.2)
-    )
+    # "rms_norm": scores stay within √K times its gains: large pictures no longer diverge in mixed precision (§5.3.2)
+    qk_norm: str | None = None
 
     @property
     def width(self):
@@ -103,13 +102,13 @@ class AdaLN(nn.Module):
         self.n = n
         self.linear = nn.Linear(dim, n * dim)
 
-    def all(self, emb):
-        """[B, D] -> the vectors side by side [B, nD]."""
+    def vectors(self, emb):
+        """[B, D] -> its n vectors side by side [B, nD]."""
         return self.linear(F.silu(emb))
 
     def forward(self, emb):
         """The condition [B, D], or its vectors side by side as shifts() made them [B, nD] -> n of [B, D]."""
-        made = self.all(emb) if emb.shape[-1] == self.linear.in_features else emb
+        made = self.vectors(emb) if emb.shape[-1] == self.linear.in_features else emb
         return made.chunk(self.n, dim=-1)
 
 
@@ -310,18 +309,24 @@ class SD3Transformer2DModel(nn.Module):
         """The AdaLNs: of every block the image's and the text's, then the last."""
         return [norm for b in self.transformer_blocks for norm in (b.norm1, b.norm1_context)] + [self.norm_out]
 
+    def shift_widths(self):
+        """nD of each AdaLN: how wide shifts() are."""
+        return [norm.n * self.cfg.width for norm in self.norms()]
+
     def shifts(self, t, pooled):
         """What the AdaLNs make of the times t [T] with a pooled text [B, P], side by side: [T · B, ΣnD], time after time. Times are known before a
         run, so a sampler computes them once and passes B rows in place of the time: a third of the weights is read once, not at every step."""
         emb = self.time_text_embed(t.repeat_interleave(len(pooled)), pooled.repeat(len(t), 1))  # [T · B, D]
-        return torch.cat([norm.all(emb) for norm in self.norms()], dim=-1)
+        made = emb.new_empty(len(emb), sum(self.shift_widths()))
+        for norm, part in zip(self.norms(), made.split(self.shift_widths(), dim=-1), strict=True):
+            part.copy_(norm.vectors(emb))  # one by one: side by side they may be large
+        return made
 
     def conditioned(self, x, t, pooled):
         """What each AdaLN takes, in norms()' order: the condition [B, D], or of shifts()' rows its own [B, nD]."""
-        norms = self.norms()
         if isinstance(t, torch.Tensor) and t.dim() == 2:
-            return t.split([norm.n * self.cfg.width for norm in norms], dim=-1)
-        return [self.time_text_embed(timesteps(t, x), pooled)] * len(norms)
+            return t.split(self.shift_widths(), dim=-1)
+        return [self.time_text_embed(timesteps(t, x), pooled)] * len(self.norms())
 
     def forward(self, x, t, text, pooled, skip_layers=(), control=None):
         """x [B, C, H, W] with H and W multiples of the patch size, t [B] or a scalar in [0, 1000] (or rows of shifts()), text [B, S, D],

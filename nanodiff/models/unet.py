@@ -477,6 +477,10 @@ class Downward(nn.Module):
         """Every residual block in the order of forward()."""
         return [r for part in self.parts() for r in part.resnets]
 
+    def shift_widths(self):
+        """Channels of each residual block: how wide shifts() are."""
+        return [resnet.conv1.out_channels for resnet in self.resnets()]
+
     def shifts(self, t, added=None):
         """What every residual block adds to its channels at the times t [T], side by side: [T, ΣC], or [T · B, ΣC] with an
         `added` of B rows, time after time. Times are known before a run, so a sampler computes them once and passes a row (or
@@ -490,8 +494,7 @@ class Downward(nn.Module):
     def conditioned(self, x, t, context, added):
         """(temb, shifts, kvs): the time and the text as blocks take them, from what forward() is given."""
         if isinstance(t, torch.Tensor) and t.dim() == 2:
-            widths = [resnet.conv1.out_channels for resnet in self.resnets()]
-            temb, shifts = None, iter(t.expand(len(x), -1).split(widths, dim=1))
+            temb, shifts = None, iter(t.expand(len(x), -1).split(self.shift_widths(), dim=1))
         else:
             temb, shifts = self.embed(timesteps(t, x), added), itertools.repeat(None)
         return temb, shifts, itertools.repeat(context) if isinstance(context, torch.Tensor) else iter(context)

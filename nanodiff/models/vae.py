@@ -52,9 +52,8 @@ class Config:
     latent_channels: int = 4  # SD 3: 16
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 32  # pixels along a side in training
-    scaling_factor: float = (
-        0.18215  # one over the standard deviation of z over the training pictures; SDXL 0.13025, SD 3 1.5305
-    )
+    # one over the standard deviation of z over the training pictures; SDXL 0.13025, SD 3 1.5305
+    scaling_factor: float = 0.18215
     shift_factor: float | None = None  # their mean; SD 3: 0.0609
     force_upcast: bool | None = True  # fp16 overflows in this decoder (SDXL's original): compute in fp32
     use_quant_conv: bool = True  # 1×1 convolutions around the latents, a relic of VQ; SD 3 has none

@@ -38,8 +38,8 @@ COMFYUI = (
 FLOWS = {"euler": "flow_euler", "heun": "flow_heun"}  # what those names mean where the model is a flow
 # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
 GRIDS = ("karras", "exponential", "sgm_uniform", "beta", "simple")
-# inputs that are no value of a node
 SHORT = ("dpm_2", "dpm_2_ancestral")  # which leave a noise level out
+# inputs that are no value of a node
 CONTROLS = ("control_after_generate", "speak_and_recognation", "multiline", "strip_newlines")
 SHOWS = ("showtext", "showanything")  # classes of nodes that show a text that they are given, and keep it
 SAMPLING = ("KSampler", "KSamplerAdvanced")

@@ -46,7 +46,7 @@ OTHERWISE["DPM++ 3M SDE"] = "without the last level but one, noise of a Brownian
 CHURN = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
 UNSPACED = ("euler_a", "ddim", "pndm", "lcm")
-# which have a grid of their own where theirs is even in time
+# samplers that have a grid of their own here where A1111's is even in time
 EVEN = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde")
 
 

@@ -112,9 +112,8 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         self.schedule, self.name, self.index = schedule, name, {}
         self.kept = OrderedDict()  # encoded prompts
         self.recorded = {}  # {what the denoiser is: its Replayed}, at most one
-        self.distilled = (
-            None  # is it a turbo? None: its scheduler tells; of a loaded model its own, whatever sampler it is under
-        )
+        # is it a turbo? None: its scheduler tells; of a loaded model its own, whatever sampler it is under
+        self.distilled = None
         self.check_fit()
 
     def __repr__(self):

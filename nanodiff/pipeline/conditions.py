@@ -101,9 +101,8 @@ class Conditions:
         pairs = [(t, e) for t, e in zip(self.tokenizers, self.encoders, strict=False) if isinstance(t, CLIPTokenizer)]
         for tokenizer, encoder in pairs:
             text, vocabulary = encoder.cfg, tokenizer.size
-            if (
-                tokenizer.words and text.eos_token_id == 2
-            ):  # "the largest id", which a learned word may be: see add_embedding
+            if tokenizer.words and text.eos_token_id == 2:
+                # "the largest id", which a learned word may be: see add_embedding
                 text.eos_token_id = tokenizer.eos
             if tokenizer.length > text.max_position_embeddings or vocabulary > text.vocab_size:
                 sizes = f"{tokenizer.length} tokens of {vocabulary}, text_encoder {text.max_position_embeddings} of {text.vocab_size}"
@@ -132,8 +131,9 @@ class Conditions:
             for i, k in enumerate(group):
                 fresh[k] = Text(*(None if part is None else part[i : i + 1].cpu() for part in encoded))
         found = fresh | {k: self.kept[k] for k in keys if k in self.kept}
-        for k in [k for k in self.kept if fresh and k[-1] != versions]:
-            del self.kept[k]
+        if fresh:  # what the encoders said before they changed is not asked for again
+            for k in [k for k in self.kept if k[-1] != versions]:
+                del self.kept[k]
         self.kept |= fresh
         while len(self.kept) > 1 and sum(_bytes(t) for t in self.kept.values()) > CACHE_BYTES:
             self.kept.popitem(last=False)

@@ -20,8 +20,7 @@ from nanodiff.models.unet import UNet2DConditionModel
 from nanodiff.pipeline.single import placed
 from nanodiff.weights import hub, original_names
 
-# the first word of tensors by which files of other kinds are told
-# of a Stable Diffusion in original names
+# the first words of tensors by which files of other kinds are told; these are of a Stable Diffusion in original names
 CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 OTHERS = (
     ("lora_controlnet", "a Control-LoRA"),

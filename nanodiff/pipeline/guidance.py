@@ -14,7 +14,7 @@ from nanodiff.pipeline.control import Controls
 from nanodiff.pipeline.pictures import with_pictures
 from nanodiff.pipeline.settings import Perturbed, SkipLayers
 
-MOST_TIMES = 128  # steps of a run up to which what they add to the channels is made beforehand
+MOST_SHIFTS = 256 << 20  # bytes up to which what the steps of a run take from the condition is made beforehand
 NOTHING = Extra()
 LAUNCH_BOUND = 4  # rows of a batch (two guided pictures) up to which a GPU may wait for the host
 
@@ -128,13 +128,16 @@ class Guidance:
 
     def shifts(self, times, added=None):
         """{time: what the denoiser takes in its place} for a run over `times`: an MMDiT's weights that make it are a third of all; a UNet's are few, and
-        worth it on a GPU alone, where every product has to be started. Nothing where they cannot be made beforehand."""
+        worth it on a GPU alone, where every product has to be started. Nothing where they cannot be made beforehand, or would be large: many pictures
+        share a reading of the weights anyway."""
         if not memory.whole(self.net) or not hasattr(self.net, "shifts"):
             return {}
         if self.device.type != "cuda" and isinstance(self.net, UNet2DConditionModel):
             return {}
         times = sorted({float(t) for t in times})
-        if not 0 < len(times) <= MOST_TIMES:
+        # SDXL's `added` is a tuple of vectors, an MMDiT's the pooled text
+        rows = 1 if added is None else len(added[0] if isinstance(added, tuple) else added)
+        if not 0 < len(times) * rows * sum(self.net.shift_widths()) * self.dtype.itemsize <= MOST_SHIFTS:
             return {}
         made = self.net.shifts(torch.tensor(times).to(self.device), added)
         return dict(zip(times, made.split(len(made) // len(times)), strict=True))

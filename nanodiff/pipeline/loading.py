@@ -117,24 +117,29 @@ def convert(
         v, ztsnr = schedule.prediction == "v_prediction", bool(schedule.cfg.get("rescale_betas_zero_snr"))
         marks = {"v_pred": v, "ztsnr": ztsnr} if not schedule.flow else {}
         original_names.export(sd.models(), family, target, [name for name, so in marks.items() if so])
+        # ε or v is told by the marks
         raw = stated(
             family, target, schedule.prediction if schedule.prediction in ("epsilon", "v_prediction") else None, ztsnr
         )
-        told, parts = samplers.schedule_of(raw, target), KNOWN[family][1]
-        known = sd.vae.cfg.from_json(parts["vae"]) if sd.vae is not None and "vae" in parts else None
-        own = {"scheduler's class": schedule.kind, **{f"scheduler's {k}": v for k, v in schedule.cfg.items()}}
-        theirs = {"scheduler's class": told.kind, **{f"scheduler's {k}": v for k, v in told.cfg.items()}}
-        for name in ("scaling_factor", "shift_factor") if known else ():
-            own[f"VAE's {name}"], theirs[f"VAE's {name}"] = getattr(sd.vae.cfg, name), getattr(known, name)
-        if lost := [f"{k} {short(v)}" for k, v in own.items() if v != theirs.get(k, v)]:
+        if lost := _unsaid(sd, samplers.schedule_of(raw, target), KNOWN[family][1]):
             say(f"note: {target}: does not say its {', '.join(lost)}: give `components` {model} with it")
-        if SAMPLING in sd.index:
-            say(
-                f"note: {target}: does not say the steps and the guidance that it was trained for: give `components` {model} with it"
-            )
         if sd.turbo and not is_turbo(raw, target):
             say(f'note: {target}: nothing in it says that it is a turbo; a name with "turbo" does')
     print(f"{target}: {', '.join(sd.models())}")
+
+
+def _unsaid(sd, told, configs):
+    """What a pipeline has otherwise than one file of it will be read, in words. told: the schedule, configs: {part: config.json} that stand for a
+    file of its family."""
+
+    def facts(schedule, vae):
+        out = {"scheduler's class": schedule.kind} | {f"scheduler's {k}": v for k, v in schedule.cfg.items()}
+        return out | {f"VAE's {k}": getattr(vae, k) for k in ("scaling_factor", "shift_factor") if vae}
+
+    known = sd.vae.cfg.from_json(configs["vae"]) if sd.vae is not None and "vae" in configs else None
+    theirs = facts(told, known)
+    lost = [f"{k} {short(v)}" for k, v in facts(sd.schedule, known and sd.vae.cfg).items() if v != theirs.get(k, v)]
+    return lost + (["steps and guidance that it was trained for"] if SAMPLING in sd.index else [])
 
 
 CLASSES = {"SD": Pipeline, "SDXL": SDXL, "SDXL refiner": Refiner, "SD3": SD3, "MMDiT": Joint}  # of the families

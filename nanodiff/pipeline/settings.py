@@ -57,9 +57,8 @@ class Words:
     prompt_3: str | list[str] | None = None  # for the third (SD 3)
     negative_prompt_2: str | list[str] | None = None
     negative_prompt_3: str | list[str] | None = None
-    long_prompts: bool = (
-        False  # no limit of 75 tokens: chunks; a batch's shorter prompts are filled up to its longest with empty ones
-    )
+    # no limit of 75 tokens: chunks; a batch's shorter prompts are filled up to its longest with empty ones
+    long_prompts: bool = False
     weighted: bool | str = False  # (word:1.2) and the like mean something; "comfyui": by ComfyUI's rule
     syntax: bool = False  # [a:b:0.5], [a|b] and AND mean something (text/syntax.py), as in AUTOMATIC1111's web UI
     max_sequence_length: int | None = None  # tokens of T5, 1 to 512; None: 256

@@ -94,7 +94,8 @@ class Single:
         for part, other in (
             ("vae", "vae."),
             ("text_encoder", "conditioner.embedders.0.model."),
-        ):  # other tools' re-saves
+        ):
+            # other tools' re-saves
             here = any(k.startswith(self.prefixes.get(part, other)) for k in self.shapes)
             if not here and any(k.startswith(other) for k in self.shapes):
                 self.prefixes[part] = other
@@ -150,7 +151,8 @@ class Single:
                 "v_prediction",
                 "v-prediction",
                 "velocity",
-            ):  # keys decide; where there is none, the header
+            ):
+                # keys decide; where there is none, the header
                 print(
                     f"note: {self.path.name}: v-prediction by its header's modelspec.prediction_type", file=sys.stderr
                 )

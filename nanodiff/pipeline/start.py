@@ -15,12 +15,10 @@ class Beginning(NamedTuple):
 
     x: torch.Tensor  # [B, C, h, w], before the first step
     first: int = 0  # the first step
-    known: Callable | None = (
-        None  # known(x, i): x before step i, what is outside the mask replaced by the original at that noise level
-    )
-    beside: torch.Tensor | None = (
-        None  # [B, 1 + C, h, w], what an inpainting model is given with x: the mask and what is outside it
-    )
+    # known(x, i): x before step i, what is outside the mask replaced by the original at that noise level
+    known: Callable | None = None
+    # [B, 1 + C, h, w], what an inpainting model is given with x: the mask and what is outside it
+    beside: torch.Tensor | None = None
 
 
 def begin(sd, start, steps, noise, shift):

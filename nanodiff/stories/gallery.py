@@ -65,7 +65,8 @@ def draw(sd, jobs, folder, how, batch_size=16, anew=False, what="drawing", capti
             for some in (
                 batch,
                 *([[job] for job in batch] if len(batch) > 1 else ()),
-            ):  # one by one, where the batch had a fault
+            ):
+                # one by one, where the batch had a fault
                 try:
                     made = images.to_pil(sd.generate([j.prompt for j in some], how.get("negative_prompt"), seeds=[j.seed for j in some],
                                                      **{k: how[k] for k in ("steps", "guidance_scale", "height", "width")}).pixels)  # fmt: skip

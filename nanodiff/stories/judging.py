@@ -34,9 +34,9 @@ def begin(cfg):
     out = Path(cfg.output_dir)
     if any(Path(p).resolve() == out.resolve() for p in getattr(cfg, "inputs", ())):
         raise UserError(f"--output-dir {out}: is one of --inputs, whose numbers would be replaced")
-    given = {name: getattr(cfg, name, None) for name in ("candidates", "references", "prompts")}
-    for more in ({}, *({"inputs": path} for path in getattr(cfg, "inputs", ()))):
-        apart(given | more, [out / name for name in WRITTEN])
+    read = [(name, getattr(cfg, name, None)) for name in ("candidates", "references", "prompts")]
+    for name, path in (*read, *(("inputs", path) for path in getattr(cfg, "inputs", ()))):
+        apart({name: path}, [out / file for file in WRITTEN])
     record = Record(cfg, device)
     if (record.out / "metrics.json").is_file():
         dist.say(f"note: {record.out}: the numbers of an earlier run in it are replaced")

@@ -251,6 +251,8 @@ def study(cfg, device):
             raise UserError(f"--{name.replace('_', '-')} is not for --study, which writes its own sheet")
     axes, cells, variants = parsed(cfg)
     record = Record(cfg, device)
+    for variant in variants:
+        check_inputs(variant, record.out)
     alone = not (record.out / "study.json").is_file()  # what the folder holds is another run's
     finished = grid.Finished(record.out, cfg.seed, cfg.overwrite)
     if finished.seed is None:

@@ -115,7 +115,7 @@ def chunks(tokenizer, prompt, long=False, weighted=False):
         if weight is None:  # BREAK
             rows, row, at_comma = [*rows, row], [], 0
             continue
-        # which keeps short parts whole, and knows no rule of commas
+        # ComfyUI keeps short parts whole, and knows no rule of commas
         pieces, comfyui = tokenizer.pieces(text), weighted == "comfyui"
         whole = comfyui and len(pieces) < SHORT_PART
         for i, piece in enumerate(pieces):

@@ -31,9 +31,8 @@ class Chance:
     top_k: int = 0  # only the so many likeliest; 0: all
     top_p: float = 1.0  # only the likeliest that together have this share (Holtzman et al. 2020, arXiv 1904.09751)
     min_p: float = 0.0  # only those with at least this share of the likeliest's (Nguyen et al. 2024, arXiv 2407.01082)
-    repetition_penalty: float = (
-        1.0  # logits of tokens that were there divide by it, negative ones multiply (arXiv 1909.05858 §4.1)
-    )
+    # logits of tokens that were there divide by it, negative ones multiply (arXiv 1909.05858 §4.1)
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         for name, low, high in (

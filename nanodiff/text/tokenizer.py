@@ -21,7 +21,7 @@ from nanodiff.files import write_bytes, write_json
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = ASSETS / "clip" / "merges.txt"
 NO_LIMIT = 1 << 20  # tokens; a larger model_max_length (transformers writes 1e30) means that there is no limit
-# of a learned word
+# how a learned word stands in a vocabulary
 PLAIN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -101,7 +101,8 @@ class CLIPTokenizer:
         for older in (
             "tokenizer.json",
             "added_tokens.json",
-        ):  # of another tokenizer that was here, which a reader would take, too
+        ):
+            # of another tokenizer that was here, which a reader would take, too
             (folder / older).unlink(missing_ok=True)
         kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True}
         if self.words:

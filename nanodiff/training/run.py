@@ -121,9 +121,8 @@ class Run(State):
         """
         cfg = self.cfg
         self.net = torch.nn.ModuleDict(nets).train()
-        if (
-            cfg.parallel == "fsdp"
-        ):  # which brings unit after unit itself (the whole may not fit), and shards plain layouts only
+        if cfg.parallel == "fsdp":
+            # which brings unit after unit itself (the whole may not fit), and shards plain layouts only
             self.net.to(memory_format=torch.contiguous_format)
         else:  # convolutions are faster in channels_last
             onednn.learn(self.net.to(self.device, memory_format=torch.channels_last))

@@ -280,9 +280,8 @@ def save(
     stem = STEMS[1] if model.class_name.startswith(("CLIP", "T5", "ViT", "CausalLM")) else STEMS[0]
     state = {k: v.to(dtype or v.dtype) for k, v in (state or model.state_dict()).items()}
     save_tensors(folder / f"{stem}.safetensors", state)
-    for older in folder.glob(
-        f"{stem}.*.safetensors"
-    ):  # variants of what was here: `variant` would take them in place of this file
+    for older in folder.glob(f"{stem}.*.safetensors"):
+        # variants of what was here: `variant` would take them in place of this file
         print(f"note: {older}: is removed, since {folder} holds other weights now", file=sys.stderr)
         older.unlink()
     index = folder / f"{stem}.safetensors.index.json"

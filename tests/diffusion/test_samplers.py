@@ -614,7 +614,8 @@ def test_a_grid_is_lost_with_another_and_refused_where_it_cannot_be():
     for shift in (
         1.0,
         3.0,
-    ):  # ComfyUI's: even times from 1 down to the training's lowest level, the last left out, then shifted
+    ):
+        # ComfyUI's: even times from 1 down to the training's lowest level, the last left out, then shifted
         other = samplers.spaced_by(Schedule.from_config({**flow.raw, "shift": shift}), None, "sgm_uniform")
         bend = lambda s, shift=shift: shift * s / (1 + (shift - 1) * s)  # noqa: E731
         low = bend(0.001)

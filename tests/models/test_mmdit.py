@@ -6,9 +6,10 @@ import pytest
 import torch
 from util import TINY, built, golden, manifest, max_error, rms_ratio
 
-from nanodiff import weights
+from nanodiff import pipeline, weights
 from nanodiff.config import UserError
 from nanodiff.models.mmdit import Config, SD3Transformer2DModel, positions
+from nanodiff.pipeline import guidance
 
 NAMES = ["sd35-medium", "sd35-large-turbo"]
 RAW = json.loads((TINY / "sd35-medium" / "transformer" / "config.json").read_text())
@@ -112,10 +113,8 @@ def test_a_new_model_has_the_stored_positions(name):
 
 
 @pytest.mark.parametrize("name", ["sd35-medium", "sd35-large-turbo"])
-def test_vectors_made_beforehand(name):
+def test_vectors_made_beforehand(name, monkeypatch):
     """Rows of shifts() in place of the time, for several times and texts at once, are what the time gives; a run takes them."""
-    from nanodiff import pipeline
-
     sd = pipeline.load(TINY / name)
     net, g = sd.net, torch.Generator().manual_seed(0)
     x = torch.randn(2, net.cfg.in_channels, 8, 8, generator=g)
@@ -132,3 +131,7 @@ def test_vectors_made_beforehand(name):
     net.norm_out.linear.register_forward_hook(lambda m, args, out: calls.append(len(out)))
     sd.generate("a cat", steps=3, seeds=[0], height=64, width=64, guidance_scale=3.0)
     assert calls == [2 * 3], "once, for both rows of every step"
+    monkeypatch.setattr(guidance, "MOST_SHIFTS", 2 * 3 * sum(net.shift_widths()) * 4)
+    assert len(sd.shifts([1.0, 2.0, 3.0], pooled)) == 3 and sd.shifts([1.0, 2.0, 3.0, 4.0], pooled) == {}, (
+        "no more memory"
+    )

@@ -202,7 +202,8 @@ def test_shards_come_before_a_single_file(tmp_path, capsys):
     for path in (
         single,
         folder / f"{single.name}.index.json",
-    ):  # the names of transformers' files, which looks the other way round
+    ):
+        # the names of transformers' files, which looks the other way round
         path.rename(folder / path.name.replace("diffusion_pytorch_model", "model"))
     assert [p.name for p in weights.find_files(folder)] == ["model.safetensors"]
 

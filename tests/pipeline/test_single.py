@@ -561,7 +561,12 @@ def test_suffixes_in_capitals(models, tmp_path):
         ("scheduler/scheduler_config.json", "prediction_type", "sample", "scheduler's prediction_type 'sample'"),
         ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2", "scheduler's beta_schedule"),
         ("vae/config.json", "scaling_factor", 0.5, "VAE's scaling_factor 0.5"),
-        ("model_index.json", "_sampling", {"steps": 4, "guidance_scale": 1.0}, "the steps and the guidance"),
+        (
+            "model_index.json",
+            "_sampling",
+            {"steps": 4, "guidance_scale": 1.0},
+            "steps and guidance that it was trained for",
+        ),
     ],
 )
 def test_what_a_folder_says_and_one_file_does_not(file, field, value, said, tmp_path, capsys):

@@ -895,6 +895,8 @@ def test_what_a_run_reads_is_not_replaced_by_it(tmp_path):
         assert (
             f"--init-image {image}: would be replaced by this run" in error_line(done) and image.read_bytes() == before
         )
+    done = sample(tmp_path / "o", *common, "--study", "scheduler=ddim,euler", "--overwrite", "--init-image", inside)
+    assert f"--init-image {inside}: would be replaced by this run" in error_line(done) and inside.exists()
     again = sample(tmp_path / "p", *common, "--output", tmp_path / "s.png", "--init-image", inside)
     assert again.returncode == 0 and "s_individual: 2 pictures of an earlier sheet are replaced" in again.stderr
     assert len(list(single.parent.iterdir())) == 1

@@ -187,7 +187,8 @@ def test_adapters_saved_and_loaded(tmp_path):
     with (
         lora.without(net.llm),
         lora.without(net.vit),
-    ):  # S3-37: the source left alpha out on loading, and added its adapters twice
+    ):
+        # S3-37: the source left alpha out on loading, and added its adapters twice
         plain = net(pixels, ids)
     twice = copy.deepcopy(net)
     for m in twice.modules():
