@@ -264,6 +264,8 @@ class FewStep(Training, Adapters):
                 "--lora: adapters belong to the --model they were trained on, so there is no other --student"
             )
         check_adapters(self.lora, getattr(self, "given", ()))
+        from nanodiff.stories.few_step import OF_METHODS
+
         given = set(getattr(self, "given", ()))
         for name, methods in OF_METHODS.items():
             if name in given and self.method not in methods:
@@ -280,13 +282,6 @@ class FewStep(Training, Adapters):
             raise UserError("--check-steps must be at least 1")
 
 
-OF_METHODS = {
-    "student_steps": ("progressive", "consistency", "dmd"),
-    "first_steps": ("progressive",),
-    "substeps": ("progressive",),
-    "known_steps": ("consistency", "dmd"),
-    "critic_steps": ("dmd",),
-}
 STAGES = {
     "recursive": (Recursive, "nanodiff.stories.recursive:recursive"),
     "recursive grid": (Grid, "nanodiff.stories.recursive:grid"),

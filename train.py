@@ -88,7 +88,7 @@ class Common(Training):
         for name in PATHS:
             if value := getattr(self, name, None):
                 setattr(self, name, under(self.base_dir, value))
-        for name in ("model", "text_encoder", "resume"):  # may be Hub ids or words, too
+        for name in ("model", "text_encoder", "control", "resume"):  # may be Hub ids or words, too
             value = getattr(self, name, None)
             mine = name == "resume" and value not in (None, "auto", "latest")
             if value and (mine or Path(under(self.base_dir, value)).exists()):
@@ -401,6 +401,7 @@ def train_diffusion(cfg):
     dataset, held = load_data(cfg, captions=cfg.condition == "text")
     torch.manual_seed(cfg.seed)  # initial weights
     sd, nets = dist.together(diffusion.make_model, cfg, dataset, run.device)
+    frozen = dist.on_main(diffusion.frozen_weights, sd, nets)
     feed = make_feed(cfg, dataset, multiple=sd.multiple, check=sd.check_size, tells=sd.family.sizes == 6)
     diffusion.prompts_of(cfg, sd, dataset)  # before resume(): what is refused here loses nothing of an older run
     calls = run.trainable(nets, random="lora_dropout" if cfg.lora_dropout else None)
@@ -409,6 +410,7 @@ def train_diffusion(cfg):
     run.resume()
     run.same("data set", dataset.fingerprint())
     run.same("tokenizer", latents.vocabularies(sd), must=True)
+    run.same("VAE, text encoder or model beneath", frozen, must=True)
     feed.serve(run)
     say_size(run.net, "model")
 

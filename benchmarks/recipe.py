@@ -93,7 +93,7 @@ def ours(raw, out, updates, batch, kind):
     config.write_text(json.dumps(raw | SHARED))
     argv = [sys.executable, "train.py", "diffusion", "--data", DATA, "--model-config", config, "--text-encoder", TEXT,
             "--resolution", 32, "--interpolation", "bilinear", "--batch-size", batch, "--max-steps", updates, "--lr", 5e-4,
-            "--lr-scheduler", "constant", "--lr-warmup-steps", 50, "--prediction-type", "epsilon", "--beta-schedule", "linear",
+            "--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 50, "--prediction-type", "epsilon", "--beta-schedule", "linear",
             "--caption-dropout", 0, "--checkpointing-steps", 0, "--log-every", 1, "--overwrite-output-dir",
             *([] if kind == "default" else ["--mixed-precision", kind]), "--output-dir", out]  # fmt: skip
     done = subprocess.run(list(map(str, argv)), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -246,7 +246,7 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         settings = read_settings(path)
         if isinstance(settings.get("config"), dict) and "config" not in by_names(cls):
             # a run's own record (output/record.py)
-            settings = {k: v for k, v in settings["config"].items() if v is not None}
+            settings = settings["config"]
         values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
@@ -381,7 +381,7 @@ def from_mapping(cls, mapping, where):
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{where}: {key} = {value!r} has the wrong type (expected {hint})")
         choices = fields[name].metadata["choices"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
         values[name] = value
     return values
@@ -539,9 +539,14 @@ FLAGS = {
 
 def flagged(text):
     """A message of the library with the flags of the command line in place of its arguments."""
-    return re.sub(
-        r"(?<!extra )`([a-z][a-z0-9_]*)`", lambda m: "--" + FLAGS.get(m[1], m[1].replace("_", "-")), str(text)
-    )
+
+    def flag(m):
+        name = m[1].removeprefix("negative_")
+        if name in FLAGS:
+            return f"--{'negative-' * (name != m[1])}{FLAGS[name]}"
+        return "--" + m[1].replace("_", "-")
+
+    return re.sub(r"(?<!extra )`([a-z][a-z0-9_]*)`", flag, str(text))
 
 
 def _stop(signum, frame):

@@ -165,7 +165,22 @@ def _texts(g, found):
         settings[name] = [second] if name == "prompt" else second
         if second != said:
             settings[f"{name}_2"] = said
+        settings |= _said_sizes(g, text, "" if name == "prompt" else "negative_")
     return settings, left
+
+
+def _said_sizes(g, node, sign):
+    """What SDXL's text node says of the picture's size, WIDTHxHEIGHT; {} of a node that says none."""
+    settings = {}
+    for ours, across, down in (
+        ("original_size", "width", "height"),
+        ("crop", "crop_w", "crop_h"),
+        ("target_size", "target_width", "target_height"),
+    ):
+        sides = [_whole(g.value(node, side)) for side in (across, down)]
+        if None not in sides:
+            settings[sign + ours] = "x".join(map(str, sides))
+    return settings
 
 
 def _beginning(g, found):
@@ -234,6 +249,9 @@ def _grid(g, found):
     settings, left = _spaced(sampler, scheduler)
     if settings and (sampler in SHORT or (sampler == "uni_pc" and scheduler != "normal")):
         left = [f"sampler {sampler} (another picture: there without the last level but one)"]
+    elif settings and re.search("sde|ancestral|lcm", str(sampler)):
+        noise = "of a Brownian tree" if "sde" in sampler else "from a generator of its own"
+        left = [f"sampler {sampler} (another picture: there its steps have noise {noise})"]
     return settings, left
 
 

@@ -231,12 +231,10 @@ def load_vae(path, dtype, device):
     return weights.load(OWN.get(kind, AutoencoderKL), path, dtype, device)
 
 
-def load_text(path, dtype, device, projection=False):
-    """(encoder, tokenizer) of a CLIP text encoder: a whole CLIP's folder, a pipeline's, or the encoder's own. Raises UserError
-    when a projection is wanted and not there."""
-    path = Path(path)
-    inside = (path / "text_encoder").is_dir()
-    folder = path / "text_encoder" if inside else path
+def text_config(path, projection=False):
+    """(folder, CLIPTextModel.Config) of a CLIP text encoder, see load_text()."""
+    folder = Path(path) / "text_encoder"
+    folder = folder if folder.is_dir() else Path(path)
     raw, where = read_json(folder / "config.json"), str(folder / "config.json")
     if isinstance(raw.get("text_config"), dict):  # both towers in one file
         inner = {k: v for k, v in raw["text_config"].items() if k in CLIPTextModel.Config.__dataclass_fields__}
@@ -245,7 +243,14 @@ def load_text(path, dtype, device, projection=False):
     cfg = CLIPTextModel.Config.from_json(raw, where)
     if projection and not cfg.with_projection:
         raise UserError(f"{folder}: has no text_projection, which an MMDiT needs")
-    tokenizer = CLIPTokenizer.load(path / "tokenizer" if inside else path, cfg.max_position_embeddings)
+    return folder, cfg
+
+
+def load_text(path, dtype, device, projection=False):
+    """(encoder, tokenizer) of a CLIP text encoder: a whole CLIP's folder, a pipeline's, or the encoder's own. Raises UserError
+    when a projection is wanted and not there."""
+    path, (folder, cfg) = Path(path), text_config(path, projection)
+    tokenizer = CLIPTokenizer.load(path if folder == path else path / "tokenizer", cfg.max_position_embeddings)
     unwanted = () if cfg.with_projection else ("text_projection",)
     return weights.load(CLIPTextModel, folder, dtype, device, cfg=cfg, without=unwanted), tokenizer
 

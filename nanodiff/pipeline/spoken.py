@@ -18,7 +18,7 @@ class Spoken:
 
     def __init__(self, sd, prompts, negative, words, guided, times):
         self.times, steps = sorted(set(map(float, times)), reverse=True), len(set(times))
-        rows = [[(scheduled(text, steps), weight) for text, weight in composed(p)] for p in prompts]
+        rows = [[(scheduled(text, steps, words.earlier), weight) for text, weight in composed(p)] for p in prompts]
         self.most = max(map(len, rows))
         if self.most > 1 and not guided:
             raise UserError("AND in a prompt needs guidance: a `guidance_scale` above 1")
@@ -27,7 +27,7 @@ class Spoken:
         self.against = None
         if negative is not None:
             each = [negative] * len(prompts) if isinstance(negative, str) else negative
-            self.against = [scheduled(text or "", steps) for text in each]
+            self.against = [scheduled(text or "", steps, words.earlier) for text in each]
         self.guided, self.encoded = guided, {}
         for key in dict.fromkeys(map(self.at, range(steps))):
             self.encoded[key] = self._encode(sd, words, *key)

@@ -17,7 +17,7 @@ from nanodiff.models.labels import LabelEncoder
 from nanodiff.output import images
 from nanodiff.pipeline import control, sources
 from nanodiff.text.tokenizer import LabelTokenizer, train_bpe
-from nanodiff.training import build, latents, teach
+from nanodiff.training import build, latents, loader, teach
 from nanodiff.training.options import under
 from nanodiff.weights import hub
 
@@ -43,6 +43,12 @@ def make_model(cfg, dataset, device):
     return sd, nets
 
 
+def frozen_weights(sd, nets):
+    """SHA-256 of what a pipeline's networks hold and a training of `nets` leaves as it is: what a run that goes on must find again."""
+    rest = [m for m in (sd.vae, sd.net, *sd.encoders) if m is not None and m not in nets.values()]
+    return loader.fingerprint(*rest) + loader.fingerprint(*nets.values(), frozen=True)
+
+
 def go_on(cfg):
     """See make_model(): --model's weights, in fp32."""
     for name in NEW_ONLY:
@@ -59,13 +65,24 @@ def go_on(cfg):
         return sd, {"controlnet": begin_control(cfg, sd)}
     nets = {sd.denoiser_name: sd.net}
     if cfg.train_text_encoder:
-        if len([e for e in sd.encoders if e is not None]) > 1:
-            raise UserError("`train_text_encoder` is for models with one text encoder")
+        check_one_encoder([e for e in sd.encoders if e is not None])
         nets["text_encoder"] = sd.text_encoder
+    open_to_training(cfg, nets)
+    return sd, nets
+
+
+def check_one_encoder(encoders):
+    """Raise UserError for --train-text-encoder of a model that has several."""
+    if len(encoders) > 1:
+        raise UserError("`train_text_encoder` is for models with one text encoder")
+
+
+def open_to_training(cfg, nets):
+    """Let the networks {component: module} learn: whole, or by adapters."""
     if not cfg.lora:
         for net in nets.values():
             net.requires_grad_(True)
-        return sd, nets
+        return
     settings = build.lora_settings(cfg)
     # the usual targets are in each of them
     shared = (
@@ -79,7 +96,6 @@ def go_on(cfg):
         )
     for name, mine in shared.items():
         lora.adapt(nets[name], component=name, **mine)
-    return sd, nets
 
 
 def begin_control(cfg, sd):
@@ -99,6 +115,7 @@ def begin(cfg, dataset, device):
     """See make_model(): new weights."""
     if cfg.lora or cfg.train_text_encoder:
         raise UserError(f"`{'lora' if cfg.lora else 'train_text_encoder'}` needs a `model` to go on from")
+    check_schedule(cfg)
     vae = sources.load_vae(cfg.vae, torch.float32, device) if cfg.vae else None
     encoder, tokenizer, frozen = make_text(cfg, dataset, device)
     net = build.make_denoiser(cfg.model_size, cfg.resolution, encoder.cfg, vae, cfg.model_config)
@@ -112,24 +129,45 @@ def begin(cfg, dataset, device):
     return sd, {sd.denoiser_name: net} | ({} if frozen else {"text_encoder": encoder})
 
 
+def check_schedule(cfg):
+    """Raise UserError for an option among those given that a new model's schedule has no use for."""
+    given, kind = getattr(cfg, "given", ()), cfg.prediction_type
+    for name in ("beta_schedule", "zero_snr"):
+        if name in given and kind == "flow":
+            raise UserError(f"`{name}`: a flow has no betas (`prediction_type` flow)")
+    if "zero_snr" in given and cfg.zero_snr and kind == "epsilon":
+        raise UserError(
+            "`zero_snr`: at the last timestep nothing could be learned by `prediction_type` epsilon; take v_prediction or sample"
+        )
+
+
 def text_config(cfg, tokenizer=None):
     """The configuration of the text encoder that is trained along."""
     projected = build.denoiser_config(cfg.model_size, cfg.model_config)[0] == "mmdit"
     return build.text_config(cfg.model_size, cfg.max_length, cfg.text_config, tokenizer, projected, cfg.text_mask)
 
 
+def frozen_text(cfg):
+    """(folder, whether an MMDiT needs its projection) of --text-encoder."""
+    return hub.one(cfg.text_encoder, cfg.hub_token), build.denoiser_config(cfg.model_size, cfg.model_config)[
+        0
+    ] == "mmdit"
+
+
 def make_text(cfg, dataset, device):
     """(encoder, tokenizer, frozen?) that tell a new denoiser what to draw."""
     if cfg.condition != "text":
-        for name in ("text_mask", "text_encoder", "vocab_size"):
+        for name in ("text_mask", "text_encoder", "vocab_size", "max_length"):
             if name in getattr(cfg, "given", ()):
                 raise UserError(f"`{name}` is for captions; `condition` {cfg.condition} has none")
         build.conditions(cfg.condition, dataset)
         labels = dataset.known_labels if cfg.condition == "labels" else []
         return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
     if cfg.text_encoder:
-        path = hub.one(cfg.text_encoder, cfg.hub_token)
-        projected = build.denoiser_config(cfg.model_size, cfg.model_config)[0] == "mmdit"
+        for name in ("max_length", "vocab_size", "text_config"):
+            if name in getattr(cfg, "given", ()):
+                raise UserError(f"`{name}` is for a text encoder that is trained along; `text_encoder` brings its own")
+        path, projected = frozen_text(cfg)
         encoder, tokenizer = sources.load_text(path, torch.float32, device, projected)
         encoder.cfg.use_attention_mask |= cfg.text_mask
         return encoder, tokenizer, True

@@ -56,6 +56,16 @@ def check_known(cfg, schedule):
         dist.say(f"note: --known-steps {cfg.known_steps}: the noisiest is timestep {last - 1} of {schedule.T - 1}")
 
 
+# options that decide what the students of some methods learn
+OF_METHODS = {
+    "student_steps": ("progressive", "consistency", "dmd"),
+    "first_steps": ("progressive",),
+    "substeps": ("progressive",),
+    "known_steps": ("consistency", "dmd"),
+    "critic_steps": ("dmd",),
+}
+
+
 def few_step(cfg):
     """The stage `few-step`: see the module docstring."""
     cfg.check()
@@ -80,12 +90,19 @@ def few_step(cfg):
         rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
     made = [target, *(record.out / f"steps-{n}" for n in rounds[:-1])]
     dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, made)
+    own = {name: getattr(cfg, name) for name, methods in OF_METHODS.items() if cfg.method in methods}
+    # "steps" says it, of each round
+    own.pop("student_steps", None)
+    own |= {"progressive": {"first_steps": rounds[0]}, "guidance": {"teacher_steps": cfg.teacher_steps}}.get(
+        cfg.method, {}
+    )
     settings, last = build.lora_settings(cfg) if cfg.lora else None, cfg.model
     for i, n in enumerate(rounds):
         folder = target if n == rounds[-1] else made[i + 1]
         work = folder.with_name(f"{folder.name}.training")
         facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
-                 "data": dataset.fingerprint(), "lora": settings, **decisive(cfg)}  # fmt: skip
+                 "data": dataset.fingerprint(), "lora": settings, "resolution": cfg.resolution,
+                 **own, **decisive(cfg)}  # fmt: skip
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
             begins = cfg.student if cfg.student and i == 0 else last
             sd, nets = dist.together(teach.student, begins, settings)

@@ -146,6 +146,7 @@ def draw(cfg, sd, batch, steps, scale, size, start, **more):
         again["pictures"] = start["pictures"]
     if cfg.control:
         again["controls"] = controls(cfg, sd, lambda p: p.resize((width, height), LANCZOS))
+    settings["words"] = dataclasses.replace(settings["words"], earlier=steps)
     steps = second_steps(cfg, sd, steps)
     return sd.generate(
         texts,

@@ -2,13 +2,16 @@
 
 import torch
 
-from nanodiff import data, lora, pipeline, weights
+from nanodiff import pipeline, weights
 from nanodiff.models import controlnet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.pipeline import sources
-from nanodiff.stories.diffusion import text_config
+from nanodiff.stories.diffusion import check_one_encoder, frozen_text, open_to_training, text_config
+from nanodiff.stories.training import load_data
 from nanodiff.stories.vae import latent_shape
 from nanodiff.training import build, plan
+
+CLIP_L = "openai/clip-vit-large-patch14"  # is in every SD 1.x: it need not be here to be planned with
 
 
 def say_plan(cfg, estimate, n):
@@ -29,12 +32,12 @@ def plan_vae(cfg, net):
     noise = torch.empty(cfg.batch_size, *latent_shape(cfg, net), device="meta")
     loss = lambda: net(pixels, noise)[0].float().pow(2).mean()  # noqa: E731
     say_plan(cfg, plan.estimate({"vae": net}, loss, dtype=planned_dtype(cfg), world=cfg.world_size, parallel=cfg.parallel,
-                                ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer), counted(cfg))  # fmt: skip
+                                ema=cfg.ema, recompute=cfg.gradient_checkpointing, optimizer=cfg.optimizer), counted(cfg, captions=False))  # fmt: skip
 
 
-def counted(cfg):
-    """Pictures in --data, when it is given; else what makes an epoch one update."""
-    return len(data.load(cfg.data, captions=False)) if cfg.data else 1
+def counted(cfg, captions):
+    """Pictures of --data that are trained on, when it is given; else what makes an epoch one update."""
+    return len(load_data(cfg, captions)[0]) if cfg.data else 1
 
 
 def plan_diffusion(cfg):
@@ -47,23 +50,30 @@ def plan_diffusion(cfg):
         family = pipeline.FAMILIES[src.kind]
         meta = {n: weights.skeleton(src.builder(n), src.config(n)) for n in pipeline.BUILDERS if n in src.parts}
         net = meta.pop(family.denoiser_name)
+        if cfg.train_text_encoder:
+            check_one_encoder([n for n in meta if n.startswith("text_encoder")])
+            along["text_encoder"] = meta.pop("text_encoder")
         frozen, length = meta, family.family.text_length
         scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     else:
-        text = text_config(cfg)
-        text.vocab_size, vae = cfg.vocab_size, None
+        vae, encoder = None, cfg.condition == "text" and cfg.text_encoder
+        if encoder:
+            known = cfg.text_encoder == CLIP_L and sources.configs("stable-diffusion-v1-5").config("text_encoder")
+            text = known or sources.text_config(*frozen_text(cfg))[1]
+            length = text.max_position_embeddings
+        else:
+            text = text_config(cfg)
+            text.vocab_size = cfg.vocab_size
         with torch.device("meta"):
             if cfg.vae:
                 vae = sources.load_vae(cfg.vae, torch.float32, "cpu")
             net = build.make_denoiser(cfg.model_size, cfg.resolution, text, vae, cfg.model_config)
-            if cfg.condition == "text" and not cfg.text_encoder:
-                along["text_encoder"] = CLIPTextModel(text)
+            if cfg.condition == "text":
+                (frozen if encoder else along)["text_encoder"] = CLIPTextModel(text)
         scale = vae.cfg.downscale if vae else 1
-        frozen = {"vae": vae} if vae else {}
-    net.requires_grad_(True)
-    if cfg.lora:
-        with torch.device("meta"):
-            lora.adapt(net, **build.lora_settings(cfg))
+        frozen |= {"vae": vae} if vae else {}
+    with torch.device("meta"):
+        open_to_training(cfg, {"denoiser": net, **along})
     x, t, given = build.outline(net, rows, cfg.resolution // scale, length)
     trained, call = {"denoiser": net}, net
     if cfg.conditioning:
@@ -82,4 +92,4 @@ def plan_diffusion(cfg):
 
     estimate = plan.estimate(trained | along, loss, frozen, 4, dtype, cfg.world_size, cfg.parallel, cfg.ema,
                              cfg.gradient_checkpointing, cfg.optimizer)  # fmt: skip
-    say_plan(cfg, estimate, counted(cfg))
+    say_plan(cfg, estimate, counted(cfg, cfg.condition == "text"))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from nanodiff import data, pipeline, weights
-from nanodiff.commandline import as_dict, is_given, shipped_option
+from nanodiff.commandline import as_dict, flagged, is_given, shipped_option
 from nanodiff.config import ASSETS, UserError, printable
 from nanodiff.device import choice, memory
 from nanodiff.diffusion import samplers
@@ -286,8 +286,8 @@ def study(cfg, device):
                     with record.timed("sample"):
                         one_picture(variant, base, prompt, seed, path, progress)
                 except UserError as e:  # a sampler that is not for this model: the others are
-                    refused[at[0]] = str(e)
-                    print(f"note: {grid.label(cell)}: not drawn: {e}", file=sys.stderr)
+                    refused[at[0]] = flagged(str(e))
+                    print(f"note: {grid.label(cell)}: not drawn: {flagged(str(e))}", file=sys.stderr)
                     progress.skip(2 if variant.hires else 1)
                     continue
                 seconds = round(time.perf_counter() - began, 3)
@@ -355,7 +355,7 @@ def shown_prompts(cfg):
 def planned(cfg, cells, variants):
     """((cell, picture) by number, the cell's settings, its Config, prompt, seed, what the picture is known by) of a study's pictures."""
     for c, (cell, variant) in enumerate(zip(cells, variants, strict=True)):
-        fixed = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | grid.SAME}
+        fixed = {k: v for k, v in as_dict(variant).items() if k not in grid.FIXED | (grid.SAME - set(cell))}
         prompts = [prompt for prompt in shown_prompts(variant) for _ in range(cfg.num_images)]
         for j, prompt in enumerate(prompts):
             seed = (cfg.seed if variant.seed is None else variant.seed) + j

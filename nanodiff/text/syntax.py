@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nanodiff.config import UserError, nearest, printable
 
 DEEPEST = 150  # brackets in a prompt; each is a call that waits for those inside
-NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*")
+NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*")
 PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WILDCARD = re.compile(r"__([\w./-]+?)__")
@@ -153,16 +153,22 @@ def composed(prompt):
     return parts
 
 
-def scheduled(prompt, steps):
+def scheduled(prompt, steps, earlier=0):
     """[Part] of a prompt with [from:to:when], [to:when], [from::when] and [a|b|c] for a run of `steps`: which text holds before which step.
 
     when: steps, or with a point in it a part of them (0.5: after half). [a|b|c]: another one at every step. What is no such thing, such as an
-    unclosed bracket or [a] alone, stays in the text. (The web UI itself counts from one, so that its first text holds a step longer.)
+    unclosed bracket or [a] alone, stays in the text. earlier: steps of a pass before this one (hires), from which it counts on: parts
+    from 1 to 2 and steps beyond `earlier` are this pass's, and what was to change before has changed (the web UI since 1.6). (The web UI
+    itself counts from one, so that its first text holds a step longer.)
     """
-    tree, marks, at = [], {steps}, 0
+    tree, marks, at, run = [], {steps}, 0, (steps, earlier)
     check_depth(prompt)
     while at < len(prompt):
-        node, after = _node(prompt, at, steps, marks)
+        node, after = _node(prompt, at, run, marks)
+        if (
+            node is None and prompt[at] == "|"
+        ):  # the web UI's grammar has none outside brackets, and takes it all as words
+            return [Part(prompt, steps)]
         tree.append(prompt[at] if node is None else node)  # a bracket that begins nothing is itself
         at = at + 1 if node is None else after
     parts = []
@@ -194,11 +200,11 @@ def _at(node, until):
     return "".join(_at(n, until) for n in chosen_)
 
 
-def _nodes(prompt, at, steps, marks):
+def _nodes(prompt, at, run, marks):
     """([node], place after them): as far as what stands there is words, or a bracket that is closed."""
     nodes = []
     while at < len(prompt):
-        node, after = _node(prompt, at, steps, marks)
+        node, after = _node(prompt, at, run, marks)
         if node is None:
             break
         nodes.append(node)
@@ -206,29 +212,29 @@ def _nodes(prompt, at, steps, marks):
     return nodes, at
 
 
-def _node(prompt, at, steps, marks):
+def _node(prompt, at, run, marks):
     """(node, place after it) of what begins at `at`; (None, at) for a bracket, a colon or a bar that begins nothing."""
     if match := PLAIN.match(prompt, at):
         return match[0], match.end()
     mine = set()  # the marks inside count only if this is closed
     if prompt[at] == "(":
-        inner, end = _nodes(prompt, at + 1, steps, mine)
+        inner, end = _nodes(prompt, at + 1, run, mine)
         if prompt[end : end + 1] == ":":
-            more, end = _nodes(prompt, end + 1, steps, mine)
+            more, end = _nodes(prompt, end + 1, run, mine)
             inner = [*inner, ":", *more]
         if prompt[end : end + 1] == ")":
             marks |= mine
             return ("joined", ["(", *inner, ")"], None), end + 1
     elif prompt[at] == "[":
-        first, end = _nodes(prompt, at + 1, steps, mine)
-        found = _bracket(prompt, first, end, steps, mine)
+        first, end = _nodes(prompt, at + 1, run, mine)
+        found = _bracket(prompt, first, end, run, mine)
         if found is not None:
             marks |= mine
             return found
     return None, at
 
 
-def _bracket(prompt, first, end, steps, marks):
+def _bracket(prompt, first, end, run, marks):
     """(node, place after it) of a "[" whose first branch ends at `end`, or None."""
     mark = prompt[end : end + 1]
     if mark == "]":
@@ -236,30 +242,31 @@ def _bracket(prompt, first, end, steps, marks):
     if mark == "|":
         branches = [first]
         while prompt[end : end + 1] == "|":
-            branch, end = _nodes(prompt, end + 1, steps, marks)
+            branch, end = _nodes(prompt, end + 1, run, marks)
             branches.append(branch)
         when = NUMBER.match(prompt, end + 1) if prompt[end : end + 1] == ":" else None
         if when and prompt[when.end() : when.end() + 1] == "]":  # bars that are words: [a|b:0.5]
             joined = [node for branch in branches[1:] for node in ("|", *branch)]
-            return _changed([], [*first, *joined], when, steps, marks)
+            return _changed([], [*first, *joined], when, run, marks)
         if prompt[end : end + 1] != "]":
             return None
-        marks |= set(range(1, steps + 1))
+        marks |= set(range(1, run[0] + 1))
         return ("turns", branches, None), end + 1
     if mark != ":":
         return None
     when = NUMBER.match(prompt, end + 1)
     if when and prompt[when.end() : when.end() + 1] == "]":
-        return _changed([], first, when, steps, marks)
-    second, end = _nodes(prompt, end + 1, steps, marks)
+        return _changed([], first, when, run, marks)
+    second, end = _nodes(prompt, end + 1, run, marks)
     when = NUMBER.match(prompt, end + 1)
     if prompt[end : end + 1] == ":" and when and prompt[when.end() : when.end() + 1] == "]":
-        return _changed(first, second, when, steps, marks)
+        return _changed(first, second, when, run, marks)
     return None
 
 
-def _changed(before, after, when, steps, marks):
-    number = float(when[1]) * (steps if "." in when[1] else 1)
+def _changed(before, after, when, run, marks):
+    steps, earlier = run
+    number = (float(when[1]) - bool(earlier)) * steps if "." in when[1] else float(when[1]) - earlier
     step = min(steps, int(number))
     marks.add(step)
     return ("changes", [before, after], step), when.end() + 1

@@ -239,6 +239,11 @@ def check_noise(noise: Noise, schedule, given=()):
     objective.check_loss(noise.loss)
     if noise.snr_clip and not noise.snr_weighting:
         raise UserError("`snr_clip` is for `snr_weighting`; the clipped weighting of every prediction is `min_snr`")
+    if noise.min_snr and noise.snr_weighting and {"min_snr", "snr_weighting"} <= set(given):
+        raise UserError("`min_snr` and `snr_weighting` are two weightings of one loss; give one of them")
+    for name in ("timestep_mean", "timestep_std"):
+        if name in given and getattr(noise, name) != OFF[name] and noise.timestep_sampling != "logit_normal":
+            raise UserError(f"`{name}` is for `timestep_sampling` logit_normal")
     flow, sample = schedule.flow, schedule.prediction == "sample"
     for names, fits, what in ((FOR_FLOWS, flow, "flows"), (FOR_SAMPLE, sample, "`prediction_type` sample")):
         for name in names:

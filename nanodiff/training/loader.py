@@ -103,7 +103,8 @@ def _size(dataset, i):
     """(width, height) from a picture's header, as it is shown (EXIF orientation)."""
     try:
         with Image.open(io.BytesIO(dataset.data(i)), formats=images.FORMATS) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
+            # Pillow itself turns a TIFF
+            turned = image.format != "TIFF" and image.getexif().get(images.ORIENTATION, 1) >= 5
             return image.size[::-1] if turned else image.size
     except images.FAULTS:
         return 1, 1  # it will be met, and named, when it is decoded
@@ -508,11 +509,13 @@ def _terminal():
     return sys.stderr.isatty()
 
 
-def fingerprint(*modules):
-    """SHA-256 over names, types and values of everything in some modules."""
+def fingerprint(*modules, frozen=False):
+    """SHA-256 over names, types and values of everything in some modules; frozen: but for what they learn."""
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in module.state_dict().items():
+        for name, tensor in module.state_dict(keep_vars=frozen).items():
+            if frozen and tensor.requires_grad:
+                continue
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(flat.view(torch.uint8).numpy().data)

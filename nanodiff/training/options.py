@@ -57,7 +57,12 @@ class Training:
     )
     lr: float = arg(1e-3, "peak learning rate", low=1e-12, high=1000.0, group="optimisation", often=True)
     lr_scheduler: str = arg("cosine", "learning rate over the run", choices=LR_SCHEDULERS)
-    lr_warmup_steps: float = arg(100, "updates of linear warm-up; below 1: a share of the run", low=0, high=1 << 40)
+    lr_warmup_steps: float = arg(
+        100,
+        "updates of linear warm-up (--lr-scheduler constant has none); below 1: a share of the run",
+        low=0,
+        high=1 << 40,
+    )
     lr_min: float = arg(0.0, "smallest learning rate after the warm-up", low=0, high=1000.0)
     lr_cycles: int = arg(1, "cosines of cosine_with_restarts", low=1, high=1 << 20)
     lr_power: float = arg(1.0, "exponent of polynomial", low=0, high=100)

@@ -17,12 +17,13 @@ from nanodiff.training.options import Training
 def learning_rate(step, peak, total, warmup, kind, low=0.0, cycles=1, power=1.0, first=0):
     """lr of update number `step` (0-based), between `peak` and `low`.
 
-    Linear warm-up over `warmup` updates (below 1: a share of the run), then by kind: constant; linear; cosine
+    Linear warm-up over `warmup` updates (below 1: a share of the run; constant has none, as in diffusers), then by kind: constant,
+    constant_with_warmup; linear; cosine
     (Loshchilov & Hutter 2017, arXiv 1608.03983 eq. 5); cosine_with_restarts: `cycles` equal cosines; cosine_warm_restarts:
     cosines of `first`, 2·first, 4·first … updates (T_mult 2); polynomial: (1 - progress)^power. plateau and none are
     constant here (Plateau lowers the peak).
     """
-    warmup = round(warmup * total) if warmup < 1 else int(warmup)
+    warmup = 0 if kind == "constant" else round(warmup * total) if warmup < 1 else int(warmup)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = step - warmup

@@ -165,7 +165,12 @@ class Run(State):
         """Fix the length of the run: cfg.max_steps updates, or cfg.epochs of `per_epoch` updates each."""
         self.per_epoch = per_epoch
         self.total = self.cfg.max_steps or self.cfg.epochs * per_epoch
-        if self.total <= self.cfg.lr_warmup_steps:
+        if self.cfg.lr_scheduler == "constant":
+            if self.cfg.lr_warmup_steps and "lr_warmup_steps" in getattr(self.cfg, "given", ()):
+                dist.say(
+                    "note: `lr_scheduler` constant has no warm-up, so `lr_warmup_steps` does nothing (constant_with_warmup has one)"
+                )
+        elif self.total <= self.cfg.lr_warmup_steps:
             dist.say(f"note: {self.total} updates are no more than the warm-up's {self.cfg.lr_warmup_steps:g}: the learning rate only rises "
                      "(--lr-warmup-steps, --max-steps, --epochs)")  # fmt: skip
 

@@ -213,7 +213,7 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
             checkpointing_steps=training.checkpointing_steps or max(1, updates // 10),
         )
     )
-    begun = loader.fingerprint(*(m for m in (sd.net, *sd.encoders, *teachers) if m is not None))
+    begun = loader.fingerprint(*(m for m in (sd.net, sd.vae, *sd.encoders, *teachers) if m is not None))
     for module in sd.models().values():
         onednn.learn(module.to(run.device))
     transform = loader.Transform(side or sd.size[0], True)

@@ -22,7 +22,10 @@ class Watch:
                 raise UserError(missing) from None
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder)) if dist.is_main() else None
+            try:
+                self.writer = SummaryWriter(str(folder)) if dist.is_main() else None
+            except OSError as e:
+                raise UserError(f"{folder}: TensorBoard's log cannot be written: {e.strerror}") from None
         elif kind == "wandb":
             try:
                 import wandb

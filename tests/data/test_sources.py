@@ -167,6 +167,22 @@ def test_columns_by_name(tmp_path):
         data.load(tmp_path, image_column="picture", caption_column="word")
 
 
+def test_a_captions_json_has_no_columns(tmp_path):
+    folder(tmp_path, ["a.png"])
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": "A"}))
+    assert data.load(tmp_path).captions == ["A"]
+    with pytest.raises(UserError, match=r"`caption_column` words: there is no metadata\.jsonl or table"):
+        data.load(tmp_path, caption_column="words")
+
+
+def test_a_fingerprint_sees_pictures_that_were_replaced(tmp_path):
+    folder(tmp_path, ["a.png", "b.png"])
+    before = data.load(tmp_path, captions=False).fingerprint()
+    assert data.load(tmp_path, captions=False).fingerprint() == before
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes() + b"more")
+    assert data.load(tmp_path, captions=False).fingerprint() != before
+
+
 def test_csv_table_with_names_without_suffix(tmp_path):
     """The food data set's form: Image_Name has no suffix, the pictures are in a folder beside the table."""
     folder(tmp_path / "Food Images", ["green-soup.jpg", "pie.png"])

@@ -54,11 +54,15 @@ def test_two_texts_of_sdxl():
     graph = GRAPH | {
         "6": {
             "class_type": "CLIPTextEncodeSDXL",
-            "inputs": {"text_g": "a cat", "text_l": "ink", "width": 64, "clip": ["4", 1]},
+            "inputs": {"text_g": "a cat", "text_l": "ink", "width": 2048, "height": 1024, "crop_w": 8, "crop_h": 0,
+                       "target_width": 64, "clip": ["4", 1]},
         }
-    }
+    }  # fmt: skip
     found, _ = foreign.comfyui(graph)
     assert found["prompt"] == ["ink"] and found["prompt_2"] == "a cat"
+    # a target of one side is none
+    assert found["original_size"] == "2048x1024" and found["crop"] == "8x0" and "target_size" not in found
+    assert not {"negative_original_size", "negative_crop"} & set(found)
 
 
 def test_a_seed_node():
@@ -84,6 +88,13 @@ def test_grids(sampler, ours, grid):
     # ComfyUI's are quantiles of times, the web UI's and diffusers' of σ
     theirs = "beta_times" if grid == "beta" else grid
     assert (found["scheduler"], found["sigmas"], found["timestep_spacing"]) == (ours, theirs, "linspace")
+
+
+@pytest.mark.parametrize(("sampler", "noise"), [("euler_ancestral", "a generator of its own"), ("dpmpp_sde", "a Brownian tree"),
+                                                ("euler", ""), ("dpmpp_2m", "")])  # fmt: skip
+def test_noise_that_is_drawn_otherwise_is_said(sampler, noise):
+    found, left = foreign.comfyui(changed("3", sampler_name=sampler, scheduler="normal"))
+    assert "scheduler" in found and any("another picture" in x and noise in x for x in left) == bool(noise), left
 
 
 def test_what_comfyui_does_otherwise_is_said():

@@ -82,7 +82,7 @@ def run_of(sd, prompts, times, monkeypatch):
     """[(time, texts)] that a run over `times` asks for."""
     held = []
     monkeypatch.setattr(sd, "conditions", lambda texts, *_: (texts, None), raising=False)
-    model = spoken.Spoken(sd, prompts, None, None, True, times).model(
+    model = spoken.Spoken(sd, prompts, None, Words(), True, times).model(
         lambda text, _: lambda x, t: held.append((t, text))
     )
     for t in times:

@@ -96,6 +96,26 @@ def test_a_teacher_is_what_its_weights_are(folder):
     assert (folder / "out" / "model" / "training.json").read_bytes() == made
 
 
+def test_a_student_is_what_its_method_was_told(folder):
+    """Another number of known times, or of the critic's updates, is another student."""
+    quick = {"no-evaluate": True, "student-steps": 2, "max-steps": 1, "method": "dmd"}
+    for more, says in (({}, "student: "), ({}, "is there already"), ({"known-steps": 25}, "known_steps 50, not 25"),
+                       ({"critic-steps": 2}, "critic_steps 5, not 2"), ({"resolution": 32}, "resolution")):  # fmt: skip
+        code, out, err = script(folder, **quick | more)
+        assert code == (2 if "," in says or says == "resolution" else 0) and says in out + err, err
+
+
+def test_other_pictures_of_the_same_names_are_another_data_set(folder, pictures):
+    data = folder / "mine"
+    shutil.copytree(pictures, data)
+    quick = {"no-evaluate": True, "student-steps": 2, "max-steps": 1, "data": data}
+    assert script(folder, **quick)[0] == 0
+    one = next(p for p in sorted(data.iterdir()) if p.suffix != ".txt")
+    one.write_bytes(one.read_bytes() + b"\0")
+    code, _, err = script(folder, **quick)
+    assert code == 2 and "was made with data" in err
+
+
 def test_the_comparison(folder):
     code, out, err = script(folder, **{"check-steps": 1, "teacher-steps": 3, "student-steps": 2})
     assert code == 0, err

@@ -414,6 +414,25 @@ def test_drawn_again_larger(tmp_path):
     assert other.returncode == 0 and (tmp_path / "d2" / "00000.png").exists(), other.stderr
     again = run("sample.py", "--from-image", tmp_path / "b" / "00000.png", "--output-dir", tmp_path / "d")
     assert again.returncode == 0 and np.array_equal(pixels(tmp_path / "d" / "00000.png"), b), again.stderr
+    # what changes on the way has changed when the second pass begins
+    changing = (
+        "--prompt",
+        "[a cat:a dog:0.5]",
+        "--prompt-syntax",
+        "a1111",
+        "--height",
+        "64",
+        "--width",
+        "48",
+        "--steps",
+        "4",
+    )
+    hires = sample(tmp_path / "f", *changing, "--hires", "1.5", "--hires-strength", "0.5")
+    first = sample(tmp_path / "g", *changing)
+    second = sample(tmp_path / "h", "--prompt", "a dog", "--prompt-syntax", "a1111", "--height", "96", "--width", "72", "--steps", "4",
+                    "--init-image", tmp_path / "g" / "00000.png", "--strength", "0.5")  # fmt: skip
+    assert hires.returncode == first.returncode == second.returncode == 0, hires.stderr + first.stderr + second.stderr
+    assert np.array_equal(pixels(tmp_path / "f" / "00000.png"), pixels(tmp_path / "h" / "00000.png"))
     latent = sample(tmp_path / "e", "--prompt", "a cat", "--height", "64", "--width", "48", "--hires", "1.5", "--hires-strength", "0.5",
                     "--hires-latent", "--hires-steps", "4")  # fmt: skip
     assert latent.returncode == 0, latent.stderr

@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -193,6 +194,16 @@ def test_loss_goes_down(tmp_path, pictures):
         (["--model", "assets/nano", "--lora-rank", "8"], "--lora-… are settings of --lora"),
         (["--timestep-sampling", "logit_normal"], "--timestep-sampling is for flows; this model predicts v_prediction"),
         (["--snr-weighting"], "--snr-weighting is for --prediction-type sample"),
+        (["--prediction-type", "sample", "--snr-weighting", "--min-snr", "5"], "are two weightings of one loss"),
+        (["--prediction-type", "flow", "--zero-snr"], "--zero-snr: a flow has no betas"),
+        (["--prediction-type", "flow", "--beta-schedule", "linear"], "--beta-schedule: a flow has no betas"),
+        (["--prediction-type", "epsilon", "--zero-snr"], "--zero-snr: at the last timestep"),
+        (
+            ["--prediction-type", "flow", "--timestep-mean", "1"],
+            "--timestep-mean is for --timestep-sampling logit_normal",
+        ),
+        (["--text-encoder", TINY / "sd15", "--max-length", "9"], "--text-encoder brings its own"),
+        (["--condition", "none", "--max-length", "9"], "--max-length is for captions"),
         (["--condition", "none", "--text-encoder", "/nowhere"], "--text-encoder is for captions"),
         (
             ["--ddpm-num-steps", "10", "--sample-every", "2"],
@@ -222,6 +233,34 @@ def test_a_mistake_loses_nothing_of_an_older_run(tmp_path, pictures):
         again = train_("diffusion", pictures, tmp_path / "o", "--overwrite-output-dir", "--sample-every", "1", *argv)
         error_line(again)
     assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "o").rglob("*")) == before
+
+
+def test_what_lies_beneath_must_be_the_same(tmp_path, pictures):
+    """A run goes on with the VAE and text encoder that it began with, whatever their paths say."""
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(ROOT / "assets" / "nano" / part, tmp_path / "beneath" / part)
+    shutil.copy(ROOT / "assets" / "nano" / "model_index.json", tmp_path / "beneath")
+    argv = ["--vae", tmp_path / "beneath" / "vae", "--text-encoder", tmp_path / "beneath", "--checkpointing-steps", "1"]
+    first = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "1", *argv)
+    again = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "2", "--resume", *argv)
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        path = tmp_path / "beneath" / f"{part}.safetensors"
+        before = path.read_bytes()
+        weights.save_tensors(path, {k: v * 1.01 for k, v in weights.load_tensors(path).items()})
+        other = train_("diffusion", pictures, tmp_path / "o", "--max-steps", "3", "--resume", *argv)
+        assert "the VAE, text encoder or model beneath is not what it was" in error_line(other)
+        path.write_bytes(before)
+
+
+def test_a_constant_rate_has_no_warm_up_and_says_so(tmp_path, pictures):
+    argv = ["--max-steps", "1", "--log-every", "1", "--lr", "1e-3", "--lr-warmup-steps", "9", "--lr-scheduler"]
+    rates = {}
+    for kind in ("constant", "constant_with_warmup"):
+        done = train_("diffusion", pictures, tmp_path / kind, *argv, kind)
+        rates[kind] = metrics(tmp_path / kind)[0]["lr"]
+        assert done.returncode == 0 and ("--lr-warmup-steps does nothing" in done.stderr) == (kind == "constant")
+    assert rates == {"constant": 1e-3, "constant_with_warmup": pytest.approx(1e-3 / 9)}
 
 
 def test_a_short_schedule_draws_by_its_own_number_of_steps(tmp_path, pictures):
@@ -363,6 +402,12 @@ def test_a_runs_own_record_is_a_config(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     cfg = commandline.parse(train.DiffusionConfig, ["--config", str(tmp_path / "o" / "run.json"), "--max-steps", "3"], presets=train.PRESETS["diffusion"])  # fmt: skip
     assert (cfg.lr, cfg.max_steps, cfg.data, cfg.vocab_size) == (3e-3, 3, str(pictures), 600)
+    # what was none stays none, whatever a preset says now
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    record["config"]["checkpoints_total_limit"] = None
+    (tmp_path / "none.json").write_text(json.dumps(record))
+    cfg = commandline.parse(train.DiffusionConfig, ["--config", str(tmp_path / "none.json")], presets=train.PRESETS["diffusion"])  # fmt: skip
+    assert cfg.checkpoints_total_limit is None
 
 
 def test_required_flags(tmp_path):
@@ -743,6 +788,11 @@ def test_extras_log_where_they_should(tmp_path, pictures, monkeypatch):
     pytest.importorskip("tensorboard")
     done = train_("diffusion", pictures, tmp_path / "o", "--report-to", "tensorboard", "--max-steps", "2")
     assert done.returncode == 0 and list((tmp_path / "o" / "logs").glob("events*")), done.stderr
+    (tmp_path / "file").write_text("")
+    done = train_(
+        "diffusion", pictures, tmp_path / "p", "--report-to", "tensorboard", "--logging-dir", tmp_path / "file" / "logs"
+    )
+    assert "logs: TensorBoard's log cannot be written" in error_line(done)
 
 
 @pytest.mark.parametrize("argv", [
@@ -755,6 +805,28 @@ def test_extras_log_where_they_should(tmp_path, pictures, monkeypatch):
 def test_dry_runs_need_nothing(argv):
     done = run("train.py", *argv, "--dry-run")
     assert done.returncode == 0 and "peak" in done.stdout and "days" in done.stdout, done.stderr
+
+
+def test_a_dry_run_counts_what_learns():
+    """The text encoder that is trained, the one that is there already, and the pictures that are left to train on."""
+
+    def plan(*argv):
+        done = run("train.py", "diffusion", "--dry-run", *argv)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    lora = ("--preset", "lora", "--model", TINY / "sd15")
+    alone, both = (
+        float(re.search(r"parameters: ([\d.]+) M trained", plan(*lora, *more))[1])
+        for more in ((), ("--train-text-encoder",))
+    )
+    assert both > alone
+    frozen = sum(p.numel() for p in pipeline.load(TINY / "sd15", torch.float32).text_encoder.parameters()) / 1e6
+    assert f"trained, {frozen:.2f} M frozen" in plan("--text-encoder", TINY / "sd15")
+    data = ("--data", ROOT / "assets" / "emoji" / "emoji.tar", "--batch-size", "8", "--epochs", "3")
+    assert "for 30 updates" in plan(*data, "--max-samples", "100", "--validation", "0.2")
+    refused = run("train.py", "diffusion", "--dry-run", "--model", TINY / "sdxl", "--train-text-encoder")
+    assert "with one text encoder" in error_line(refused)
 
 
 def test_a_bad_picture_by_policy(tmp_path, pictures):

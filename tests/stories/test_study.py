@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from util import TINY, error_line, run
@@ -183,6 +184,20 @@ def test_another_axis_takes_over_what_fits(tmp_path):
     assert results["taken_over"] == 2, "how a picture is made does not make it another one"
 
 
+def test_ways_that_are_compared_are_all_gone(tmp_path):
+    """What is asked for as an axis is drawn, though it is the same picture: its seconds are its own."""
+    rows = do(tmp_path, "--steps", "1", "--study", "offload=none,model")
+    assert [r["offload"] for r in rows] == ["none", "model"] and len({r["file"] for r in rows}) == 2
+    first, second = (np.asarray(Image.open(tmp_path / r["file"])).astype(int) for r in rows)
+    assert abs(first - second).max() <= 1
+
+
+def test_a_cell_that_cannot_be_drawn_names_flags(tmp_path, capsys):
+    with pytest.raises(UserError):
+        do(tmp_path, "--steps", "1", "--study", "eta=0,1", "--scheduler", "heun")
+    assert "`" not in capsys.readouterr().err
+
+
 def test_fused_loras_are_fused_anew_for_each_scale(tmp_path):
     lora = TINY.parent / "lora" / "sd15.kohya.safetensors"
     rows = do(tmp_path, "--lora", str(lora), "--lora-fuse", "--study", "lora_scale=0,1", "--steps", "1")
@@ -238,7 +253,7 @@ def test_an_option_without_its_need_in_any_cell_is_refused(tmp_path):
 
 
 def test_an_impossible_cell_does_not_stop_the_others(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"1 of 3 cells cannot be drawn, such as height 100: `height` 100"):
+    with pytest.raises(UserError, match=r"1 of 3 cells cannot be drawn, such as height 100: --height 100"):
         do(tmp_path, "--study", "height=64,100,72", "--steps", "1")
     rows = list(csv.DictReader((tmp_path / "study.csv").open()))
     assert [r["height"] for r in rows] == ["64", "72"] and "note: height 100: not drawn" in capsys.readouterr().err

@@ -29,10 +29,29 @@ def schedule(prompt, steps=STEPS):
         ("a [b:.5] c", [(5, "a  c"), (10, "a b c")]),
         ("a [{b|d{:.5] c", [(5, "a  c"), (10, "a {b|d{ c")]),
         ("((a][:b:c [d:3]", [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
+        ("a [b:c:-1]", [(10, "a c")]),
+        ("a [b:c:+3]", [(3, "a b"), (10, "a c")]),
+        ("a | b [c:3]", [(10, "a | b [c:3]")]),
+        ("(a|b) [c:3]", [(10, "(a|b) [c:3]")]),
     ],
 )
 def test_examples(prompt, want):
     assert schedule(prompt) == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [  # a run of 10 steps, then a larger pass of 20 (get_learned_conditioning_prompt_schedules with hires_steps)
+        ("[a:b:0.5]", [(5, "a"), (10, "b")], [(20, "b")]),
+        ("[a:b:1.5]", [(10, "a")], [(10, "a"), (20, "b")]),
+        ("[a:b:4]", [(4, "a"), (10, "b")], [(20, "b")]),
+        ("[a:b:14]", [(10, "a")], [(4, "a"), (20, "b")]),
+        ("[b:1.25] c", [(10, " c")], [(5, " c"), (20, "b c")]),
+    ],
+)
+def test_a_second_pass_counts_on(prompt, first, second):
+    assert schedule(prompt) == first
+    assert [(part.until, part.text) for part in syntax.scheduled(prompt, 20, earlier=10)] == second
 
 
 @pytest.mark.parametrize(

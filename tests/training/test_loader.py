@@ -292,6 +292,16 @@ def test_buckets_take_turns():
     assert one != two and [sorted(g) for g in one] != [sorted(g) for g in two]
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "png", "webp"])
+def test_a_turned_picture_has_the_size_it_is_shown_in(tmp_path, suffix):
+    """Whoever turns it: Pillow does a TIFF by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 16)).save(tmp_path / f"a.{suffix}", exif=exif)
+    dataset = data.load(tmp_path, captions=False)
+    assert loader._size(dataset, 0) == dataset.image(0).size == (16, 48)
+
+
 def test_aspect_buckets(tmp_path):
     for i, size in enumerate([(64, 64), (128, 64), (64, 128), (120, 62), (65, 64)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")

@@ -17,8 +17,13 @@ def lr(step, kind, **more):
 
 def test_warm_up_and_ends():
     for kind in options.LR_SCHEDULERS:
-        assert lr(0, kind, first=50) == 0.1 and lr(9, kind, first=50) == 1.0 and lr(10, kind, first=50) == 1.0
+        assert (
+            lr(0, kind, first=50) == (1.0 if kind == "constant" else 0.1)
+            and lr(9, kind, first=50) == 1.0
+            and lr(10, kind, first=50) == 1.0
+        )
     assert lr(109, "constant") == lr(109, "none") == lr(109, "plateau") == 1.0
+    assert lr(0, "constant") == 1.0 > lr(0, "constant_with_warmup")
     assert recipe.learning_rate(9, 1.0, 100, 0.1, "linear") == 1.0, "below 1: a share of the run"
     assert recipe.learning_rate(0, 1.0, 100, 0, "linear") == 1.0
 
