@@ -43,7 +43,7 @@ class Config:
     revision: str | None = arg(None, "branch, tag or commit of a Hub id")
     token: str | None = arg(None, "Hub token (better: the variable HF_TOKEN)")
     prompt: list[str] = arg([], "what to draw; repeatable", group="words", often=True)
-    prompts_file: str | None = arg(None, "text file with one prompt a line")
+    prompts_file: str | None = arg(None, "text file with one prompt a line, or a .csv or .tsv with a column `prompt`")
     prompt_2: str | None = arg(None, "for the second text encoder (SDXL, SD 3); default: --prompt")
     prompt_3: str | None = arg(None, "for the third text encoder (SD 3); default: --prompt")
     negative_prompt: str | None = arg(None, "what to keep away from", often=True)

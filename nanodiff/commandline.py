@@ -250,6 +250,10 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
+    if empty := [name for name in given if name in SHIPPED and "" in (given[name], *listed_in(given[name]))]:
+        raise UserError(
+            f"--{empty[0].replace('_', '-')} is given an empty name (a shell's variable that is not set?); leave it out to have none"
+        )
     cfg = cls(**(values | given))
     if getattr(cfg, "base_dir", ".") == ".":
         for f in fields:
@@ -260,6 +264,11 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     cfg.spelled = spelled  # and as they were typed
     cfg.configured = frozenset(configured)  # what a file of settings said
     return cfg
+
+
+def listed_in(value):
+    """The elements of a list or tuple; none of anything else."""
+    return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def shipped_option(name, value):

@@ -399,6 +399,11 @@ class Pipeline(Conditions, Guidance, LatentSpace):
         skip = drawing.skip_layers
         if skip and not any(skip.active(i, steps) for i in range(first, steps)):
             found.append(f"skip-layer guidance from {skip.start:g} to {skip.stop:g} of the steps")
+        churn = drawing.churn
+        if churn and churn.amount and samplers.name_of(self.schedule) == "euler":
+            taken = samplers.sigma_grid(self.schedule, steps)[1][first:steps]
+            if not any(churn.low <= sigma <= churn.high for sigma in taken):
+                found.append(f"churn (`s_churn`) at σ from {churn.low:g} to {churn.high:g}")
         return found
 
     def check_options(self, drawing: Drawing, start: Start, words: Words) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nanodiff import lora, pipeline
 from nanodiff.config import UserError, printable, read_fields, short
-from nanodiff.data import tables
+from nanodiff.data import promptset, tables
 from nanodiff.files import inside as inside_of
 from nanodiff.models.freeu import FreeU
 from nanodiff.output import images
@@ -30,7 +30,15 @@ def prompts_of(cfg, optional=False):
     """The prompts; [] where none is given and they are optional (some models draw without)."""
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
-        listed = tables.lines(cfg.prompts_file)
+        kind = Path(cfg.prompts_file).suffix.lower()
+        if kind in (".json", ".jsonl", ".parquet", ".arrow"):
+            raise UserError(
+                f"--prompts-file {cfg.prompts_file}: is no text with a prompt a line, nor a .csv or .tsv with a column of them"
+            )
+        if kind in tables.SUFFIXES:
+            listed = [text for _, text in promptset.read(cfg.prompts_file).pairs]
+        else:
+            listed = tables.lines(cfg.prompts_file)
         if not listed:
             raise UserError(f"--prompts-file {cfg.prompts_file}: has no prompts")
         if strange := [line for line in listed if "\0" in line]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from nanodiff.commandline import flagged
 from nanodiff.config import UserError
 from nanodiff.data import edges
 from nanodiff.diffusion import samplers
@@ -221,7 +222,10 @@ def check(cfg, sd, steps, scale, size, start):
     drawing, begin, words = grouped(settings, Drawing(), Start(), words)
     sd.checked(1, drawing, begin, words)
     for what in sd.idle(steps, drawing, begun(sd, steps, start)):
-        print(f"note: {what}: does nothing in {steps} steps, none of which lies in its part of them", file=sys.stderr)
+        print(
+            f"note: {flagged(what)}: does nothing in {steps} steps, none of which lies in its part of them",
+            file=sys.stderr,
+        )
     if not cfg.hires:
         return
     steps = second_steps(cfg, sd, steps)

@@ -169,7 +169,7 @@ class Tagged:
             return exact[name]
         if not alike:
             raise UserError(
-                f"{self.folder}: has no LoRA {printable(name)}{nearest(name, [*exact, *(p.stem for p in files)])}"
+                f"{self.folder}: has no LoRA {printable(name)}{nearest(name, dict.fromkeys([*exact, *(p.stem for p in files)]))}"
             )
         if len(alike) > 1:
             raise UserError(

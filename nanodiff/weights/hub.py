@@ -56,6 +56,8 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
     Raises UserError in one line.
     """
     path = trained(model)
+    if path.exists() and revision:
+        raise UserError(f"`revision` {printable(revision)}: is of a repository on the Hub, and {path} is here")
     if path.is_file():
         return path
     if path.is_dir():

@@ -108,13 +108,22 @@ def test_a_study_beside_other_pictures(tmp_path):
         (("--study", ""), "--study is empty"),
         (("--output-dir", "", "--prompt", "a"), "--output-dir is empty"),
         (("--prompts-file", "{}/empty.txt"), "empty.txt: has no prompts"),
+        (("--prompts-file", "{}/some.jsonl"), "some.jsonl: is no text with a prompt a line"),
+        (("--prompt", "a", "--model", ""), "--model is given an empty name"),
+        (("--prompt", "a", "--lora", ""), "--lora is given an empty name"),
+        (
+            ("--prompt", "a", "--model", TINY / "sd15", "--revision", "fp16"),
+            "--revision fp16: is of a repository on the Hub",
+        ),
         (("--prompts-file", "{}/nul.txt"), "nul.txt: 'a\\x00b' is no text"),
     ],
 )
 def test_what_is_empty_is_named(tmp_path, argv, line):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "nul.txt").write_text("a\0b\n")
-    code, _, err = in_process(sample, "sample.py", "--output-dir", tmp_path / "o", *(a.format(tmp_path) for a in argv))
+    code, _, err = in_process(
+        sample, "sample.py", "--output-dir", tmp_path / "o", *(str(a).format(tmp_path) for a in argv)
+    )
     assert code == 2 and line in err, err
 
 

@@ -378,6 +378,26 @@ def test_churn(tmp_path):
     assert np.array_equal(plain, nowhere) and np.array_equal(churned, repeated) and not np.array_equal(plain, churned)
 
 
+def test_churn_at_no_step_is_said(tmp_path):
+    for low, idle in (("50", True), ("1", False)):
+        done = sample(
+            tmp_path / low, "--prompt", "a", "--scheduler", "euler", "--steps", "2", "--s-churn", "5", "--s-tmin", low
+        )
+        assert (
+            done.returncode == 0 and ("churn (--s-churn) at σ from 50 to inf: does nothing" in done.stderr) == idle
+        ), done.stderr
+
+
+def test_prompts_of_a_table(tmp_path):
+    (tmp_path / "prompts.csv").write_text('number,prompt\n1,"a cat, ink"\n2,a dog\n')
+    done = sample(tmp_path / "a", "--prompts-file", tmp_path / "prompts.csv", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert [f["prompt"] for f in json.loads((tmp_path / "a" / "run.json").read_text())["files"]] == [
+        "a cat, ink",
+        "a dog",
+    ]
+
+
 def test_many_prompts_are_encoded_before(tmp_path):
     """More than are encoded at a time, with a negative prompt, offloaded."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"cat {i}" for i in range(33)))
