@@ -199,7 +199,9 @@ class Train(Training, Files):
     batch_size: int = arg(12, "pictures of a process in a micro-batch")
     lr: float = arg(3e-4, "peak learning rate")
     lr_scheduler: str = arg("constant_with_warmup", "learning rate over the run", choices=LR_SCHEDULERS)
-    lr_warmup_steps: float = arg(0.03, "updates of linear warm-up; below 1: a share of the run")
+    lr_warmup_steps: float = arg(
+        0.03, "updates of linear warm-up (--lr-scheduler constant has none); below 1: a share of the run"
+    )
     optimizer: str = arg("schedule_free", "schedule_free: a constant rate, and a mean of all weights so far in place of a schedule; muon: "
                          "orthogonal updates for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS)  # fmt: skip
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")

@@ -59,7 +59,9 @@ class Recursive(Training, Noise):
     epochs: int = arg(5, "passes over the pictures, per generation", low=1, group="the run")
     batch_size: int = arg(1, "samples of a process in a micro-batch")
     lr: float = arg(1e-5, "peak learning rate")
-    lr_warmup_steps: float = arg(0.1, "updates of linear warm-up; below 1: a share of the run")
+    lr_warmup_steps: float = arg(
+        0.1, "updates of linear warm-up (--lr-scheduler constant has none); below 1: a share of the run"
+    )
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
     ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")
@@ -160,7 +162,9 @@ class Transfer(Training, Noise, Adapters):
     batch_size: int = arg(4, "samples of a process in a micro-batch")
     epochs: int = arg(10, "passes over the pictures")
     lr: float = arg(1e-4, "peak learning rate")
-    lr_warmup_steps: float = arg(0, "updates of linear warm-up; below 1: a share of the run")
+    lr_warmup_steps: float = arg(
+        0, "updates of linear warm-up (--lr-scheduler constant has none); below 1: a share of the run"
+    )
     adam_beta2: float = arg(0.999, "AdamW's decay of the square")
     ema: bool = arg(False, "average the weights")
     gradient_checkpointing: bool = arg(True, "keep less for the backward pass, compute it again")

@@ -409,6 +409,7 @@ def train_diffusion(cfg):
     say_unjudged(cfg, run)
     run.resume()
     run.same("data set", dataset.fingerprint())
+    run.same("size of its pictures", dataset.weight())
     run.same("tokenizer", latents.vocabularies(sd), must=True)
     run.same("VAE, text encoder or model beneath", frozen, must=True)
     feed.serve(run)

@@ -250,7 +250,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
-    if empty := [name for name in given if name in SHIPPED and "" in (given[name], *listed_in(given[name]))]:
+    if empty := [
+        name for name in given if name in SHIPPED - {"sample_prompts"} and "" in (given[name], *listed_in(given[name]))
+    ]:
         raise UserError(
             f"--{empty[0].replace('_', '-')} is given an empty name (a shell's variable that is not set?); leave it out to have none"
         )

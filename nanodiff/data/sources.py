@@ -98,15 +98,21 @@ class Dataset:
         )
 
     def fingerprint(self) -> str:
-        """A hash of keys, captions, labels and sizes in bytes (of a table's rows: of the table), by which a picture that was replaced is
-        nearly always known without reading it."""
+        """A hash of keys, captions and labels."""
+        return _hashed(list(zip(self.keys, self.texts, self.labels, strict=True)))
+
+    def weight(self) -> str:
+        """A hash of the pictures' sizes in bytes (of a table's rows: of the table's), by which one that was replaced is nearly always known
+        without reading it."""
         weigh = functools.cache(os.path.getsize)
-        sizes = [weigh(item.path) if item.size < 0 else item.size for item in self.items]
-        parts = zip(self.keys, self.texts, self.labels, sizes, strict=True)
-        return hashlib.blake2b(json.dumps(list(parts)).encode("utf-8", "replace"), digest_size=12).hexdigest()
+        return _hashed([weigh(item.path) if item.size < 0 else item.size for item in self.items])
 
     def subset(self, positions: Sequence[int]) -> "Dataset":
         return Dataset([self.items[i] for i in positions], self.root, self.image_column, self.known_labels)
+
+
+def _hashed(value):
+    return hashlib.blake2b(json.dumps(value).encode("utf-8", "replace"), digest_size=12).hexdigest()
 
 
 def load(

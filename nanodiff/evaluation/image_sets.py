@@ -162,7 +162,7 @@ def images(generated, settings, real=None, prompts=None, what="generated", silen
 
 
 def _named(dataset):
-    return dataset.fingerprint(), dataset.root
+    return dataset.fingerprint(), dataset.weight(), dataset.root
 
 
 def _group(group, space, generated, real, prompts, s, found, what):

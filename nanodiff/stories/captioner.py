@@ -1,6 +1,5 @@
 """caption.py's stories of a captioner: training, inference, evaluation."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ from nanodiff.output import charts, images, report
 from nanodiff.stories import captioner_model
 from nanodiff.stories.captions import begin, language_dtype, quantized
 from nanodiff.training import loader
-from nanodiff.training.options import listed
+from nanodiff.training.options import listed, replaced
 from nanodiff.training.run import Run
 
 
@@ -44,13 +43,14 @@ def train(cfg):
         Texts(dist.together(captions_of, net, rows[n], cfg, n), seed, run.device)
         for n, seed in (("train", cfg.seed), ("val", None))
     )
-    run.cfg = cfg = dataclasses.replace(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
+    run.cfg = cfg = replaced(cfg, checkpointing_steps=cfg.checkpointing_steps or feed.per_epoch)
     random = next((name for name in ("lora_dropout", "vit_lora_dropout") if getattr(cfg, name)), None)
     calls = run.trainable({"captioner": net}, random)
     run.schedule(feed.per_epoch)
     run.resume()
     dist.on_main(tidy, run, cfg)
     run.same("data set", [s.fingerprint() for s in sets.values()], must=True)
+    run.same("size of its pictures", [s.weight() for s in sets.values()], must=True)
     feed.serve(run)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     dist.say(f"captioner: {trained / 1e6:.2f} M of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters learn; "

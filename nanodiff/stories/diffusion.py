@@ -45,8 +45,7 @@ def make_model(cfg, dataset, device):
 
 def frozen_weights(sd, nets):
     """SHA-256 of what a pipeline's networks hold and a training of `nets` leaves as it is: what a run that goes on must find again."""
-    rest = [m for m in (sd.vae, sd.net, *sd.encoders) if m is not None and m not in nets.values()]
-    return loader.fingerprint(*rest) + loader.fingerprint(*nets.values(), frozen=True)
+    return loader.fingerprint(*(m for m in (sd.vae, sd.net, *sd.encoders) if m is not None), without=nets.values())
 
 
 def go_on(cfg):
@@ -113,9 +112,7 @@ def begin_control(cfg, sd):
 
 def begin(cfg, dataset, device):
     """See make_model(): new weights."""
-    if cfg.lora or cfg.train_text_encoder:
-        raise UserError(f"`{'lora' if cfg.lora else 'train_text_encoder'}` needs a `model` to go on from")
-    check_schedule(cfg)
+    check_new(cfg)
     vae = sources.load_vae(cfg.vae, torch.float32, device) if cfg.vae else None
     encoder, tokenizer, frozen = make_text(cfg, dataset, device)
     net = build.make_denoiser(cfg.model_size, cfg.resolution, encoder.cfg, vae, cfg.model_config)
@@ -129,11 +126,13 @@ def begin(cfg, dataset, device):
     return sd, {sd.denoiser_name: net} | ({} if frozen else {"text_encoder": encoder})
 
 
-def check_schedule(cfg):
-    """Raise UserError for an option among those given that a new model's schedule has no use for."""
+def check_new(cfg):
+    """Raise UserError for an option among those given that a new model has no use for."""
+    if cfg.lora or cfg.train_text_encoder:
+        raise UserError(f"`{'lora' if cfg.lora else 'train_text_encoder'}` needs a `model` to go on from")
     given, kind = getattr(cfg, "given", ()), cfg.prediction_type
-    for name in ("beta_schedule", "zero_snr"):
-        if name in given and kind == "flow":
+    for name, asked in (("beta_schedule", True), ("zero_snr", cfg.zero_snr)):
+        if name in given and asked and kind == "flow":
             raise UserError(f"`{name}`: a flow has no betas (`prediction_type` flow)")
     if "zero_snr" in given and cfg.zero_snr and kind == "epsilon":
         raise UserError(
@@ -164,10 +163,15 @@ def make_text(cfg, dataset, device):
         labels = dataset.known_labels if cfg.condition == "labels" else []
         return LabelEncoder(LabelConfig(tuple(labels), text_config(cfg).hidden_size)), LabelTokenizer(labels), False
     if cfg.text_encoder:
-        for name in ("max_length", "vocab_size", "text_config"):
-            if name in getattr(cfg, "given", ()):
-                raise UserError(f"`{name}` is for a text encoder that is trained along; `text_encoder` brings its own")
         path, projected = frozen_text(cfg)
+        own = sources.text_config(path, projected)[1]
+        same = {"max_length": own.max_position_embeddings, "vocab_size": own.vocab_size}
+        for name in ("max_length", "vocab_size", "text_config"):
+            if name in getattr(cfg, "given", ()) and getattr(cfg, name) != same.get(name):
+                said = f" ({same[name]})" if name in same else ""
+                raise UserError(
+                    f"`{name}` is for a text encoder that is trained along; `text_encoder` {cfg.text_encoder} has its own{said}"
+                )
         encoder, tokenizer = sources.load_text(path, torch.float32, device, projected)
         encoder.cfg.use_attention_mask |= cfg.text_mask
         return encoder, tokenizer, True
@@ -249,11 +253,16 @@ def prompts_of(cfg, sd, dataset):
     return given or spread[:: max(1, len(spread) // cfg.eval_batch_size)][: cfg.eval_batch_size]
 
 
-def own_size(model):
-    """Pixels along one side of the pictures that a model was made for, from its configurations. Says them."""
+def side_of(model):
+    """Pixels along one side of the pictures that a model was made for, from its configurations."""
     src = sources.configs(model)
     net = src.config(pipeline.FAMILIES[src.kind].denoiser_name)
-    side = (net.sample_size or 64) * (src.config("vae").downscale if "vae" in src.parts else 1)
+    return (net.sample_size or 64) * (src.config("vae").downscale if "vae" in src.parts else 1)
+
+
+def own_size(model):
+    """side_of(), said."""
+    side = side_of(model)
     dist.say(f"resolution: {side}, the model's own")
     return side
 

@@ -36,7 +36,7 @@ def prompts_of(cfg, optional=False):
                 f"--prompts-file {cfg.prompts_file}: is no text with a prompt a line, nor a .csv or .tsv with a column of them"
             )
         if kind in tables.SUFFIXES:
-            listed = [text for _, text in promptset.read(cfg.prompts_file).pairs]
+            listed = column_of(cfg.prompts_file)
         else:
             listed = tables.lines(cfg.prompts_file)
         if not listed:
@@ -49,6 +49,17 @@ def prompts_of(cfg, optional=False):
             return []
         raise UserError('--prompt is required, such as --prompt "red apple"')
     return [p.encode("utf-8", "replace").decode() for p in prompts]  # bytes of the command line that are no UTF-8
+
+
+def column_of(path):
+    """The prompts of a table with a header."""
+    header, rows = tables.rows(path)
+    name = next((c for c in promptset.COLUMNS if c in header), None)
+    if name is None:
+        raise UserError(
+            f"--prompts-file {path}: its first line names no column {' or '.join(promptset.COLUMNS)}; a file with a prompt a line is a .txt"
+        )
+    return [row[name] for _, row in rows if row[name].strip()]
 
 
 def defaults(cfg, sd):

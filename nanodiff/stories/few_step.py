@@ -17,6 +17,7 @@ from nanodiff.output import charts, images, report
 from nanodiff.output.record import Record
 from nanodiff.pipeline import sources
 from nanodiff.stories import gallery
+from nanodiff.stories.diffusion import side_of
 from nanodiff.training import build, loader, teach
 from nanodiff.training.options import decisive, listed
 
@@ -91,6 +92,7 @@ def few_step(cfg):
     made = [target, *(record.out / f"steps-{n}" for n in rounds[:-1])]
     dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, made)
     own = {name: getattr(cfg, name) for name, methods in OF_METHODS.items() if cfg.method in methods}
+    side = cfg.resolution or dist.on_main(side_of, cfg.model)
     # "steps" says it, of each round
     own.pop("student_steps", None)
     own |= {"progressive": {"first_steps": rounds[0]}, "guidance": {"teacher_steps": cfg.teacher_steps}}.get(
@@ -101,7 +103,7 @@ def few_step(cfg):
         folder = target if n == rounds[-1] else made[i + 1]
         work = folder.with_name(f"{folder.name}.training")
         facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
-                 "data": dataset.fingerprint(), "lora": settings, "resolution": cfg.resolution,
+                 "data": dataset.fingerprint(), "sizes": dataset.weight(), "lora": settings, "resolution": side,
                  **own, **decisive(cfg)}  # fmt: skip
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
             begins = cfg.student if cfg.student and i == 0 else last
@@ -132,7 +134,7 @@ def few_step(cfg):
                 teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution,
                           caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
                           teachers=[master] if begins != last else (), sheets=teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
-                          lesson_of=(cfg.method, str(last), n, scale))  # fmt: skip
+                          lesson_of=(cfg.method, str(last), n, scale), told=own)  # fmt: skip
             teach.free(sd, teacher, *(m for m in (master, nets.get("critic")) if m is not None))
         dist.on_main(few_tidy, folder, work)
         last = str(folder)

@@ -6,10 +6,11 @@ from nanodiff import pipeline, weights
 from nanodiff.models import controlnet
 from nanodiff.models.clip import CLIPTextModel
 from nanodiff.pipeline import sources
-from nanodiff.stories.diffusion import check_one_encoder, frozen_text, open_to_training, text_config
+from nanodiff.stories.diffusion import check_new, check_one_encoder, frozen_text, open_to_training, text_config
 from nanodiff.stories.training import load_data
 from nanodiff.stories.vae import latent_shape
 from nanodiff.training import build, plan
+from nanodiff.weights import hub
 
 CLIP_L = "openai/clip-vit-large-patch14"  # is in every SD 1.x: it need not be here to be planned with
 
@@ -40,6 +41,20 @@ def counted(cfg, captions):
     return len(load_data(cfg, captions)[0]) if cfg.data else 1
 
 
+def planned_text(cfg):
+    """The configuration of --text-encoder, which need not be here."""
+    if hub.trained(cfg.text_encoder).exists():
+        return sources.text_config(*frozen_text(cfg))[1]
+    if cfg.text_encoder == CLIP_L:
+        return sources.configs("stable-diffusion-v1-5").config("text_encoder")
+    print(
+        f"note: --text-encoder {cfg.text_encoder} is not here: planned with one of the size that would be trained along"
+    )
+    text = text_config(cfg)
+    text.vocab_size = cfg.vocab_size
+    return text
+
+
 def plan_diffusion(cfg):
     """Everything on the meta device: no weights are read, none are made."""
     rows, dtype = cfg.batch_size, planned_dtype(cfg)
@@ -54,12 +69,14 @@ def plan_diffusion(cfg):
             check_one_encoder([n for n in meta if n.startswith("text_encoder")])
             along["text_encoder"] = meta.pop("text_encoder")
         frozen, length = meta, family.family.text_length
+        if along:
+            length = min(length, along["text_encoder"].cfg.max_position_embeddings)
         scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     else:
+        check_new(cfg)
         vae, encoder = None, cfg.condition == "text" and cfg.text_encoder
         if encoder:
-            known = cfg.text_encoder == CLIP_L and sources.configs("stable-diffusion-v1-5").config("text_encoder")
-            text = known or sources.text_config(*frozen_text(cfg))[1]
+            text = planned_text(cfg)
             length = text.max_position_embeddings
         else:
             text = text_config(cfg)

@@ -49,6 +49,8 @@ def recall(cfg):
             )
     known = {k: record[k] for k in REMEMBERED if record.get(k) is not None}
     known["prompt"] = [known.get("prompt")]
+    if "model" in given:  # these are of the model that it was made with
+        known = {k: v for k, v in known.items() if k not in ("revision", "variant")}
     for key, value in from_mapping(type(cfg), known, cfg.from_image).items():
         if key not in given:
             setattr(cfg, key, shipped_option(key, value) if cfg.base_dir == "." else value)

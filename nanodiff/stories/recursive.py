@@ -123,7 +123,12 @@ def learn(cfg, model, dataset, folder, facts):
     """Train a model's denoiser on a data set, and write the whole model into `folder`; one that is there and was made with the same
     settings and facts is left as it is. Checkpoints lie in folder.training until then."""
     work = folder.with_name(f"{folder.name}.training")
-    facts = facts | {"pictures": len(dataset), "data": dataset.fingerprint(), **decisive(cfg)}
+    facts = facts | {
+        "pictures": len(dataset),
+        "data": dataset.fingerprint(),
+        "sizes": dataset.weight(),
+        **decisive(cfg),
+    }
     if dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir, "models_root"):
         dist.on_main(shutil.rmtree, work, ignore_errors=True)  # of a run that was killed after its last word
         return

@@ -509,14 +509,19 @@ def _terminal():
     return sys.stderr.isatty()
 
 
-def fingerprint(*modules, frozen=False):
-    """SHA-256 over names, types and values of everything in some modules; frozen: but for what they learn."""
+def fingerprint(*modules, without=None):
+    """SHA-256 over names, types and values of everything in some modules.
+
+    without: modules that learn, of which nothing counts but parameters that do not; large tensors then by a million of their numbers, spread
+    over them: training changes them all."""
+    learn = [id(m) for m in without or ()]
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in module.state_dict(keep_vars=frozen).items():
-            if frozen and tensor.requires_grad:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(module) in learn and (tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)):
                 continue
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = tensor.detach().reshape(-1)
+            flat = (flat if without is None else flat[:: max(1, flat.numel() >> 20)]).cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(flat.view(torch.uint8).numpy().data)
         digest.update(repr(sorted(vars(module.cfg).items(), key=str)).encode() if hasattr(module, "cfg") else b"")

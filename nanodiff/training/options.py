@@ -2,7 +2,7 @@
 the scripts read lists, sizes and bounds."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from nanodiff.commandline import DEVICES, arg, check_bounds
@@ -164,6 +164,13 @@ def decisive(cfg: Training):
     """{option: value} of those that decide what is learned, as JSON values; of Noise and Adapters too, where cfg has them."""
     names = [f.name for part in (Training, Noise, Adapters) for f in fields(part) if hasattr(cfg, f.name)]
     return json.loads(json.dumps({name: getattr(cfg, name) for name in names if name not in INDIFFERENT}))
+
+
+def replaced(cfg, **more):
+    """A copy with other values, of which it is still known what was given."""
+    made = replace(cfg, **more)
+    made.given = getattr(cfg, "given", frozenset())
+    return made
 
 
 @dataclass

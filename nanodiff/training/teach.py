@@ -23,7 +23,7 @@ from nanodiff.files import write_bytes, write_folder
 from nanodiff.output import charts, images
 from nanodiff.pipeline import sources
 from nanodiff.training import build, latents, loader, plan
-from nanodiff.training.options import Noise, Training, decisive
+from nanodiff.training.options import Noise, Training, decisive, replaced
 from nanodiff.training.run import Run
 
 
@@ -191,12 +191,12 @@ class Sheets(NamedTuple):
 
 
 def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, caption_dropout=0.0, adapter_dropout=0.0, sheets=None,
-        lesson_of=(), teachers=()):  # fmt: skip
+        lesson_of=(), told=None, teachers=()):  # fmt: skip
     """Train nets ({component: module}, of the pipeline sd) on a data set; checkpoints, log and caches lie in the folder `work`, where a
     killed run goes on. training: options of every training, by which one that goes on is compared; side: pixels, default the model's;
     caption_dropout: share of captions replaced by the empty text (SDXL: zeros); adapter_dropout: of the adapters' inputs.
 
-    lesson_of: what else must be the same when a run goes on, as JSON values: method, teacher; teachers: modules whose weights must be, as sd's
+    lesson_of, told: what else must be the same when a run goes on, as JSON values: method, teacher; {name: value}; teachers: modules whose weights must be, as sd's
     must. Raises UserError for a `work` that was begun with others or another data set, and for a size that the model cannot have."""
     if side and side % sd.multiple:
         raise UserError(f"`resolution` {side} must be a multiple of {sd.multiple}")
@@ -206,14 +206,15 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
     group = training.batch_size * training.grad_accum * dist.world().size
     updates = training.max_steps or training.epochs * max(1, -(-len(dataset) // group))
     run = Run(
-        dataclasses.replace(
+        replaced(
             training,
             output_dir=str(work),
             resume=None if training.overwrite_output_dir else training.resume or "auto",
             checkpointing_steps=training.checkpointing_steps or max(1, updates // 10),
         )
     )
-    begun = loader.fingerprint(*(m for m in (sd.net, sd.vae, *sd.encoders, *teachers) if m is not None))
+    begun = loader.fingerprint(*(m for m in (sd.net, *sd.encoders, *teachers) if m is not None))
+    vae = sd.vae and loader.fingerprint(sd.vae)
     for module in sd.models().values():
         onednn.learn(module.to(run.device))
     transform = loader.Transform(side or sd.size[0], True)
@@ -227,8 +228,12 @@ def fit(training: Training, work, sd, nets, dataset, make, write, side=None, *, 
     run.schedule(feed.per_epoch)
     run.resume()
     run.same("data set", dataset.fingerprint(), must=True)
+    run.same("size of its pictures", dataset.weight(), must=True)
     run.same("method or teacher", list(lesson_of), must=True)
     run.same("model that it begins with, or its teacher,", begun, must=True)
+    run.same("VAE", vae, must=True)
+    for name, value in {"resolution": side or sd.size[0], **(told or {})}.items():
+        run.same(name, value, must=True)
     for name, value in decisive(training).items():
         run.same(name, value, must=True)
     feed.serve(run)

@@ -175,12 +175,12 @@ def test_a_captions_json_has_no_columns(tmp_path):
         data.load(tmp_path, caption_column="words")
 
 
-def test_a_fingerprint_sees_pictures_that_were_replaced(tmp_path):
+def test_weight_sees_pictures_that_were_replaced(tmp_path):
     folder(tmp_path, ["a.png", "b.png"])
-    before = data.load(tmp_path, captions=False).fingerprint()
-    assert data.load(tmp_path, captions=False).fingerprint() == before
+    before = data.load(tmp_path, captions=False).weight()
+    assert data.load(tmp_path, captions=False).weight() == before
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes() + b"more")
-    assert data.load(tmp_path, captions=False).fingerprint() != before
+    assert data.load(tmp_path, captions=False).weight() != before
 
 
 def test_csv_table_with_names_without_suffix(tmp_path):

@@ -109,6 +109,7 @@ def test_a_study_beside_other_pictures(tmp_path):
         (("--output-dir", "", "--prompt", "a"), "--output-dir is empty"),
         (("--prompts-file", "{}/empty.txt"), "empty.txt: has no prompts"),
         (("--prompts-file", "{}/some.jsonl"), "some.jsonl: is no text with a prompt a line"),
+        (("--prompts-file", "{}/bare.csv"), "bare.csv: its first line names no column prompt"),
         (("--prompt", "a", "--model", ""), "--model is given an empty name"),
         (("--prompt", "a", "--lora", ""), "--lora is given an empty name"),
         (
@@ -121,6 +122,7 @@ def test_a_study_beside_other_pictures(tmp_path):
 def test_what_is_empty_is_named(tmp_path, argv, line):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "nul.txt").write_text("a\0b\n")
+    (tmp_path / "bare.csv").write_text("a cat,ink\na dog,oil\n")
     code, _, err = in_process(
         sample, "sample.py", "--output-dir", tmp_path / "o", *(str(a).format(tmp_path) for a in argv)
     )

@@ -202,7 +202,7 @@ def test_loss_goes_down(tmp_path, pictures):
             ["--prediction-type", "flow", "--timestep-mean", "1"],
             "--timestep-mean is for --timestep-sampling logit_normal",
         ),
-        (["--text-encoder", TINY / "sd15", "--max-length", "9"], "--text-encoder brings its own"),
+        (["--text-encoder", TINY / "sd15", "--max-length", "9"], "has its own (77)"),
         (["--condition", "none", "--max-length", "9"], "--max-length is for captions"),
         (["--condition", "none", "--text-encoder", "/nowhere"], "--text-encoder is for captions"),
         (
@@ -220,6 +220,9 @@ def test_what_is_off_is_no_mistake(tmp_path, pictures):
     """Settings that ask for nothing, also where another prediction type has them; a preset's adapters, switched off."""
     off = ["--timestep-sampling", "uniform", "--timestep-shift", "1", "--no-snr-weighting"]
     assert train_("diffusion", pictures, tmp_path / "a", "--max-steps", "1", *off).returncode == 0
+    off = ["--prediction-type", "flow", "--no-zero-snr", "--text-encoder", TINY / "sd15", "--max-length", "77"]
+    empty = ["--sample-every", "1", "--sample-prompts", "", "--sample-prompts", "a red square"]
+    assert train_("diffusion", pictures, tmp_path / "b", "--max-steps", "1", *off, *empty).returncode == 0
     cfg = commandline.parse(train.DiffusionConfig, ["--preset", "corel-lora", "--no-lora", "--data", str(pictures), "--output-dir", "x"],
                             presets=train.PRESETS["diffusion"])  # fmt: skip
     cfg.check()
@@ -825,8 +828,14 @@ def test_a_dry_run_counts_what_learns():
     assert f"trained, {frozen:.2f} M frozen" in plan("--text-encoder", TINY / "sd15")
     data = ("--data", ROOT / "assets" / "emoji" / "emoji.tar", "--batch-size", "8", "--epochs", "3")
     assert "for 30 updates" in plan(*data, "--max-samples", "100", "--validation", "0.2")
-    refused = run("train.py", "diffusion", "--dry-run", "--model", TINY / "sdxl", "--train-text-encoder")
-    assert "with one text encoder" in error_line(refused)
+    assert " trained, " in plan("--model", ROOT / "assets" / "nano", "--train-text-encoder")
+    assert "no/such is not here: planned with one" in plan("--text-encoder", "no/such")
+    for argv, says in (
+        (("--model", TINY / "sdxl", "--train-text-encoder"), "with one text encoder"),
+        (("--lora",), "--lora needs a --model"),
+        (("--prediction-type", "flow", "--zero-snr"), "a flow has no betas"),
+    ):
+        assert says in error_line(run("train.py", "diffusion", "--dry-run", *argv))
 
 
 def test_a_bad_picture_by_policy(tmp_path, pictures):

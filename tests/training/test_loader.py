@@ -345,6 +345,20 @@ def test_fingerprint_sees_every_value():
     assert loader.fingerprint(net) != before
 
 
+def test_fingerprint_without_what_learns():
+    """Nor what a network computes by itself: a buffer is no weight."""
+    net, rest = torch.nn.BatchNorm2d(3), torch.nn.Linear(2, 2)
+    net.bias.requires_grad_(False)
+    before = loader.fingerprint(net, rest, without=[net])
+    net.weight.data += 1
+    net.running_mean += 1
+    assert loader.fingerprint(net, rest, without=[net]) == before
+    for tensor in (net.bias, rest.weight):
+        tensor.data += 1
+        assert loader.fingerprint(net, rest, without=[net]) != before
+        tensor.data -= 1
+
+
 def test_a_wide_picture_is_told_its_corner_also_mirrored(tmp_path):
     """SDXL's training script tells the left edge of what is seen, so of a mirrored picture the other one."""
     rows, columns = np.mgrid[0:40, 0:120]
