@@ -40,6 +40,7 @@ class Training:
     # no options, and so without a type: scripts may have them as options or constants
     NAMES = {}  # what the files of a run are called, see train.py
     cuda_graph = False
+    given = frozenset()  # the options that were said by name
 
     output_dir: str = arg("", "where everything of this run goes", group="the run", often=True)
     overwrite_output_dir: bool = arg(
@@ -166,10 +167,10 @@ def decisive(cfg: Training):
     return json.loads(json.dumps({name: getattr(cfg, name) for name in names if name not in INDIFFERENT}))
 
 
-def replaced(cfg, **more):
+def replaced(cfg: Training, **more):
     """A copy with other values, of which it is still known what was given."""
     made = replace(cfg, **more)
-    made.given = getattr(cfg, "given", frozenset())
+    made.given = cfg.given
     return made
 
 

@@ -166,7 +166,7 @@ class Run(State):
         self.per_epoch = per_epoch
         self.total = self.cfg.max_steps or self.cfg.epochs * per_epoch
         if self.cfg.lr_scheduler == "constant":
-            if self.cfg.lr_warmup_steps and "lr_warmup_steps" in getattr(self.cfg, "given", ()):
+            if self.cfg.lr_warmup_steps and "lr_warmup_steps" in self.cfg.given:
                 dist.say(
                     "note: `lr_scheduler` constant has no warm-up, so `lr_warmup_steps` does nothing (constant_with_warmup has one)"
                 )

@@ -572,6 +572,19 @@ def test_pictures_of_before_they_told_their_init_image(tmp_path):
     assert "name it with --init-image" in in_process(sample, "sample.py", "--from-image", tmp_path / "old.png")[2]
 
 
+def test_another_model_than_a_pictures_takes_not_its_revision(tmp_path):
+    assert draw("--model", TINY / "sd15", "--output-dir", tmp_path / "a")[0] == 0
+    record = images.read_record(tmp_path / "a" / "00000.png") | {
+        "model": "org/name",
+        "revision": "fp16",
+        "variant": "fp16",
+    }
+    images.save_png(Image.new("RGB", (64, 64)), tmp_path / "other.png", record)
+    again = ("--from-image", tmp_path / "other.png", "--output-dir", tmp_path / "b")
+    code, _, err = in_process(sample, "sample.py", *again, "--model", TINY / "sd15")
+    assert code == 0 and (pixels(tmp_path / "a" / "00000.png") == pixels(tmp_path / "b" / "00000.png")).all(), err
+
+
 def test_a_strength_that_leaves_no_step_is_refused_at_once(tmp_path):
     Image.new("RGB", (64, 64), "green").save(tmp_path / "in.png")
     argv = (
