@@ -524,7 +524,8 @@ def fingerprint(*modules, without=None):
             flat = (flat if without is None else flat[:: max(1, flat.numel() >> 20)]).cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(flat.view(torch.uint8).numpy().data)
-        digest.update(repr(sorted(vars(module.cfg).items(), key=str)).encode() if hasattr(module, "cfg") else b"")
+        known = hasattr(module, "cfg") and id(module) not in learn
+        digest.update(repr(sorted(vars(module.cfg).items(), key=str)).encode() if known else b"")
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -349,9 +350,11 @@ def test_fingerprint_without_what_learns():
     """Nor what a network computes by itself: a buffer is no weight."""
     net, rest = torch.nn.BatchNorm2d(3), torch.nn.Linear(2, 2)
     net.bias.requires_grad_(False)
+    net.cfg = SimpleNamespace(sample_size=8)
     before = loader.fingerprint(net, rest, without=[net])
     net.weight.data += 1
     net.running_mean += 1
+    net.cfg.sample_size = 16
     assert loader.fingerprint(net, rest, without=[net]) == before
     for tensor in (net.bias, rest.weight):
         tensor.data += 1
