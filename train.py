@@ -411,7 +411,7 @@ def train_diffusion(cfg):
     run.same("data set", dataset.fingerprint())
     run.same("size of its pictures", dataset.weight())
     run.same("tokenizer", latents.vocabularies(sd), must=True)
-    run.same("VAE, text encoder or model beneath", frozen, must=True)
+    run.same("VAE, text encoder or model beneath", frozen)
     feed.serve(run)
     say_size(run.net, "model")
 
