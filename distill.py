@@ -256,6 +256,8 @@ class FewStep(Training, Adapters):
     save_dtype: str = arg("fp32", "type of the written model", choices=("fp32", "fp16", "bf16"))
 
     def check(self):
+        from nanodiff.stories.few_step import OF_METHODS
+
         self.check_ranges()
         if not self.data:
             raise UserError("--data is required")
@@ -268,8 +270,6 @@ class FewStep(Training, Adapters):
                 "--lora: adapters belong to the --model they were trained on, so there is no other --student"
             )
         check_adapters(self.lora, getattr(self, "given", ()))
-        from nanodiff.stories.few_step import OF_METHODS
-
         given = set(getattr(self, "given", ()))
         for name, methods in OF_METHODS.items():
             if name in given and self.method not in methods:

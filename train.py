@@ -333,6 +333,7 @@ def train_vae(cfg):
     say_unjudged(cfg, run)
     run.resume()
     run.same("data set", dataset.fingerprint())
+    run.same("size of its pictures", dataset.weight())
     feed.serve(run)
     run.more.setdefault("kl_scale", 1.0)  # what --kl-target has made of the weight
     say_size(net, "VAE")

@@ -250,9 +250,9 @@ def parse(cls, argv, doc="", presets=None, prog=None):
         values |= (configured := from_mapping(cls, settings, path))
     given.pop("debug")
     given = {k: v for k, v in given.items() if v is not None}
-    if empty := [
-        name for name in given if name in SHIPPED - {"sample_prompts"} and "" in (given[name], *listed_in(given[name]))
-    ]:
+    # a prompt may be empty, what names a file may not
+    named = {k: v if isinstance(v, list) else [v] for k, v in given.items() if k in SHIPPED - {"sample_prompts"}}
+    if empty := [name for name, values in named.items() if "" in values]:
         raise UserError(
             f"--{empty[0].replace('_', '-')} is given an empty name (a shell's variable that is not set?); leave it out to have none"
         )
@@ -266,11 +266,6 @@ def parse(cls, argv, doc="", presets=None, prog=None):
     cfg.spelled = spelled  # and as they were typed
     cfg.configured = frozenset(configured)  # what a file of settings said
     return cfg
-
-
-def listed_in(value):
-    """The elements of a list or tuple; none of anything else."""
-    return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def shipped_option(name, value):

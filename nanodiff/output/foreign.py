@@ -170,15 +170,15 @@ def _texts(g, found):
 
 
 def _said_sizes(g, node, sign):
-    """What SDXL's text node says of the picture's size, WIDTHxHEIGHT; {} of a node that says none."""
+    """What SDXL's text node says of the picture's size, WIDTHxHEIGHT; {} of a node that says none, or one that cannot be."""
     settings = {}
-    for ours, across, down in (
-        ("original_size", "width", "height"),
-        ("crop", "crop_w", "crop_h"),
-        ("target_size", "target_width", "target_height"),
+    for ours, across, down, least in (
+        ("original_size", "width", "height", 1),
+        ("crop", "crop_w", "crop_h", 0),
+        ("target_size", "target_width", "target_height", 1),
     ):
         sides = [_whole(g.value(node, side)) for side in (across, down)]
-        if None not in sides:
+        if None not in sides and min(sides) >= least:
             settings[sign + ours] = "x".join(map(str, sides))
     return settings
 

@@ -148,9 +148,8 @@ def text_config(cfg, tokenizer=None):
 
 def frozen_text(cfg):
     """(folder, whether an MMDiT needs its projection) of --text-encoder."""
-    return hub.one(cfg.text_encoder, cfg.hub_token), build.denoiser_config(cfg.model_size, cfg.model_config)[
-        0
-    ] == "mmdit"
+    kind, *_ = build.denoiser_config(cfg.model_size, cfg.model_config)
+    return hub.one(cfg.text_encoder, cfg.hub_token), kind == "mmdit"
 
 
 def make_text(cfg, dataset, device):

@@ -91,8 +91,8 @@ def few_step(cfg):
         rounds = [first >> i for i in range(first.bit_length()) if first >> i >= cfg.student_steps]
     made = [target, *(record.out / f"steps-{n}" for n in rounds[:-1])]
     dist.on_main(apart, {"model": cfg.model, "student": cfg.student}, made)
-    own = {name: getattr(cfg, name) for name, methods in OF_METHODS.items() if cfg.method in methods}
     side = cfg.resolution or dist.on_main(side_of, cfg.model)
+    own = {name: getattr(cfg, name) for name, methods in OF_METHODS.items() if cfg.method in methods}
     # "steps" says it, of each round
     own.pop("student_steps", None)
     own |= {"progressive": {"first_steps": rounds[0]}, "guidance": {"teacher_steps": cfg.teacher_steps}}.get(

@@ -60,6 +60,8 @@ def plan_diffusion(cfg):
     rows, dtype = cfg.batch_size, planned_dtype(cfg)
     name = cfg.model or build.KNOWN.get(cfg.model_size)
     frozen, along, length = {}, {}, cfg.max_length
+    if not cfg.model:
+        check_new(cfg)
     if name:
         src = sources.configs(name)
         family = pipeline.FAMILIES[src.kind]
@@ -73,7 +75,6 @@ def plan_diffusion(cfg):
             length = min(length, along["text_encoder"].cfg.max_position_embeddings)
         scale = meta["vae"].cfg.downscale if "vae" in meta else 1
     else:
-        check_new(cfg)
         vae, encoder = None, cfg.condition == "text" and cfg.text_encoder
         if encoder:
             text = planned_text(cfg)

@@ -286,8 +286,8 @@ def study(cfg, device):
                     with record.timed("sample"):
                         one_picture(variant, base, prompt, seed, path, progress)
                 except UserError as e:  # a sampler that is not for this model: the others are
-                    refused[at[0]] = flagged(str(e))
-                    print(f"note: {grid.label(cell)}: not drawn: {flagged(str(e))}", file=sys.stderr)
+                    refused[at[0]] = flagged(e)
+                    print(f"note: {grid.label(cell)}: not drawn: {refused[at[0]]}", file=sys.stderr)
                     progress.skip(2 if variant.hires else 1)
                     continue
                 seconds = round(time.perf_counter() - began, 3)

@@ -201,7 +201,7 @@ def _at(node, until):
 
 
 def _nodes(prompt, at, run, marks):
-    """([node], place after them): as far as what stands there is words, or a bracket that is closed."""
+    """([node], place after them): as far as what stands there is words, or a bracket that is closed. run: scheduled()'s (steps, earlier)."""
     nodes = []
     while at < len(prompt):
         node, after = _node(prompt, at, run, marks)

@@ -512,8 +512,8 @@ def _terminal():
 def fingerprint(*modules, without=None):
     """SHA-256 over names, types and values of everything in some modules.
 
-    without: modules that learn, of which nothing counts but parameters that do not; large tensors then by a million of their numbers, spread
-    over them: training changes them all."""
+    without: modules that learn, of which nothing counts but parameters that do not; large tensors then by a million of their numbers or two,
+    spread over them: training changes them all."""
     learn = [id(m) for m in without or ()]
     digest = hashlib.sha256()
     for module in modules:

@@ -63,6 +63,9 @@ def test_two_texts_of_sdxl():
     # a target of one side is none
     assert found["original_size"] == "2048x1024" and found["crop"] == "8x0" and "target_size" not in found
     assert not {"negative_original_size", "negative_crop"} & set(found)
+    graph["6"]["inputs"] |= {"width": 0, "crop_w": 0}
+    found, _ = foreign.comfyui(graph)
+    assert found["crop"] == "0x0" and "original_size" not in found, "no picture comes from nothing"
 
 
 def test_a_seed_node():

@@ -834,6 +834,7 @@ def test_a_dry_run_counts_what_learns():
     for argv, says in (
         (("--model", TINY / "sdxl", "--train-text-encoder"), "with one text encoder"),
         (("--lora",), "--lora needs a --model"),
+        (("--preset", "sd15", "--lora"), "--lora needs a --model"),
         (("--prediction-type", "flow", "--zero-snr"), "a flow has no betas"),
     ):
         assert says in error_line(run("train.py", "diffusion", "--dry-run", *argv))
