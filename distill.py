@@ -76,6 +76,10 @@ class Recursive(Training, Noise):
             raise UserError("--baseline trains on generation 0 and --finetune on real pictures; give one of the two")
         if self.accumulate and (self.baseline or self.finetune):
             raise UserError("--accumulate is for a model's own pictures, not beside --baseline or --finetune")
+        if self.finetune and self.real_fraction:
+            raise UserError(
+                "--finetune trains on real pictures alone, --real-fraction on some of them; give one of the two"
+            )
         if self.cfg_scales and "cfg_scale" in getattr(self, "given", ()):
             raise UserError(
                 "--cfg-scale is one study's guidance, --cfg-scales are several studies'; give one of the two"
@@ -226,11 +230,13 @@ class FewStep(Training, Adapters):
         high=100,
         often=True,
     )
-    teacher_steps: int | None = arg(None, "the teacher's steps, in the comparison; default: the model's")
+    teacher_steps: int | None = arg(None, "the teacher's steps, in the comparison; default: the model's", low=1)
     first_steps: int | None = arg(
         None, "steps of the first round of progressive, halved in every other; default: four times --student-steps"
     )
-    substeps: int = arg(2, "the teacher's steps in one of the student's, in every round of progressive", low=2)
+    substeps: int = arg(
+        2, "the teacher's steps in one of the student's, in the first round of progressive (in the others two)", low=2
+    )
     known_steps: int = arg(50, "times that a latent consistency student knows", low=2)
     critic_steps: int = arg(5, "updates of dmd's critic for one of the student", low=1)
     lora: bool = arg(

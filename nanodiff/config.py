@@ -91,13 +91,13 @@ def check_regular(path):
         raise UserError(f"{path}: is a pipe or a device, not a file")
 
 
-def among_pictures(path, flag, output_dir):
-    """What is wrong when a run's own figures lie among the pictures of a folder that it reads, in words; "" where they do not."""
+def among_pictures(path, flag, output_dir, option="output_dir", what="figures"):
+    """What is wrong when a run's own figures (or `what`) lie among the pictures of a folder that it reads, in words; "" where they do not."""
     if not (
         path and output_dir and Path(path).is_dir() and Path(output_dir).resolve().is_relative_to(Path(path).resolve())
     ):
         return ""
-    return f"`output_dir` {output_dir} lies in `{flag}` {path}, so the next run would count its figures as pictures"
+    return f"`{option}` {output_dir} lies in `{flag}` {path}, so the next run would count its {what} as pictures"
 
 
 def parse_json(text, where):

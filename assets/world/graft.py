@@ -36,30 +36,30 @@ def read(sd, ids):
 
 
 @torch.no_grad()
-def refit(layer, old, new):
-    """Give a linear layer that read `old` [N, D] the weights with which it says nearly the same of `new` [N, E] (ridge regression).
+def fit(layer, x, y):
+    """Give a linear layer the weights with which it says nearly y [..., E] of x [..., D] (ridge regression).
 
-    Returns the mean square of what is left, relative to the variance of what it said."""
-    said = old.double() @ layer.weight.double().T
-    ones = torch.cat([new.double(), torch.ones(len(new), 1, dtype=torch.double)], dim=1)
-    square = ones.T @ ones
+    Returns the mean square of what is left, relative to the variance of y."""
+    x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    square = x.T @ x
     square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.double)
-    weights = torch.linalg.solve(square, ones.T @ said)
-    left = (ones @ weights - said).pow(2).mean() / said.var(0).mean()
-    layer.weight.copy_(weights[:-1].T)
-    layer.bias.add_(weights[-1])
-    return left.item()
+    weight = torch.linalg.solve(square, x.T @ y)
+    layer.weight.copy_(weight.T)
+    layer.bias.copy_(mean_y - mean_x @ weight)
+    return ((x @ weight - y).pow(2).mean() / y.pow(2).mean()).item()
 
 
 @torch.no_grad()
 def graft(sd, teacher, ids):
-    """Put the teacher's text encoder into `sd`; ids: tokens of captions [N, S] to fit by. Returns what refit() leaves, of states and pooled."""
+    """Put the teacher's text encoder into `sd`; ids: tokens of captions [N, S] to fit by. Returns what fit() leaves, of states and pooled."""
     some = [ids[i : i + TOGETHER] for i in range(0, len(ids), TOGETHER)]
     (own, own_pooled), (new, new_pooled) = (
         (torch.cat(part) for part in zip(*(read(one, batch) for batch in some), strict=True)) for one in (sd, teacher)
     )
-    left = refit(sd.net.context_embedder, own.flatten(0, 1), new.flatten(0, 1))
-    left = left, refit(sd.net.time_text_embed.text_embedder.linear_1, own_pooled, new_pooled)
+    of_states, of_pooled = sd.net.context_embedder, sd.net.time_text_embed.text_embedder.linear_1
+    left = fit(of_states, new, of_states(own)), fit(of_pooled, new_pooled, of_pooled(own_pooled))
     sd.encoders[0] = copy.deepcopy(teacher.text_encoder)
     return left
 

@@ -52,12 +52,6 @@ def grid(schedule, n):
     return torch.tensor([*samplers.times(schedule, n), -1.0])
 
 
-def between(schedule, t, u, parts):
-    """[parts + 1] times [B] from t to u: what `parts` smaller jumps pass."""
-    steps = [t + (u.clamp(min=0) - t) * (i / parts) for i in range(parts)]
-    return [*(step if schedule.flow else step.round() for step in steps), u]
-
-
 def split(schedule, prediction, x, t):
     """(x̂0, ε̂) in fp32 of a prediction at x_t."""
     return schedule.to_x0_eps(prediction.float(), x.float(), t)
@@ -101,13 +95,14 @@ def guidance(student, teacher, schedule, x, t):
 
 def progressive(student, teacher, schedule, x0, noise, i, n, substeps=2):
     """One jump of the student, of n, ends where `substeps` of the teacher's end, at x_u: its x̂0 is to be
-    (x_u - s_u/s_t · x_t) / (a_u - s_u/s_t · a_t). i: which of the n steps."""
-    times = grid(schedule, n).to(x0.device)
+    (x_u - s_u/s_t · x_t) / (a_u - s_u/s_t · a_t). i: which of the n steps. The teacher passes the times of its own run of n · substeps, which are those that
+    it has learned where it was the student of the round before; the schedule's grid must have every substeps-th of them in its run of n."""
+    times, finer = (grid(schedule, steps).to(x0.device) for steps in (n, n * substeps))
     t, u = times[i].float(), times[i + 1].float()
     x = schedule.add_noise(x0, noise, t)
     with torch.no_grad():
         end = x.float()
-        stops = between(schedule, t, u, substeps)
+        stops = [t, *(finer[i * substeps + j].float() for j in range(1, substeps)), u]
         for here, there in itertools.pairwise(stops):
             end = jump(schedule, teacher, end, here, there)
         (a, s), (a1, s1) = coefficients(schedule, t, end), coefficients(schedule, u, end)

@@ -302,7 +302,7 @@ def flow_heun(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
     A flow's path is nearly straight, so the correction is small; it pays where steps are few. Two network calls a step, one in the last.
     """
     if schedule.cfg["stochastic_sampling"]:
-        raise UserError("`scheduler` flow_heun: the model is to be sampled with fresh noise, which flow_euler does")
+        raise UserError("`scheduler` flow_heun: the model is to be sampled with fresh noise, which flow_lcm does")
     sigmas = flow_sigmas(schedule, n, mu, sigmas)
     for i in range(start, n):
         sigma, after = sigmas[i], sigmas[i + 1]
@@ -369,7 +369,10 @@ SAMPLERS = {  # by the name on the command line
     ),
     "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
     "tcd": Sampler(solvers.tcd, "TCDScheduler", times=lcm_times),
-    "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
+    "flow_euler": Sampler(
+        flow_euler, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}, times=flow_times
+    ),
+    "flow_lcm": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, times=flow_times),
     "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times, twice=True),
 }
 

@@ -36,6 +36,8 @@ from nanodiff.diffusion.schedule_config import (
     SPACINGS,
 )
 
+OF_ANY = {field for fields in DEFAULTS.values() for field in fields}  # fields that one class or another looks at
+
 
 def betas_of(cfg):
     """β_1..β_T in fp32, from a config dict. The computation follows the files' authors, in fp32.
@@ -92,12 +94,11 @@ class Schedule:
             raise UserError(
                 f"{where}: scheduler {short(kind)} is not supported{nearest(kind, DEFAULTS)} (`scheduler` names another)"
             )
-        known = {field for fields in DEFAULTS.values() for field in fields}
         for key, value in raw.items():
             if key in FORMER and value not in FORMER[key]:
                 raise UserError(f"{where}: {key} = {short(value)} is not supported (only {FORMER[key][0]!r})")
-            if not key.startswith("_") and key not in known | FOREIGN | set(FORMER):
-                raise UserError(f"{where}: unknown field {key!r} (value {short(value)}){nearest(key, known)}")
+            if not key.startswith("_") and key not in OF_ANY | FOREIGN | set(FORMER):
+                raise UserError(f"{where}: unknown field {key!r} (value {short(value)}){nearest(key, OF_ANY)}")
         cfg = DEFAULTS[kind] | {k: v for k, v in raw.items() if k in DEFAULTS[kind]}
         for key, values in SAME.get(kind, {}).items():
             cfg[key] = values.get(cfg[key], cfg[key]) if isinstance(cfg[key], str) else cfg[key]
@@ -140,10 +141,11 @@ class Schedule:
         return field in (*DEFAULTS[self.kind], *ends, OWN, GRID)
 
     def to_json(self):
-        """scheduler_config.json, complete (no reader needs to know our defaults), with the fields that are ours alone."""
-        cfg = {k: v for k, v in self.cfg.items() if v not in (-math.inf, None)}
+        """scheduler_config.json, complete (no reader needs to know our defaults), with what its file said to other classes (`clip_sample` of a PNDM that may
+        be drawn by DDIM) and the fields that are ours alone."""
+        said = {k: v for k, v in self.raw.items() if k in OF_ANY} | self.cfg
         ours = {k: self.raw[k] for k in (OWN, GRID) if self.raw.get(k)}
-        return {"_class_name": self.kind, **cfg, **ours}
+        return {"_class_name": self.kind, **{k: v for k, v in said.items() if v not in (-math.inf, None)}, **ours}
 
     # -- time ----------------------------------------------------------------------------------------------
 

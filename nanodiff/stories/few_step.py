@@ -11,6 +11,7 @@ from nanodiff.config import UserError, among_pictures, printable
 from nanodiff.device import choice, dist
 from nanodiff.diffusion import fewstep, samplers
 from nanodiff.diffusion.schedule import Schedule
+from nanodiff.diffusion.schedule_config import GRID
 from nanodiff.evaluation import features, image_sets, pages
 from nanodiff.files import apart, write_json
 from nanodiff.output import charts, images, report
@@ -29,15 +30,17 @@ def few_schedule(cfg, sd):
     flow = sd.schedule.flow
     if cfg.method == "guidance":
         return sd.with_scheduler(None)
-    if cfg.method == "progressive":  # the last jump ends at x̂0 itself
-        return (
-            sd.with_scheduler("flow_euler")
-            if flow
-            else sd.with_scheduler("ddim", timestep_spacing="trailing", set_alpha_to_one=True)
-        )
+    # latents are not bounded, and a student's jump is not clipped
+    whole = {"clip_sample": False} if sd.vae is not None else {}
+    if cfg.method == "progressive":
+        if not flow:  # the last jump ends at x̂0 itself
+            return sd.with_scheduler("ddim", timestep_spacing="trailing", set_alpha_to_one=True, **whole)
+        # a round's times must be every other one of the round before
+        nested = sd.schedule.raw.get(GRID) in ("sgm_uniform", "simple")
+        return sd.with_scheduler("flow_euler", sigmas=None if nested else "sgm_uniform")
     if flow:
-        return sd.with_scheduler("flow_euler", stochastic_sampling=True)
-    return sd.with_scheduler("lcm", original_inference_steps=cfg.known_steps)
+        return sd.with_scheduler("flow_lcm")
+    return sd.with_scheduler("lcm", original_inference_steps=cfg.known_steps, **whole)
 
 
 def check_known(cfg, schedule):
@@ -47,6 +50,11 @@ def check_known(cfg, schedule):
         return
     if cfg.known_steps > schedule.T:
         raise UserError(f"--known-steps {cfg.known_steps}: the schedule has {schedule.T} timesteps")
+    usual = samplers.rescheduled(schedule, "lcm").cfg["original_inference_steps"]
+    if cfg.lora and cfg.known_steps != usual:
+        raise UserError(
+            f"--known-steps {cfg.known_steps} with --lora: a LoRA's file does not say it, and beside this model it would be drawn with by {usual}"
+        )
     last = schedule.T // cfg.known_steps * cfg.known_steps
     if last < LEAST_NOISE * schedule.T:
         raise UserError(
@@ -99,12 +107,17 @@ def few_step(cfg):
         cfg.method, {}
     )
     settings, last = build.lora_settings(cfg) if cfg.lora else None, cfg.model
-    for i, n in enumerate(rounds):
-        folder = target if n == rounds[-1] else made[i + 1]
-        work = folder.with_name(f"{folder.name}.training")
-        facts = {"method": cfg.method, "steps": n, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
-                 "data": dataset.fingerprint(), "sizes": dataset.weight(), "lora": settings, "resolution": side,
-                 **own, **decisive(cfg)}  # fmt: skip
+    folders = [*made[1:], target]
+    every = {"method": cfg.method, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
+             "data": dataset.fingerprint(), "sizes": dataset.weight(), "lora": settings, "resolution": side,
+             **own, **decisive(cfg)}  # fmt: skip
+    if not cfg.overwrite_output_dir:
+        for folder, n in zip(folders, rounds, strict=True):
+            dist.on_main(
+                teach.settled, folder, {"steps": n} | every, quiet=True
+            )  # what is of other settings shows before the first round
+    for i, (folder, n) in enumerate(zip(folders, rounds, strict=True)):
+        work, facts = folder.with_name(f"{folder.name}.training"), {"steps": n} | every
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
             begins = cfg.student if cfg.student and i == 0 else last
             sd, nets = dist.together(teach.student, begins, settings)
@@ -121,8 +134,14 @@ def few_step(cfg):
             )
             check_known(cfg, sd.schedule)
             sd = few_schedule(cfg, sd)
-            for count in (steps, *(cfg.check_steps if cfg.evaluate else ())):  # known now, not after the training
+            # known now, not after the training
+            for count in (
+                steps * cfg.substeps if cfg.method == "progressive" and i == 0 else steps,
+                *(cfg.check_steps if cfg.evaluate else ()),
+            ):
                 samplers.check_steps(sd.schedule, count)
+            for count in (guided_steps(cfg, teacher), *cfg.check_steps) if cfg.evaluate and i == 0 else ():
+                samplers.check_steps(teacher.schedule, count)
             if cfg.method == "dmd":
                 nets["critic"] = fewstep.frozen(master).requires_grad_(True)
             sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
@@ -130,7 +149,9 @@ def few_step(cfg):
                 counts = rounds if cfg.method != "guidance" else [steps]
                 dist.say(f"{cfg.method}: guidance {scale:g}, {' → '.join(map(str, counts))} steps")
             with record.timed("train"):
-                make = teach.FewSteps(cfg.method, n, scale, master, cfg.known_steps, cfg.substeps, cfg.critic_steps)
+                make = teach.FewSteps(
+                    cfg.method, n, scale, master, cfg.known_steps, cfg.substeps if i == 0 else 2, cfg.critic_steps
+                )
                 teach.fit(cfg, work, sd, nets, dataset, make, few_writer(cfg, sd, folder, facts), cfg.resolution,
                           caption_dropout=cfg.caption_dropout, adapter_dropout=cfg.lora_dropout,
                           teachers=[master] if begins != last else (), sheets=teach.Sheets(dataset.captions[:8], cfg.sample_every, steps, 1.0),
@@ -147,8 +168,9 @@ def few_step(cfg):
         how = ["--model", str(target)]
         if cfg.lora:  # beside it the model's own settings are others'; a whole student's folder says them
             how = ["--model", cfg.model, "--lora", str(target), "--guidance-scale", "1"]
-            if cfg.method == "consistency" and not Schedule.from_config(sources.configs(cfg.model).scheduler()[0]).flow:
-                how += ["--scheduler", "lcm"]
+            if cfg.method == "consistency":
+                flow = Schedule.from_config(sources.configs(cfg.model).scheduler()[0]).flow
+                how += ["--scheduler", "flow_lcm" if flow else "lcm"]
             if count := cfg.student_steps if cfg.method == "consistency" else cfg.teacher_steps:
                 how += ["--steps", str(count)]
         print(f'student: {target}\nnext: python sample.py {shlex.join(how)} --prompt "…" --output-dir OUT')

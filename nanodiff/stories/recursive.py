@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanodiff import data, pipeline
-from nanodiff.config import UserError, printable, read_json
+from nanodiff.config import UserError, among_pictures, printable, read_json
 from nanodiff.data import caption_files, tables
 from nanodiff.device import choice, dist
 from nanodiff.diffusion.schedule import Schedule
@@ -91,6 +91,8 @@ class Study:
         if cfg.real_fraction:
             real, rng = data.load(cfg.real), np.random.default_rng([cfg.seed, k])
             n = round(cfg.real_fraction * len(items))
+            if not n:
+                raise UserError(f"`real_fraction` {cfg.real_fraction:g} of {len(items)} pictures is none of them")
             own = sorted(rng.choice(len(items), len(items) - n, replace=False))
             drawn = sorted(rng.choice(len(real), n, replace=n > len(real)))
             items = [items[i] for i in own] + [
@@ -161,6 +163,10 @@ def recursive(cfg):
     for scale in scales:
         study = Study(cfg, scale)
         dist.on_main(apart, {"model": cfg.model}, [study.model(k) for k in range(1, cfg.target_gen + 1)])
+        for flag in ("real", "captions"):
+            among = among_pictures(getattr(cfg, flag), flag, study.pictures(0), "data_root", "generated pictures")
+            if among:
+                raise UserError(among)
         for k in range(cfg.target_gen + 1):
             if k:
                 dataset = dist.on_main(study.dataset, k)

@@ -143,6 +143,9 @@ def teacher_data(cfg):
     if not folder.is_dir():
         raise UserError(f"{folder}: is not there; `transfer generate` makes it")
     if (folder / gallery.PLAN).is_file():
+        drawn_by = read_json(folder / gallery.PLAN)["settings"]["model"]
+        if drawn_by != Path(cfg.teacher).name:
+            raise UserError(f"{folder}: was drawn by {printable(drawn_by)}, not by `teacher` {printable(cfg.teacher)}")
         lacking, _ = gallery.lacking(folder)
         lacking = [n for n in lacking if n in {f"{i:05d}.png" for i in range(cfg.num_images)}]
         if lacking:

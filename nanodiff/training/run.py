@@ -249,6 +249,8 @@ class Run(State):
             if cfg.parallel != "fsdp":
                 torch.autograd.graph.increment_version(list(recipe.trainable(self.net).values()))
             self.bad_in_row = 0
+            if parts := {n: numbers[n] for n in names if n != "loss" and math.isfinite(numbers[n])}:
+                self.more["parts"] = self.more.get("parts", {}) | parts
             if self.average:
                 self.average.update(self.net, taken)
             self.epoch["sum"] += numbers.get("judged", numbers["loss"])
@@ -291,7 +293,8 @@ class Run(State):
         self.bar.set_postfix(loss=f"{numbers['loss']:.4g}", images_s=f"{numbers['images_per_s']:.1f}", refresh=False)
         self.rates = [*self.rates[-49:], numbers["images_per_s"]]
         if self.every(self.cfg.log_every) or (self.cfg.log_every and self.epoch_ended()):
-            self.log(**{k: v for k, v in numbers.items() if k != "samples"})
+            # a part that not every update has (dmd's student) is told as it was last
+            self.log(**self.more.get("parts", {}) | {k: v for k, v in numbers.items() if k != "samples"})
 
     def log(self, **numbers):
         """Append one object to metrics.jsonl, and to what --report-to names."""

@@ -74,7 +74,7 @@ class FewSteps:
     scale: float  # the teacher's guidance
     teacher: torch.nn.Module | None  # its network; None: an adapted student's own base
     known_steps: int = 50  # times that consistency learns
-    substeps: int = 2  # of the teacher, that are one of progressive's
+    substeps: int = 2  # of the teacher, that are one of progressive's; 2 where it is the student of another round
     critic_steps: int = 5  # updates of dmd's critic for one of the student
 
     def __call__(self, lesson):
@@ -374,9 +374,9 @@ def save_adapters(sd, run, states, targets, dtype, **facts):
     return list(targets.values())
 
 
-def settled(folder, facts, anew=False, option="output_dir"):
+def settled(folder, facts, anew=False, option="output_dir", quiet=False):
     """Is the model of `folder` there, made with these facts (JSON values)? anew: delete it when it was made with others, which otherwise
-    raises UserError naming the option that says where it lies. On rank 0."""
+    raises UserError naming the option that says where it lies. quiet: do not say that it is there. On rank 0."""
     path = folder / "training.json"
     if not path.is_file():
         return False
@@ -389,7 +389,8 @@ def settled(folder, facts, anew=False, option="output_dir"):
             dist.say(f"{folder}: was made with {name} {short(before[name])}, not {short(value)}; it is made again")
             shutil.rmtree(folder)
             return False
-    dist.say(f"{folder}: is there already")
+    if not quiet:
+        dist.say(f"{folder}: is there already")
     return True
 
 

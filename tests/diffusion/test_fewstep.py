@@ -24,6 +24,11 @@ def schedule(kind, sampler=None, **more):
     return samplers.rescheduled(Schedule.from_config(raw), sampler, **more)
 
 
+def nested(kind):
+    """As few_step.few_schedule() has it for progressive: a run of n steps has every other time of one of 2n."""
+    return samplers.spaced_by(schedule(kind), "flow_euler", "sgm_uniform") if kind == "flow" else schedule(kind)
+
+
 def perfect(s, mean=MEAN, var=VAR):
     """gaussian_model for a batch of timesteps."""
 
@@ -58,14 +63,14 @@ def test_jumps_are_the_samplers_steps(kind, n):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("substeps", (2, 5))
 def test_progressive_asks_for_the_one_jump_that_ends_where_the_teacher_ends(kind, substeps):
-    s, n = schedule(kind), 4
+    s, n = nested(kind), 4
     x0, noise = draws()
     i = torch.tensor([0, 2, 3])
-    times = fewstep.grid(s, n)
+    times, finer = fewstep.grid(s, n), fewstep.grid(s, n * substeps)
     t, u = times[i].float(), times[i + 1].float()
     x = end = s.add_noise(x0, noise, t)
-    stops = fewstep.between(s, t, u, substeps)
-    assert len(stops) == substeps + 1 and torch.equal(stops[0], t) and torch.equal(stops[-1], u)
+    stops = [finer[i * substeps + j].float() for j in range(substeps + 1)]
+    assert torch.allclose(stops[0], t, atol=1e-3) and torch.allclose(stops[-1], u, atol=1e-3)
     for here, there in itertools.pairwise(stops):
         end = fewstep.jump(s, perfect(s), end, here, there)
     answer = x.clone().requires_grad_()  # any prediction: gradient descent finds the one that the loss wants
@@ -84,6 +89,23 @@ def test_progressive_asks_for_the_one_jump_that_ends_where_the_teacher_ends(kind
     assert loss < 1e-6 and torch.allclose(got, end, atol=1e-3)
     plain = fewstep.progressive(perfect(s), perfect(s), s, x0, noise, i, n, substeps)
     assert plain > 1e-4, "one big step of the teacher itself ends elsewhere"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_asks_its_teacher_at_the_times_that_it_has_learned(kind):
+    """Salimans & Ho 2022 Alg. 2: the student of 2n steps teaches that of n on its own grid, down to one step."""
+    s = nested(kind)
+    x0, noise = draws()
+    for n in (8, 4, 2, 1):
+        asked = set()
+
+        def teacher(x, t, asked=asked):
+            asked.update(t.tolist())
+            return perfect(s)(x, t)
+
+        for i in range(n):
+            fewstep.progressive(perfect(s), teacher, s, x0, noise, torch.full((3,), i), n)
+        assert sorted(asked) == pytest.approx(sorted(samplers.times(s, 2 * n)), abs=1e-3), n
 
 
 @pytest.mark.parametrize("kind", KINDS)

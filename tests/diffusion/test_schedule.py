@@ -149,3 +149,19 @@ def test_config_round_trip():
     schedule = Schedule.from_config(SD)
     again = Schedule.from_config(schedule.to_json())
     assert again.cfg == schedule.cfg
+
+
+@pytest.mark.parametrize("name", (None, "euler", "dpmpp_2m"))
+def test_what_a_file_says_to_other_classes_is_saved(name):
+    """Stable Diffusion's PNDM file says `clip_sample: false`, which is DDIM's: latents are not bounded by 1."""
+    said = SD | {
+        "_class_name": "PNDMScheduler",
+        "clip_sample": False,
+        "skip_prk_steps": True,
+        "timestep_spacing": "leading",
+    }
+    said.pop("set_alpha_to_one", None)
+    schedule = samplers.rescheduled(Schedule.from_config(said), name)
+    saved = schedule.to_json()
+    assert saved["clip_sample"] is False and saved["skip_prk_steps"] is True and saved["_class_name"] == schedule.kind
+    assert samplers.rescheduled(Schedule.from_config(saved), "ddim").cfg["clip_sample"] is False

@@ -181,6 +181,14 @@ def test_mistakes(study, tmp_path):
     assert "gone.json" in refused(*arguments(tmp_path, captions=tmp_path / "gone.json"))
     assert "--target-gen must be at least 0" in refused(*arguments(tmp_path, **{"target-gen": -1}))
     assert "--real-fraction 1 must be" in refused(*arguments(tmp_path, **{"real-fraction": 1}))
+    real = {"real": ROOT / "assets" / "emoji" / "emoji.tar", "real-fraction": 0.1}
+    assert "--finetune trains on real pictures alone" in refused(*arguments(tmp_path, **real), "--finetune")
+    shutil.copytree(folder / "data", tmp_path / "data")
+    told = refused(*arguments(tmp_path, **real), "--no-evaluate")
+    assert "--real-fraction 0.1 of 5 pictures is none of them" in told
+    told = refused(*arguments(tmp_path, real=tmp_path))
+    assert "--data-root" in told and "lies in --real" in told and "generated pictures" in told
+    shutil.rmtree(tmp_path / "data")
     (tmp_path / "data").mkdir()
     shutil.copytree(
         folder / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0", tmp_path / "data" / "sd_to_sd_cfg_1.5_steps_2_gen_0"

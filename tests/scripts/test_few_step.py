@@ -57,6 +57,7 @@ def test_methods(folder, method):
         folder,
         method=method,
         **{"no-evaluate": True, "student-steps": 2 if method != "guidance" else None, "teacher-steps": 6},
+        **({"critic-steps": 3} if method == "dmd" else {}),
     )
     assert code == 0, err
     sd = pipeline.load(folder / "out" / "model", torch.float32)
@@ -65,6 +66,7 @@ def test_methods(folder, method):
     assert 1e-6 < moved(folder / "out" / "model") < 1
     rows = [json.loads(line) for line in (folder / "out" / "model" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0 and ("critic" in rows[-1]) == (method == "dmd")
+    assert ("student" in rows[-1]) == (method == "dmd"), "whether it learns is to be seen"
     if method == "progressive":
         assert "8 → 4 → 2 steps" in err and (folder / "out" / "steps-4" / "model_index.json").is_file()
     picture = sd.generate(["fire"], steps=2, guidance_scale=1.0, seeds=[0]).pixels
@@ -98,9 +100,9 @@ def test_a_teacher_is_what_its_weights_are(folder):
 
 def test_a_student_is_what_its_method_was_told(folder):
     """Another number of known times, or of the critic's updates, is another student."""
-    quick = {"no-evaluate": True, "student-steps": 2, "max-steps": 1, "method": "dmd"}
+    quick = {"no-evaluate": True, "student-steps": 2, "max-steps": 2, "method": "dmd", "critic-steps": 2}
     for more, says in (({}, "student: "), ({}, "is there already"), ({"known-steps": 25}, "known_steps 50, not 25"),
-                       ({"critic-steps": 2}, "critic_steps 5, not 2"), ({"resolution": 32}, "resolution 64, not 32"),
+                       ({"critic-steps": 1}, "critic_steps 2, not 1"), ({"resolution": 32}, "resolution 64, not 32"),
                        ({"resolution": 64}, "is there already")):  # fmt: skip
         code, out, err = script(folder, **quick | more)
         assert code == 2 * ("not" in says) and says in out + err, err
@@ -209,6 +211,15 @@ BAD = {
     "a check that the student cannot take": (
         {"known-steps": 4},
         "the model was distilled on 4 timesteps and cannot take 8 steps",
+    ),
+    "a teacher without steps": ({"teacher-steps": 0}, "--teacher-steps"),
+    "a teacher of too many": (
+        {"teacher-steps": 2000, "student-steps": 2, "check-steps": 1},
+        "2000: must be between 1 and the 1000",
+    ),
+    "a LoRA of other times": (
+        {"lora": True, "known-steps": 25, "student-steps": 2},
+        "--known-steps 25 with --lora: a LoRA's file does not say it",
     ),
     "more than there are": ({"method": "progressive", "student-steps": 600}, "must be between 1 and the 1000"),
     "another's option": ({"method": "guidance", "critic-steps": 3}, "--critic-steps is dmd's, not guidance's"),
