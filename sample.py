@@ -291,8 +291,8 @@ class Config:
         if self.ddim_steps is not None:
             if self.steps is not None or self.scheduler not in (None, "ddim"):
                 raise UserError("--ddim-steps is --scheduler ddim --steps N; do not give them together")
-            self.scheduler = "ddim"
-        if self.steps == 0 or self.ddim_steps == 0:
+            self.scheduler, self.steps, self.ddim_steps = "ddim", self.ddim_steps, None
+        if self.steps == 0:
             raise UserError("--steps 0 makes no picture; use 1 or more")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise UserError(f"--strength {self.strength:g} must be above 0 and at most 1")
@@ -339,6 +339,8 @@ class Config:
             raise UserError("--cuda-graph is not for --control")
         if self.cuda_graph == "on" and (self.offload != "none" or self.quantize):
             raise UserError("--cuda-graph is not for --offload or --quantize")
+        if self.ip_adapter and self.offload == "sequential":
+            raise UserError("--ip-adapter is not for --offload sequential; use --offload model")
         if self.compile and self.offload == "sequential":
             raise UserError("--compile needs the whole model in one place; use --offload model or none")
         if self.fast_vae and self.vae_tiling:

@@ -274,7 +274,7 @@ class Pipeline(Conditions, Guidance, LatentSpace):
             return self.denoiser(text, negative, scale, drawing.guidance_rescale, extra, weaker, times, steered, beside)
 
         if words.syntax:
-            begun = 0 if start.denoising_start is not None else first
+            begun = words.first if start.denoising_start is not None else first
             texts = Spoken(self, prompts, negative_prompt, words, guided, times[begun:])
         step, history = None, []
         with ExitStack() as working:

@@ -62,6 +62,8 @@ class Words:
     weighted: bool | str = False  # (word:1.2) and the like mean something; "comfyui": by ComfyUI's rule
     syntax: bool = False  # [a:b:0.5], [a|b] and AND mean something (text/syntax.py), as in AUTOMATIC1111's web UI
     earlier: int = 0  # steps of a pass before this one, from which `syntax` counts on
+    # of a run that goes on from another model's (`denoising_start`): the step at which that one began, from which `syntax` counts
+    first: int = 0
     max_sequence_length: int | None = None  # tokens of T5, 1 to 512; None: 256
     clip_skip: int = 0  # layers of the CLIPs that are left out, counted from the end
 

@@ -64,8 +64,8 @@ def column_of(path):
 
 def defaults(cfg, sd):
     """Fill what was left open from the kind of model. Returns (steps, guidance scale, negative prompt)."""
-    steps, scale = sd.settings(cfg.ddim_steps or cfg.steps, cfg.guidance_scale)
-    if cfg.init_image and not (cfg.ddim_steps or cfg.steps):
+    steps, scale = sd.settings(cfg.steps, cfg.guidance_scale)
+    if cfg.init_image and not cfg.steps:
         steps = least_steps(sd, steps, strength_of(cfg, sd))
     negative, why = cfg.negative_prompt, None
     if sd.is_told:

@@ -162,9 +162,9 @@ def draw(cfg, sd, batch, steps, scale, size, start, **more):
     )
 
 
-def one_text(words):
-    """pipeline.Words for a refiner, which has one text encoder: the prompt's own text, as diffusers takes it."""
-    return dataclasses.replace(words, prompt_2=None, negative_prompt_2=None)
+def one_text(words, first=0):
+    """pipeline.Words for a refiner, which has one text encoder: the prompt's own text, as diffusers takes it. first: the base model's first step."""
+    return dataclasses.replace(words, prompt_2=None, negative_prompt_2=None, first=first)
 
 
 def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, keep_steps=False):
@@ -172,7 +172,8 @@ def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, kee
     taken, settings = itertools.count(1), dict(settings)
     # one generator a picture for both: with the seeds given twice the refiner's fresh noise would be the base model's
     settings["generators"] = [torch.Generator().manual_seed(seed) for seed in settings.pop("seeds")]
-    whole = len(samplers.times(sd.schedule, steps)) - begun(sd, steps, start)
+    skipped = begun(sd, steps, start)
+    whole = len(samplers.times(sd.schedule, steps)) - skipped
 
     def count(i, n, step):
         on_step(next(taken), whole, step)
@@ -181,7 +182,7 @@ def refined(cfg, sd, texts, negative, steps, size, start, settings, on_step, kee
                         **settings | {"denoising_end": cfg.refiner_start})  # fmt: skip
     last = sd.refiner.generate(texts, negative, steps=steps, **size, latents=first.latents, denoising_start=cfg.refiner_start,
                                on_step=count, keep_steps=keep_steps,
-                               **settings | options(cfg, sd.refiner) | {"words": one_text(settings["words"])})  # fmt: skip
+                               **settings | options(cfg, sd.refiner) | {"words": one_text(settings["words"], skipped)})  # fmt: skip
     return dataclasses.replace(last, history=first.history + last.history)
 
 
@@ -197,7 +198,7 @@ def larger(cfg, sd, size):
 
 def second_steps(cfg, sd, steps):
     """Steps of the second pass: --hires-steps, else as many as the first has, or where nobody said how many as few more as leave one to take."""
-    if cfg.hires_steps or cfg.steps or cfg.ddim_steps:
+    if cfg.hires_steps or cfg.steps:
         return cfg.hires_steps or steps
     return least_steps(sd, steps, cfg.hires_strength)
 

@@ -42,6 +42,7 @@ def load(cfg, record, device, src=None):
             scheduler=cfg.scheduler,
             name=cfg.model or EMBEDDED,
         )
+        sd.filed = src.scheduler()
         if cfg.vae_checkpoint:
             exchange_vae(cfg, sd, dtype, device)
         for path in cfg.embedding:
@@ -207,8 +208,17 @@ def tiny_decoder(path, sd, device):
     return lambda latents: model(latents.float()) * 2 - 1
 
 
+def attributed(sd, base):
+    """`sd` with what load() added to `base`."""
+    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "pictures", "model_hash", "filed"):
+        setattr(sd, name, getattr(base, name))
+    return sd
+
+
 def under(cfg, base):
     """The loaded pipeline under the sampler and LoRA scale that cfg asks for."""
+    if cfg.scheduler is None:  # the model's own, whatever an earlier cell of a study was loaded with
+        base = attributed(base.with_schedule(samplers.schedule_of(*base.filed)), base)
     fields = {"timestep_spacing": cfg.timestep_spacing} if cfg.timestep_spacing else {}
     if fields and base.schedule.flow:
         raise UserError("--timestep-spacing is for models of a noise schedule; this one is a flow")
@@ -230,8 +240,7 @@ def under(cfg, base):
         if attached.scale != scale * cfg.lora_scale:
             attached.scale = scale * cfg.lora_scale
             base.kept.clear()  # the text encoders may have changed
-    for name in ("loras", "hashes", "decoder", "preview", "controls", "refiner", "pictures", "model_hash"):
-        setattr(sd, name, getattr(base, name))
+    sd = attributed(sd, base)
     if sd.refiner:
         # the same steps: all of the base model's schedule but what the network predicts
         same, own = sd.schedule, {"prediction_type": base.refiner.schedule.prediction}

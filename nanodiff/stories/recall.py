@@ -57,7 +57,8 @@ def recall(cfg):
     if cfg.model == "embedded":
         cfg.model = None
     for name, path in named_files(cfg, (*SHOWN, *MODELS)):
-        if name not in given and not Path(path).exists():
+        # of the Hub's only what is here: a picture starts no download
+        if name not in given and not Path(path).exists() and not (name in MODELS and hub.is_cached(path)):
             flag = name.replace("_", "-")
             raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
 

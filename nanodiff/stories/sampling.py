@@ -41,11 +41,12 @@ from nanodiff.stories.drawing import (
     options,
     prompts_of,
     rebase,
+    strength_of,
     strip,
     unused,
     words,
 )
-from nanodiff.stories.inputs import against, canvas, check, draw, inputs, opened_mask, sizing_of
+from nanodiff.stories.inputs import against, canvas, check, draw, inputs, opened_mask, second_steps, sizing_of
 from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, under
 from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, check_words, job, jobs_of, note_marks, worded
@@ -65,13 +66,14 @@ def main(cfg):
     rebase(cfg)
 
     device = choice.pick_device(cfg.device)
+    resize = parse_size(cfg.resize) if cfg.resize else None
+    if cfg.study is None:
+        options(cfg)  # what cannot be shows now
     if cfg.dry_run:
         return dry_run(cfg, device)
     if cfg.study is not None:
         return study(cfg, device)
-    prompts, resize = prompts_of(cfg, optional=True), parse_size(cfg.resize) if cfg.resize else None
-    options(cfg)  # what cannot be shows now
-
+    prompts = prompts_of(cfg, optional=True)
     record = Record(cfg, device)
     out = record.out
     if cfg.output:
@@ -95,6 +97,7 @@ def main(cfg):
 
     size, start, finished = inputs(cfg, sd)
     check(cfg, sd, steps, scale, size, start)
+    settings |= second_pass(cfg, sd, steps)
     record.data["config"] = as_dict(cfg) | settings | size  # resolved
     check_words(cfg, sd, prompts, negative)
     jobs, tagged = jobs_of(cfg, prompts, negative), Tagged(cfg.lora_dir, cfg.allow_partial)
@@ -161,6 +164,9 @@ class Pictures:
         facts = self.facts | own | dict(one.others)
         name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
         self.path = unused(out / name, cfg.overwrite, self.names) if self.named else out / name
+        if self.path.exists():  # what stands beside it tells of another picture
+            for beside in (self.path.with_suffix(".txt"), self.path.with_name(self.path.stem + "_steps.png")):
+                beside.unlink(missing_ok=True)
         self.names.add(self.path.name)
         known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(one))
         images.save_png(picture, self.path, known if cfg.metadata else None)
@@ -244,6 +250,11 @@ def described(sd, steps, scale, negative):
     return settings
 
 
+def second_pass(cfg, sd, steps):
+    """{hires_steps: as many as it takes}, which a record holds in place of none; {} without --hires."""
+    return {"hires_steps": second_steps(cfg, sd, steps)} if cfg.hires else {}
+
+
 def study(cfg, device):
     """Every combination of --study's settings on the same prompts and noise. See study.py."""
     for name in ("output", "from_image", "save_latents", "progress_strip", "named", "preview", "txt"):
@@ -323,6 +334,9 @@ def parsed(cfg):
     cells = grid.cells(axes)
     variants = [dataclasses.replace(cfg, **cell) for cell in cells]
     for cell, variant in zip(cells, variants, strict=True):
+        vars(variant).update({k: v for k, v in vars(cfg).items() if k not in as_dict(cfg)})  # what was given, and how
+        variant.given = frozenset(getattr(cfg, "given", ())) | set(cell)
+    for cell, variant in zip(cells, variants, strict=True):
         rebase(variant, [name for name in PATHS if name in cell])
         for name in cell if variant.base_dir == "." else ():
             setattr(variant, name, shipped_option(name, getattr(variant, name)))
@@ -338,6 +352,10 @@ def reset_unneeded(cfg, axes):
     """What an option needs that is an axis and off in this cell: the option is as if it had not been given. axes: their names."""
     if "control" in axes and not cfg.control:
         cfg.control_image, cfg.control_guess = [], False
+    if "refiner" in axes and not cfg.refiner:
+        cfg.aesthetic_score = cfg.negative_aesthetic_score = None
+    if "prompt_syntax" in axes and cfg.prompt_syntax != "a1111":
+        cfg.wildcards = cfg.lora_dir = None
     off = set(axes)  # and what is reset with them, for what needs that
     for field in dataclasses.fields(cfg):
         needs = field.metadata.get("needs") or ()
@@ -385,6 +403,7 @@ def one_picture(cfg, base, prompt, seed, path, progress):
     if cfg.resize:
         picture = picture.resize(parse_size(cfg.resize), images.Image.Resampling.LANCZOS)
     facts = {"scheduler": samplers.name_of(sd.schedule), "steps": steps, "guidance_scale": scale} | size
+    facts |= second_pass(cfg, sd, steps)
     facts |= {"negative_prompt": one.negative, "prompt": one.prompt, "seed": seed} | dict(one.others)
     images.save_png(picture, path, remembered(cfg, facts, sd, sd.tagged.hashes_of(one)) if cfg.metadata else None)
 
@@ -420,6 +439,33 @@ def dry_run(cfg, device):
         )
 
 
+def check_settings(cfg, src, net, height, width):
+    """Raise UserError for a sampler, and for settings of a run, that are not for the model of `src`: what a run refuses, known from its parts on the
+    meta device. net: its denoiser there."""
+    family = pipeline.FAMILIES[src.kind]
+    there = {
+        n: weights.skeleton(src.builder(n), src.config(n)) for n in (*family.encoder_names, "vae") if n in src.parts
+    }
+    raw, where = src.scheduler()
+    name = str(cfg.model or EMBEDDED)
+    encoders = [there.get(n) for n in family.encoder_names]
+    # which only say how many words they have
+    none = SimpleNamespace(backend=SimpleNamespace(get_vocab_size=int))
+    tokenizers = [none for encoder in encoders if encoder is not None]
+    sd = family(net, there.get("vae"), encoders, tokenizers, samplers.schedule_of(raw, where, cfg.scheduler), name)
+    sd.distilled, sd.index, sd.filed = pipeline.is_turbo(raw, name), getattr(src, "index", {}), (raw, where)
+    sd.loras, sd.refiner = [], None
+    for later in ("hashes", "decoder", "preview", "controls", "pictures", "model_hash"):
+        setattr(sd, later, None)
+    sd = under(cfg, sd)
+    steps, scale, _ = defaults(cfg, sd)
+    start = {}
+    if cfg.init_image:
+        start = {"image": torch.zeros(1, 3, height, width), "strength": strength_of(cfg, sd)}
+        start |= {"mask": torch.ones(1, 1, height, width)} if cfg.mask else {}
+    check(cfg, sd, steps, scale, {"height": height, "width": width}, start)
+
+
 def planned_memory(cfg, device):
     """The stages of a run (memory.Stage), from configurations alone."""
     src = sources.configs(
@@ -446,12 +492,14 @@ def planned_memory(cfg, device):
     ):
         if not Path(path).exists():
             raise UserError(f"--{name.replace('_', '-')} {printable(path)}: no such file")
-    own = (net.cfg.sample_size or 64) * scale
+    side = net.cfg.sample_size or 64
+    own = tuple(n * scale for n in ((side, side) if isinstance(side, int) else side))
     picture, sizing = sizing_of(cfg)
     opened_mask(cfg, picture)
-    height, width = canvas(cfg, sizing, (own, own), multiple, pipeline.FAMILIES[src.kind].family.keeps_size)
+    height, width = canvas(cfg, sizing, own, multiple, pipeline.FAMILIES[src.kind].family.keeps_size)
+    check_settings(cfg, src, net, height, width)
     if cfg.hires:  # the second pass is the larger one
-        height, width = (round(side * cfg.hires / scale) * scale for side in (height, width))
+        height, width = (max(round(side * cfg.hires / multiple), 1) * multiple for side in (height, width))
     plan = pipeline.plan(
         src, dtype, height, width, min(cfg.batch_size, cfg.num_images * prompts), guided,
         cfg.quantize, cfg.t5, cfg.max_sequence_length or 256, cfg.vae_tiling, controls, device,

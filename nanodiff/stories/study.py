@@ -9,6 +9,7 @@ study that was stopped goes on where it was; study.csv has one line a picture.
 
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -77,6 +78,11 @@ def _value(cls, name, hint, text):
     return from_mapping(cls, {name: value}, "--study")[name]
 
 
+def _held(path):
+    """What a picture's file holds, as a short text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def cells(axes):
     """[{field: value}] of all combinations, the last axis fastest."""
     return [dict(zip(dict(axes), values, strict=True)) for values in itertools.product(*(v for _, v in axes))]
@@ -139,7 +145,11 @@ class Finished:
     def get(self, key, files):
         """The row of a picture that is finished and still there, and made of the same `files` (drawing.Marks; older records do not tell), or None."""
         row = self.rows.get(key)
-        if not row or not (self.out / row["file"]).exists():
+        if not row or not (self.out / row["file"]).is_file():
+            return None
+        if row.get("holds", now := _held(self.out / row["file"])) != now:
+            print(f"note: {row['file']}: is not the study's picture any more, which is drawn anew", file=sys.stderr)
+            del self.rows[key]
             return None
         changed = [name for name, held in row.get("files", files).items() if held != files.get(name)]
         if changed:
@@ -160,7 +170,7 @@ class Finished:
         return f"{max((int(n.partition('.')[0]) for n in there if re.fullmatch(COUNTED, n)), default=-1) + 1:05d}.png"
 
     def add(self, key, row):
-        self.rows[key] = row
+        self.rows[key] = row | {"holds": _held(self.out / row["file"])}
         self.new.add(key)
         for name in set(self.old) - {row["file"]}:
             (self.out / name).unlink(missing_ok=True)

@@ -78,6 +78,18 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
     return download(name, at or revision, token, variant, skip)
 
 
+def is_cached(name):
+    """Is a Hub id, or a file of such a repository (org/name/…), in the local cache, at least in part?"""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = str(name).partition("@")[0]
+    name = ALIASES.get(name, "/".join(name.split("/")[:2]))
+    if not REPO_ID.fullmatch(name) or ".." in name:
+        return False
+    return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots").is_dir()
+
+
 def may_push(token):
     """Raise UserError when a later push() cannot work: offline, or without a token."""
     import huggingface_hub
