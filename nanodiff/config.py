@@ -140,6 +140,10 @@ KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a te
          type(None): "null"}  # fmt: skip
 BOOKKEEPING = {  # fields of any config.json that change nothing, and what kind of value they have
     "architectures": list | None,
+    **dict.fromkeys(("id2label", "label2id", "transformers.js_config"), dict | None),
+    # what unsloth leaves in its copies
+    "unsloth_fixed": bool,
+    "unsloth_version": str | None,
     **dict.fromkeys(("torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"), str | None),
     # what diffusers' EMAModel.save_pretrained leaves in the model's config
     **dict.fromkeys(("decay", "min_decay", "inv_gamma", "power"), float),

@@ -77,7 +77,8 @@ def _from_lines(path):
         if columns is None or not set(columns) <= row.keys():
             columns = [tables.column(None, usual, row, where) for usual in (tables.NAMES, tables.CAPTIONS)]
         key, caption = columns
-        found.setdefault(tables.name_in(row[key], where), []).extend(tables.captions_in(row[caption], where) or [""])
+        name = str(row[key]) if type(row[key]) is int else row[key]  # COCO's ids
+        found.setdefault(tables.name_in(name, where), []).extend(tables.captions_in(row[caption], where) or [""])
     return found
 
 

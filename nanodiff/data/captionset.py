@@ -213,9 +213,11 @@ ABOUT = r"(?:this|adds|adding|changes|changing|emphasi[sz]\w*|rephras\w*|more\s+
 REMARK = re.compile(  # behind a caption: what the model says of it, in brackets to the end or behind a dash
     rf"\s+(?:\({ABOUT}[^()]*\)|\[{ABOUT}[^\[\]]*\]|[-–—]+\s+{ABOUT}.*)\s*$", re.I
 )  # fmt: skip
+QUOTES = "\"'“”‘’"
+OPENING, CLOSING = re.compile(r"(?<!\w)[\"'“‘](?=\w)"), re.compile(r"(?<=\w)[\"'”’](?!\w)")
 PERSONAL = re.compile(  # words of somebody who talks to somebody
-    r"\b(?:i|i'm|i'll|i've|i'd|me|my|you|you'd|you're|your|let's|let me|feel free|hope|please|thanks?|sure|certainly|of course|absolutely|okay|here are|here is"
-    r"|here's|below are|as requested|these captions?|these variations?|would like|want me to|note that|note:|explanation)\b",
+    r"(?<![\w-])(?:i|i'm|i'll|i've|i'd|me|my|you|you'd|you're|your|let's|let me|feel free|hope|please|thanks?|sure|certainly|of course|absolutely|okay|here are|here is"
+    r"|here's|below are|as requested|these captions?|these variations?|would like|want me to|note that|note:|explanation)(?![\w-])",
     re.I,
 )
 SKIPPED = re.compile(rf"^(?:original(?:\s+{KIND})?|input|prompt|assistant|model|user|output|json)\b\s*(?::|$)", re.I)
@@ -256,8 +258,19 @@ def _caption(line):
     line = re.sub(r"(?<!\w)[*_`]+(\S.*?\S|\S)[*_`]+(?!\w)", r"\1", line)
     if quoted := re.match(r"[\"“]([^\"”]+)[\"”](?:\s*[-–—:(].*|[.,;!]*)?$", line):
         line = quoted[1]
-    line = REMARK.sub("", line.replace("*", "")).strip(" \"'“”‘’`").rstrip(".,; ")
+    line = _unquoted(REMARK.sub("", line.replace("*", "")).strip(" `")).rstrip(".,; ")
     return "".join(c for c in " ".join(line.split()) if c.isprintable())
+
+
+def _unquoted(line):
+    """A line without quotes around it, or at an end of it alone; those around a word of it are its own."""
+    if len(line) > 1 and line[0] in QUOTES and line[-1] in QUOTES and not OPENING.search(line[1:-1]):
+        return _unquoted(line[1:-1].strip())
+    if line[-1:] in QUOTES and line and not OPENING.search(line[:-1]):
+        line = line[:-1].rstrip()
+    if line[:1] in QUOTES and line and not CLOSING.search(line[1:]):
+        line = line[1:].lstrip()
+    return line
 
 
 def variations(text, original, low=2, high=10, known=(), cut=False):
@@ -490,11 +503,14 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
             f"{len(real)} different originals are too few: of {total} pictures in all the test part takes {n_test} and the validation part "
             f"{n_real} of them; give more originals, fewer synthetic pictures or smaller shares (`test_share`, `val_share`)"
         )
-    test, val = real[:n_test], real[n_test : n_test + n_real] + kept[:n_drawn]
-    train = real[n_test + n_real :] + kept[n_drawn:]
+    test, val = real[:n_test], real[n_test : n_test + n_real]
+    if apart:  # it is judged by no picture whose source is learned from, or tested
+        learned = {row.name for row in [*real[n_test + n_real :], *test]}
+        kept.sort(key=lambda row: row.source in learned)
+        n_drawn = min(n_drawn, sum(row.source not in learned for row in kept))
+    val, train = val + kept[:n_drawn], real[n_test + n_real :] + kept[n_drawn:]
     if apart:
         named = {row.name for row in test}
-        val = [row for row in val if row.source not in named]
         named |= {row.name for row in val if not row.source}
         rest = [row for row in train if row.source not in named]
         counts["left out for their source"] = len(train) - len(rest)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nanodiff import weights
-from nanodiff.config import ASSETS, UserError, printable, read_json
+from nanodiff.config import ASSETS, UserError, printable, read_json, typed
 from nanodiff.device import dist
 from nanodiff.files import sha256
 from nanodiff.models import inception as inception_v3
@@ -185,13 +185,17 @@ def inception(folder, mode="torch-fidelity", device="cpu", tap=2048, variant="fi
     )
 
 
+# where it stands how pictures are prepared: by themselves, and beside the texts
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
 def clip(path, device="cpu"):
     """A whole CLIP from a Hub folder or id: pictures and texts as unit vectors."""
     folder = _clip_folder(path)
     model = weights.load(CLIPModel, folder, torch.float32, device)
     tokenizer = CLIPTokenizer.load(folder, model.cfg.text.max_position_embeddings)
     side = model.cfg.vision.image_size
-    mean, std = _preprocessing(folder / "preprocessor_config.json", side)
+    mean, std = _preprocessing(folder, side)
 
     def prepare(image):
         return images.clip_pixels(image, side, mean, std)
@@ -206,7 +210,7 @@ def clip(path, device="cpu"):
 
     files = weights.find_files(folder)
     digests = [sha256(file) for file in files]
-    settings = [f.read_bytes() for f in (folder / "config.json", folder / "preprocessor_config.json") if f.exists()]
+    settings = [f.read_bytes() for f in (folder / name for name in ("config.json", *PROCESSORS)) if f.exists()]
     facts = {
         "network": f"CLIP ({folder.name if Path(path).exists() else path}), {model.cfg.projection_dim} features",
         "weights": ", ".join(f.name for f in files), "weights_sha256": digests[0] if len(files) == 1 else digests,
@@ -216,9 +220,13 @@ def clip(path, device="cpu"):
     return Network("clip", prepare, lambda batch: model.image(batch.to(device)), facts, texts=torch.no_grad()(texts))
 
 
-def _preprocessing(file, side):
-    """(mean, std) of a preprocessor_config.json; CLIP's own without one. Raises UserError for one that asks for anything else to be done."""
-    settings = read_json(file) if file.exists() else {}
+def _preprocessing(folder, side):
+    """(mean, std) of a folder's preprocessor_config.json, or of the processor_config.json which transformers 5 writes in its place; CLIP's own without
+    one. Raises UserError for one that asks for anything else to be done."""
+    file = next((folder / name for name in PROCESSORS if (folder / name).exists()), None)
+    settings = read_json(file) if file else {}
+    if file and file.name == PROCESSORS[1]:
+        settings = typed(settings.get("image_processor", {}), dict, f"{file}: image_processor")
     found = []
     for name, usual in (("image_mean", images.CLIP_MEAN), ("image_std", images.CLIP_STD)):
         value = settings.get(name, usual)

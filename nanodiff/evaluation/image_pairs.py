@@ -109,6 +109,16 @@ def average(found, category=None):
     return out
 
 
+def shared(found, before, after):
+    """{metric: (mean of the pairing `before`, of `after`)} over the same pictures of Pairs: those whose number is finite in both, as in significance()."""
+    out = {}
+    for name in found[0].numbers[before]:
+        both = [(p.numbers[before][name], p.numbers[after].get(name)) for p in found]
+        if finite := [pair for pair in both if None not in pair and np.isfinite(pair).all()]:
+            out[name] = tuple(np.mean(finite, axis=0).tolist())
+    return out
+
+
 def pair_metrics(found, provenance, resized, seed=0):
     """{metric or pairing.metric: entry} over all Pairs, with bootstrap intervals of the means. provenance: the facts of LPIPS."""
     out = {}

@@ -152,7 +152,8 @@ def comparison(out, document, found, folders, pairings, metrics, skipped=None, s
     files += drawn
     if len(pairings) == 3:
         tests, path = nearer(out / "metrics", document, found, seed)
-        files += [path, *research(settings or {}, out / "research_paper_materials", tests, metrics, drawn)]
+        both = image_pairs.shared(found, "original_vs_teacher", "finetuned_vs_teacher")
+        files += [path, *research(settings or {}, out / "research_paper_materials", tests, both, metrics, drawn)]
     document.heading("Numbers")
     report.metrics_table(document, metrics)
     if skipped:
@@ -179,14 +180,14 @@ def nearer(folder, document, found, seed=0, before="original", after="finetuned"
     return tests, folder / name
 
 
-def research(settings, folder, tests, metrics, drawn):
-    """research_summary.md: settings, findings in sentences, numbers, and the key figures copied beside it. Returns the files."""
+def research(settings, folder, tests, both, metrics, drawn):
+    """research_summary.md: settings, findings in sentences, numbers, and the key figures copied beside it. both: of image_pairs.shared(). Returns the files."""
     document, files = report.Report("Summary of the comparison"), [out_dir(folder) / "research_summary.md"]
     document.heading("Settings")
     document.table(("setting", "value"), [[k, str(v)] for k, v in settings.items() if v is not None])
     document.heading("Findings")
     for name, (t, p, _, nearer) in tests.items():
-        before, after = (metrics[f"{k}_vs_teacher.{name}"]["value"] for k in ("original", "finetuned"))
+        before, after = both[name]
         document.text(
             f"{name.replace('_', ' ')} against the teacher: {report.shown(before)} before, {report.shown(after)} after: {NEARER[nearer]}; mean "
             f"difference {t.mean:+.3g} (95 % interval {t.low:.3g} to {t.high:.3g}, d = {t.d:.2f}), "
@@ -316,9 +317,11 @@ def charts_of(look, document, found, pairings, metrics):
         document.picture(path, f"{name.replace('_', ' ')} by category")
         files.append(path)
     if len(pairings) == 3:
-        for k in means:
-            means[k] |= {n: metrics[f"{k}.{n}"]["value"] for n in ("fid",) if f"{k}.{n}" in metrics}
-        files += _improvement(look, document, means)
+        pair = "original_vs_teacher", "finetuned_vs_teacher"
+        both = image_pairs.shared(found, *pair)
+        if all(f"{k}.fid" in metrics for k in pair):
+            both["fid"] = tuple(metrics[f"{k}.fid"]["value"] for k in pair)
+        files += _improvement(look, document, both)
     return [f for f in files if f]
 
 
@@ -329,15 +332,16 @@ def _unit(name, value):
     return min(max(1 - value / 10000 if name == "mse" else value, 0.0), 1.0)
 
 
-def _improvement(look, document, means):
+def _improvement(look, document, both):
     """By how much the finetuned pictures are nearer to the teacher than the original ones: (ft - orig) / orig, the other way round where
-    less is nearer."""
-    before, after, rows = means["original_vs_teacher"], means["finetuned_vs_teacher"], []
+    less is nearer. both: {metric: (before, after)} over the same pictures."""
+    rows = []
     for name, direction in (similarity.HIGHER_IS_NEARER | {"fid": False}).items():
-        if direction is None or not before.get(name) or after.get(name) is None:
+        before, after = both.get(name, (None, None))
+        if direction is None or not before or after is None:
             continue
-        change = 100 * (after[name] - before[name]) / abs(before[name])
-        rows.append((name.replace("_", " "), before[name], after[name], change if direction else -change))
+        change = 100 * (after - before) / abs(before)
+        rows.append((name.replace("_", " "), before, after, change if direction else -change))
     if not rows:
         return []
     document.heading("Change towards the teacher")

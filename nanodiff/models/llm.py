@@ -45,7 +45,6 @@ FIXED = {
     "final_logit_softcapping": [None],
     "hidden_act": ["silu"],
     "hidden_activation": ["gelu_pytorch_tanh"],
-    "initializer_range": [0.02],
     "mlp_bias": [False],
     "pretraining_tp": [1],
     "use_bidirectional_attention": [False],
@@ -58,6 +57,7 @@ ABSENT = {
                     "sliding_window_pattern": 6},
 }  # fmt: skip
 LOGITS = 256  # rows of logits of a quantized output layer that are in memory at a time
+STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # see frequencies()
 ROPE = {"rope_type": ["llama3", "default"], "type": ["llama3", "default"]}
 
 
@@ -99,6 +99,10 @@ class Config:
             raise UserError(f"{where}: is Gemma 3 with a vision tower; only the text models (1B) are supported")
         if kind not in ("llama", "gemma3_text"):
             raise UserError(f"{where}: model_type {kind!r} is not supported (only llama and gemma3_text)")
+        raw.pop("initializer_range", None)  # of a training from scratch
+        for name in ("num_key_value_heads", "head_dim"):
+            if raw.get(name, 0) is None:  # as if it were not there
+                del raw[name]
         scaling = raw.pop("rope_scaling", None) or raw.pop("rope_parameters", None) or {}
         if isinstance(scaling, dict) and isinstance(scaling.get("full_attention"), dict):
             # one for each kind of layer, as transformers 5 writes it
@@ -114,6 +118,8 @@ class Config:
         name = scaling.get("rope_type", scaling.get("type", "default"))
         if name not in ("llama3", "default"):
             raise UserError(f"{where}: rope_scaling of type {name!r} is not supported (only llama3)")
+        if name == "llama3" and (lacking := [k for k in STRETCH if k not in scaling]):
+            raise UserError(f"{where}: rope_scaling of type 'llama3' lacks {' and '.join(lacking)}")
         raw |= {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": name}
         end = raw.get("eos_token_id")
         raw["eos_token_id"] = [] if end is None else end if isinstance(end, list) else [end]
@@ -143,7 +149,7 @@ class Config:
 
     def to_json(self):
         """The fields of config.json, as the Hub's files have them."""
-        scaling = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = ("rope_type", *STRETCH)
         local = ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "rope_local_base_freq")
         raw = {k: v for k, v in vars(self).items() if k not in scaling and (self.gemma or k not in local)}
         raw["eos_token_id"] = list(self.eos_token_id)

@@ -141,6 +141,27 @@ def test_variations_of_a_reply():
     ]
 
 
+@pytest.mark.parametrize(
+    "item, want",
+    [
+        ("- Pick-me-up tiramisu with rum", "Pick-me-up tiramisu with rum"),
+        ("- I-beam shaped chocolate cake", "I-beam shaped chocolate cake"),
+        ("- Please-the-crowd pasta bake", "Please-the-crowd pasta bake"),
+        ("- Club sandwich 'The Classic'", "Club sandwich 'The Classic'"),
+        ("- Fish n' chips 'classic'", "Fish n' chips 'classic'"),
+        ("- 'The Classic' burger", "'The Classic' burger"),
+        ("- 'Club sandwich'", "Club sandwich"),
+        ("- ‘Grandma's soup’", "Grandma's soup"),
+        ('- "Club sandwich', "Club sandwich"),
+        ('- Club sandwich"', "Club sandwich"),
+        ("- Let me know if you like it", None),
+        ("- I hope this helps you", None),
+    ],
+)
+def test_words_and_quotes_of_a_captions_own(item, want):
+    assert captionset.variations(item + "\n", "x") == ([want] if want else [])
+
+
 @given(st.text(max_size=200), st.text(max_size=20), st.integers(1, 4), st.integers(4, 12))
 def test_variations_keep_their_promises(reply, original, low, high):
     found = captionset.variations(reply, original, low, high)
@@ -184,6 +205,9 @@ def test_apart(tmp_path):
     named = {row.name for rows in (parts["test"], parts["val"]) for row in rows if not row.source}
     assert not [row for row in parts["train"] if row.source in named]
     assert not {row.name for row in parts["test"]} & {row.source for row in parts["val"]}
+    learned = {row.name for row in parts["train"]}
+    judged = [row for row in parts["val"] if row.source]
+    assert judged and not [row for row in judged if row.source in learned], "no picture of what is learned from judges"
     assert counts["training pictures whose source is tested"] == 0 and counts["left out for their source"] > 0
 
 

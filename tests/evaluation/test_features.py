@@ -1,6 +1,7 @@
 """Features: the resize rule of each program, the weights' names and hashes, the cache, order and batches."""
 
 import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -180,6 +181,20 @@ def test_a_clips_key_sees_its_settings(tmp_path):
         with pytest.raises(UserError, match=said):
             features.clip(folder)
         (folder / "preprocessor_config.json").write_text(text)
+    picture = Image.new("RGB", (40, 36), (200, 30, 90))
+    want, key = features.clip(folder).prepare(picture), features.clip(folder).key()
+    (folder / "preprocessor_config.json").unlink()
+    assert not np.array_equal(features.clip(folder).prepare(picture), want), "its mean and std are CLIP's own again"
+    # as transformers 5 writes it
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": json.loads(text), "processor_class": "CLIPProcessor"})
+    )
+    assert np.array_equal(features.clip(folder).prepare(picture), want) and features.clip(folder).key() != key
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": json.loads(text) | {"do_center_crop": False}})
+    )
+    with pytest.raises(UserError, match=r"processor_config\.json: do_center_crop False"):
+        features.clip(folder)
 
 
 def test_features_that_are_not_finite(pictures):

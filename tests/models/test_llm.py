@@ -151,6 +151,16 @@ def test_configs_of_newer_files():
         llm.Config.from_json(raw)
 
 
+def test_fields_that_say_nothing_of_the_network():
+    """Of the copies that unsloth and transformers.js keep of gated models, and of trainings."""
+    more = {"unsloth_fixed": True, "unsloth_version": "2025.1.5", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+            "transformers.js_config": {"dtype": "q4"}, "initializer_range": 0.01}  # fmt: skip
+    assert llm.Config.from_json(config("llama", **more)) == llm.Config.from_json(config("llama"))
+    raw = config("llama")
+    heads = raw["num_attention_heads"]
+    assert llm.Config.from_json(raw | {"num_key_value_heads": None, "head_dim": None}).num_key_value_heads == heads
+
+
 ABSENT = [  # what transformers 5.23's LlamaConfig and Gemma3TextConfig take where a file says nothing
     ("llama", "tie_word_embeddings", False),
     ("llama", "rms_norm_eps", 1e-6),
@@ -185,6 +195,11 @@ BAD = {
         "gemma3",
         {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 5},
         "layer_types is no pattern",
+    ),
+    "half a rope": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        "of type 'llama3' lacks factor and original_max_position_embeddings",
     ),
     "a field": ("llama", {"rope_thetas": 1.0}, "unknown field 'rope_thetas'"),
 }
