@@ -22,6 +22,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,16 @@ LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "captions.json")
 BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
 IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "valid", "validation", "val", "dev", "eval")}
+GROUPS = 1 << 30  # bytes of row groups that a process keeps
+
+
+class Columns(NamedTuple):
+    """Columns that somebody named, None: the usual ones; and whether captions are wanted."""
+
+    image: str | None = None
+    caption: str | None = None
+    wanted: bool = True
 
 
 class Item(NamedTuple):
@@ -128,7 +139,7 @@ def load(
     tables; default: the usual ones. skip: leave out, counted and said, what has no caption or no picture, instead of
     raising UserError.
     """
-    path, columns = str(path), (image_column, caption_column)
+    path, columns = str(path), Columns(image_column, caption_column, captions)
     suffix = Path(path).suffix.lower()
     if suffix == ".tar" or ".tar{" in path or re.search(r"\{\d+\.\.\d+\}", path):
         items = [item for shard in _expand(path) for item in _tar_items(shard)]
@@ -295,12 +306,35 @@ def _pictures(root):
     left = Counter(
         f"{p.suffix.lower() or p.name}{' of no picture' * (p.suffix.lower() == '.txt')}"
         for p in rest
-        if p.suffix.lower() not in BESIDE or (p.suffix == ".txt" and p.with_suffix("") not in stems)
+        if p.suffix.lower() not in BESIDE or (p.suffix.lower() == ".txt" and p.with_suffix("") not in stems)
     )
+    # captions under a name that is not looked for; not what our own runs write
+    named = [
+        p.name
+        for p in rest
+        if p.suffix.lower() in BESIDE - {".txt"} and p.with_suffix("") not in stems and "cap" in p.stem.lower()
+    ]
+    left.update(f"{printable(name)} (name it itself, or call it metadata.csv or .jsonl)" for name in named)
+    whole, found = found, _of_a_set(found)
+    if cached := len(whole) - len(found):
+        nothing["tables of a cache"] += cached
     if pictures and found:
         left["tables beside pictures"] += len(found)
     _say_left_out(root, (left if pictures else Counter()) + nothing)
     return sorted(pictures), sorted(found), sorted(listings)
+
+
+def _of_a_set(found):
+    """Of the tables in folders those that are a set's: as state.json lists them where the `datasets` library saved it, else without what it cached."""
+    kept = []
+    for folder in dict.fromkeys(path.parent for path in found):
+        here, state = [path for path in found if path.parent == folder], folder / "state.json"
+        listed = parse_json(tables.text_of(state), state) if state.is_file() else {}
+        listed = listed.get("_data_files") if isinstance(listed, dict) else None
+        names = {f.get("filename") for f in listed if isinstance(f, dict)} if isinstance(listed, list) else set()
+        own = [path for path in here if path.name in names] or [p for p in here if not p.name.startswith("cache-")]
+        kept += own or here
+    return kept
 
 
 def _files(root):
@@ -327,6 +361,13 @@ def _files(root):
 def _folder_items(root, columns, skip):
     files, found, listings = _pictures(root)
     if found and not files:
+        parts = {table: _split_in(table.relative_to(root)) for table in found}
+        if {"train", "test"} <= set(parts.values()):  # as its own loaders do that are asked for a split
+            rest = [table for table in found if parts[table] == "test"]
+            dist.say(
+                f"note: {root}: the part for training is read; not {len(rest)} files of others, such as {printable(rest[0].name)} (name them for those)"
+            )
+            found = [table for table in found if parts[table] != "test"]
         return [item for table in found for item in _table_items(table, columns)]
     if not files and (shards := sorted(p.name for p in root.glob("*.tar"))):
         raise UserError(
@@ -335,17 +376,19 @@ def _folder_items(root, columns, skip):
     captions = _listed_captions(root, listings, columns)
     if not any(Path(where).name != "captions.json" for where in listings):
         _no_columns(root, columns)
-    items, unused, left, broken = [], 0, Counter(), []
+    items, unused, left, broken, several = [], 0, Counter(), [], []
     for path in files:
         key = path.relative_to(root).as_posix()
         texts = captions.pop(key, ())
-        if (text := path.with_suffix(".txt")).is_file():
+        if (text := next((p for p in map(path.with_suffix, (".txt", ".TXT")) if p.is_file()), None)) is not None:
             try:
                 beside = tables.captions_in(tables.text_of(text, MEMBER_LIMIT), text)
-            except UserError:
-                if not texts:
+                several += [text] if any("\n" in line for line in beside) else []
+            except UserError as e:
+                if not texts and columns.wanted:
                     raise
-                beside = ("not readable",)
+                broken += [] if texts else [clipped(str(e), 200)]
+                beside = ("not readable",) if texts else ()
             unused += bool(texts and not set(beside) <= set(texts))
             texts = texts or beside
         elif not texts and (more := path.with_suffix(".json")).is_file():  # as in a tar
@@ -360,15 +403,38 @@ def _folder_items(root, columns, skip):
         _absent(root, list(captions), skip)
     _say_left_out(root, left)
     if broken:
-        dist.say(f"note: {len(broken)} .json beside pictures cannot be read, such as {broken[0]}")
+        dist.say(f"note: {len(broken)} .txt or .json beside pictures cannot be read, such as {broken[0]}")
+    if several:
+        dist.say(
+            f"note: {root}: {len(several)} .txt have several lines, which are one caption, such as {printable(several[0])}"
+        )
+    tops = sorted({item.label for item in items if item.label})
+    if repeated := [top for top in tops if re.fullmatch(r"\d+_.+", top)]:
+        dist.say(
+            f"note: {root}: {len(repeated)} folders begin with a number, as kohya's repeats, such as {printable(repeated[0])}: every picture counts once"
+        )
+    if {split_of(top) for top in tops} >= {"train", "test"}:
+        dist.say(
+            f"note: {root}: its folders {', '.join(map(printable, tops[:5]))} are read as one set; name one of them for its part"
+        )
     if unused:
         dist.say(f"note: {root}: {unused} .txt beside pictures say something else than the listing, which counts")
     return items
 
 
+def split_of(word):
+    """ "train", or "test" for what is not to be trained on, of a folder's name or the beginning of a table's, as the `datasets` library tells them; None."""
+    return next((kind for kind, names in SPLITS.items() if word.lower() in names), None)
+
+
+def _split_in(path):
+    words = [*path.parent.parts, re.split(r"[-_.]", path.name)[0]]
+    return next((kind for word in reversed(words) if (kind := split_of(word))), None)
+
+
 def _no_columns(where, columns):
     """Raise UserError for a column (but the usual ones) that is asked of a layout without columns."""
-    for given, usual, flag in zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS), ("image", "caption"), strict=True):
+    for given, usual, flag in zip(columns[:2], (IMAGE_COLUMNS, CAPTION_COLUMNS), ("image", "caption"), strict=True):
         if given and given not in usual:
             raise UserError(
                 f"{where}: `{flag}_column` {printable(given)}: there is no metadata.jsonl or table to have it"
@@ -398,8 +464,14 @@ def _listed_captions(root, listings, columns):
 
 
 def _inside(root, path, where):
-    """Raise UserError when a listed name is a link that leads out of the data root. (Linked folders are followed, with a listing as without.)"""
+    """Raise UserError when a listed name is a link that leads out of the data root. (Linked folders are followed, with a listing as without; and the root of what
+    lies in the Hub's cache is its repository, whose snapshots are links to its blobs.)"""
     real, top = os.path.realpath(path), os.path.realpath(root)
+    cached = next(
+        (p.parent for p in (Path(top), *Path(top).parents) if p.name == "snapshots" and (p.parent / "blobs").is_dir()),
+        None,
+    )
+    top = str(cached or top)
     if Path(path).is_symlink() and os.path.commonpath([real, top]) != top:
         raise UserError(f"{where}: {printable(path)} is outside the data folder")
 
@@ -408,9 +480,11 @@ def _csv_rows(path, columns):
     """(where, file name, captions) of every row."""
     there, rows = tables.rows(path)
     image = tables.column(columns[0], IMAGE_COLUMNS, there, path, "image_column")
-    caption = tables.column(columns[1], CAPTION_COLUMNS, there, path, "caption_column")
+    caption = None
+    if columns.wanted or columns.caption or set(CAPTION_COLUMNS) & set(there):
+        caption = tables.column(columns.caption, CAPTION_COLUMNS, there, path, "caption_column")
     for where, row in rows:
-        yield where, tables.name_in(row[image], where), tables.captions_in(row[caption], where)
+        yield where, tables.name_in(row[image], where), tables.captions_in(row[caption] if caption else None, where)
 
 
 def _jsonl_rows(path, columns):
@@ -531,20 +605,42 @@ def _table(path, columns):
 
 @functools.lru_cache(maxsize=4096)
 def _names(path):
+    """{column: may it hold pictures?}: bytes, or a structure with them."""
     arrow = _pyarrow(path)
+    kinds = arrow.types
     try:
         if path.endswith(".parquet"):
-            return arrow.parquet.read_schema(path).names
-        with arrow.memory_map(path) as source:
-            return arrow.ipc.open_stream(source).schema.names
+            schema = arrow.parquet.read_schema(path)
+        else:
+            with arrow.memory_map(path) as source:
+                schema = arrow.ipc.open_stream(source).schema
+        return {
+            f.name: any(is_it(f.type) for is_it in (kinds.is_struct, kinds.is_binary, kinds.is_large_binary))
+            for f in schema
+        }
     except (arrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not readable: {str(e).splitlines()[0]}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _said_column(given, there, where):
+    return tables.column(given, IMAGE_COLUMNS, there, where, "image_column")
+
+
+def _image_column(path, given):
+    """The column with a table's pictures: `given`, else of the usual ones the first that may hold them. What is left is said once for all of a set's tables."""
+    there = _names(path)
+    usual = [name for name in IMAGE_COLUMNS if there.get(name)]
+    if given is None and len(usual) == 1:
+        return usual[0]
+    shown = tuple(usual) if given is None and usual else tuple(there)
+    return _said_column(given, shown, Path(path).parent)
 
 
 def _table_items(path, columns):
     """A row a picture; its bytes stay in the file until they are asked for."""
     there = _names(str(path))
-    tables.column(columns[0], IMAGE_COLUMNS, there, path, "image_column")
+    _image_column(str(path), columns.image)
     caption = None
     if columns[1] or set(CAPTION_COLUMNS) & set(there):
         caption = tables.column(columns[1], CAPTION_COLUMNS, there, path, "caption_column")
@@ -558,9 +654,21 @@ def _table_items(path, columns):
     ]
 
 
-@functools.lru_cache(maxsize=8)
+_groups, _reading = {}, threading.Lock()  # {(path, column, number): (first row, values)}, those used last behind
+
+
 def _group(path, column, group):
-    """(first row, values) of the image column in one row group, the piece in which such files are read."""
+    """(first row, values) of the image column in one row group, the piece in which such files are read; as many of them are kept as fit."""
+    with _reading:
+        found = _groups.pop((path, column, group), None) or _read_group(path, column, group)
+        _groups[path, column, group] = found
+        held = sum(values.nbytes for _, values in _groups.values())
+        while held > GROUPS and len(_groups) > 1:
+            held -= _groups.pop(next(iter(_groups)))[1].nbytes
+    return found
+
+
+def _read_group(path, column, group):
     if not path.endswith(".parquet"):
         return 0, _table(path, [column]).column(column)
     file = _pyarrow(path).parquet.ParquetFile(path)
@@ -571,7 +679,7 @@ def _group(path, column, group):
 def _count(path):
     if path.endswith(".parquet"):
         return _pyarrow(path).parquet.read_metadata(path).num_rows
-    return len(_table(path, _names(path)[:1]))
+    return len(_table(path, list(_names(path))[:1]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -584,7 +692,7 @@ def _starts(path):
 
 
 def _row_bytes(item, column):
-    column = tables.column(column, IMAGE_COLUMNS, _names(item.path), item.path, "image_column")
+    column = _image_column(item.path, column)
     group = int(np.searchsorted(_starts(item.path), item.offset, side="right")) - 1
     first, values = _group(item.path, column, group)
     value = values[item.offset - first].as_py()

@@ -58,7 +58,7 @@ def pack(path, target, image_column=None, caption_column=None):
                 elif texts:
                     members[".txt"] = texts[0].encode()
                 if item.label:
-                    members[".cls"] = item.label.encode()
+                    members[".cls"] = item.label.encode("utf-8", "replace")
                 for suffix, content in members.items():
                     info = tarfile.TarInfo(f"{i:06d}{suffix}")
                     info.size, info.mode = len(content), 0o644

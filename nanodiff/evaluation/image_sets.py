@@ -342,12 +342,9 @@ def _prompts_from(dataset, path):
         if len(lines) != len(dataset):
             raise UserError(f"`prompts` {path}: {len(lines)} lines for {len(dataset)} pictures of {dataset.root}")
         keys = dataset.keys
-        # texts and numbers in turn: the pictures are numbered where one number is all that differs
+        # texts and numbers in turn: the pictures are numbered where numbers are all that differs
         parts = [re.split(r"(\d+)", bare(k)) for k in keys]
-        numbered = (
-            len(set(map(len, parts))) == 1 and [len(set(p)) > 1 for p in zip(*parts, strict=True)].count(True) == 1
-        )
-        numbered = numbered and len({tuple(p[::2]) for p in parts}) == 1
+        numbered = len({tuple(p[::2]) for p in parts}) == 1
         if numbered and sorted(keys) == keys != sorted(keys, key=tables.by_number):
             raise UserError(
                 f"`prompts` {path}: lines cannot tell their pictures: {dataset.root} is in the order of {', '.join(map(printable, keys[:3]))}, …, not of their "

@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-from nanodiff.config import UserError, parse_json
+from nanodiff.config import UserError, parse_json, printable
 from nanodiff.files import write_bytes
 
 
@@ -193,7 +193,12 @@ def bars(path, groups, series, title="", ylabel=""):
             label = None  # once in the legend  # fmt: skip
     axis.axhline(0, color="black", linewidth=0.8)
     turned = len(groups) * max(map(len, groups)) > 60
-    axis.set_xticks(range(len(groups)), groups, rotation=30 if turned else 0, ha="right" if turned else "center")
+    axis.set_xticks(
+        range(len(groups)),
+        list(map(printable, groups)),
+        rotation=30 if turned else 0,
+        ha="right" if turned else "center",
+    )
     axis.set_ylabel(ylabel)
     axis.set_title(title)
     if len(series) > 1:

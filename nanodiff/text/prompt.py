@@ -8,6 +8,7 @@ What else a prompt may hold there: syntax.py.
 Explained in the book (docs/book): chapter 9.
 """
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -189,11 +190,28 @@ def encode_t5(tokenizer, model, texts, length, weighted=False):
     return states
 
 
+_counted = []  # of counting_cuts(): the texts that were cut within it
+
+
+@contextlib.contextmanager
+def counting_cuts():
+    """Inside, a list of (text, what it is over) of those that are cut, in place of a line for each."""
+    _counted.append([])
+    try:
+        yield _counted[-1]
+    finally:
+        _counted.pop()
+
+
 def warn_cut(tokenizer, text, room, what, weighted=False):
     """One line when a text has more than `room` tokens (brackets and weights are none)."""
     parts = [p for p, w in parts_of(text, weighted) if w is not None]
     pieces = [i for part in parts for i in tokenizer.pieces(part)]
-    if cut := tokenizer.decode(pieces[room:]):
+    if not (cut := tokenizer.decode(pieces[room:])):
+        return
+    if _counted:
+        _counted[-1].append((text, what))
+    else:
         print(f"warning: the prompt is over {what}; cut off: {printable(cut)!r}", file=sys.stderr)
 
 

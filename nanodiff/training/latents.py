@@ -9,6 +9,7 @@ import torch
 from nanodiff.config import UserError, printable, short
 from nanodiff.device import dist
 from nanodiff.diffusion import objective
+from nanodiff.text.prompt import counting_cuts
 from nanodiff.text.tokenizer import CLIPTokenizer
 from nanodiff.training.loader import Cache, content, fingerprint, replacement
 
@@ -132,9 +133,9 @@ class Texts:
             dropout,
             trained,
         )
-        self.cache = None
+        self.cache, self.cut = None, False
         if trained is not None:
-            self.ids, self.cut = {}, False
+            self.ids = {}
             return
         different = sorted({t for group in texts for t in group} | {""})
         first = self._encode([different[-1]])
@@ -158,8 +159,13 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, texts):
-        with torch.autocast(torch.device(self.device).type, enabled=False):
-            return self.sd.encode(texts)
+        with torch.autocast(torch.device(self.device).type, enabled=False), counting_cuts() as cut:
+            encoded = self.sd.encode(texts)
+        if cut and not self.cut:
+            self.cut = True
+            text, what = cut[0]
+            dist.say(f"warning: captions of more than {what} are cut, such as {short(text, 60)}")
+        return encoded
 
     def _say_cut(self, text):
         """A line for the first caption that the encoder in training does not see the end of."""

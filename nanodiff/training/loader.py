@@ -91,23 +91,34 @@ def aspect_buckets(dataset, resolution, multiple):
             sizes.append((w, h))
     if not sizes:
         raise UserError(f"`aspect_buckets`: no size of about {resolution}x{resolution} in steps of {multiple}")
-    found = {}
+    found, unread = {}, []
     for i in range(len(dataset)):
-        width, height = _size(dataset, i)
+        if (shown := _header(dataset, i)) is None:
+            unread.append(i)
+            continue
+        width, height = shown
         best = min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - math.log(width / height)), -s[0] * s[1]))
         found.setdefault(best, []).append(i)
+    if unread:  # where most are, one of which may stand for it
+        most = max(found, key=lambda size: len(found[size]), default=(resolution, resolution))
+        found[most] = sorted(found.get(most, []) + unread)
     return dict(sorted(found.items()))
 
 
 def _size(dataset, i):
-    """(width, height) from a picture's header, as it is shown (EXIF orientation)."""
+    """(width, height) of a picture as it is shown; of what cannot be read (1, 1): it will be met, and named, when it is decoded."""
+    return _header(dataset, i) or (1, 1)
+
+
+def _header(dataset, i):
+    """(width, height) from a picture's header, as it is shown (EXIF orientation); None for what cannot be read."""
     try:
         with Image.open(io.BytesIO(dataset.data(i)), formats=images.FORMATS) as image:
             # Pillow itself turns a TIFF
             turned = image.format != "TIFF" and image.getexif().get(images.ORIENTATION, 1) >= 5
             return image.size[::-1] if turned else image.size
     except images.FAULTS:
-        return 1, 1  # it will be met, and named, when it is decoded
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -533,6 +544,6 @@ def content(*parts):
     """A row name: hash of bytes and texts."""
     digest = hashlib.blake2b(digest_size=20)
     for part in parts:
-        part = part if isinstance(part, bytes) else str(part).encode()
+        part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -345,7 +345,7 @@ def test_json_beside_pictures(tmp_path, capsys):
     found = data.load(tmp_path, captions=False)
     assert found.captions == ["from json", "from text", None, None]
     err = capsys.readouterr().err
-    assert "1 .json beside pictures cannot be read" in err and "not read: 0" not in err
+    assert "1 .txt or .json beside pictures cannot be read" in err and "not read: 0" not in err
     with pytest.raises(UserError, match=r"2 of 4 pictures have no caption: 2\.png, 3\.png"):
         data.load(tmp_path)
 

@@ -21,7 +21,7 @@ from nanodiff.diffusion.schedule import Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
       "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": True}  # fmt: skip
-FLOWS = ("flow_euler", "flow_heun")
+FLOWS = ("flow_euler", "flow_heun", "flow_lcm")
 FAMILIES = [
     "ddim",
     "ddpm",
@@ -309,7 +309,7 @@ def test_flow_heun_golden(case):
 
 def test_flow_heun_refuses_fresh_noise():
     config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "stochastic_sampling": True}
-    with pytest.raises(UserError, match="flow_euler"):
+    with pytest.raises(UserError, match="flow_lcm"):
         next(samplers.flow_heun(fake, torch.zeros(1, 1), Schedule.from_config(config), 3, None))
 
 

@@ -109,7 +109,10 @@ def test_files(tmp_path):
     assert file("a.json", '{"1": "x", "2": "y"}') == {"1": ["x"], "2": ["y"]}
     assert file("b.json", '[{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "z"}]') == {"1": ["x", "z"]}
     assert file("c.json", '{"images": [], "annotations": [{"image_id": 7, "id": 1, "caption": "x"}]}') == {"7": ["x"]}
-    assert file("d.jsonl", '{"image_id": 7, "caption": "x"}\n{"image_id": 8, "caption": "y"}\n') == {"7": ["x"], "8": ["y"]}
+    assert file("d.jsonl", '{"image_id": 7, "caption": "x"}\n{"image_id": 8, "caption": "y"}\n') == {
+        "7": ["x"],
+        "8": ["y"],
+    }
     assert file("d.csv", "Image_Name,Title\np1,\"['a, b', 'c']\"\np2,plain\n") == {"p1": ["a, b", "c"], "p2": ["plain"]}
     for name, text, said in (
         ("e.json", "{", "not readable as JSON"), ("f.json", "{}", "no captions"), ("g.json", "[3]", "entry 0"),
