@@ -25,7 +25,10 @@ GRIDS = """
 """
 TAIL = """
 Where AUTOMATIC1111's menu says "Automatic" it takes Karras's grid for DPM2, DPM2 a, DPM++ 2M, DPM++ SDE and DPM++ 2S a, and the exponential one for DPM++ 2M SDE and
-3M SDE; so does `--from-image`. Not here: DPM fast and adaptive, Restart, the CFG++ forms. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, dpm_2, dpm_2_ancestral and
+3M SDE; so does `--from-image`. Not here, among others: DPM fast and adaptive, Restart, DPM++ 2M SDE Heun, heunpp2, the CFG++ forms; of the schedule types Polyexponential, KL Optimal and
+DDIM. Their "Align Your Steps" ends at 0.029 and then 0, with n levels where ours (and the authors', and ComfyUI's node AlignYourStepsScheduler) are n + 1; their `lcm` on an even
+grid spends its last step at the clean end, which ours (diffusers') leaves out; ComfyUI's `deis` is of third order in t and ends at 0, ours (diffusers' logrho) of second order in
+ln σ and ends at the smallest σ. `--from-image` says so. DPM2, DPM2 a and DPM++ 3M SDE leave the last level but one out in AUTOMATIC1111, dpm_2, dpm_2_ancestral and
 uni_pc in ComfyUI; here they do not.
 A picture of theirs is drawn with `--timestep-spacing linspace`, since both go from the noisiest level of the training to the cleanest whatever the model's scheduler_config.json says
 (SDXL's begins lower, the more so the fewer the steps: a quarter at 20), and with `normal` where a sampler has a grid of its own (`dpmpp_2m` and its kin).
@@ -68,7 +71,7 @@ def table():
         lines.append(
             f"| `{name}` | {what} | {theirs(infotext.MENU, name)} | {theirs(foreign.COMFYUI, name)} | {row.kind} | {calls} | {counts[name] or '–'} |"
         )
-    mine = {ours: theirs for theirs, ours in infotext.SPACINGS.items()}
+    mine = {ours: theirs for theirs, ours in infotext.SPACINGS.items()} | {"normal": "Uniform, Normal"}
     comfyui = {g: g for g in foreign.GRIDS if g != "beta"} | {"beta_times": "beta", "normal": "normal"}
     grids = [f"| `{grid}` | {mine.get(grid, '–')} | {comfyui.get(grid, '–')} |" for grid in samplers.SIGMAS]
     return HEAD + "\n".join(lines) + "\n" + GRIDS + "\n".join(grids) + "\n" + TAIL

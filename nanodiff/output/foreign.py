@@ -253,6 +253,8 @@ def _grid(g, found):
     settings, left = _spaced(sampler, scheduler)
     if settings and (sampler in SHORT or (sampler == "uni_pc" and scheduler != "normal")):
         left = [f"sampler {sampler} (another picture: there without the last level but one)"]
+    elif settings and sampler == "deis":
+        left = ["sampler deis (another picture: there of third order in t)"]
     elif settings and re.search("sde|ancestral|lcm", str(sampler)):
         noise = "of a Brownian tree" if "sde" in sampler else "from a generator of its own"
         left = [f"sampler {sampler} (another picture: there its steps have noise {noise})"]

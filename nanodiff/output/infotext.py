@@ -42,6 +42,9 @@ AUTOMATIC = {"DPM++ SDE": "Karras", "DPM++ 2S a": "Karras", "DPM2": "Karras", "D
 # what theirs do otherwise (the same table): the last noise level but one is left out; noise comes from a Brownian tree
 OTHERWISE = dict.fromkeys(("DPM2", "DPM2 a"), "without the last level but one")
 OTHERWISE |= dict.fromkeys(("DPM++ SDE", "DPM++ 2M SDE"), "noise of a Brownian tree")
+OTHERWISE["LCM"] = "the last step is spent at the clean end"
+# schedule types of theirs that are other levels than our grid of the name
+KINDS = {"Align Your Steps": "n levels down to 0.029, not n + 1"}
 OTHERWISE["DPM++ 3M SDE"] = "without the last level but one, noise of a Brownian tree"
 CHURN = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 UPSCALERS = {False: "Lanczos", True: "Latent (bicubic)"}  # A1111's names of what the second pass of --hires begins with
@@ -153,6 +156,7 @@ def _sampling(facts):
     there."""
     found = {}
     name, kind = _spoken(facts)
+    kind = "Uniform" if kind == "Normal" else kind  # two names of one
     sampler = sampler_of(MENU, name, kind)
     if sampler is None and kind in SPACINGS and (plain := sampler_of(MENU, name, "Uniform")) not in (None, *UNSPACED):
         sampler, found["sigmas"] = plain, SPACINGS[kind]
@@ -167,6 +171,8 @@ def _sampling(facts):
         if name in OTHERWISE:
             facts["Sampler"] = f"{name} (another picture: there {OTHERWISE[name]})"
         facts.pop("Schedule type", None)
+        if kind in KINDS:
+            facts["Schedule type"] = f"{kind} (another picture: there {KINDS[kind]})"
     return found
 
 

@@ -46,6 +46,8 @@ def test_a_real_one():
         ("DPM2", "Align Your Steps", "kdpm2"),
         ("Euler", "KL Optimal", None),
         ("UniPC", "Automatic", "unipc"),
+        ("DPM++ 2M", "Normal", "dpmpp_2m"),
+        ("LCM", "Normal", "lcm"),
     ],
 )
 def test_samplers(sampler, kind, ours):
@@ -55,6 +57,9 @@ def test_samplers(sampler, kind, ours):
     )
     assert found.get("scheduler") == ours
     left = [u.split(":")[0] for u in unused]
+    if ours and kind in infotext.KINDS:
+        assert any(u.startswith("Schedule type: ") and "another picture" in u for u in unused)
+        left.remove("Schedule type")
     if ours and sampler.split(" Karras")[0] in infotext.OTHERWISE:
         assert left == ["Sampler"] and "another picture" in unused[0]
     else:
