@@ -13,7 +13,7 @@ OUT    ?= out
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps world-recursive world-transfer world-captioner world-synthetic ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
+.PHONY: attack help setup demo demo-score nano world world-score world-study world-few-step world-lora world-steps world-recursive world-transfer world-narrow world-prefer world-captioner world-synthetic ablate train-tiny corel-workflow pokemon-workflow chaos study-schedulers study-guidance study-steps study-negative report-demo recursive-demo transfer-demo few-step-demo caption-demo caption-study book figures exercise solution test test-slow test-all test-gpu lint format bench bench-train bench-lora bench-caption bench-eval bench-small bench-gpu bench-host gpu-day tune \
 	kernels-report clean
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ world: $(WORLD)/scenes.tar  ## draw 30,000 scenes of shapes and train the model 
 
 world-score: $(STAMP)  ## does it draw what it is told, also what it was never shown? by task, with intervals, and a sheet (ten minutes; MODEL=folder)
 	$(PY) -m assets.world.score $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)
+
+world-prefer: $(STAMP)  ## it learns from its own mistakes, which the reader tells: two rounds of drawing twice and Diffusion-DPO (two hours on a core; MODEL=folder)
+	$(PY) -m assets.world.prefer $(if $(MODEL),--model $(MODEL)) --output-dir $(WORLD)/preferred
 
 world-study: $(STAMP)  ## what composition needs: short runs on close-ups of single objects that differ in one thing, three seeds each; what is learned first (six minutes a run on a core; --share divides them)
 	$(PY) -m assets.world.study runs --output-dir $(OUT)/world-study
@@ -90,15 +93,24 @@ world-recursive: $(STAMP)  ## what is lost of the small world, generation after 
 	$(PY) -m assets.world.look --series "real scenes" $(WREC)/scenes.tar --series alone $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)) \
 		--series "half real" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_real_0.5) --series "all so far" $(WGEN)0 $(foreach g,1 2 3,$(WGEN)$(g)_all) --output-dir $(WREC)/look
 
-# A student of half the depth: what it draws before, after the teacher's pictures, after the teacher's output on them
+# A smaller student: what it draws before, after the teacher's pictures, after the teacher's output on them. $(1): its folder, $(2): epochs
 WTRANS   = $(OUT)/world-transfer
-world-transfer: $(STAMP)  ## half the depth learns from the whole: from its pictures, and from its output on them; exact score
-	test -f $(WTRANS)/scenes.tar || $(PY) -m assets.world.make $(WTRANS)/scenes.tar --scenes 1200 --seed 9
+WNARROW  = $(OUT)/world-narrow
+define world_teach
+$(PY) distill.py transfer all --no-lora --model $(1)/student --teacher assets/world --prompt-source $(WTRANS)/scenes.tar --num-images 1000 \
+	--sdxl-image-dir $(WTRANS)/pictures --num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs $(2) --batch-size 64 --lr 1e-3 \
+	--lr-warmup-steps 0.1 --ema --ema-decay 0.99 --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(1)/output
+$(foreach m,student output/checkpoints/model output/checkpoints/online/model,$(PY) -m assets.world.score --model $(1)/$(m) --captions 100 &&) true
+endef
+$(WTRANS)/scenes.tar: | $(STAMP)
+	$(PY) -m assets.world.make $@ --scenes 1200 --seed 9
+world-transfer: $(WTRANS)/scenes.tar  ## half the depth learns from the whole: from its pictures, and from its output on them; exact score
 	test -f $(WTRANS)/student/model_index.json || $(PY) -m assets.world.halve --output-dir $(WTRANS)/student
-	$(PY) distill.py transfer all --no-lora --model $(WTRANS)/student --teacher assets/world --prompt-source $(WTRANS)/scenes.tar --num-images 1000 \
-		--num-evaluation-prompts 100 --steps 20 --guidance-scale 4 --method both --optimizer muon --epochs 25 --batch-size 64 --lr 1e-3 --lr-warmup-steps 0.1 \
-		--ema --ema-decay 0.99 --no-gradient-checkpointing --eval-batch-size 50 --panels 6 --output-dir $(WTRANS)/output
-	$(foreach m,$(WTRANS)/student $(WTRANS)/output/checkpoints/model $(WTRANS)/output/checkpoints/online/model,$(PY) -m assets.world.score --model $(m) --captions 100 &&) true
+	$(call world_teach,$(WTRANS),25)
+
+world-narrow: $(WTRANS)/scenes.tar  ## the same of half the width, fitted layer by layer before it learns
+	test -f $(WNARROW)/student/model_index.json || $(PY) -m assets.world.narrow --output-dir $(WNARROW)/student
+	$(call world_teach,$(WNARROW),40)
 
 # A captioner of scenes, from scratch; then whether one with few originals is helped by synthetic ones
 WCAP     = $(OUT)/world-captioner

@@ -258,14 +258,18 @@ def _caption(line):
     line = re.sub(r"(?<!\w)[*_`]+(\S.*?\S|\S)[*_`]+(?!\w)", r"\1", line)
     if quoted := re.match(r"[\"“]([^\"”]+)[\"”](?:\s*[-–—:(].*|[.,;!]*)?$", line):
         line = quoted[1]
-    line = _unquoted(REMARK.sub("", line.replace("*", "")).strip(" `")).rstrip(".,; ")
+    line = _unquoted(REMARK.sub("", line.replace("*", "")).strip(" `").rstrip(".,; ")).rstrip(".,; ")
     return "".join(c for c in " ".join(line.split()) if c.isprintable())
 
 
 def _unquoted(line):
     """A line without quotes around it, or at an end of it alone; those around a word of it are its own."""
-    if len(line) > 1 and line[0] in QUOTES and line[-1] in QUOTES and not OPENING.search(line[1:-1]):
-        return _unquoted(line[1:-1].strip())
+    if len(line) > 1 and line[0] in QUOTES and line[-1] in QUOTES:
+        inner = line[1:-1]
+        opened, closed = OPENING.search(inner), CLOSING.search(inner)
+        # 'The Classic' with 'more': the first is closed before the last is opened
+        if not (opened and closed and closed.start() < opened.start()):
+            return _unquoted(inner.strip())
     if line[-1:] in QUOTES and line and not OPENING.search(line[:-1]):
         line = line[:-1].rstrip()
     if line[:1] in QUOTES and line and not CLOSING.search(line[1:]):
@@ -507,7 +511,10 @@ def split(original, synthetic, seed=42, shares=(0.8, 0.1, 0.1), apart=False, ski
     if apart:  # it is judged by no picture whose source is learned from, or tested
         learned = {row.name for row in [*real[n_test + n_real :], *test]}
         kept.sort(key=lambda row: row.source in learned)
-        n_drawn = min(n_drawn, sum(row.source not in learned for row in kept))
+        free = sum(row.source not in learned for row in kept)
+        if free < n_drawn:
+            counts["fewer validation pictures, as others' sources are learned from"] = n_drawn - free
+            n_drawn = free
     val, train = val + kept[:n_drawn], real[n_test + n_real :] + kept[n_drawn:]
     if apart:
         named = {row.name for row in test}

@@ -44,7 +44,13 @@ BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
 IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
 SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "valid", "validation", "val", "dev", "eval")}
-GROUPS = 1 << 30  # bytes of row groups that a process keeps
+CAPTIONED = re.compile(r"(?<![a-z])cap(?:tion)?s?(?![a-z])", re.I)  # a name of captions
+OWN = (
+    "synthetic_captions.csv",
+    "augmented_captions.csv",
+    "augmented_shortfall.csv",
+)  # what caption.py writes beside its pictures
+GROUPS = 512 << 20  # bytes of row groups that a process keeps
 
 
 class Columns(NamedTuple):
@@ -287,8 +293,8 @@ def _json_caption(data, where):
 # Folders and listings
 
 
-def _pictures(root):
-    """(sorted pictures, sorted tables, listings) under a folder, and a line for what is left out."""
+def _pictures(root, wanted=True):
+    """(sorted pictures, sorted tables, listings) under a folder, and a line for what is left out. wanted: are captions?"""
     pictures, found, listings, rest, nothing = [], [], [], [], Counter()
     for path in _files(root):
         suffix = path.suffix.lower()
@@ -312,9 +318,12 @@ def _pictures(root):
     named = [
         p.name
         for p in rest
-        if p.suffix.lower() in BESIDE - {".txt"} and p.with_suffix("") not in stems and "cap" in p.stem.lower()
+        if p.suffix.lower() in BESIDE - {".txt"}
+        and p.with_suffix("") not in stems
+        and CAPTIONED.search(p.stem)
+        and p.name not in OWN
     ]
-    left.update(f"{printable(name)} (name it itself, or call it metadata.csv or .jsonl)" for name in named)
+    left.update(f"{printable(name)} (name it itself, or call it metadata.csv or .jsonl)" for name in named if wanted)
     whole, found = found, _of_a_set(found)
     if cached := len(whole) - len(found):
         nothing["tables of a cache"] += cached
@@ -329,7 +338,10 @@ def _of_a_set(found):
     kept = []
     for folder in dict.fromkeys(path.parent for path in found):
         here, state = [path for path in found if path.parent == folder], folder / "state.json"
-        listed = parse_json(tables.text_of(state), state) if state.is_file() else {}
+        try:
+            listed = parse_json(tables.text_of(state), state) if state.is_file() else {}
+        except UserError:  # another program's
+            listed = {}
         listed = listed.get("_data_files") if isinstance(listed, dict) else None
         names = {f.get("filename") for f in listed if isinstance(f, dict)} if isinstance(listed, list) else set()
         own = [path for path in here if path.name in names] or [p for p in here if not p.name.startswith("cache-")]
@@ -359,7 +371,7 @@ def _files(root):
 
 
 def _folder_items(root, columns, skip):
-    files, found, listings = _pictures(root)
+    files, found, listings = _pictures(root, columns.wanted)
     if found and not files:
         parts = {table: _split_in(table.relative_to(root)) for table in found}
         if {"train", "test"} <= set(parts.values()):  # as its own loaders do that are asked for a split
@@ -404,12 +416,13 @@ def _folder_items(root, columns, skip):
     _say_left_out(root, left)
     if broken:
         dist.say(f"note: {len(broken)} .txt or .json beside pictures cannot be read, such as {broken[0]}")
-    if several:
+    if several and columns.wanted:
         dist.say(
             f"note: {root}: {len(several)} .txt have several lines, which are one caption, such as {printable(several[0])}"
         )
     tops = sorted({item.label for item in items if item.label})
-    if repeated := [top for top in tops if re.fullmatch(r"\d+_.+", top)]:
+    repeated = [top for top in tops if re.fullmatch(r"\d+_.+", top)]
+    if repeated and columns.wanted:
         dist.say(
             f"note: {root}: {len(repeated)} folders begin with a number, as kohya's repeats, such as {printable(repeated[0])}: every picture counts once"
         )
@@ -654,18 +667,22 @@ def _table_items(path, columns):
     ]
 
 
-_groups, _reading = {}, threading.Lock()  # {(path, column, number): (first row, values)}, those used last behind
+_groups, _reading = {}, threading.Lock()  # {(path, column, number): (first row, values, bytes)}, those used last behind
 
 
 def _group(path, column, group):
     """(first row, values) of the image column in one row group, the piece in which such files are read; as many of them are kept as fit."""
+    key = path, column, group
     with _reading:
-        found = _groups.pop((path, column, group), None) or _read_group(path, column, group)
-        _groups[path, column, group] = found
-        held = sum(values.nbytes for _, values in _groups.values())
-        while held > GROUPS and len(_groups) > 1:
-            held -= _groups.pop(next(iter(_groups)))[1].nbytes
-    return found
+        if (found := _groups.pop(key, None)) is None:
+            first, values = _read_group(path, column, group)
+            # an Arrow file's are mapped, not read
+            found = first, values, values.nbytes if path.endswith(".parquet") else 0
+            held = found[2] + sum(size for *_, size in _groups.values())
+            while held > GROUPS and _groups:
+                held -= _groups.pop(next(iter(_groups)))[2]
+        _groups[key] = found
+    return found[:2]
 
 
 def _read_group(path, column, group):

@@ -283,15 +283,27 @@ def heun(model, x, schedule, n, noise, start=0):
 def flow_euler(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
     """Euler's method on the flow's ODE: x' = x + (σ' - σ) v (Esser et al. 2024, arXiv 2403.03206 eq. 1).
 
-    `stochastic_sampling`: x' = (1-σ') x0 + σ' z instead. mu: the size-dependent shift of use_dynamic_shifting.
-    sigmas: a descending list (before the shift) instead of the even grid.
+    mu: the size-dependent shift of use_dynamic_shifting. sigmas: a descending list (before the shift) instead of the even grid.
     """
     sigmas = flow_sigmas(schedule, n, mu, sigmas)
     for i in range(start, n):
         sigma, after = sigmas[i], sigmas[i + 1]
         v = model(x, sigma * schedule.T)
         x0 = x - sigma * v
-        x = (1 - after) * x0 + after * noise() if schedule.cfg["stochastic_sampling"] else x + (after - sigma) * v
+        x = x + (after - sigma) * v
+        yield Step(x, x0, sigma * schedule.T)
+
+
+def flow_lcm(model, x, schedule, n, noise, start=0, mu=None, sigmas=None):
+    """Consistency sampling of a flow: x' = (1-σ') x0 + σ' z (Song et al. 2023, arXiv 2303.01469 Alg. 1, at a flow's levels).
+
+    x0 = x - σ v, z is fresh. What `stochastic_sampling` in the file means, and few-step students learn; mu and sigmas as in flow_euler.
+    """
+    sigmas = flow_sigmas(schedule, n, mu, sigmas)
+    for i in range(start, n):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        x0 = x - sigma * model(x, sigma * schedule.T)
+        x = (1 - after) * x0 + after * noise()
         yield Step(x, x0, sigma * schedule.T)
 
 
@@ -369,10 +381,8 @@ SAMPLERS = {  # by the name on the command line
     ),
     "lcm": Sampler(lcm, "LCMScheduler", times=lcm_times),
     "tcd": Sampler(solvers.tcd, "TCDScheduler", times=lcm_times),
-    "flow_euler": Sampler(
-        flow_euler, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}, times=flow_times
-    ),
-    "flow_lcm": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, times=flow_times),
+    "flow_euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", times=flow_times),
+    "flow_lcm": Sampler(flow_lcm, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, times=flow_times),
     "flow_heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", times=flow_times, twice=True),
 }
 

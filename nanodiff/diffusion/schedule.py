@@ -143,7 +143,9 @@ class Schedule:
     def to_json(self):
         """scheduler_config.json, complete (no reader needs to know our defaults), with what its file said to other classes (`clip_sample` of a PNDM that may
         be drawn by DDIM) and the fields that are ours alone."""
-        said = {k: v for k, v in self.raw.items() if k in OF_ANY} | self.cfg
+        # diffusers warns of such fields in these, which belong to a student
+        alone = self.kind in ("LCMScheduler", "TCDScheduler")
+        said = {k: v for k, v in self.raw.items() if k in OF_ANY and not alone} | self.cfg
         ours = {k: self.raw[k] for k in (OWN, GRID) if self.raw.get(k)}
         return {"_class_name": self.kind, **{k: v for k, v in said.items() if v not in (-math.inf, None)}, **ours}
 

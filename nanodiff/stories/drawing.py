@@ -284,10 +284,9 @@ def begun(cfg, out):
     """(number of a run's first picture in the folder `out`, f()): the one after those that are there, of whatever run and kind; with --overwrite 0.
     f(), called when drawing begins: the run before makes room, with --overwrite what it wrote is deleted. Raises UserError for what cannot."""
     there = {int(m[1]): p for p in out.iterdir() if (m := NUMBERED.fullmatch(p.name))}
-    record, latents = out / "run.json", out / "latents.safetensors"
+    latents = out / "latents.safetensors"
     if cfg.overwrite:
-        listed = read_fields(record, {"files": list}).get("files", []) if record.is_file() else []
-        names = {Path(str(f["path"])).name for f in listed if isinstance(f, dict) and "path" in f}
+        names = listed(out)
         old = [p for p in out.iterdir() if p.name in names and (NUMBERED.fullmatch(p.name) or p == latents)]
 
         def delete():
@@ -306,6 +305,13 @@ def begun(cfg, out):
         raise UserError(f"{latents}: is of an earlier run; take another `output_dir` (or `overwrite`)")
 
     return max(there, default=-1) + 1, lambda: keep_record(out)
+
+
+def listed(out):
+    """Names of the files that the run before wrote into the folder `out`, as its record lists them."""
+    record = Path(out) / "run.json"
+    files = read_fields(record, {"files": list}).get("files", []) if record.is_file() else []
+    return {Path(str(f["path"])).name for f in files if isinstance(f, dict) and "path" in f}
 
 
 def keep_record(out, what="counting on"):

@@ -173,6 +173,10 @@ def few_step(cfg):
                 how += ["--scheduler", "flow_lcm" if flow else "lcm"]
             if count := cfg.student_steps if cfg.method == "consistency" else cfg.teacher_steps:
                 how += ["--steps", str(count)]
+        if cfg.method == "progressive" and (schedule := pipeline.source(target).scheduler()[0]).get(GRID):
+            dist.say(
+                f"note: its steps are of the grid {schedule[GRID]}, which other programs must be told (docs/distillation.md)"
+            )
         print(f'student: {target}\nnext: python sample.py {shlex.join(how)} --prompt "…" --output-dir OUT')
     dist.finish()
 

@@ -30,7 +30,8 @@ def load(cfg, record, device, src=None):
             cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
             cfg.allow_pickle, not cfg.t5,
         )  # fmt: skip
-        told(cfg, src)
+        scheduler = src.scheduler()
+        told(cfg, scheduler)
         dtype = pick_dtype(cfg, device, src)
         sd = pipeline.load(
             src,
@@ -42,7 +43,7 @@ def load(cfg, record, device, src=None):
             scheduler=cfg.scheduler,
             name=cfg.model or EMBEDDED,
         )
-        sd.filed = src.scheduler()
+        sd.filed = scheduler
         if cfg.vae_checkpoint:
             exchange_vae(cfg, sd, dtype, device)
         for path in cfg.embedding:
@@ -94,9 +95,9 @@ def add_loras(cfg, sd):
         print(f"lora: {found.name}, {len(found.deltas)} layers, scale {scale:g}")
 
 
-def told(cfg, src):
-    """ComfyUI calls a flow's samplers by the names of the others: which one a picture of its means is told by the model."""
-    flow = str(src.scheduler()[0].get("_class_name", "")).startswith("FlowMatch")
+def told(cfg, scheduler):
+    """ComfyUI calls a flow's samplers by the names of the others: which one a picture of its means is told by the model's scheduler (dict, name of the file)."""
+    flow = str(scheduler[0].get("_class_name", "")).startswith("FlowMatch")
     if getattr(cfg, "adopted", False) and flow:
         cfg.scheduler = foreign.FLOWS.get(cfg.scheduler, cfg.scheduler)
         given = getattr(cfg, "given", ())  # what was typed is not theirs

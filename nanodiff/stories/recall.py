@@ -58,7 +58,11 @@ def recall(cfg):
         cfg.model = None
     for name, path in named_files(cfg, (*SHOWN, *MODELS)):
         # of the Hub's only what is here: a picture starts no download
-        if name not in given and not Path(path).exists() and not (name in MODELS and hub.is_cached(path)):
+        if (
+            name not in given
+            and not Path(path).exists()
+            and not (name in MODELS and hub.is_cached(path, cfg.revision if name == "model" else None))
+        ):
             flag = name.replace("_", "-")
             raise UserError(f"{cfg.from_image}: was made with {printable(path)}; name it with --{flag}")
 

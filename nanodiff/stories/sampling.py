@@ -37,6 +37,7 @@ from nanodiff.stories.drawing import (
     documented,
     file_name,
     keep_record,
+    listed,
     named_files,
     options,
     prompts_of,
@@ -47,7 +48,7 @@ from nanodiff.stories.drawing import (
     words,
 )
 from nanodiff.stories.inputs import against, canvas, check, draw, inputs, opened_mask, second_steps, sizing_of
-from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, under
+from nanodiff.stories.models import LOADING, load, pick_dtype, refiner_source, told, under
 from nanodiff.stories.recall import recall, remembered
 from nanodiff.stories.wording import Tagged, batches_of, check_words, job, jobs_of, note_marks, worded
 from nanodiff.training.options import parse_size
@@ -88,9 +89,7 @@ def main(cfg):
     prompts = prompts or [""]
     if not cfg.model and not cfg.components:
         known_words(prompts)
-    if cfg.clip_skip and getattr(cfg, "adopted", False) and len(sd.encoder_names) > 1:
-        print("note: not used: Clip skip, which the web UI has for one text encoder only", file=sys.stderr)
-        cfg.clip_skip = 0
+    without_skips(cfg, sd)
     steps, scale, negative = defaults(cfg, sd)
     samplers.check_steps(sd.schedule, steps)
     settings = described(sd, steps, scale, negative)
@@ -129,6 +128,13 @@ def check_prompts(cfg, sd):
         raise UserError('--prompt is required, such as --prompt "red apple"')
 
 
+def without_skips(cfg, sd):
+    """Leave the web UI's Clip skip out where it has none."""
+    if cfg.clip_skip and getattr(cfg, "adopted", False) and len(sd.encoder_names) > 1:
+        print("note: not used: Clip skip, which the web UI has for one text encoder only", file=sys.stderr)
+        cfg.clip_skip = 0
+
+
 class Pictures:
     """The pictures of a run on their way to the disk: one by one with what they remember, strips and texts beside them, and at the end a sheet.
 
@@ -141,6 +147,7 @@ class Pictures:
         self.finished, self.tagged = finished, tagged
         self.number, self.named, self.resize, self.make_room = number, named, resize, make_room
         self.sheet, self.latents, self.count, self.names = [], [], 0, set()
+        self.earlier = listed(record.out)
 
     def add(self, first, batch, result):
         """Write the pictures of the Jobs `batch`, the first of which is the run's `first`-th."""
@@ -164,9 +171,10 @@ class Pictures:
         facts = self.facts | own | dict(one.others)
         name = file_name(cfg, facts, self.sd) if self.named else f"{self.number + index:05d}.png"
         self.path = unused(out / name, cfg.overwrite, self.names) if self.named else out / name
-        if self.path.exists():  # what stands beside it tells of another picture
+        if self.path.exists():  # what an earlier run put beside it tells of another picture
             for beside in (self.path.with_suffix(".txt"), self.path.with_name(self.path.stem + "_steps.png")):
-                beside.unlink(missing_ok=True)
+                if beside.name in self.earlier:
+                    beside.unlink(missing_ok=True)
         self.names.add(self.path.name)
         known = remembered(cfg, facts, self.sd, self.tagged.hashes_of(one))
         images.save_png(picture, self.path, known if cfg.metadata else None)
@@ -251,8 +259,9 @@ def described(sd, steps, scale, negative):
 
 
 def second_pass(cfg, sd, steps):
-    """{hires_steps: as many as it takes}, which a record holds in place of none; {} without --hires."""
-    return {"hires_steps": second_steps(cfg, sd, steps)} if cfg.hires else {}
+    """{hires_steps: as many as it takes}, which a record holds where nobody said how many and they are not the first pass's (a turbo's); else {}."""
+    taken = second_steps(cfg, sd, steps) if cfg.hires else steps
+    return {"hires_steps": taken} if taken != steps and not cfg.hires_steps else {}
 
 
 def study(cfg, device):
@@ -418,7 +427,7 @@ def dry_run(cfg, device):
         settings["guided"] = variant.guidance_scale is None or variant.guidance_scale > 1
         key = json.dumps(settings, sort_keys=True)
         try:
-            plans[i] = known[key] = known.get(key) or planned_memory(variant, device)
+            plans[i] = known[key] = planned_memory(variant, device, known.get(key))
         except UserError as e:
             if cfg.study is None:
                 raise
@@ -439,15 +448,15 @@ def dry_run(cfg, device):
         )
 
 
-def check_settings(cfg, src, net, height, width):
+def check_settings(cfg, src, net, scheduler, height, width):
     """Raise UserError for a sampler, and for settings of a run, that are not for the model of `src`: what a run refuses, known from its parts on the
-    meta device. net: its denoiser there."""
+    meta device. net: its denoiser there; scheduler: its file's (dict, name)."""
     family = pipeline.FAMILIES[src.kind]
     there = {
         n: weights.skeleton(src.builder(n), src.config(n)) for n in (*family.encoder_names, "vae") if n in src.parts
     }
-    raw, where = src.scheduler()
-    name = str(cfg.model or EMBEDDED)
+    told(cfg, scheduler)
+    (raw, where), name = scheduler, str(cfg.model or EMBEDDED)
     encoders = [there.get(n) for n in family.encoder_names]
     # which only say how many words they have
     none = SimpleNamespace(backend=SimpleNamespace(get_vocab_size=int))
@@ -458,6 +467,7 @@ def check_settings(cfg, src, net, height, width):
     for later in ("hashes", "decoder", "preview", "controls", "pictures", "model_hash"):
         setattr(sd, later, None)
     sd = under(cfg, sd)
+    without_skips(cfg, sd)
     steps, scale, _ = defaults(cfg, sd)
     start = {}
     if cfg.init_image:
@@ -466,14 +476,15 @@ def check_settings(cfg, src, net, height, width):
     check(cfg, sd, steps, scale, {"height": height, "width": width}, start)
 
 
-def planned_memory(cfg, device):
-    """The stages of a run (memory.Stage), from configurations alone."""
+def planned_memory(cfg, device, known=None):
+    """The stages of a run (memory.Stage), from configurations alone; `known`, if they are, once the settings were checked."""
     src = sources.configs(
         cfg.model or EMBEDDED, cfg.variant, cfg.revision, cfg.token, cfg.components, cfg.prediction_type,
         cfg.allow_pickle, not cfg.t5,
     )  # fmt: skip
     dtype = pick_dtype(cfg, device, src)
-    turbo = pipeline.is_turbo(src.scheduler()[0], str(cfg.model))
+    scheduler = src.scheduler()
+    turbo = pipeline.is_turbo(scheduler[0], str(cfg.model))
     guided = not turbo if cfg.guidance_scale is None else cfg.guidance_scale > 1
     prompts = len(prompts_of(cfg)) if cfg.prompt or cfg.prompts_file else 1
     part = pipeline.FAMILIES[src.kind].denoiser_name
@@ -497,7 +508,9 @@ def planned_memory(cfg, device):
     picture, sizing = sizing_of(cfg)
     opened_mask(cfg, picture)
     height, width = canvas(cfg, sizing, own, multiple, pipeline.FAMILIES[src.kind].family.keeps_size)
-    check_settings(cfg, src, net, height, width)
+    check_settings(cfg, src, net, scheduler, height, width)
+    if known:
+        return known
     if cfg.hires:  # the second pass is the larger one
         height, width = (max(round(side * cfg.hires / multiple), 1) * multiple for side in (height, width))
     plan = pipeline.plan(

@@ -78,6 +78,14 @@ def _value(cls, name, hint, text):
     return from_mapping(cls, {name: value}, "--study")[name]
 
 
+def _as_now(key):
+    """What a picture was known by before --ddim-steps became --steps."""
+    facts = json.loads(key)
+    if facts.get("ddim_steps"):
+        facts |= {"steps": facts["ddim_steps"], "ddim_steps": None}
+    return json.dumps(facts, sort_keys=True)
+
+
 def _held(path):
     """What a picture's file holds, as a short text."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -131,7 +139,7 @@ class Finished:
         if (self.out / "study.json").exists():
             try:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
-                self.rows, before = dict(known["pictures"]), int(known["seed"])
+                self.rows, before = {_as_now(k): v for k, v in known["pictures"].items()}, int(known["seed"])
                 for row in self.rows.values():  # data, not paths
                     if not re.fullmatch(NUMBER, row["file"]):
                         raise ValueError(f"{row['file']!r} is no picture of a study")

@@ -143,9 +143,10 @@ def teacher_data(cfg):
     if not folder.is_dir():
         raise UserError(f"{folder}: is not there; `transfer generate` makes it")
     if (folder / gallery.PLAN).is_file():
-        drawn_by = read_json(folder / gallery.PLAN)["settings"]["model"]
-        if drawn_by != Path(cfg.teacher).name:
-            raise UserError(f"{folder}: was drawn by {printable(drawn_by)}, not by `teacher` {printable(cfg.teacher)}")
+        drawn_by = str(read_json(folder / gallery.PLAN)["settings"]["model"])
+        names = {Path(name.partition("@")[0]).name for name in (drawn_by, cfg.teacher)}
+        if len(names) > 1:  # a copy may have another name
+            dist.say(f"note: {folder}: was drawn by {printable(drawn_by)}; --teacher is {printable(cfg.teacher)}")
         lacking, _ = gallery.lacking(folder)
         lacking = [n for n in lacking if n in {f"{i:05d}.png" for i in range(cfg.num_images)}]
         if lacking:
@@ -326,7 +327,11 @@ def _visualize(cfg):
     for curve in sorted((root / "checkpoints").rglob("loss.png")):
         document.picture(curve, f"loss: {curve.parent.name}")
     panels = sorted((root / "comparison_output").glob("comparison_all_*.png"))
-    files += [*drawn, *pages.research(settings, root / "research_paper_materials", tests, metrics, [*drawn, *panels])]
+    both = image_pairs.shared(found, "original_vs_teacher", "finetuned_vs_teacher")
+    files += [
+        *drawn,
+        *pages.research(settings, root / "research_paper_materials", tests, both, metrics, [*drawn, *panels]),
+    ]
     document.heading("Settings")
     decisive = ("teacher", "model", "method", "num_images", "num_evaluation_prompts", "epochs", "lr", "batch_size", "lora_rank", "lora_alpha",
                 "lora_targets", "steps", "guidance_scale", "resolution", "seed")  # fmt: skip

@@ -78,16 +78,22 @@ def resolve(model, revision=None, token=None, variant=None, skip=()):
     return download(name, at or revision, token, variant, skip)
 
 
-def is_cached(name):
-    """Is a Hub id, or a file of such a repository (org/name/…), in the local cache, at least in part?"""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+def is_cached(name, revision=None):
+    """Is a Hub id, or a file of such a repository (org/name/…/file), in the local cache, whole if it is a pipeline?"""
+    import huggingface_hub
 
-    name = str(name).partition("@")[0]
-    name = ALIASES.get(name, "/".join(name.split("/")[:2]))
-    if not REPO_ID.fullmatch(name) or ".." in name:
+    name, _, at = str(name).partition("@")
+    *owner, rest = ALIASES.get(name, name).split("/", 2)
+    repository, rest = ("/".join(owner), rest) if len(owner) == 2 else ("/".join([*owner, rest]), "")
+    if not REPO_ID.fullmatch(repository) or ".." in name:
         return False
-    return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots").is_dir()
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=at or revision, local_files_only=True))
+    except Exception:  # the library's own errors differ between its versions: it is not there
+        return False
+    return (folder / rest).exists() and not (
+        (folder / "model_index.json").is_file() and not rest and incomplete(folder)
+    )
 
 
 def may_push(token):

@@ -236,7 +236,7 @@ def test_whose_sampler_it_is_the_model_tells(name, ours, adopted):
     found, _ = foreign.comfyui(changed("3", sampler_name=name, scheduler="sgm_uniform"))
     for kind in ("FlowMatchEulerDiscreteScheduler", "DDIMScheduler"):
         cfg = SimpleNamespace(adopted=adopted, **found)
-        models.told(cfg, SimpleNamespace(scheduler=lambda kind=kind: ({"_class_name": kind}, "a file")))
+        models.told(cfg, ({"_class_name": kind}, "a file"))
         assert cfg.scheduler == (ours if adopted and kind.startswith("Flow") else name) and cfg.sigmas == "sgm_uniform"
 
 

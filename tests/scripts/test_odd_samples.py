@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from util import TINY, copy_model, error_line, run
 
 from nanodiff.diffusion.samplers import SAMPLERS
@@ -71,6 +72,9 @@ def test_a_second_pass_is_repeated(tmp_path):
     assert done.returncode == 0 and np.array_equal(pixels(tmp_path / "b" / "00000.png"), want), done.stderr
     done = run("sample.py", "--config", tmp_path / "a" / "run.json", "--output-dir", tmp_path / "c")
     assert done.returncode == 0 and np.array_equal(pixels(tmp_path / "c" / "00000.png"), want), done.stderr
+    # where both passes take as many, other --steps are both's
+    assert sample(tmp_path / "d", "--hires", 2).returncode == 0
+    assert json.loads((tmp_path / "d" / "run.json").read_text())["config"]["hires_steps"] is None
 
 
 def test_a_record_of_ddim_steps_is_a_config(tmp_path):
@@ -89,7 +93,8 @@ def test_a_picture_of_a_model_in_the_cache_is_repeated(tmp_path, monkeypatch):
     (home / "models--org--tiny" / "refs").mkdir()
     (home / "models--org--tiny" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
-    assert hub.is_cached("org/tiny") and hub.is_cached("org/tiny/unet/x.safetensors") and hub.is_cached("org/tiny@abc")
+    assert hub.is_cached("org/tiny") and hub.is_cached("org/tiny/unet/config.json") and hub.is_cached("org/tiny@main")
+    assert not hub.is_cached("org/tiny/unet/absent.safetensors") and not hub.is_cached("org/tiny", "v2")
     assert not hub.is_cached("org/other") and not hub.is_cached("../tiny") and not hub.is_cached("tiny")
     environment = {"HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": "1"}
     import os
@@ -101,6 +106,9 @@ def test_a_picture_of_a_model_in_the_cache_is_repeated(tmp_path, monkeypatch):
     done = run("sample.py", "--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "b", env=own)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "b" / "00000.png"))
+    for path in (snapshot / "unet").glob("*.safetensors"):
+        path.unlink()
+    assert not hub.is_cached("org/tiny"), "a part of it is not enough: the rest would be downloaded"
     shutil.rmtree(home / "models--org--tiny")
     done = run("sample.py", "--from-image", tmp_path / "a" / "00000.png", "--output-dir", tmp_path / "c", env=own)
     assert "was made with org/tiny; name it with --model" in error_line(done)
@@ -135,6 +143,33 @@ def test_a_dry_run_knows_no_fault_where_there_is_none(tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_dry_run_refuses_the_cells_that_the_study_refuses(tmp_path):
+    """Also those that take as much memory as one that can be drawn."""
+    error = error_line(sample(tmp_path, "--study", "scheduler=pndm,flow_euler", "--dry-run"))
+    assert "1 of 2 cells cannot be drawn, such as scheduler flow_euler" in error
+
+
+def test_a_dry_run_of_another_programs_picture(tmp_path):
+    """Whose sampler's name means a flow's where the model is one."""
+    graph = {"1": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+                                                        "positive": ["2", 0], "negative": ["2", 0]}},
+             "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "cat"}}}  # fmt: skip
+    told = PngInfo()
+    told.add_text("prompt", json.dumps(graph))
+    Image.new("RGB", (16, 16)).save(tmp_path / "c.png", pnginfo=told)
+    done = run(
+        "sample.py",
+        "--model",
+        TINY / "sd35-medium",
+        "--from-image",
+        tmp_path / "c.png",
+        "--dry-run",
+        "--output-dir",
+        tmp_path / "o",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_dry_run_of_a_model_that_is_not_square(tmp_path):
     model = copy_model("sd15", tmp_path / "model")
     config = json.loads((model / "unet" / "config.json").read_text()) | {"sample_size": [16, 24]}
@@ -149,9 +184,14 @@ def test_what_stands_beside_a_replaced_picture_goes_with_it(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert sample(tmp_path, "--named", "--overwrite").returncode == 0
     assert not text.exists() and len(list(tmp_path.glob("*.png"))) == 1
+    text.write_text("mine")
+    assert sample(tmp_path, "--named", "--overwrite").returncode == 0
+    assert text.read_text() == "mine", "nobody's but the user's"
 
 
 def test_a_flow_with_fresh_noise_has_a_name():
     """What a few-step student of a flow draws with (LCM's sampler, for velocities)."""
     assert SAMPLERS["flow_lcm"].fields == {"stochastic_sampling": True}
-    assert SAMPLERS["flow_euler"].fields == {"stochastic_sampling": False}
+    assert not SAMPLERS["flow_euler"].fields, (
+        "of a student that is drawn so it means what its file says, as before it had a name"
+    )
