@@ -139,7 +139,7 @@ class Finished:
         if (self.out / "study.json").exists():
             try:
                 known = json.loads((self.out / "study.json").read_text(encoding="utf-8"))
-                self.rows, before = {_as_now(k): v for k, v in known["pictures"].items()}, int(known["seed"])
+                self.rows, before = {_as_now(k): v for k, v in dict(known["pictures"]).items()}, int(known["seed"])
                 for row in self.rows.values():  # data, not paths
                     if not re.fullmatch(NUMBER, row["file"]):
                         raise ValueError(f"{row['file']!r} is no picture of a study")

@@ -141,7 +141,7 @@ def test_s2_generation_by_default_takes_all_of_ddpms_steps():
         presets=sample.PRESETS["corel"],
     )
     cfg.check()
-    assert (cfg.scheduler, cfg.ddim_steps, cfg.steps) == ("ddim", 50, None)
+    assert (cfg.scheduler, cfg.ddim_steps, cfg.steps) == ("ddim", None, 50)
 
 
 def test_s1_the_pokemon_command_as_it_stands(tmp_path):

@@ -427,7 +427,7 @@ def test_a_transparent_map_is_shown_on_black(tmp_path):
 def test_a_dry_run_plans_the_size_that_is_drawn(tmp_path):
     Image.new("RGB", (2048, 1025)).save(tmp_path / "wide.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
-    plan = lambda *argv: draw("--model", TINY / "sd15", "--output-dir", tmp_path, "--dry-run", *argv)  # noqa: E731
+    plan = lambda *argv: draw("--model", TINY / "sd15", "--steps", 2, "--output-dir", tmp_path, "--dry-run", *argv)  # noqa: E731
     code, picture, _ = plan("--init-image", tmp_path / "wide.png")
     assert code == 0 and picture == plan("--height", "1024", "--width", "2048")[1] != plan()[1]
     code, _, err = plan("--init-image", tmp_path / "wide.png", "--mask", tmp_path / "mask.png")
