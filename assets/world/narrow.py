@@ -47,7 +47,7 @@ def telling(x, n):
 
 @torch.no_grad()
 def heard(net, given, modules):
-    """{name: (input, output)} of some of the modules of `net` as it computes `given`; and what it says."""
+    """{name: (inputs, output)} of some of the modules of `net` as it computes `given`."""
     got, hooks = {}, []
     for name, module in net.named_modules():
         if name in modules:
@@ -55,11 +55,11 @@ def heard(net, given, modules):
             note = lambda _, x, y, name=name: got.update({name: (x, y)})  # noqa: E731
             hooks.append(module.register_forward_hook(note))
     try:
-        said = net(*given)
+        net(*given)
     finally:
         for hook in hooks:
             hook.remove()
-    return got, said
+    return got
 
 
 def rows_of(chunks, dim, kept):
@@ -76,12 +76,11 @@ def narrowed(net, given):
     layers = dict(small.named_modules())
     blocks = [f"transformer_blocks.{i}" for i in range(cfg.num_layers)]
     linear = {name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    teacher, _ = heard(net, given, {*linear, *blocks})
-    left = {}
+    teacher, left = heard(net, given, {*linear, *blocks}), {}
 
     def fitted(name, kept):
         _, said = teacher[name]
-        ((x,), _) = heard(small, given, {name})[0][name]
+        ((x,), _) = heard(small, given, {name})[name]
         left[name] = fit(layers[name], x, said[..., kept])
 
     def copied(name, kept):

@@ -45,11 +45,8 @@ IMAGE_COLUMNS, CAPTION_COLUMNS = tables.NAMES, tables.CAPTIONS
 MEMBER_LIMIT = 64 << 20
 SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "valid", "validation", "val", "dev", "eval")}
 CAPTIONED = re.compile(r"(?<![a-z])cap(?:tion)?s?(?![a-z])", re.I)  # a name of captions
-OWN = (
-    "synthetic_captions.csv",
-    "augmented_captions.csv",
-    "augmented_shortfall.csv",
-)  # what caption.py writes beside its pictures
+# what caption.py writes beside its pictures
+OWN = ("synthetic_captions.csv", "augmented_captions.csv", "augmented_shortfall.csv")
 GROUPS = 512 << 20  # bytes of row groups that a process keeps
 
 
@@ -436,7 +433,8 @@ def _folder_items(root, columns, skip):
 
 
 def split_of(word):
-    """ "train", or "test" for what is not to be trained on, of a folder's name or the beginning of a table's, as the `datasets` library tells them; None."""
+    """The kind ("train", or "test" for what is not to be trained on) that a folder's name or the beginning of a table's tells, as for the `datasets` library;
+    None for any other word."""
     return next((kind for kind, names in SPLITS.items() if word.lower() in names), None)
 
 

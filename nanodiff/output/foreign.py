@@ -35,11 +35,8 @@ COMFYUI = (
     ("deis", ("normal",), "deis"),
     ("lcm", ("normal", "sgm_uniform"), "lcm"),
 )
-FLOWS = {
-    "euler": "flow_euler",
-    "heun": "flow_heun",
-    "lcm": "flow_lcm",
-}  # what those names mean where the model is a flow
+# what those names mean where the model is a flow
+FLOWS = {"euler": "flow_euler", "heun": "flow_heun", "lcm": "flow_lcm"}
 # ComfyUI's schedulers that are grids of ours (sample.py --sigmas)
 GRIDS = ("karras", "exponential", "sgm_uniform", "beta", "simple")
 SHORT = ("dpm_2", "dpm_2_ancestral")  # which leave a noise level out

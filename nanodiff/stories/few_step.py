@@ -111,11 +111,9 @@ def few_step(cfg):
     every = {"method": cfg.method, "teacher": cfg.model, "student": cfg.student, "weights": weights_of, "guidance": cfg.guidance_scale,
              "data": dataset.fingerprint(), "sizes": dataset.weight(), "lora": settings, "resolution": side,
              **own, **decisive(cfg)}  # fmt: skip
-    if not cfg.overwrite_output_dir:
+    if not cfg.overwrite_output_dir:  # what is of other settings shows before the first round
         for folder, n in zip(folders, rounds, strict=True):
-            dist.on_main(
-                teach.settled, folder, {"steps": n} | every, quiet=True
-            )  # what is of other settings shows before the first round
+            dist.on_main(teach.settled, folder, {"steps": n} | every, quiet=True)
     for i, (folder, n) in enumerate(zip(folders, rounds, strict=True)):
         work, facts = folder.with_name(f"{folder.name}.training"), {"steps": n} | every
         if not dist.on_main(teach.settled, folder, facts, cfg.overwrite_output_dir):
@@ -140,8 +138,9 @@ def few_step(cfg):
                 *(cfg.check_steps if cfg.evaluate else ()),
             ):
                 samplers.check_steps(sd.schedule, count)
-            for count in (guided_steps(cfg, teacher), *cfg.check_steps) if cfg.evaluate and i == 0 else ():
-                samplers.check_steps(teacher.schedule, count)
+            if cfg.evaluate and i == 0:  # the original teacher draws, too
+                for count in (guided_steps(cfg, teacher), *cfg.check_steps):
+                    samplers.check_steps(teacher.schedule, count)
             if cfg.method == "dmd":
                 nets["critic"] = fewstep.frozen(master).requires_grad_(True)
             sd.index = {**sd.index, pipeline.SAMPLING: {"steps": steps, "guidance_scale": 1.0}}
